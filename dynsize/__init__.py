@@ -1,0 +1,1 @@
+"""Dynamic encoder size: one Conformer-CTC supernet, and subnets of several sizes that share all its weights."""

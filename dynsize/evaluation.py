@@ -1,0 +1,112 @@
+"""Decoding a split with networks of several sizes, and what comes of it: hypotheses, error rates, costs."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dynsize.batching import Examples, batch_plan, labels_of, load
+from dynsize.checkpoint import Checkpoint
+from dynsize.config import Config
+from dynsize.corpora import Utterance, read_split
+from dynsize.ctc import greedy
+from dynsize.features import feature_frames
+from dynsize.spoken import spoken_corpus
+from dynsize.subnet import cut, macs, parameters
+from dynsize.supernet import Supernet, layer_name
+from dynsize.tokenizer import Tokenizer
+from dynsize.wer import Errors, count_errors, interval
+
+
+def corpus_root(config: Config) -> Path:
+    """The directory of the configured corpus; the embedded one is spoken where it isn't there yet."""
+    return spoken_corpus() if config.corpus == "spoken" else Path(config.corpus)
+
+
+def read_for_scoring(config: Config, splits: Sequence[str], tokenizer: Tokenizer) -> list[Utterance]:
+    """The utterances of splits to decode. Raises ValueError for unreadable audio and for characters without a label."""
+    utterances = []
+    for split in splits:
+        readable, unreadable = read_split(corpus_root(config), split, config.sample_rate)
+        if unreadable:
+            raise ValueError(f"{len(unreadable)} audio files can't be read:\n" + "\n".join(unreadable.values()))
+        utterances += readable
+    for utterance in utterances:
+        labels_of(utterance, tokenizer)
+    return utterances
+
+
+def device_of(config: Config) -> torch.device:
+    """The configured device; ValueError where it can't be had."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+
+
+@torch.inference_mode()
+def transcribe(model: Supernet, examples: Examples, sizes: Sequence[int], title: str) -> dict[int, list[str]]:
+    """Size → the greedily decoded text of each example, in their order. Sizes, largest first, share one forward.
+
+    Raises ValueError for audio that can't be read.
+    """
+    config, device = model.config, next(model.parameters()).device
+    frames = [feature_frames(utterance.samples, config) for utterance in examples.utterances]
+    plan = batch_plan(frames, config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances)
+    texts: dict[int, list[str]] = {size: [""] * len(examples) for size in sizes}
+    model.eval()
+    with tqdm(total=len(examples), desc=title, unit="utt", leave=False, delay=1) as bar:
+        for indices, batch in zip(plan, load(examples, plan), strict=True):
+            if batch.corrupt:
+                raise ValueError("audio that can't be read:\n" + "\n".join(batch.corrupt.values()))
+            features, lengths, *_ = batch.to(device)
+            log_probs, lengths = model(features, lengths, sizes)
+            for size, of_size in zip(sizes, log_probs, strict=True):
+                for index, labels in zip(indices, greedy(of_size, lengths), strict=True):
+                    texts[size][index] = examples.tokenizer.decode(labels)
+            bar.update(len(indices))
+    return texts
+
+
+def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -> list[dict]:
+    """Decodes a split with every size of a checkpoint, each cut out and alone, and writes what it finds.
+
+    `config`: the checkpoint's, with corpus, device and batches as they are now. In the directory `output`:
+    `size-K.txt` with a line `ID TEXT` for each utterance, and `results.json` with the rows, which are also returned.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    utterances = read_for_scoring(config, [split], tokenizer)
+    audio_seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
+    device, rows, texts = device_of(config), [], {}
+    for size in reversed(model.sizes):
+        subnet = (cut(model, size) if checkpoint.size is None else model).to(device)
+        examples = Examples(utterances, tokenizer, config, keep=False)
+        start = time.perf_counter()
+        texts[size] = transcribe(subnet, examples, [size], f"{split}, size {size}")[size]
+        seconds = time.perf_counter() - start
+        errors = [count_errors(u.text, text) for u, text in zip(utterances, texts[size], strict=True)]
+        total = sum(errors, Errors())
+        rows.append(
+            dict(size=size, wer=total.rate, interval=interval(errors), substitutions=total.substitutions)
+            | dict(deletions=total.deletions, insertions=total.insertions, words=total.words)
+            | dict(utterances=len(utterances), parameters=parameters(subnet), macs=macs(subnet, size))
+            | dict(real_time_factor=seconds / audio_seconds, layers=kept_names(model, size))
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    for size, hypotheses in texts.items():
+        lines = [f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)]
+        (output / f"size-{size}.txt").write_text("".join(lines), encoding="utf-8")
+    facts = dict(checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device), sizes=rows)
+    (output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return rows
+
+
+def kept_names(model: Supernet, size: int) -> list[str]:
+    """The names of the layers that a size keeps, from the input on."""
+    return [layer_name(layer) for layer, kept in enumerate(model.mask(size)) if kept]

@@ -1,0 +1,170 @@
+"""The embedded corpus: sentences of a small grammar, spoken by espeak-ng, written in LibriSpeech's layout.
+
+`python -m dynsize.spoken DIRECTORY` writes it there; `spoken_corpus` does so once, into the user's cache.
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+SAMPLE_RATE = 16000  # Hz
+VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a new corpus
+# What each alternative writes in capitals is replaced by one of that rule's alternatives.
+GRAMMAR = {
+    "SENTENCE": [
+        "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN", "set the ROOM DEVICE to NUMBER percent",
+        "open the PART of the ROOM", "close the PART of the ROOM WHEN", "make the ROOM lights COLOUR", "what is the weather DAY",
+        "call PERSON at TIME", "send a message to PERSON", "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT",
+        "remind me to call PERSON DAY at TIME", "wake me up at TIME DAY", "add FOOD and FOOD to the shopping list",
+        "we need NUMBER more FOOD", "play some MUSIC music in the ROOM", "play the next song", "stop the music in the ROOM",
+        "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME", "cancel the EVENT with PERSON DAY",
+        "the EVENT with PERSON is on the ORDINAL of MONTH", "PERSON was born on the ORDINAL of MONTH",
+        "PERSON and PERSON will be here at TIME", "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT",
+        "dial DIGIT DIGIT DIGIT DIGIT for PERSON", "NUMBER plus NUMBER is NUMBER", "start a timer for NUMBER minutes",
+        "how many days are there before the ORDINAL of MONTH", "is the PART of the ROOM open", "lock the PART and wake PERSON",
+    ],
+    "STATE": ["on", "off"],
+    "WHEN": ["DAY", "at TIME", "in NUMBER minutes", "now"],
+    "DAY": ["today", "tonight", "tomorrow", "on WEEKDAY", "next WEEKDAY"],
+    "WEEKDAY": ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"],
+    "TIME": ["HOUR", "HOUR MINUTES", "half past HOUR", "quarter to HOUR", "quarter past HOUR", "HOUR in the PERIOD"],
+    "PERIOD": ["morning", "afternoon", "evening"],
+    "HOUR": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "noon", "midnight"],
+    "MINUTES": ["ten", "fifteen", "TENS", "TENS five"],
+    "TENS": ["twenty", "thirty", "forty", "fifty"],
+    "NUMBER": ["DIGIT", "TEEN", "TENS", "TENS DIGIT", "HIGH", "HIGH DIGIT", "one hundred", "two hundred"],
+    "HIGH": ["sixty", "seventy", "eighty", "ninety"],
+    "TEEN": ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"],
+    "DIGIT": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "ORDINAL": ["first", "second", "third", "fourth", "fifth", "tenth", "twelfth", "twentieth", "thirtieth"],
+    "MONTH": ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
+              "november", "december"],
+    "DEVICE": ["lights", "heater", "fan", "radio", "television", "speaker", "alarm", "lamp"],
+    "PART": ["door", "window", "curtains"],
+    "ROOM": ["kitchen", "bedroom", "bathroom", "garage", "garden", "hallway", "office", "basement"],
+    "COLOUR": ["red", "green", "blue", "yellow", "white", "orange", "purple"],
+    "PERSON": ["anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "kevin", "laura", "martin",
+               "nora", "oscar", "peter", "rachel", "simon", "victor"],
+    "FOOD": ["apples", "bananas", "bread", "butter", "cheese", "coffee", "eggs", "milk", "potatoes", "rice", "sugar", "tomatoes"],
+    "EVENT": ["meeting", "party", "lesson", "concert"],
+    "MUSIC": ["jazz", "classical", "dance"],
+}  # fmt: skip
+# espeak-ng's voices: American (en-us) and British (en) English, spoken by variants of different sex, age and timbre
+VOICES = {
+    "train": ["en-us", "en-us+m2", "en-us+m5", "en-us+f2", "en-us+f4", "en", "en+m1", "en+m6", "en+f1", "en+f3"],
+    "dev-other": ["en-us+m4", "en+f5"],
+    "test-other": ["en-us+m3", "en-us+f1", "en+m7", "en+f2"],
+}
+MINUTES = {"train": 60, "dev-clean": 4, "dev-other": 3, "test-clean": 15, "test-other": 10}  # of speech in each split
+SENTENCES_IN_CHAPTER = 10
+WORDS_PER_MINUTE = (135, 200)  # espeak-ng's speaking rate is drawn between these, its pitch (of 0 to 99) between those
+PITCH = (35, 65)
+ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = 2, 1, 1, 3  # constants of espeak-ng's speak_lib.h
+
+
+def spoken_corpus() -> Path:
+    """The corpus's directory in the user's cache; the first call speaks it. Raises ValueError without espeak-ng."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynsize"
+    directory = cache / f"spoken-{VERSION}"
+    if not directory.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # espeak-ng carries random state from one utterance to the next: only a new process always speaks alike
+        if subprocess.run([sys.executable, "-m", "dynsize.spoken", str(directory)]).returncode != 0:
+            raise ValueError("the embedded corpus could not be spoken; pip install -e '.[demo]' installs what it needs")
+    return directory
+
+
+def sentence(draw: random.Random, rule: str = "SENTENCE") -> str:
+    """A sentence of the grammar, in lower case."""
+    words = draw.choice(GRAMMAR[rule]).split()
+    return " ".join(sentence(draw, word) if word in GRAMMAR else word for word in words)
+
+
+class Espeak:
+    """espeak-ng's library from the package espeakng-loader."""
+
+    def __init__(self, seed: int) -> None:
+        import espeakng_loader  # only the demo needs them
+        import soxr
+
+        self.resample = soxr.resample
+        self.library = ctypes.CDLL(espeakng_loader.get_library_path())
+        data = os.fsencode(espeakng_loader.get_data_path())
+        self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
+        self.library.espeak_ng_SetRandSeed(seed)  # of the voices' breath and jitter; the time of day by default
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self.callback = callback(self.receive)  # kept alive as long as the library may call it
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def receive(self, samples: ctypes.Array, count: int, events: int) -> int:
+        if count:
+            self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def speak(self, text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
+        """(samples,) float32 at `SAMPLE_RATE`."""
+        self.pieces: list[np.ndarray] = []
+        self.library.espeak_SetVoiceByName(voice.encode())
+        self.library.espeak_SetParameter(ESPEAK_RATE, words_per_minute, 0)
+        self.library.espeak_SetParameter(ESPEAK_PITCH, pitch, 0)
+        data = text.encode()
+        failed = self.library.espeak_Synth(data, len(data) + 1, 0, 0, 0, ESPEAK_UTF8, None, None)
+        if failed or not self.pieces:
+            raise ValueError(f"espeak-ng could not speak {text!r} with the voice {voice}")
+        return self.resample(np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE)
+
+
+def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
+    """Writes all splits. The same in every new process for the same seed and minutes; no sentence is in two splits."""
+    espeak, draw = Espeak(seed), random.Random(seed)
+    unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
+    said: dict[str, str] = {}  # sentence → the split that has it
+    with tqdm(total=round(sum(minutes.values())), desc="speaking the corpus", unit="min", leave=False) as bar:
+        for split, length in minutes.items():
+            for spoken in speak_split(unfinished / split, split, length, espeak, draw, said):
+                bar.update(min(spoken / 60, bar.total - bar.n))
+    if directory.exists():
+        shutil.rmtree(unfinished)  # another process was faster
+    else:
+        unfinished.rename(directory)
+
+
+def speak_split(
+    directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: dict[str, str]
+) -> Iterator[float]:
+    """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
+    voices = VOICES.get(split, VOICES["train"])
+    seconds, chapter = 0.0, 0
+    while seconds < 60 * minutes:
+        voice = voices[chapter % len(voices)]
+        speaker = 100 + sum(VOICES.values(), []).index(voice)
+        folder = directory / f"{speaker}" / f"{chapter}"
+        folder.mkdir(parents=True)
+        lines = []
+        while len(lines) < SENTENCES_IN_CHAPTER and seconds < 60 * minutes:
+            text = sentence(draw)
+            if said.setdefault(text, split) != split:
+                continue
+            audio = espeak.speak(text, voice, draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH))
+            name = f"{speaker}-{chapter}-{len(lines):04}"
+            soundfile.write(folder / f"{name}.flac", audio.clip(-1, 1), SAMPLE_RATE)
+            lines.append(f"{name} {text.upper()}\n")
+            seconds += len(audio) / SAMPLE_RATE
+            yield len(audio) / SAMPLE_RATE
+        (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
+        chapter += 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m dynsize.spoken DIRECTORY")
+    speak_corpus(Path(sys.argv[1]))

@@ -1,0 +1,73 @@
+"""The supernet: encoder, layer scores and one CTC output layer for each size. A cut subnet is one with fewer layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dynsize.config import LAYERS, Config
+from dynsize.conformer import Encoder, Gates
+
+
+class Supernet(nn.Module):
+    """Networks of several sizes that share all weights.
+
+    `labels`: V, the CTC labels with the blank, which is label 0. `ranking`: the layers, most important first, from
+    which `mask` follows. With `size` it is a standalone subnet: the first `size` layers of the ranking and their
+    output layer are all that it has.
+    """
+
+    def __init__(self, config: Config, labels: int, ranking: Sequence[int] | None = None, size: int | None = None):
+        super().__init__()
+        self.config = config
+        self.ranking = list(range(config.layers)) if ranking is None else list(ranking)
+        self.sizes = config.sizes if size is None else (size,)
+        self.encoder = Encoder(config, self.ranking[: self.sizes[-1]])
+        shared = config.shared_head
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(config.width, labels) for name in (["shared"] if shared else map(str, self.sizes))}
+        )
+        self.scores = nn.Parameter(torch.full((config.layers,), config.score_start)) if size is None else None
+
+    def mask(self, size: int) -> list[bool]:
+        """The binary mask of the subnet of `size` layers: the first ones of the ranking."""
+        kept = set(self.ranking[:size])
+        return [layer in kept for layer in range(self.config.layers)]
+
+    def head(self, size: int) -> nn.Module:
+        """The output layer for a network of `size` layers: that of the largest trained size not above it."""
+        name = "shared" if self.config.shared_head else str(max((s for s in self.sizes if s <= size), default=self.sizes[0]))
+        return self.heads[name]
+
+    def forward(
+        self, features: Tensor, lengths: Tensor, sizes: Sequence[int], gates: Sequence[Gates] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the networks of all `sizes`, largest first.
+
+        `features`: (B, T, F) float32. `lengths`: (B,). `gates`: those of each network; by default its mask.
+        Returns (M, B, T', V) float32, normalised outside of autocast, and the (B,) frames inside each utterance.
+        """
+        gates = [self.mask(size) for size in sizes] if gates is None else gates
+        with precision(self.config, features.device):
+            x, lengths = self.encoder(features, lengths, gates)
+            logits = torch.stack([self.head(size)(stream) for size, stream in zip(sizes, x, strict=True)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), lengths
+
+
+@contextmanager
+def precision(config: Config, device: torch.device) -> Iterator[None]:
+    """The configured precision for what runs inside: bfloat16 autocast or float32."""
+    capabilities = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast)
+    # on CPUs the backward pass of flash attention takes 1.5 (float32) to 3 (bfloat16) times as long as plain attention's
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bool(bfloat16)), attention:
+        yield
+
+
+def layer_name(layer: int) -> str:
+    """The name that people read: layer 0 is `1.ff1`, the first layer of the first block."""
+    return f"{layer // 4 + 1}.{LAYERS[layer % 4]}"

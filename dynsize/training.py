@@ -1,0 +1,235 @@
+"""The training loop of both steps: everything that an update does is a function of the configuration and its number."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynsize import checkpoint, sandwich, simple_top_k
+from dynsize.batching import Batch, Examples, epoch_plan, load, usable
+from dynsize.config import Config
+from dynsize.conformer import Gates
+from dynsize.corpora import Utterance, read_split
+from dynsize.ctc import ctc_loss
+from dynsize.evaluation import corpus_root, device_of, kept_names, read_for_scoring, transcribe
+from dynsize.features import feature_frames, spec_augment
+from dynsize.supernet import Supernet, layer_name
+from dynsize.tokenizer import Tokenizer, train_tokenizer
+from dynsize.wer import Errors, count_errors
+
+LAST_LEARNING_RATE = 1e-8
+MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up
+
+
+def learning_rate(update: int, config: Config) -> float:
+    """Linear from peak / 100 to the peak, back to peak / 100, then to 1e-8."""
+    peak, done = config.peak_learning_rate, (update + 1) / config.updates
+    corners = [(0.0, peak / 100), (config.warmup, peak), (config.warmup + config.cooldown, peak / 100)]
+    corners.append((1.0, LAST_LEARNING_RATE))
+    for (left, low), (right, high) in zip(corners, corners[1:], strict=False):
+        if done <= right and left < right:
+            return low + (high - low) * (done - left) / (right - left)
+    return LAST_LEARNING_RATE
+
+
+class Trainer:
+    """A training in a run directory. `updates()` runs it; `save()` writes the checkpoint that `resume` goes on from.
+
+    `left_out` tells which training utterances are not trained on, and why.
+    """
+
+    def __init__(self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None) -> None:
+        self.config, self.run, self.device = config, run, device_of(config)
+        utterances, self.left_out = read_training(config)
+        texts = (utterance.text for utterance in utterances)
+        self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
+        utterances, impossible = usable(utterances, self.tokenizer, config)
+        if not utterances:
+            raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}")
+        self.left_out |= impossible
+        dev = read_for_scoring(config, config.dev_splits, self.tokenizer)
+        self.examples = Examples(utterances, self.tokenizer, config, keep=config.workers == 0)
+        self.dev = Examples(dev, self.tokenizer, config, keep=config.workers == 0)
+        torch.manual_seed(config.seed)
+        self.model = (loaded.model if loaded else Supernet(config, self.tokenizer.labels)).to(self.device)
+        self.optimizer = optimizer_for(self.model, config)
+        self.update, self.skipped = 0, 0
+        if loaded:
+            self.update, self.skipped = loaded.training["update"], loaded.training["skipped"]
+            self.optimizer.load_state_dict(loaded.training["optimizer"])
+
+    @classmethod
+    def resume(cls, run: Path) -> "Trainer":
+        """The training of a run directory, where its last checkpoint left it."""
+        loaded = checkpoint.load(run / checkpoint.NAME)
+        if loaded.training is None:
+            raise ValueError(f"{loaded.path}: a cut subnet, which can't go on training")
+        trainer = cls(loaded.model.config, run, loaded)
+        metrics = run / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(line for line in lines if json.loads(line)["update"] <= trainer.update))
+        return trainer
+
+    def updates(self) -> Iterator[dict]:
+        """Trains to the end; yields what each update did, with the dev word error rates after a validation."""
+        config, total, logged = self.config, self.config.updates, []
+        for batch in self.batches():
+            start = time.perf_counter()
+            record = self.train_on(batch)
+            record["seconds"] = time.perf_counter() - start
+            logged.append(record)
+            if self.update % config.log_every == 0 or self.update == total:
+                self.log(mean_of(logged))
+                logged = []
+            if self.update % config.validate_every == 0 or self.update == total:
+                record["dev"] = self.validate()
+            if self.update % config.save_every == 0 or self.update == total:
+                self.save()
+            yield record
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches from the next update on, epoch after epoch."""
+        frames = [feature_frames(utterance.samples, self.config) for utterance in self.examples.utterances]
+        first, epoch = 0, 0  # the epoch's first update
+        while self.update < self.config.updates:
+            plan = epoch_plan(frames, self.config, epoch)
+            yield from load(self.examples, plan[max(0, self.update - first) :][: self.config.updates - self.update])
+            first, epoch = first + len(plan), epoch + 1
+
+    def train_on(self, batch: Batch) -> dict:
+        """One update, or none where the loss or the gradient is not finite. Returns what to report of it."""
+        config, update = self.config, self.update
+        self.note_left_out(batch.corrupt)
+        torch.manual_seed((config.seed << 32) + update)  # all that is drawn is a function of the seed and the update
+        rate = learning_rate(update, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        weights, gates = self.networks_of(update, len(batch.utterances))
+        record = dict(update=update + 1, step=1 if self.in_step1(update) else 2, sizes=list(weights), learning_rate=rate)
+        record["audio_seconds"] = sum(u.samples for u in batch.utterances) / config.sample_rate
+        self.update += 1
+        if not batch.utterances:
+            return record
+        self.model.train()
+        self.optimizer.zero_grad()
+        losses = self.losses(batch, list(weights), gates)  # (M,)
+        loss = (losses * losses.new_tensor(list(weights.values()))).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        record |= dict(losses=dict(zip(weights, losses.tolist(), strict=True)), gradient_norm=norm.item())
+        if not math.isfinite(loss.item()) or not math.isfinite(record["gradient_norm"]):
+            self.skip(batch, loss.item(), record["gradient_norm"])
+        else:
+            self.skipped = 0
+            self.optimizer.step()
+        if self.in_step1(update):
+            self.model.ranking = simple_top_k.ranking(self.model.scores)
+        return record
+
+    def in_step1(self, update: int) -> bool:
+        return update < simple_top_k.step1_updates(self.config)
+
+    def networks_of(self, update: int, utterances: int) -> tuple[dict[int, float], list[Gates]]:
+        """What an update trains: size → loss weight, largest first, and the gates of each."""
+        config, model = self.config, self.model
+        if not self.in_step1(update):
+            weights = sandwich.loss_weights(update, config)
+            masks = [model.mask(size) for size in weights]
+            return weights, sandwich.gates(masks, utterances, config, self.device)
+        k = simple_top_k.size_at(update, config)
+        layer_weights = simple_top_k.layer_weights(model.scores, k, config.relaxation)
+        return {config.layers: 1.0, k: config.subnet_loss}, [[True] * config.layers, list(layer_weights)]
+
+    def losses(self, batch: Batch, sizes: list[int], gates: list[Gates]) -> Tensor:
+        """The CTC loss of each network, in nats for each label of the batch: (M,)."""
+        features, lengths, labels, label_lengths = batch.to(self.device)
+        features = spec_augment(features, lengths, self.config)
+        log_probs, lengths = self.model(features, lengths, sizes, gates)
+        m = len(sizes)
+        stacked = (lengths.repeat(m), labels.repeat(m, 1), label_lengths.repeat(m))
+        loss = ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, -1))
+        return loss.sum(1) / label_lengths.sum().clamp(min=1)
+
+    def skip(self, batch: Batch, loss: float, norm: float) -> None:
+        """Logs an update that is left out; raises FloatingPointError where too many were in a row."""
+        ids = [utterance.id for utterance in batch.utterances]
+        self.log(dict(update=self.update, skipped=f"loss {loss}, gradient norm {norm}", utterances=ids))
+        self.skipped += 1
+        if self.skipped >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{self.skipped} updates in a row had a loss or gradient that is not finite, the last one update "
+                f"{self.update}; {self.run / 'metrics.jsonl'} names their utterances. A lower --peak-learning-rate helps"
+            )
+
+    def validate(self) -> dict[int, dict]:
+        """Decodes the dev splits with every size at once. Returns size → word error rate, counts, layers kept."""
+        sizes = list(reversed(self.config.sizes))
+        texts = transcribe(self.model, self.dev, sizes, "validating")
+        result = {}
+        for size in sizes:
+            pairs = zip(self.dev.utterances, texts[size], strict=True)
+            errors = sum((count_errors(utterance.text, text) for utterance, text in pairs), Errors())
+            result[size] = dict(wer=errors.rate, errors=errors.total, words=errors.words)
+            result[size]["layers"] = kept_names(self.model, size)
+        self.log(dict(update=self.update, dev=result))
+        return result
+
+    def save(self) -> None:
+        """Writes the checkpoint and, for people, the ranking of the layers."""
+        training = dict(update=self.update, skipped=self.skipped, optimizer=self.optimizer.state_dict())
+        checkpoint.save(self.run / checkpoint.NAME, self.model, self.tokenizer, training=training)
+        scores = self.model.scores.tolist()
+        ranked = [dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking]
+        (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
+
+    def log(self, record: dict) -> None:
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def note_left_out(self, corrupt: dict[str, str]) -> None:
+        """Adds audio that turned out to be unreadable to the report."""
+        if corrupt.keys() - self.left_out.keys():
+            self.left_out |= corrupt
+            self.write_left_out()
+
+    def write_left_out(self) -> None:
+        lines = [f"{name}\t{reason}\n" for name, reason in self.left_out.items()]
+        (self.run / "left-out.txt").write_text("".join(lines))
+
+
+def read_training(config: Config) -> tuple[list[Utterance], dict[str, str]]:
+    """The utterances of all training splits, and those that can't be read."""
+    utterances: list[Utterance] = []
+    unreadable: dict[str, str] = {}
+    for split in config.train_splits:
+        readable, not_readable = read_split(corpus_root(config), split, config.sample_rate)
+        utterances, unreadable = utterances + readable, unreadable | not_readable
+    return utterances, unreadable
+
+
+def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
+    """AdamW; the layer scores have a learning rate of their own and no weight decay."""
+    weights = [weight for name, weight in model.named_parameters() if name != "scores"]
+    groups = [dict(params=weights, factor=1.0), dict(params=[model.scores], factor=config.score_rate, weight_decay=0.0)]
+    betas, decay = (0.9, config.beta2), config.weight_decay
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True)
+
+
+def mean_of(records: list[dict]) -> dict:
+    """One line of metrics.jsonl from the records of an interval: the last one's, with means of what varies."""
+    last = records[-1]
+    losses: dict[int, list[float]] = {}
+    for record in records:
+        for size, loss in record.get("losses", {}).items():
+            losses.setdefault(size, []).append(loss)
+    seconds, audio = (sum(record[name] for record in records) for name in ("seconds", "audio_seconds"))
+    return last | dict(
+        losses={size: sum(values) / len(values) for size, values in losses.items()},
+        seconds=seconds,
+        audio_seconds=audio,
+        audio_seconds_per_second=audio / seconds,
+    )

@@ -1,0 +1,17 @@
+"""pip install -e . installs the package; the extras add what the embedded corpus and the tests need."""
+
+from setuptools import setup
+
+DEMO = ["espeakng-loader>=0.2.4", "soxr>=0.3"]  # espeak-ng (GPL-3) speaks the embedded corpus; soxr resamples it
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]
+
+setup(
+    name="dynsize",
+    version="0.1.0",
+    description="Dynamic encoder size for speech recognition: one Conformer-CTC supernet, subnets of several sizes",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["dynsize"],
+    install_requires=["torch>=2.6", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm>=4.65"],
+    extras_require={"demo": DEMO, "test": DEMO + TEST},
+)

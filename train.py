@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in a few minutes on a CPU."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import typing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dynsize import config as configuration
+from dynsize.checkpoint import NAME
+from dynsize.training import Trainer
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line. The defaults shown are those of the preset that it names."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo", choices=configuration.PRESETS)
+    name = first.parse_known_args(arguments)[0].preset
+    preset = configuration.preset(name)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, epilog=f"Defaults are those of the preset {name}; "
+        "--preset P --help shows another's.", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110)
+    )
+    parser.add_argument("--preset", default="demo", choices=configuration.PRESETS, help="table of defaults (demo)")
+    parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run directory if it is there")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed")
+    types, groups = typing.get_type_hints(configuration.Config), {}
+    for field in configuration.fields():
+        section = field.metadata["section"]
+        group = groups[section] = groups.get(section) or parser.add_argument_group(section)
+        options = flag_options(types[field.name])
+        default = configuration.shown(getattr(preset, field.name))
+        help_text = f"{field.metadata['help']} ({default})".replace("%", "%%")
+        group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
+    parsed = parser.parse_args(arguments)
+    if parsed.resume and len(arguments) > 2:
+        parser.error("--resume goes on as the run was configured: it stands alone")
+    return parsed
+
+
+def flag_options(kind: type) -> dict:
+    """What argparse needs to know to read a value of a configuration field's type."""
+    if kind is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if typing.get_origin(kind) is tuple:
+        return dict(type=typing.get_args(kind)[0], nargs="+", metavar=typing.get_args(kind)[0].__name__.upper())
+    return dict(type=kind, metavar=kind.__name__.upper())
+
+
+def start(options: argparse.Namespace) -> Trainer:
+    """The trainer in its run directory, new or resumed. Raises ValueError for bad input; then nothing was changed."""
+    if options.resume:
+        return Trainer.resume(options.resume)
+    changes = {f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)}
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    config = configuration.preset(options.preset, **changes)
+    run = options.run or Path("runs") / options.preset
+    if run.exists() and not options.overwrite:
+        raise ValueError(f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it")
+    if run.exists() and not (run / "config.json").is_file():
+        raise ValueError(f"{run}: not a run directory (no config.json in it); --overwrite does not replace it")
+    trainer = Trainer(config, run)
+    if run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    trainer.write_left_out()
+    return trainer
+
+
+def describe(trainer: Trainer) -> None:
+    """Prints what is about to be trained, on what."""
+    config, utterances = trainer.config, trainer.examples.utterances
+    hours = sum(utterance.samples for utterance in utterances) / config.sample_rate / 3600
+    print(f"corpus     {config.corpus}: {len(utterances)} utterances, {hours:.2f} hours; {len(trainer.left_out)} left out")
+    for reason in list(trainer.left_out.values())[:5]:
+        print(f"           left out: {reason}")
+    weights = sum(weight.numel() for weight in trainer.model.parameters())
+    print(f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters")
+    print(f"labels     {trainer.tokenizer.labels} with the blank")
+    print(f"training   {config.method}, sizes {configuration.shown(config.sizes)}, {config.updates} updates → {trainer.run}")
+
+
+def run_to_end(trainer: Trainer, stop: list[int]) -> None:
+    """Trains, with a progress bar, until the end or a signal."""
+    config = trainer.config
+    with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True) as bar:
+        for record in trainer.updates():
+            loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
+            speed = record["audio_seconds"] / record["seconds"]
+            sizes = " ".join(map(str, record["sizes"]))
+            bar.set_description_str(f"step {record['step']}, sizes {sizes}", refresh=False)
+            bar.set_postfix_str(f"loss {loss}, lr {record['learning_rate']:.1e}, {speed:.0f} audio s/s", refresh=False)
+            bar.update(record["update"] - bar.n)
+            for size, result in record.get("dev", {}).items():
+                kept = "all" if size == config.layers else " ".join(result["layers"])
+                bar.write(f"update {record['update']:>6}  size {size:>3}  dev WER {100 * result['wer']:6.2f}%  keeps {kept}")
+            if stop:
+                trainer.save()
+                bar.close()
+                print(f"stopped and saved at update {trainer.update}; python train.py --resume {trainer.run} goes on")
+                sys.exit(128 + stop[0])
+
+
+def main() -> None:
+    try:
+        trainer = start(parse(sys.argv[1:]))
+        describe(trainer)
+        stop: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stop.append(number) or signal.signal(number, signal.SIG_DFL))
+        run_to_end(trainer, stop)
+        print(f"done: {trainer.run / NAME}; python prune.py {trainer.run} cuts its subnets")
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
