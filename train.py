@@ -24,8 +24,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     name = first.parse_known_args(arguments)[0].preset
     preset = configuration.preset(name)
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, epilog=f"Defaults are those of the preset {name}; "
-        "--preset P --help shows another's.", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110)
+        description=__doc__,
+        allow_abbrev=False,
+        epilog=f"Defaults are those of the preset {name}; --preset P --help shows another's.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110),
     )
     parser.add_argument("--preset", default="demo", choices=configuration.PRESETS, help="table of defaults (demo)")
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
@@ -79,13 +81,16 @@ def describe(trainer: Trainer) -> None:
     """Prints what is about to be trained, on what."""
     config, utterances = trainer.config, trainer.examples.utterances
     hours = sum(utterance.samples for utterance in utterances) / config.sample_rate / 3600
-    print(f"corpus     {config.corpus}: {len(utterances)} utterances, {hours:.2f} hours; {len(trainer.left_out)} left out")
+    print(
+        f"corpus     {config.corpus}: {len(utterances)} utterances, {hours:.2f} hours; {len(trainer.left_out)} left out"
+    )
     for reason in list(trainer.left_out.values())[:5]:
         print(f"           left out: {reason}")
     weights = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters")
     print(f"labels     {trainer.tokenizer.labels} with the blank")
-    print(f"training   {config.method}, sizes {configuration.shown(config.sizes)}, {config.updates} updates → {trainer.run}")
+    sizes = configuration.shown(config.sizes)
+    print(f"training   {config.method}, sizes {sizes}, {config.updates} updates → {trainer.run}")
 
 
 def run_to_end(trainer: Trainer, stop: list[int]) -> None:
@@ -101,7 +106,9 @@ def run_to_end(trainer: Trainer, stop: list[int]) -> None:
             bar.update(record["update"] - bar.n)
             for size, result in record.get("dev", {}).items():
                 kept = "all" if size == config.layers else " ".join(result["layers"])
-                bar.write(f"update {record['update']:>6}  size {size:>3}  dev WER {100 * result['wer']:6.2f}%  keeps {kept}")
+                bar.write(
+                    f"update {record['update']:>6}  size {size:>3}  dev WER {100 * result['wer']:6.2f}%  keeps {kept}"
+                )
             if stop:
                 trainer.save()
                 bar.close()

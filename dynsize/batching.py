@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ LENGTH_JITTER = 0.1  # share by which a length is off when utterances are sorted
 
 @dataclass(frozen=True)
 class Example:
-    """An utterance read: features (T, F) float32, its labels, and why it could not be read (then it has no features)."""
+    """An utterance, its labels and its features (T, F) float32, or why it could not be read."""
 
     utterance: Utterance
     labels: list[int]
@@ -129,7 +130,7 @@ def usable(
     good, left_out = [], {}
     for utterance in utterances:
         labels = labels_of(utterance, tokenizer)
-        repeats = sum(a == b for a, b in zip(labels, labels[1:], strict=False))
+        repeats = sum(a == b for a, b in pairwise(labels))
         frames = output_frames(feature_frames(utterance.samples, config))
         if 1 <= frames >= len(labels) + repeats:
             good.append(utterance)

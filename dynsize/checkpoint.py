@@ -26,7 +26,9 @@ class Checkpoint:
     training: dict | None
 
 
-def save(path: Path, model: Supernet, tokenizer: Tokenizer, size: int | None = None, training: dict | None = None) -> None:
+def save(
+    path: Path, model: Supernet, tokenizer: Tokenizer, size: int | None = None, training: dict | None = None
+) -> None:
     """Writes a checkpoint: after an interruption at any time, `path` is the old file or the new one, and whole."""
     content = {
         "format": FORMAT,
@@ -57,7 +59,7 @@ def load(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, according to what is wrong
-        raise ValueError(f"{path}: damaged, or not a checkpoint: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"{path}: damaged, or not a checkpoint: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: a PyTorch file, but not one that dynsize wrote ({FORMAT!r})")
     try:

@@ -29,9 +29,13 @@ class Config:
     window_ms: float = setting(25.0, "features", "analysis window, in ms")
     hop_ms: float = setting(10.0, "features", "from one feature frame to the next, in ms")
 
-    frequency_masks: int = setting(2, "SpecAugment", "frequency masks of an utterance, at most (2 or fewer: always so many)")
+    frequency_masks: int = setting(
+        2, "SpecAugment", "frequency masks of an utterance, at most (2 or fewer: always so many)"
+    )
     frequency_mask_bins: int = setting(8, "SpecAugment", "width of a frequency mask, in mel bins, at most")
-    time_mask_every: int = setting(100, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none")
+    time_mask_every: int = setting(
+        100, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none"
+    )
     time_mask_frames: int = setting(20, "SpecAugment", "width of a time mask, in feature frames, at most")
 
     blocks: int = setting(6, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
@@ -64,7 +68,9 @@ class Config:
     epsilon: float = setting(1e-8, "training", "AdamW's epsilon")
     beta2: float = setting(0.98, "training", "AdamW's decay of the squared gradient")
     clip: float = setting(1.0, "training", "largest norm of the gradient; 0: no clipping")
-    precision: str = setting("auto", "training", "bfloat16 (autocast), float32, or auto: bfloat16 where hardware has it")
+    precision: str = setting(
+        "auto", "training", "bfloat16 (autocast), float32, or auto: bfloat16 where hardware has it"
+    )
     device: str = setting("auto", "training", "cpu, cuda, or auto: cuda where there is one")
     workers: int = setting(0, "training", "loader processes; 0: none, and features stay in memory (115 MB an hour)")
     seed: int = setting(0, "training", "of everything that is drawn")
@@ -86,7 +92,9 @@ class Config:
         """For each field that has one: whether its rule holds, and the rule."""
         rules = {name: (getattr(self, name) >= 1, "must be 1 or more") for name in POSITIVE}
         rules |= {name: (0 <= getattr(self, name) < 1, "must be 0 or more and below 1") for name in SHARES}
-        rules |= {name: (getattr(self, name) in words, "must be " + " or ".join(words)) for name, words in WORDS.items()}
+        rules |= {
+            name: (getattr(self, name) in words, "must be " + " or ".join(words)) for name, words in WORDS.items()
+        }
         head_width = self.width // self.attention_heads if self.attention_heads > 0 else 0
         sizes, largest = self.sizes, self.sizes[-1] if self.sizes else 0
         rules["attention_heads"] = (
@@ -96,7 +104,7 @@ class Config:
         rules["kernel"] = (self.kernel > 0 and self.kernel % 2 == 1, "must be odd")
         rules["sizes"] = (
             list(sizes) == sorted(set(sizes)) and min(sizes, default=0) >= 1 and largest == self.layers,
-            f"must be ascending numbers of layers from 1 to all {self.layers} of {self.blocks} blocks, the last one all",
+            f"must be ascending numbers of layers, from 1 up; the last: all {self.layers} of the {self.blocks} blocks",
         )
         channels = {"conv2d": 2, "vgg": 4}.get(self.front_end, 0)
         rules["front_end_channels"] = (
@@ -108,7 +116,10 @@ class Config:
             f"must lie above --lowest-hz {self.lowest_hz} and not above half the sample rate {self.sample_rate}",
         )
         rules["cooldown"] = (0 <= self.cooldown <= 1 - self.warmup, f"must be 0 to 1 - warmup = {1 - self.warmup:g}")
-        rules["hop_ms"] = (0 < self.hop_ms <= self.window_ms, f"must be above 0 and at most --window-ms {self.window_ms}")
+        rules["hop_ms"] = (
+            0 < self.hop_ms <= self.window_ms,
+            f"must be above 0 and at most --window-ms {self.window_ms}",
+        )
         rules["batch_seconds"] = (self.batch_seconds > 0, "must be above 0")
         rules["peak_learning_rate"] = (self.peak_learning_rate > 0, "must be above 0")
         return rules
@@ -132,10 +143,12 @@ def shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-PAPER = dict(  # what the paper's two setups share, read from the authors' published configurations
+# What the paper's two setups share, read from the authors' published configurations.
+PAPER = dict(
     vocabulary=512, front_end="vgg", front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, sizes=(16, 32, 48),
-    time_mask_every=25, time_mask_frames=20, warmup=0.45, cooldown=0.45, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
-    peak_learning_rate=4e-4, batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
+    time_mask_every=25, time_mask_frames=20, warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3,
+    epsilon=1e-16, beta2=0.999, clip=0.0, batch_seconds=150.0, workers=4, log_every=100, validate_every=5000,
+    save_every=1000,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),

@@ -77,7 +77,7 @@ def count_samples(path: Path, sample_rate: int) -> int:
     try:
         header = soundfile.info(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise CorruptAudio(f"{path}: not an audio file: {str(error).splitlines()[0]}") from error
+        raise CorruptAudio(f"{path}: not an audio file: {error}") from error
     if header.channels != 1:
         raise ValueError(f"{path}: {header.channels} channels; only mono audio is supported")
     if header.samplerate != sample_rate:

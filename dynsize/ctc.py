@@ -50,7 +50,7 @@ class CtcLoss(torch.autograd.Function):
         # α and β both contain e(t, s), so that one of them must go
         posterior = (alpha + beta - emitted.clamp(min=-1e30) - log_likelihood[:, None, None]).exp()
         valid = (time < lengths[:, None])[..., None] & (state <= last[:, None, None])
-        valid &= log_likelihood.isfinite()[:, None, None] 
+        valid &= log_likelihood.isfinite()[:, None, None]
         ctx.save_for_backward(posterior.masked_fill(~valid, 0), extended)
         ctx.vocabulary, ctx.dtype = log_probs.shape[2], log_probs.dtype
         return -log_likelihood
@@ -81,5 +81,7 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
     """The best label of each frame, repeats joined, blanks removed. `log_probs`: (N, T, V). Returns N lists."""
     best = log_probs.argmax(-1).cpu()
-    paths = (torch.unique_consecutive(path[:length]).tolist() for path, length in zip(best, lengths.tolist(), strict=True))
+    paths = (
+        torch.unique_consecutive(path[:length]).tolist() for path, length in zip(best, lengths.tolist(), strict=True)
+    )
     return [[label for label in path if label != BLANK] for path in paths]

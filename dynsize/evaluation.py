@@ -47,7 +47,7 @@ def device_of(config: Config) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {config.device}: {error}") from error
 
 
 @torch.inference_mode()

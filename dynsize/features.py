@@ -81,9 +81,13 @@ def spec_augment(features: Tensor, lengths: Tensor, config: Config) -> Tensor:
         return (least + torch.rand(rows, device=device) * (most - least + 1)).floor()
 
     all_bins = torch.full((rows,), bins, device=device)
-    hidden = masks(bins, all_bins, counts(all_bins.new_full((rows,), config.frequency_masks)), config.frequency_mask_bins)
+    hidden = masks(
+        bins, all_bins, counts(all_bins.new_full((rows,), config.frequency_masks)), config.frequency_mask_bins
+    )
     features = features.masked_fill(hidden[:, None, :], 0.0)
     if config.time_mask_every:
-        hidden = masks(frames, lengths, counts((lengths // config.time_mask_every).clamp(min=2)), config.time_mask_frames)
+        hidden = masks(
+            frames, lengths, counts((lengths // config.time_mask_every).clamp(min=2)), config.time_mask_frames
+        )
         features = features.masked_fill(hidden[:, :, None], 0.0)
     return features

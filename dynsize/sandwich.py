@@ -19,7 +19,9 @@ def loss_weights(update: int, config: Config) -> dict[int, float]:
     return {largest: 1.0} | dict.fromkeys(between + smaller[:1], config.subnet_loss)
 
 
-def stochastic_depth(utterances: int, smallest: Sequence[bool], config: Config, device: torch.device) -> list[bool | Tensor]:
+def stochastic_depth(
+    utterances: int, smallest: Sequence[bool], config: Config, device: torch.device
+) -> list[bool | Tensor]:
     """The supernet's gates for `utterances` utterances: each skips each layer outside the smallest subnet, given by
     its mask, with the configured probability. Drawn from torch's generator of the device."""
     if config.stochastic_depth == 0:

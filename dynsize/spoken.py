@@ -21,16 +21,18 @@ VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a 
 # What each alternative writes in capitals is replaced by one of that rule's alternatives.
 GRAMMAR = {
     "SENTENCE": [
-        "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN", "set the ROOM DEVICE to NUMBER percent",
-        "open the PART of the ROOM", "close the PART of the ROOM WHEN", "make the ROOM lights COLOUR", "what is the weather DAY",
-        "call PERSON at TIME", "send a message to PERSON", "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT",
-        "remind me to call PERSON DAY at TIME", "wake me up at TIME DAY", "add FOOD and FOOD to the shopping list",
-        "we need NUMBER more FOOD", "play some MUSIC music in the ROOM", "play the next song", "stop the music in the ROOM",
+        "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN",
+        "set the ROOM DEVICE to NUMBER percent", "open the PART of the ROOM", "close the PART of the ROOM WHEN",
+        "make the ROOM lights COLOUR", "what is the weather DAY", "call PERSON at TIME", "send a message to PERSON",
+        "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT", "remind me to call PERSON DAY at TIME",
+        "wake me up at TIME DAY", "add FOOD and FOOD to the shopping list", "we need NUMBER more FOOD",
+        "play some MUSIC music in the ROOM", "play the next song", "stop the music in the ROOM",
         "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME", "cancel the EVENT with PERSON DAY",
         "the EVENT with PERSON is on the ORDINAL of MONTH", "PERSON was born on the ORDINAL of MONTH",
         "PERSON and PERSON will be here at TIME", "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT",
         "dial DIGIT DIGIT DIGIT DIGIT for PERSON", "NUMBER plus NUMBER is NUMBER", "start a timer for NUMBER minutes",
-        "how many days are there before the ORDINAL of MONTH", "is the PART of the ROOM open", "lock the PART and wake PERSON",
+        "how many days are there before the ORDINAL of MONTH", "is the PART of the ROOM open",
+        "lock the PART and wake PERSON",
     ],
     "STATE": ["on", "off"],
     "WHEN": ["DAY", "at TIME", "in NUMBER minutes", "now"],
@@ -43,18 +45,27 @@ GRAMMAR = {
     "TENS": ["twenty", "thirty", "forty", "fifty"],
     "NUMBER": ["DIGIT", "TEEN", "TENS", "TENS DIGIT", "HIGH", "HIGH DIGIT", "one hundred", "two hundred"],
     "HIGH": ["sixty", "seventy", "eighty", "ninety"],
-    "TEEN": ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"],
+    "TEEN": [
+        "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    ],
     "DIGIT": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
     "ORDINAL": ["first", "second", "third", "fourth", "fifth", "tenth", "twelfth", "twentieth", "thirtieth"],
-    "MONTH": ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
-              "november", "december"],
+    "MONTH": [
+        "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+        "december",
+    ],
     "DEVICE": ["lights", "heater", "fan", "radio", "television", "speaker", "alarm", "lamp"],
     "PART": ["door", "window", "curtains"],
     "ROOM": ["kitchen", "bedroom", "bathroom", "garage", "garden", "hallway", "office", "basement"],
     "COLOUR": ["red", "green", "blue", "yellow", "white", "orange", "purple"],
-    "PERSON": ["anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "kevin", "laura", "martin",
-               "nora", "oscar", "peter", "rachel", "simon", "victor"],
-    "FOOD": ["apples", "bananas", "bread", "butter", "cheese", "coffee", "eggs", "milk", "potatoes", "rice", "sugar", "tomatoes"],
+    "PERSON": [
+        "anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "kevin", "laura", "martin",
+        "nora", "oscar", "peter", "rachel", "simon", "victor",
+    ],
+    "FOOD": [
+        "apples", "bananas", "bread", "butter", "cheese", "coffee", "eggs", "milk", "potatoes", "rice", "sugar",
+        "tomatoes",
+    ],
     "EVENT": ["meeting", "party", "lesson", "concert"],
     "MUSIC": ["jazz", "classical", "dance"],
 }  # fmt: skip
@@ -146,7 +157,7 @@ def speak_split(
     seconds, chapter = 0.0, 0
     while seconds < 60 * minutes:
         voice = voices[chapter % len(voices)]
-        speaker = 100 + sum(VOICES.values(), []).index(voice)
+        speaker = 100 + [name for names in VOICES.values() for name in names].index(voice)
         folder = directory / f"{speaker}" / f"{chapter}"
         folder.mkdir(parents=True)
         lines = []

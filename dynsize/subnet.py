@@ -35,7 +35,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
-    """Multiply-accumulates of the network of `size` layers for so many seconds of audio, attention products included."""
+    """Multiply-accumulates of the network of `size` layers for `seconds` of audio, attention products included."""
     frames = feature_frames(round(seconds * model.config.sample_rate), model.config)
     total = front_end_macs(model.encoder.front_end, frames, model.config.mel_bins)
     frames = model.encoder.front_end.output_frames(frames)

@@ -1,7 +1,6 @@
 """SentencePiece units as CTC labels. Label 0 is SentencePiece's 'unknown', which no known text needs: CTC's blank."""
 
 import io
-import re
 from collections.abc import Iterable
 
 import sentencepiece

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dynsize.ctc import ctc_loss
 from dynsize.evaluation import corpus_root, device_of, kept_names, read_for_scoring, transcribe
 from dynsize.features import feature_frames, spec_augment
 from dynsize.supernet import Supernet, layer_name
-from dynsize.tokenizer import Tokenizer, train_tokenizer
+from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors, count_errors
 
 LAST_LEARNING_RATE = 1e-8
@@ -30,7 +31,7 @@ def learning_rate(update: int, config: Config) -> float:
     peak, done = config.peak_learning_rate, (update + 1) / config.updates
     corners = [(0.0, peak / 100), (config.warmup, peak), (config.warmup + config.cooldown, peak / 100)]
     corners.append((1.0, LAST_LEARNING_RATE))
-    for (left, low), (right, high) in zip(corners, corners[1:], strict=False):
+    for (left, low), (right, high) in pairwise(corners):
         if done <= right and left < right:
             return low + (high - low) * (done - left) / (right - left)
     return LAST_LEARNING_RATE
@@ -49,7 +50,9 @@ class Trainer:
         self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
         utterances, impossible = usable(utterances, self.tokenizer, config)
         if not utterances:
-            raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}")
+            raise ValueError(
+                f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}"
+            )
         self.left_out |= impossible
         dev = read_for_scoring(config, config.dev_splits, self.tokenizer)
         self.examples = Examples(utterances, self.tokenizer, config, keep=config.workers == 0)
@@ -109,7 +112,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         weights, gates = self.networks_of(update, len(batch.utterances))
-        record = dict(update=update + 1, step=1 if self.in_step1(update) else 2, sizes=list(weights), learning_rate=rate)
+        record = dict(
+            update=update + 1, step=1 if self.in_step1(update) else 2, sizes=list(weights), learning_rate=rate
+        )
         record["audio_seconds"] = sum(u.samples for u in batch.utterances) / config.sample_rate
         self.update += 1
         if not batch.utterances:
@@ -162,7 +167,7 @@ class Trainer:
         if self.skipped >= MOST_SKIPPED:
             raise FloatingPointError(
                 f"{self.skipped} updates in a row had a loss or gradient that is not finite, the last one update "
-                f"{self.update}; {self.run / 'metrics.jsonl'} names their utterances. A lower --peak-learning-rate helps"
+                f"{self.update}; {self.run / 'metrics.jsonl'} names their utterances. Try a lower peak learning rate"
             )
 
     def validate(self) -> dict[int, dict]:

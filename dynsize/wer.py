@@ -48,7 +48,7 @@ def count_errors(reference: str, hypothesis: str) -> Errors:
 
 
 def interval(errors: Sequence[Errors], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of the word error rate (Bisani and Ney 2004): the utterances drawn anew with replacement."""
+    """95% bootstrap interval of the word error rate (Bisani and Ney 2004): utterances drawn anew, with replacement."""
     counts = np.array([(e.total, e.words) for e in errors], dtype=float)
     chosen = np.random.default_rng(seed).integers(len(errors), size=(draws, len(errors)))
     total, words = counts[chosen].sum(1).T

@@ -1,0 +1,54 @@
+"""A corpus of tones for the tests, and hypothesis's profiles: `ci` draws the same every time, `dev` does not."""
+
+import os
+import random
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import soundfile
+
+from dynsize.config import Config
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+RATE = 8000  # Hz
+TONES = {"LOW": 300, "MID": 900, "HIGH": 2000, "TOP": 3200}  # Hz
+SPLITS = {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 6, "test-other": 4}
+
+
+def write_tones(root: Path, splits: dict[str, int] = SPLITS) -> Path:
+    """A corpus in LibriSpeech's layout whose words are tones of 0.2 s."""
+    draw, noise = random.Random(0), np.random.default_rng(0)
+    for number, (split, utterances) in enumerate(splits.items()):
+        folder = root / split / f"{number}" / "7"
+        folder.mkdir(parents=True)
+        lines = []
+        for utterance in range(utterances):
+            words = draw.choices(list(TONES), k=draw.randint(2, 4))
+            time = np.arange(round(0.2 * RATE)) / RATE
+            audio = np.concatenate([0.3 * np.sin(2 * np.pi * TONES[word] * time) for word in words])
+            audio = audio + 0.01 * noise.standard_normal(len(audio))
+            soundfile.write(folder / f"{number}-7-{utterance:04}.flac", audio, RATE)
+            lines.append(f"{number}-7-{utterance:04} {' '.join(words)}\n")
+        (folder / f"{number}-7.trans.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """The corpus of tones, not to be changed."""
+    return write_tones(tmp_path_factory.mktemp("corpus"))
+
+
+def tiny(**changes) -> Config:
+    """A configuration for the corpus of tones that trains in seconds."""
+    values = dict(
+        sample_rate=RATE, mel_bins=12, highest_hz=3900.0, vocabulary=12, blocks=2, width=16, attention_heads=2,
+        kernel=3, front_end_channels=(4, 4), sizes=(3, 5, 8), precision="float32", updates=12, batch_seconds=5.0,
+        log_every=4, validate_every=6, save_every=6, time_mask_frames=4, frequency_mask_bins=2,
+    )  # fmt: skip
+    return Config(**(values | changes))

@@ -1,0 +1,224 @@
+"""From files to batches: features, SpecAugment, corpora, tokenizer, batch plan, the embedded corpus, and bad input."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, SPLITS, tiny, write_tones
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynsize import spoken
+from dynsize.batching import Examples, batch_plan, collate, epoch_plan, usable
+from dynsize.corpora import CorruptAudio, Utterance, read_audio, read_split
+from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
+from dynsize.tokenizer import Tokenizer, train_tokenizer
+
+
+def test_log_mel_of_a_tone_peaks_in_its_filter():
+    config = tiny(mel_bins=20)
+    time = torch.arange(RATE) / RATE
+    quiet = 1e-3 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
+    for hz in (400, 1000, 2500):
+        # the tone sounds in the second half alone: normalisation takes away what is the same in all frames
+        features = log_mel(quiet + torch.sin(2 * math.pi * hz * time) * (time > 0.5), config)
+        edges = 700 * (10 ** (torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (60, 3900)), 22) / 2595) - 1)
+        power = (features[60:] - features[:40].mean(0)).mean(0)
+        centre = edges[1:-1][power.argmax()]
+        assert abs(centre - hz) < 0.2 * hz
+        assert features.shape == (feature_frames(RATE, config), 20)
+        torch.testing.assert_close(features.mean(0), torch.zeros(20), rtol=0, atol=1e-4)
+        torch.testing.assert_close(features.var(0), torch.ones(20), rtol=0, atol=0.02)
+
+
+def test_log_mel_by_definition():
+    """Against numpy in float64: frames, window, spectrum, filters and logarithm written out."""
+    config = tiny()
+    waveform = np.random.default_rng(0).standard_normal(1000)
+    window, hop = 200, 80
+    frames = np.stack([waveform[i : i + window] for i in range(0, 801, hop)])
+    frames = (frames - frames.mean(1, keepdims=True)) * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window))
+    power = np.abs(np.fft.rfft(frames, 256)) ** 2
+    mel = np.log(power @ mel_filters(12, 256, RATE, 60.0, 3900.0).double().numpy() + 1e-10)
+    expected = (mel - mel.mean(0)) / np.sqrt(mel.var(0) + 1e-5)
+    np.testing.assert_allclose(log_mel(torch.from_numpy(waveform).float(), config), expected, atol=1e-3)
+
+
+@given(st.integers(1, 2000))
+def test_any_waveform_has_finite_features(samples):
+    features = log_mel(torch.zeros(samples), tiny())
+    assert features.shape == (feature_frames(samples, tiny()), 12) and features.isfinite().all()
+
+
+@given(st.integers(0, 2**20), st.lists(st.integers(1, 300), min_size=1, max_size=5))
+def test_spec_augment_stays_inside_each_utterance(seed, lengths):
+    torch.manual_seed(seed)
+    config = tiny(mel_bins=40, frequency_masks=3, frequency_mask_bins=5, time_mask_every=25, time_mask_frames=20)
+    features, frames = torch.ones(len(lengths), max(lengths), 40), torch.tensor(lengths)
+    masked = spec_augment(features, frames, config)
+    for row, length in zip(masked, lengths, strict=True):
+        hidden_bins = (row == 0).all(0)
+        hidden_frames = (row == 0).all(1)
+        assert not hidden_frames[length:].any() or hidden_bins.all()
+        assert hidden_bins.sum() <= 3 * 5 or length == hidden_frames[:length].sum()
+        assert hidden_frames.sum() <= 20 * max(2, length // 25)
+        assert (row[~hidden_frames][:, ~hidden_bins] == 1).all()
+    assert (features == 1).all()
+
+
+def test_spec_augment_off_and_on():
+    torch.manual_seed(0)
+    features, lengths = torch.ones(50, 400, 40), torch.full((50,), 400)
+    off = tiny(mel_bins=40, frequency_masks=0, time_mask_every=0)
+    assert torch.equal(spec_augment(features, lengths, off), features)
+    on = tiny(mel_bins=40, frequency_masks=2, frequency_mask_bins=8, time_mask_every=25, time_mask_frames=20)
+    hidden = spec_augment(features, lengths, on) == 0
+    assert 6 < hidden.all(1).sum(1).float().mean() < 9  # two masks of 4 bins in the mean
+    assert 40 < hidden.all(2).sum(1).float().mean() < 95  # 2 to 16 masks of 10 frames in the mean, which may overlap
+
+
+def test_reads_librispeechs_layout(tones):
+    utterances, unreadable = read_split(tones, "train", RATE)
+    assert len(utterances) == SPLITS["train"] and not unreadable
+    assert utterances[3].id == "0-7-0003" and set(utterances[3].text.split()) <= {"LOW", "MID", "HIGH", "TOP"}
+    audio = read_audio(utterances[3])
+    assert (
+        audio.dtype == torch.float32
+        and len(audio) == utterances[3].samples == soundfile.info(utterances[3].path).frames
+    )
+
+
+def broken(path, how):
+    """Damages an audio file."""
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 9}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "noise"])
+def test_corrupt_audio_is_named(tmp_path, how):
+    root = write_tones(tmp_path, {"train": 3})
+    victim = root / "train" / "0" / "7" / "0-7-0001.flac"
+    broken(victim, how)
+    utterances, unreadable = read_split(root, "train", RATE)
+    if how == "truncated":  # its header is whole
+        with pytest.raises(CorruptAudio, match=r"0-7-0001\.flac"):
+            read_audio(utterances[1])
+        tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
+        batch = collate([Examples(utterances, tokenizer, tiny(), keep=False)[i] for i in range(3)])
+        assert list(batch.corrupt) == ["0-7-0001"] and len(batch.features) == len(batch.utterances) == 2
+    else:
+        assert list(unreadable) == ["0-7-0001"] and str(victim) in unreadable["0-7-0001"] and len(utterances) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: root / "nowhere", ["nowhere", "no such directory"]),
+        (lambda root: (root / "train").rename(root / "other") and root, ["train", "no such split", "other"]),
+        (lambda root: (root / "train/0/7/0-7.trans.txt").write_text("\n") and root, ["train", "no utterances"]),
+        (lambda root: (root / "train/0/7/0-7-0000.flac").unlink() or root, ["0-7.trans.txt", "0-7-0000", "no audio"]),
+        (lambda root: write(root, np.zeros((800, 2)), RATE), ["0-7-0000.flac", "2 channels"]),
+        (lambda root: write(root, np.zeros(800), 16000), ["0-7-0000.flac", "16000 Hz", "8000"]),
+        (lambda root: (root / "train/0/7/0-7.trans.txt").write_bytes(b"0-7-0000 \xff") and root, ["0-7", "UTF-8"]),
+    ],
+    ids=["no corpus", "no split", "empty split", "no audio", "stereo", "rate", "encoding"],
+)  # fmt: skip
+def test_bad_corpora_are_named(tmp_path, change, words):
+    root = change(write_tones(tmp_path, {"train": 2}))
+    with pytest.raises(ValueError) as error:
+        read_split(root, "train", RATE)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def write(root, audio, rate):
+    soundfile.write(root / "train/0/7/0-7-0000.flac", audio, rate)
+    return root
+
+
+@pytest.mark.parametrize("texts", [["A"], ["AB BA", "B A"], ["ONE TWO THREE"] * 50, ["ÄÖ ß 你好"], ["X" * 5000]])
+@pytest.mark.parametrize("units", [1, 20, 5000])
+def test_tokenizer_adapts_to_the_text(texts, units):
+    tokenizer = train_tokenizer(texts, units)
+    again = Tokenizer(tokenizer.model)
+    for text in texts:
+        labels = again.encode(text)
+        assert again.decode(labels) == text
+        assert all(0 < label < again.labels for label in labels)
+    assert again.labels <= max(units, len(set("".join(texts))) + 1) + 1
+
+
+def test_unknown_characters_are_named():
+    tokenizer = train_tokenizer(["LOW MID HIGH"], 20)
+    with pytest.raises(ValueError, match="'!' 'X', in 'LOW X!'"):
+        tokenizer.encode("LOW X!")
+    with pytest.raises(ValueError, match="all empty"):
+        train_tokenizer(["", ""], 20)
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(1, 2000), st.integers(1, 9))
+def test_batch_plan_holds_every_utterance_once_within_the_limits(frames, most_frames, most_utterances):
+    plan = batch_plan(frames, most_frames, most_utterances)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(frames)))
+    for batch in plan:
+        assert len(batch) <= most_utterances
+        assert len(batch) == 1 or len(batch) * max(frames[i] for i in batch) <= most_frames
+
+
+def test_epoch_plan_is_a_function_of_seed_and_epoch():
+    frames = [100 + i % 37 for i in range(200)]
+    plans = [epoch_plan(frames, tiny(seed=seed), epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert plans[0] == plans[1] and plans[0] != plans[2] and plans[0] != plans[3]
+    assert {frozenset(batch) for batch in plans[0]} != {frozenset(batch) for batch in plans[2]}
+    padded = sum(len(batch) * max(frames[i] for i in batch) for batch in plans[0])
+    assert padded < 1.15 * sum(frames)
+
+
+@pytest.mark.parametrize(("front_end", "channels"), [("conv2d", (4, 4)), ("vgg", (2, 2, 2, 2))])
+def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end, channels):
+    config = tiny(front_end=front_end, front_end_channels=channels)
+    tokenizer = train_tokenizer(["AAB", "B"], 3)  # single characters; a word begins with a mark of its own
+    utterances = [Utterance(f"u{n}", tmp_path / f"u{n}.flac", "AAB", 80 * n) for n in range(1, 60)]
+    labels = tokenizer.encode("AAB")
+    good, left_out = usable(utterances, tokenizer, config)
+    for utterance in utterances:
+        features = feature_frames(utterance.samples, config)
+        frames = features // 4 if front_end == "vgg" else math.ceil(features / 4)
+        possible = frames > 0
+        if possible:  # as torch's CTC sees it
+            log_probs, target = torch.zeros(frames, 1, 9), torch.tensor([labels])
+            lengths = torch.tensor([frames]), torch.tensor([len(labels)])
+            possible = torch.nn.functional.ctc_loss(log_probs, target, *lengths).isfinite().item()
+        assert (utterance in good) == possible
+    assert left_out and len(left_out) + len(good) == len(utterances) and "u1.flac" in left_out["u1"]
+
+
+def test_the_grammar_has_150_to_200_words_and_its_capitals_are_rules():
+    words = {word for rule in spoken.GRAMMAR.values() for alternative in rule for word in alternative.split()}
+    assert 150 <= len({word for word in words if word.islower()}) <= 200
+    assert {word for word in words if not word.islower()} == set(spoken.GRAMMAR) - {"SENTENCE"}
+
+
+def test_the_spoken_corpus(tmp_path):
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'")
+    minutes = {"train": 0.7, "dev-clean": 0.1, "dev-other": 0.1, "test-clean": 0.2, "test-other": 0.2}
+    code = f"from dynsize.spoken import speak_corpus; from pathlib import Path; speak_corpus(Path('DIR'), 3, {minutes})"
+    for name in ("one", "two"):
+        subprocess.run(
+            [sys.executable, "-c", code.replace("DIR", str(tmp_path / name))], check=True, capture_output=True
+        )
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert files and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    splits = {split: read_split(tmp_path / "one", split, 16000)[0] for split in minutes}
+    texts = {split: {utterance.text for utterance in utterances} for split, utterances in splits.items()}
+    speakers = {split: {u.id.split("-")[0] for u in utterances} for split, utterances in splits.items()}
+    for split, length in minutes.items():
+        seconds = sum(utterance.samples for utterance in splits[split]) / 16000
+        assert 60 * length <= seconds < 60 * length + 10
+        assert split == "train" or not texts[split] & texts["train"]
+    assert speakers["test-clean"] <= speakers["train"] and not speakers["test-other"] & speakers["train"]
+    assert not speakers["test-other"] & speakers["dev-other"]
+    assert all(0.02 < read_audio(u).abs().max() <= 1 for u in splits["train"])

@@ -1,0 +1,235 @@
+"""The three scripts as a user runs them."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import write_tones
+
+from dynsize import config
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")}
+TINY = (
+    "--sample-rate 8000 --mel-bins 12 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 --attention-heads 2 "
+    "--kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --updates 12 --batch-seconds 5 --log-every 4 --validate-every 6 "
+    "--save-every 6 --precision float32"
+).split()
+
+
+def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    """A script in a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Runs a script, here and now, that should refuse its arguments. Returns what it says."""
+
+    def refuse(script: str, *arguments: str | Path, cwd: Path) -> str:
+        before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[script]["main"]()
+        assert stop.value.code == 2
+        assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
+        return capsys.readouterr().err
+
+    return refuse
+
+
+@pytest.fixture(scope="module")
+def trained(tones, tmp_path_factory) -> Path:
+    """A directory in which `train.py --run run` has run. Not to be changed."""
+    folder = tmp_path_factory.mktemp("work")
+    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "train.out").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def work(trained, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "work"))
+
+
+def test_train_leaves_and_shows_what_it_promises(trained):
+    names = {path.name for path in (trained / "run").iterdir()}
+    assert names == {"checkpoint.pt", "config.json", "metrics.jsonl", "ranking.json", "left-out.txt"}
+    values = json.loads((trained / "run" / "config.json").read_text())
+    assert values["sizes"] == [3, 5, 8] and values["updates"] == 12 and values["seed"] == 0
+    shown = (trained / "train.out").read_text()
+    assert "24 utterances" in shown and "0 left out" in shown
+    for update in (6, 12):
+        for size in (3, 5, 8):
+            line = re.search(rf"^update +{update}  size +{size}  dev WER +[\d.]+%  keeps (.*)$", shown, re.M)
+            assert line and (
+                line[1] == "all" if size == 8 else len(re.findall(r"[12]\.(?:ff1|conv|mhsa|ff2)", line[1])) == size
+            )
+
+
+def test_prune_then_evaluate(work):
+    pruned = run("prune.py", "run", cwd=work)
+    assert pruned.returncode == 0, pruned.stderr
+    rows = re.findall(
+        r"^(supernet|size \d+) +(\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +(\S+)$", pruned.stdout, re.M
+    )
+    assert [row[:2] for row in rows] == [("supernet", "8"), ("size 5", "5"), ("size 3", "3")]
+    for column in (2, 3):  # parameters and MACs
+        numbers = [int(row[column].replace(",", "")) for row in rows]
+        assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
+    assert all((work / row[6]).stat().st_size == int(row[4].replace(",", "")) for row in rows)
+    again = run("prune.py", "run", cwd=work)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+    results = {}
+    for network in ("run", "run/size-3.pt"):
+        done = run("evaluate.py", network, "--split", "test-clean", cwd=work)
+        assert done.returncode == 0, done.stderr
+        folder = work / "run" / "evaluation" / ("checkpoint" if network == "run" else "size-3") / "test-clean"
+        results[network] = json.loads((folder / "results.json").read_text())["sizes"]
+        for row in results[network]:
+            hypotheses = (folder / f"size-{row['size']}.txt").read_text().splitlines()
+            assert [line.split()[0] for line in hypotheses] == [f"3-7-{n:04}" for n in range(6)]
+            assert f"{100 * row['wer']:.2f}%" in done.stdout and row["interval"][0] <= row["wer"] <= row["interval"][1]
+            errors = row["substitutions"] + row["deletions"] + row["insertions"]
+            assert row["wer"] == errors / row["words"] and row["real_time_factor"] > 0
+    assert [row["size"] for row in results["run"]] == [8, 5, 3]
+    alone, shared = results["run/size-3.pt"][0], results["run"][2]
+    assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
+    both = run("evaluate.py", "run", "--overwrite", cwd=work)
+    assert both.returncode == 0 and "test-clean: 6 utt" in both.stdout and "test-other: 4 utt" in both.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
+    command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, "--updates", "100000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as training:
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            assert training.poll() is None, training.stdout.read()
+            time.sleep(0.05)
+        training.send_signal(number)
+        output, _ = training.communicate(timeout=60)
+    assert training.returncode == 128 + number
+    saved = int(re.search(r"stopped and saved at update (\d+); python train.py --resume run goes on", output)[1])
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["training"]["update"] == saved
+    state["config"]["updates"] = saved + 3
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    resumed = run("train.py", "--resume", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["training"]["update"] == saved + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--corpus nowhere --run new", ["nowhere", "no such directory"]),
+        ("--corpus CORPUS --run new --train-splits train-clean-100", ["train-clean-100", "no such split"]),
+        ("--corpus CORPUS --run run", ["run: exists already", "--overwrite"]),
+        ("--corpus CORPUS --run . --overwrite", ["not a run directory"]),
+        ("--corpus nowhere --run run --overwrite", ["nowhere"]),
+        ("--run new --attention-heads 5", ["--attention-heads 5", "width 96"]),
+        ("--run new --kernel 8", ["--kernel 8", "odd"]),
+        ("--run new --sizes 8 16 25", ["--sizes 8 16 25", "24"]),
+        ("--run new --updates many", ["--updates", "many"]),
+        ("--run new --colour red", ["--colour"]),
+        ("--preset big", ["big", "librispeech"]),
+        ("--resume run --updates 9", ["--resume"]),
+        ("--resume nowhere", ["nowhere"]),
+    ],
+)
+def test_bad_input_to_train(trained, tones, refuse, arguments, words):
+    said = refuse("train.py", *arguments.replace("CORPUS", str(tones)).split(), cwd=trained)
+    assert all(word in said for word in words), said
+
+
+def test_overwrite_replaces_a_run(work, tones):
+    (work / "run" / "mark").touch()
+    done = run("train.py", "--corpus", tones, "--run", "run", "--overwrite", *TINY, "--updates", "2", cwd=work)
+    assert done.returncode == 0 and not (work / "run" / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("prune.py", "nowhere", ["nowhere", "no such checkpoint"]),
+        ("prune.py", "run/config.json", ["config.json", "not a checkpoint"]),
+        ("prune.py", "run --sizes 3 4", ["no size 4", "3, 5, 8"]),
+        ("prune.py", "run --max 4", ["--max"]),
+        ("evaluate.py", "run/metrics.jsonl", ["metrics.jsonl", "not a checkpoint"]),
+        ("evaluate.py", "run --split test", ["test", "no such split", "test-clean"]),
+        ("evaluate.py", "run --corpus nowhere", ["nowhere"]),
+        ("evaluate.py", "run --device cuda:99", ["--device cuda:99"]),
+    ],
+)
+def test_bad_input_to_prune_and_evaluate(trained, refuse, script, arguments, words):
+    said = refuse(script, *arguments.split(), cwd=trained)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "noise", "rate", "stereo", "characters"])
+def test_evaluation_stops_at_bad_data(trained, tmp_path, refuse, how):
+    root = write_tones(tmp_path / "corpus", {"train": 1, "test-clean": 3})
+    victim = root / "test-clean" / "1" / "7" / "1-7-0001.flac"
+    data = victim.read_bytes()
+    if how == "characters":
+        transcript = victim.with_name("1-7.trans.txt")
+        transcript.write_text(re.sub("1-7-0001 .*", "1-7-0001 LOW QUACK", transcript.read_text()))
+    elif how in ("rate", "stereo"):
+        soundfile.write(victim, torch.zeros(900, 2 if how == "stereo" else 1).numpy(), 16000 if how == "rate" else 8000)
+    else:
+        victim.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "noise": b"noise" * 99}[how])
+    arguments = ("run", "--corpus", root, "--split", "test-clean", "--output", tmp_path / "out")
+    said = refuse("evaluate.py", *arguments, cwd=trained)
+    assert "1-7-0001.flac" in said
+    assert {"characters": "'Q'", "rate": "16000", "stereo": "2 channels"}.get(how, "") in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", ["demo", "digits", "librispeech", "tedlium2"])
+def test_help_tells_every_flag_with_its_default(preset, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS["train.py"]["parse"](["--preset", preset, "--help"])
+    assert not stop.value.code
+    text = " ".join(capsys.readouterr().out.split())
+    for field in config.fields():
+        assert f"--{field.name.replace('_', '-')} " in text
+        assert f"{field.metadata['help']} ({config.shown(getattr(config.preset(preset), field.name))})" in text
+
+
+def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    short = [
+        "--updates",
+        "2",
+        "--batch-seconds",
+        "20",
+        "--width",
+        "16",
+        "--attention-heads",
+        "2",
+        "--dev-splits",
+        "dev-other",
+    ]
+    done = run("train.py", *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
+    assert [path.name for path in (tmp_path / "cache" / "dynsize").iterdir()] == ["spoken-1"]
+    assert os.listdir(tmp_path / "cache" / "dynsize" / "spoken-1")

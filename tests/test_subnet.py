@@ -1,0 +1,134 @@
+"""Cutting, costs, and checkpoints of supernets and subnets."""
+
+import random
+
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynsize import checkpoint
+from dynsize.conformer import FRONT_ENDS
+from dynsize.features import feature_frames
+from dynsize.subnet import cut, latencies, macs, parameters
+from dynsize.supernet import Supernet, layer_name
+from dynsize.tokenizer import train_tokenizer
+
+
+def supernet(seed: int = 0, labels: int = 7, **changes) -> Supernet:
+    torch.manual_seed(seed)
+    model = Supernet(tiny(**changes), labels).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    random.Random(seed).shuffle(model.ranking)
+    return model
+
+
+@given(st.integers(0, 2**20), st.sampled_from([3, 5, 8]), st.booleans())
+def test_the_cut_subnet_equals_the_masked_supernet(seed, size, shared_head):
+    model = supernet(seed, shared_head=shared_head).double()
+    subnet = cut(model, size).double()
+    features, lengths = torch.randn(2, 33, 12, dtype=torch.float64), torch.tensor([33, 20])
+    masked, _ = model(features, lengths, [size])
+    torch.testing.assert_close(subnet(features, lengths, [size])[0], masked, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
+    model = supernet()
+    subnet = cut(model, 3)
+    names = subnet.state_dict().keys()
+    kinds = ("ff1", "conv", "mhsa", "ff2")
+    for layer in range(8):
+        prefix = f"encoder.blocks.{layer // 4}.{kinds[layer % 4]}."
+        assert any(name.startswith(prefix) for name in names) == (layer in model.ranking[:3])
+    kept = {n: w for n, w in model.named_parameters() if n in names}
+    assert parameters(subnet) == sum(w.numel() for w in kept.values()) < parameters(model)
+    assert "heads.3.weight" in names and "heads.8.weight" not in names and "scores" not in names
+    subnet.heads["3"].weight.data.zero_()
+    assert model.heads["3"].weight.abs().sum() > 0  # a copy
+
+
+def test_cutting_refuses_other_sizes_and_cut_networks():
+    with pytest.raises(ValueError, match="no size 4; it has 3, 5, 8"):
+        cut(supernet(), 4)
+    with pytest.raises(ValueError, match="cut already, to 3 layers"):
+        cut(cut(supernet(), 3), 3)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 7.3])
+@pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
+def test_macs_are_those_that_torch_counts(front_end, seconds):
+    channels = {"conv2d": (8, 16), "vgg": (8, 16, 16, 8)}[front_end]
+    model = supernet(front_end=front_end, front_end_channels=channels, width=48, mel_bins=30, kernel=7)
+    frames = feature_frames(round(seconds * 8000), model.config)
+    for size in model.sizes:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(1, frames, 30), torch.tensor([frames]), [size])
+        assert macs(model, size, seconds) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    assert set(FRONT_ENDS) == {"conv2d", "vgg"}
+
+
+def test_latencies_are_one_positive_number_for_each_network():
+    model = supernet()
+    assert all(ms > 0 for ms in latencies([(model, 8), (cut(model, 3), 3)], seconds=0.5, repeats=2))
+
+
+def test_layer_names():
+    assert [layer_name(layer) for layer in (0, 9, 23)] == ["1.ff1", "3.conv", "6.ff2"]
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_checkpoints_give_back_what_was_saved(tmp_path, size):
+    tokenizer = train_tokenizer(["LOW MID"], 12)
+    model = supernet(labels=tokenizer.labels)
+    saved = model if size is None else cut(model, size)
+    checkpoint.save(tmp_path / "a.pt", saved, tokenizer, size, training=dict(update=3) if size is None else None)
+    loaded = checkpoint.load(tmp_path / "a.pt")
+    assert loaded.size == size and loaded.model.config == model.config and loaded.model.ranking == model.ranking
+    assert loaded.tokenizer.encode("LOW") == tokenizer.encode("LOW")
+    assert all(torch.equal(weight, loaded.model.state_dict()[name]) for name, weight in saved.state_dict().items())
+    assert (loaded.training == dict(update=3)) == (size is None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["LOW MID"], 12)
+    checkpoint.save(tmp_path / "a.pt", supernet(labels=tokenizer.labels), tokenizer)
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full(content, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path / "a.pt", supernet(1, labels=tokenizer.labels), tokenizer)
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def test_bad_checkpoints_are_named(tmp_path, capsys):
+    tokenizer = train_tokenizer(["LOW MID"], 12)
+    good = tmp_path / "good.pt"
+    checkpoint.save(good, supernet(labels=tokenizer.labels), tokenizer)
+    data = good.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save(Malicious(), tmp_path / "code.pt")
+    content = torch.load(good, weights_only=True)
+    torch.save(content | {"weights": {}}, tmp_path / "weights.pt")
+    torch.save(content | {"config": content["config"] | {"kernel": 4}}, tmp_path / "config.pt")
+    torch.save({k: v for k, v in content.items() if k != "ranking"}, tmp_path / "ranking.pt")
+    for name in ("cut", "text", "empty", "other", "code", "weights", "config", "ranking", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            checkpoint.load(tmp_path / f"{name}.pt")
+    assert "this code ran" not in capsys.readouterr().out

@@ -1,0 +1,160 @@
+"""The loop: it learns, resumes exactly, guards against losses that are not finite, and survives corrupt audio."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny, write_tones
+
+from dynsize import checkpoint, training
+from dynsize.training import Trainer
+
+
+def trainer(tones, run, **changes) -> Trainer:
+    run.mkdir()
+    return Trainer(dataclasses.replace(tiny(**changes), corpus=str(tones)), run)
+
+
+def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
+    for _ in trainer.updates():
+        pass
+    return trainer.model.state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["straight-through", "soft"])
+@pytest.mark.parametrize("stop", [3, 7, 10])  # in step 1, with step 2 just begun, later in it
+def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method):
+    unbroken = trainer(tones, tmp_path / "unbroken", relaxation=method, dropout=0.2)
+    expected = weights_after(unbroken)
+    broken = trainer(tones, tmp_path / "broken", relaxation=method, dropout=0.2)
+    for record in broken.updates():
+        if record["update"] == stop:
+            broken.save()
+        if record["update"] == stop + 1:  # done, logged, and lost
+            break
+    torch.manual_seed(99)
+    resumed = Trainer.resume(tmp_path / "broken")
+    assert resumed.update == stop
+    assert same(weights_after(resumed), expected)
+    assert resumed.model.ranking == unbroken.model.ranking
+    assert [line["update"] for line in lines(tmp_path / "broken")] == [
+        line["update"] for line in lines(tmp_path / "unbroken")
+    ]
+    other = trainer(tones, tmp_path / "other", relaxation=method, dropout=0.2, seed=1)
+    assert not same(weights_after(other), expected)
+
+
+def test_both_steps_train_what_they_should(tones, tmp_path):
+    run = tmp_path / "run"
+    trained = trainer(tones, run, updates=20, step1_share=0.5, validate_every=10, save_every=20, sizes=(3, 5, 6, 8))
+    before = {name: weight.clone() for name, weight in trained.model.state_dict().items()}
+    records = []
+    for record in trained.updates():
+        records.append(record)
+        if record["update"] == 10:
+            scores, ranking = trained.model.scores.detach().clone(), list(trained.model.ranking)
+    assert [record["step"] for record in records] == [1] * 10 + [2] * 10
+    assert [record["sizes"] for record in records[:10]] == [[8, k] for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)]
+    assert all(record["sizes"] in ([8, 6, 3], [8, 5, 3]) for record in records[10:])
+    assert not torch.equal(scores, before["scores"])
+    assert torch.equal(trained.model.scores, scores) and trained.model.ranking == ranking
+    assert all(not torch.equal(weight, before[name]) for name, weight in trained.model.state_dict().items())
+    assert set(records[-1]["dev"]) == {3, 5, 6, 8} and records[-1]["dev"][3]["words"] > 0
+    assert len(records[-1]["dev"][5]["layers"]) == 5 and "dev" not in records[-2]
+    logged = lines(run)
+    assert [line["update"] for line in logged if "losses" in line] == [4, 8, 12, 16, 20]
+    assert [line["update"] for line in logged if "dev" in line] == [10, 20]
+    ranked = json.loads((run / "ranking.json").read_text())
+    assert len(ranked) == 8 and [r["score"] for r in ranked] == sorted((r["score"] for r in ranked), reverse=True)
+
+
+def test_learns_its_training_data(tones, tmp_path):
+    learned = trainer(
+        tones, tmp_path / "run", updates=300, peak_learning_rate=3e-3, width=32, dropout=0.0, time_mask_every=0,
+        frequency_masks=0, validate_every=300, save_every=300, dev_splits=("train",),
+    )  # fmt: skip
+    *_, last = learned.updates()
+    assert all(result["wer"] < 0.15 for result in last["dev"].values()), last["dev"]
+
+
+def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", sizes=(3, 5, 6, 8), step1_share=0.0, updates=8)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    used: set[int] = set()
+    for record in run.updates():
+        used |= set(record["sizes"])
+        for size in (5, 6):
+            head = run.model.heads[str(size)].weight
+            moved = not torch.equal(head, before[f"heads.{size}.weight"])
+            assert moved == (size in used) == bool(run.optimizer.state[head])
+
+
+def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch):
+    run = trainer(tones, tmp_path / "run", updates=30)
+    loss, calls = training.ctc_loss, []
+
+    def sometimes(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (math.nan if len(calls) in (3, *range(8, 99)) else 1)
+
+    monkeypatch.setattr(training, "ctc_loss", sometimes)
+    updates = run.updates()
+    for _ in range(2):
+        next(updates)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    next(updates)
+    assert same(run.model.state_dict(), before)
+    next(updates)
+    assert not same(run.model.state_dict(), before) and run.skipped == 0
+    with pytest.raises(FloatingPointError, match=r"10 updates in a row.*metrics\.jsonl"):
+        list(updates)
+    skipped = [line for line in lines(tmp_path / "run") if "skipped" in line]
+    assert [line["update"] for line in skipped] == [3, *range(8, 18)]
+    known = {utterance.id for utterance in run.examples.utterances}
+    assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
+    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+
+
+def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    folder = root / "train" / "0" / "7"
+    for name in ("0-7-0003", "0-7-0005"):  # found when listing; when read
+        data = (folder / f"{name}.flac").read_bytes()
+        (folder / f"{name}.flac").write_bytes(b"" if name == "0-7-0003" else data[: len(data) // 2])
+    transcript = folder / "0-7.trans.txt"
+    transcript.write_text(transcript.read_text().replace("0-7-0008 ", "0-7-0008 " + "LOW " * 99))
+    run = trainer(root, tmp_path / "run", updates=20)
+    assert set(run.left_out) == {"0-7-0003", "0-7-0008"} and "396 labels" not in run.left_out["0-7-0003"]
+    assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
+    assert set(run.left_out) == {"0-7-0003", "0-7-0005", "0-7-0008"}
+    report = (tmp_path / "run" / "left-out.txt").read_text()
+    assert all(name in report for name in run.left_out) and "encoder frames" in report and "damaged audio" in report
+
+
+def test_bad_dev_data_stops_before_training(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    transcript = root / "dev-other" / "2" / "7" / "2-7.trans.txt"
+    good = transcript.read_text()
+    transcript.write_text(good.replace("LOW", "lOW"))
+    with pytest.raises(ValueError, match=r"2-7-000.\.flac.*'l'"):
+        trainer(root, tmp_path / "a")
+    transcript.write_text(good)
+    (root / "dev-clean" / "1" / "7" / "1-7-0002.flac").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1-7-0002\.flac"):
+        trainer(root, tmp_path / "b")
+
+
+def test_checkpoints_of_a_run_can_be_loaded(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", updates=3)
+    weights = weights_after(run)
+    assert same(checkpoint.load(tmp_path / "run").model.state_dict(), weights)
