@@ -196,7 +196,8 @@ class Encoder(nn.Module):
         """Runs the M networks given by their gates, nested and largest first, on the same utterances at once.
 
         `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L.
-        Returns (M, B, T', D) with T' about T / 4, and the (B,) encoder frames inside each utterance.
+        Returns (M, B, T', D) with T' about T / 4, and the (B,) encoder frames inside each utterance. Raises ValueError
+        for networks that are not nested.
         """
         x = self.front_end(features, lengths)[None]  # (S, B, T', D): a stack of S distinct streams, one up to now
         lengths = self.front_end.output_frames(lengths)
@@ -205,7 +206,10 @@ class Encoder(nn.Module):
         for block, layers in enumerate(self.blocks):
             for i, kind in enumerate(LAYERS):
                 gate = [network[4 * block + i] for network in gates]
-                if gate[0] is not False:
+                kept = sum(g is not False for g in gate)
+                if any(g is False for g in gate[:kept]):
+                    raise ValueError(f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes")
+                if kept:
                     x, streams = self.residual(layers[kind], x, inside, gate, streams)
             x = layers["norm"](x)
         return torch.stack([x[stream] for stream in streams]), lengths
@@ -216,9 +220,9 @@ class Encoder(nn.Module):
         """x + scale · gate · layer(x) for the networks that keep the layer. As they are nested, their streams are a
         prefix of the stack; a stream that serves networks with different gates is computed once, then parted."""
         kept = sum(g is not False for g in gate)
-        rows = streams[kept - 1] + 1
+        rows = streams[kept - 1] + 1  # of the stack, in batches
         branch = layer(x[:rows].flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))
-        branch = layer.scale * self.dropout(branch)
+        branch = self.dropout(branch)
         parted = part(streams, gate)
         if parted[-1] > streams[-1]:
             origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
@@ -227,7 +231,7 @@ class Encoder(nn.Module):
         weights = [gate[parted.index(stream)] for stream in range(rows)]
         if any(weight is not True for weight in weights):
             branch = branch * stacked(weights, x)
-        return torch.cat([x[:rows] + branch, x[rows:]]), parted
+        return torch.cat([torch.add(x[:rows], branch, alpha=layer.scale), x[rows:]]), parted
 
 
 def part(streams: list[int], gate: Gates) -> list[int]:

@@ -130,6 +130,13 @@ def test_pruned_layers_are_never_called():
     assert computed_rows(model, [model.mask(3)]) == [int(layer in kept) for layer in range(8)]
 
 
+@pytest.mark.parametrize("sizes", [(3, 5), (8, 3, 5)])
+def test_networks_that_are_not_nested_are_refused(sizes):
+    model = network()
+    with pytest.raises(ValueError, match="a larger one prunes"):
+        model(*utterances(model, [9]), sizes)
+
+
 def test_nan_in_a_pruned_layer_reaches_nothing():
     model = network()
     features, lengths = utterances(model, [21, 30])
