@@ -91,6 +91,7 @@ class Config:
     def rules(self) -> dict[str, tuple[bool, str]]:
         """For each field that has one: whether its rule holds, and the rule."""
         rules = {name: (getattr(self, name) >= 1, "must be 1 or more") for name in POSITIVE}
+        rules |= {name: (getattr(self, name) >= 0, "must be 0 or more") for name in NOT_NEGATIVE}
         rules |= {name: (0 <= getattr(self, name) < 1, "must be 0 or more and below 1") for name in SHARES}
         rules |= {
             name: (getattr(self, name) in words, "must be " + " or ".join(words)) for name, words in WORDS.items()
@@ -120,6 +121,8 @@ class Config:
             0 < self.hop_ms <= self.window_ms,
             f"must be above 0 and at most --window-ms {self.window_ms}",
         )
+        rules["window_ms"] = (self.window_ms * self.sample_rate >= 2000, "must be two samples or more")
+        rules["seed"] = (0 <= self.seed < 2**31, "must be 0 or more and below 2^31")
         rules["batch_seconds"] = (self.batch_seconds > 0, "must be above 0")
         rules["peak_learning_rate"] = (self.peak_learning_rate > 0, "must be above 0")
         return rules
@@ -128,6 +131,10 @@ class Config:
 POSITIVE = (
     "vocabulary sample_rate mel_bins blocks width attention_heads delta updates batch_utterances log_every "
     "validate_every save_every"
+).split()
+NOT_NEGATIVE = (
+    "frequency_masks frequency_mask_bins time_mask_every time_mask_frames score_rate subnet_loss weight_decay epsilon "
+    "clip workers"
 ).split()
 SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "warmup")
 WORDS = {
@@ -153,7 +160,8 @@ PAPER = dict(
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", vocabulary=32, sample_rate=8000, mel_bins=40, highest_hz=3800.0, updates=1000,
+        corpus="digits", vocabulary=32, sample_rate=8000, mel_bins=40, highest_hz=3800.0, updates=3000,
+        batch_seconds=50.0, warmup=0.2, cooldown=0.7, step1_share=0.6, validate_every=500, save_every=500,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),

@@ -142,8 +142,8 @@ class VggFrontEnd(nn.Module):
         return frames // 4
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """`features`: (B, T, F). `lengths`: (B,) frames. Returns (B, T // 4, D)."""
-        x = features[:, None]  # (B, 1, T, F)
+        """`features`: (B, T, F). `lengths`: (B,) frames. Returns (B, T // 4, D), or one frame for fewer than 4."""
+        x = F.pad(features, (0, 0, 0, max(0, 4 - features.shape[1])))[:, None]  # (B, 1, T, F)
         for number, convolution in enumerate(self.convolutions):
             x = convolution(zero_outside(x, lengths))
             if number % 2 == 1:

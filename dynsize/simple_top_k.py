@@ -45,5 +45,5 @@ def size_at(update: int, config: Config) -> int:
 
 
 def step1_updates(config: Config) -> int:
-    """The number of updates of step 1; the rest of the training is step 2."""
-    return round(config.step1_share * config.updates)
+    """The number of updates of step 1, none where there is one size alone; the rest of the training is step 2."""
+    return round(config.step1_share * config.updates) if len(config.sizes) > 1 else 0

@@ -23,10 +23,12 @@ GRAMMAR = {
     "SENTENCE": [
         "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN",
         "set the ROOM DEVICE to NUMBER percent", "open the PART of the ROOM", "close the PART of the ROOM WHEN",
-        "make the ROOM lights COLOUR", "what is the weather DAY", "call PERSON at TIME", "send a message to PERSON",
+        "make the ROOM lights COLOUR", "make the lights COLOUR and the DEVICE COLOUR",
+        "paint the ROOM COLOUR and the PART COLOUR", "we need TEEN FOOD and TEEN FOOD",
+        "what is the weather DAY", "call PERSON at TIME", "send a message to PERSON",
         "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT", "remind me to call PERSON DAY at TIME",
         "wake me up at TIME DAY", "add FOOD and FOOD to the shopping list", "we need NUMBER more FOOD",
-        "play some MUSIC music in the ROOM", "play the next song", "stop the music in the ROOM",
+        "play some MUSIC music in the ROOM", "play song number TEEN in the ROOM", "stop the music in the ROOM",
         "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME", "cancel the EVENT with PERSON DAY",
         "the EVENT with PERSON is on the ORDINAL of MONTH", "PERSON was born on the ORDINAL of MONTH",
         "PERSON and PERSON will be here at TIME", "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT",
@@ -43,7 +45,7 @@ GRAMMAR = {
     "HOUR": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "noon", "midnight"],
     "MINUTES": ["ten", "fifteen", "TENS", "TENS five"],
     "TENS": ["twenty", "thirty", "forty", "fifty"],
-    "NUMBER": ["DIGIT", "TEEN", "TENS", "TENS DIGIT", "HIGH", "HIGH DIGIT", "one hundred", "two hundred"],
+    "NUMBER": ["DIGIT", "TEEN", "TEEN", "TENS", "TENS DIGIT", "HIGH", "HIGH DIGIT", "one hundred", "two hundred"],
     "HIGH": ["sixty", "seventy", "eighty", "ninety"],
     "TEEN": [
         "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
@@ -77,8 +79,8 @@ VOICES = {
 }
 MINUTES = {"train": 60, "dev-clean": 4, "dev-other": 3, "test-clean": 15, "test-other": 10}  # of speech in each split
 SENTENCES_IN_CHAPTER = 10
-WORDS_PER_MINUTE = (135, 200)  # espeak-ng's speaking rate is drawn between these, its pitch (of 0 to 99) between those
-PITCH = (35, 65)
+RATE = (100, 155)  # of speaking, in words a minute as espeak-ng counts, is drawn between these: 130 to 200 in fact
+PITCH = (35, 65)  # of 0 to 99
 ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = 2, 1, 1, 3  # constants of espeak-ng's speak_lib.h
 
 
@@ -121,11 +123,11 @@ class Espeak:
             self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    def speak(self, text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
+    def speak(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
         """(samples,) float32 at `SAMPLE_RATE`."""
         self.pieces: list[np.ndarray] = []
         self.library.espeak_SetVoiceByName(voice.encode())
-        self.library.espeak_SetParameter(ESPEAK_RATE, words_per_minute, 0)
+        self.library.espeak_SetParameter(ESPEAK_RATE, rate, 0)
         self.library.espeak_SetParameter(ESPEAK_PITCH, pitch, 0)
         data = text.encode()
         failed = self.library.espeak_Synth(data, len(data) + 1, 0, 0, 0, ESPEAK_UTF8, None, None)
@@ -135,10 +137,10 @@ class Espeak:
 
 
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
-    """Writes all splits. The same in every new process for the same seed and minutes; no sentence is in two splits."""
+    """Writes all splits. The same in every new process for the same seed and minutes; no sentence is there twice."""
     espeak, draw = Espeak(seed), random.Random(seed)
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
-    said: dict[str, str] = {}  # sentence → the split that has it
+    said: set[str] = set()
     with tqdm(total=round(sum(minutes.values())), desc="speaking the corpus", unit="min", leave=False) as bar:
         for split, length in minutes.items():
             for spoken in speak_split(unfinished / split, split, length, espeak, draw, said):
@@ -150,7 +152,7 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
 
 
 def speak_split(
-    directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: dict[str, str]
+    directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: set[str]
 ) -> Iterator[float]:
     """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
     voices = VOICES.get(split, VOICES["train"])
@@ -163,9 +165,10 @@ def speak_split(
         lines = []
         while len(lines) < SENTENCES_IN_CHAPTER and seconds < 60 * minutes:
             text = sentence(draw)
-            if said.setdefault(text, split) != split:
+            if text in said:
                 continue
-            audio = espeak.speak(text, voice, draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH))
+            said.add(text)
+            audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
             name = f"{speaker}-{chapter}-{len(lines):04}"
             soundfile.write(folder / f"{name}.flac", audio.clip(-1, 1), SAMPLE_RATE)
             lines.append(f"{name} {text.upper()}\n")

@@ -80,8 +80,8 @@ class Trainer:
     def updates(self) -> Iterator[dict]:
         """Trains to the end; yields what each update did, with the dev word error rates after a validation."""
         config, total, logged = self.config, self.config.updates, []
+        start = time.perf_counter()
         for batch in self.batches():
-            start = time.perf_counter()
             record = self.train_on(batch)
             record["seconds"] = time.perf_counter() - start
             logged.append(record)
@@ -93,6 +93,7 @@ class Trainer:
             if self.update % config.save_every == 0 or self.update == total:
                 self.save()
             yield record
+            start = time.perf_counter()
 
     def batches(self) -> Iterator[Batch]:
         """The batches from the next update on, epoch after epoch."""
@@ -125,12 +126,12 @@ class Trainer:
         loss = (losses * losses.new_tensor(list(weights.values()))).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        record |= dict(losses=dict(zip(weights, losses.tolist(), strict=True)), gradient_norm=norm.item())
-        if not math.isfinite(loss.item()) or not math.isfinite(record["gradient_norm"]):
-            self.skip(batch, loss.item(), record["gradient_norm"])
-        else:
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
             self.skipped = 0
             self.optimizer.step()
+            record |= dict(losses=dict(zip(weights, losses.tolist(), strict=True)), gradient_norm=norm.item())
+        else:
+            self.skip(batch, loss.item(), norm.item())
         if self.in_step1(update):
             self.model.ranking = simple_top_k.ranking(self.model.scores)
         return record

@@ -151,6 +151,15 @@ def test_nan_in_a_pruned_layer_reaches_nothing():
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize(("front_end", "channels"), [("conv2d", (3, 4)), ("vgg", (3, 4, 4, 3))])
+def test_the_shortest_utterances_pass(front_end, channels):
+    model = network(front_end=front_end, front_end_channels=channels)
+    for length in range(1, 6):
+        log_probs, lengths = model(*utterances(model, [length]), [8, 3])
+        assert lengths.tolist() == [length // 4 if front_end == "vgg" else -(-length // 4)]
+        assert log_probs[:, 0, : lengths[0]].isfinite().all()
+
+
 def test_a_gate_of_zero_is_a_pruned_layer():
     model = network()
     features, lengths = utterances(model, [21])

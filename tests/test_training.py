@@ -118,6 +118,8 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert not same(run.model.state_dict(), before) and run.skipped == 0
     with pytest.raises(FloatingPointError, match=r"10 updates in a row.*metrics\.jsonl"):
         list(updates)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text.replace("loss nan", "") and '"losses"' in text
     skipped = [line for line in lines(tmp_path / "run") if "skipped" in line]
     assert [line["update"] for line in skipped] == [3, *range(8, 18)]
     known = {utterance.id for utterance in run.examples.utterances}
@@ -152,6 +154,16 @@ def test_bad_dev_data_stops_before_training(tmp_path):
     (root / "dev-clean" / "1" / "7" / "1-7-0002.flac").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1-7-0002\.flac"):
         trainer(root, tmp_path / "b")
+
+
+def test_one_size_trains_without_step_1(tones, tmp_path):
+    records = list(trainer(tones, tmp_path / "run", sizes=(8,), updates=3).updates())
+    assert [(record["step"], record["sizes"]) for record in records] == [(2, [8])] * 3
+
+
+def test_loader_processes_read_the_same_batches(tones, tmp_path):
+    weights = [weights_after(trainer(tones, tmp_path / f"{n}", workers=n, updates=4)) for n in (0, 2)]
+    assert same(*weights)
 
 
 def test_checkpoints_of_a_run_can_be_loaded(tones, tmp_path):
