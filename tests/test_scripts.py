@@ -146,7 +146,7 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
         ("--corpus nowhere --run run --overwrite", ["nowhere"]),
         ("--run new --attention-heads 5", ["--attention-heads 5", "width 96"]),
         ("--run new --kernel 8", ["--kernel 8", "odd"]),
-        ("--run new --sizes 8 16 25", ["--sizes 8 16 25", "24"]),
+        ("--run new --sizes 8 16 25", ["--sizes 8 16 25", "16"]),
         ("--run new --updates many", ["--updates", "many"]),
         ("--run new --colour red", ["--colour"]),
         ("--preset big", ["big", "librispeech"]),
