@@ -20,7 +20,8 @@ class Config:
     train_splits: tuple[str, ...] = setting(("train",), "corpus", "splits to train on")
     dev_splits: tuple[str, ...] = setting(("dev-clean", "dev-other"), "corpus", "splits to validate on")
     test_splits: tuple[str, ...] = setting(("test-clean", "test-other"), "corpus", "splits that evaluate.py decodes")
-    vocabulary: int = setting(48, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small")
+    vocabulary: int = setting(600, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small")
+    units: str = setting("bpe", "corpus", "SentencePiece's kind of units: unigram or bpe")
 
     sample_rate: int = setting(16000, "features", "of the audio, in Hz")
     mel_bins: int = setting(40, "features", "mel filters")
@@ -36,27 +37,27 @@ class Config:
     time_mask_every: int = setting(25, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none")
     time_mask_frames: int = setting(20, "SpecAugment", "width of a time mask, in feature frames, at most")
 
-    blocks: int = setting(4, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
+    blocks: int = setting(6, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
     width: int = setting(96, "network", "model width D")
     attention_heads: int = setting(4, "network", "attention heads H; divides the width, rotary an even number of times")
     kernel: int = setting(15, "network", "width K of the depthwise convolution, in encoder frames (40 ms); odd")
     front_end: str = setting("conv2d", "network", "conv2d: two convolutions of stride 2; vgg: the paper's")
     front_end_channels: tuple[int, ...] = setting((32, 32), "network", "channels: two for conv2d, four for vgg")
     rotary: bool = setting(True, "network", "rotary positions in the attention")
-    dropout: float = setting(0.2, "network", "share of every layer's output that is dropped in training")
+    dropout: float = setting(0.1, "network", "share of every layer's output that is dropped in training")
     shared_head: bool = setting(False, "network", "one CTC output layer for all sizes instead of one for each")
 
-    sizes: tuple[int, ...] = setting((5, 11, 16), "algorithm", "layers of each network, ascending; the last is all 4 N")
+    sizes: tuple[int, ...] = setting((8, 16, 24), "algorithm", "layers of each network, ascending; the last is all 4 N")
     method: str = setting("simple-top-k", "algorithm", "how the layers are chosen: simple-top-k")
     relaxation: str = setting("straight-through", "algorithm", "layer weights of step 1: straight-through or soft")
-    step1_share: float = setting(0.5, "algorithm", "share of the updates that are step 1, which learns the scores")
+    step1_share: float = setting(0.3, "algorithm", "share of the updates that are step 1, which learns the scores")
     delta: int = setting(1, "algorithm", "layers that k falls at a time in step 1")
     score_start: float = setting(0.5, "algorithm", "value that every layer score starts with")
     score_rate: float = setting(1.0, "algorithm", "learning rate of the scores, as a multiple of the weights'")
-    subnet_loss: float = setting(0.3, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
+    subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
     stochastic_depth: float = setting(0.3, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
-    updates: int = setting(2800, "training", "updates of the whole training, both steps")
+    updates: int = setting(2000, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
     peak_learning_rate: float = setting(1.5e-3, "training", "highest learning rate; it starts at 1/100 of it")
@@ -73,8 +74,8 @@ class Config:
     workers: int = setting(0, "training", "loader processes; 0: none, and features stay in memory (115 MB an hour)")
     seed: int = setting(0, "training", "of everything that is drawn")
     log_every: int = setting(20, "training", "updates from one line of metrics.jsonl to the next")
-    validate_every: int = setting(700, "training", "updates from one validation to the next; one more at the end")
-    save_every: int = setting(700, "training", "updates from one checkpoint to the next; one more at the end")
+    validate_every: int = setting(500, "training", "updates from one validation to the next; one more at the end")
+    save_every: int = setting(500, "training", "updates from one checkpoint to the next; one more at the end")
 
     def __post_init__(self) -> None:
         for name, (holds, rule) in self.rules().items():
@@ -138,6 +139,7 @@ SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "warmup")
 WORDS = {
     "front_end": ("conv2d", "vgg"),
     "method": ("simple-top-k",),
+    "units": ("unigram", "bpe"),
     "relaxation": ("straight-through", "soft"),
     "precision": ("auto", "bfloat16", "float32"),
 }
@@ -150,17 +152,17 @@ def shown(value: object) -> str:
 
 # What the paper's two setups share, read from the authors' published configurations.
 PAPER = dict(
-    vocabulary=512, mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
-    front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), warmup=0.45,
-    cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
+    vocabulary=512, units="unigram", mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
+    front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
+    warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, time_mask_every=100, blocks=6,
-        rotary=False, dropout=0.1, sizes=(8, 16, 24), step1_share=0.6, updates=3000, batch_seconds=50.0,
-        peak_learning_rate=1e-3, warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
+        corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, units="unigram", time_mask_every=100,
+        rotary=False, step1_share=0.6, subnet_loss=0.3, updates=3000, batch_seconds=50.0, peak_learning_rate=1e-3,
+        warmup=0.2, cooldown=0.7,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +25,13 @@ GRAMMAR = {
         "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN",
         "set the ROOM DEVICE to NUMBER percent", "open the PART of the ROOM", "close the PART of the ROOM WHEN",
         "make the ROOM lights COLOUR", "make the lights COLOUR and the DEVICE COLOUR",
-        "paint the ROOM COLOUR and the PART COLOUR", "we need TEEN FOOD and TEEN FOOD",
-        "what is the weather DAY", "call PERSON at TIME", "send a message to PERSON",
+        "we need TEEN FOOD and TEEN FOOD", "call PERSON at TIME", "send a message to PERSON",
         "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT", "remind me to call PERSON DAY at TIME",
-        "wake me up at TIME DAY", "add FOOD and FOOD to the shopping list", "we need NUMBER more FOOD",
-        "play some MUSIC music in the ROOM", "play song number TEEN in the ROOM", "stop the music in the ROOM",
-        "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME", "cancel the EVENT with PERSON DAY",
+        "add FOOD and FOOD to the shopping list", "we need NUMBER more FOOD", "play song number TEEN in the ROOM",
+        "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME",
         "the EVENT with PERSON is on the ORDINAL of MONTH", "PERSON was born on the ORDINAL of MONTH",
         "PERSON and PERSON will be here at TIME", "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT",
-        "dial DIGIT DIGIT DIGIT DIGIT for PERSON", "NUMBER plus NUMBER is NUMBER", "start a timer for NUMBER minutes",
-        "how many days are there before the ORDINAL of MONTH", "is the PART of the ROOM open",
+        "NUMBER plus NUMBER is NUMBER", "start a timer for NUMBER minutes", "is the PART of the ROOM open",
         "lock the PART and wake PERSON",
     ],
     "STATE": ["on", "off"],
@@ -51,25 +49,18 @@ GRAMMAR = {
         "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
     ],
     "DIGIT": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-    "ORDINAL": ["first", "second", "third", "fourth", "fifth", "tenth", "twelfth", "twentieth", "thirtieth"],
+    "ORDINAL": ["first", "second", "third", "fourth", "fifth", "twentieth"],
     "MONTH": [
         "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
         "december",
     ],
-    "DEVICE": ["lights", "heater", "fan", "radio", "television", "speaker", "alarm", "lamp"],
+    "DEVICE": ["lights", "heater", "fan", "radio", "television", "lamp"],
     "PART": ["door", "window", "curtains"],
-    "ROOM": ["kitchen", "bedroom", "bathroom", "garage", "garden", "hallway", "office", "basement"],
-    "COLOUR": ["red", "green", "blue", "yellow", "white", "orange", "purple"],
-    "PERSON": [
-        "anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "kevin", "laura", "martin",
-        "nora", "oscar", "peter", "rachel", "simon", "victor",
-    ],
-    "FOOD": [
-        "apples", "bananas", "bread", "butter", "cheese", "coffee", "eggs", "milk", "potatoes", "rice", "sugar",
-        "tomatoes",
-    ],
-    "EVENT": ["meeting", "party", "lesson", "concert"],
-    "MUSIC": ["jazz", "classical", "dance"],
+    "ROOM": ["kitchen", "bedroom", "bathroom", "garage", "garden", "office"],
+    "COLOUR": ["red", "green", "blue", "yellow", "white"],
+    "PERSON": ["anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "laura", "peter", "rachel"],
+    "FOOD": ["bread", "butter", "cheese", "coffee", "eggs", "milk", "rice", "sugar"],
+    "EVENT": ["meeting", "party", "lesson"],
 }  # fmt: skip
 # espeak-ng's voices: American (en-us) and British (en) English, spoken by variants of different sex, age and timbre
 VOICES = {
@@ -79,6 +70,7 @@ VOICES = {
 }
 MINUTES = {"train": 60, "dev-clean": 4, "dev-other": 3, "test-clean": 15, "test-other": 10}  # of speech in each split
 SENTENCES_IN_CHAPTER = 10
+CHOICE = 5  # sentences from which each one is chosen
 RATE = (100, 155)  # of speaking, in words a minute as espeak-ng counts, is drawn between these: 130 to 200 in fact
 PITCH = (35, 65)  # of 0 to 99
 ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = 2, 1, 1, 3  # constants of espeak-ng's speak_lib.h
@@ -156,7 +148,7 @@ def speak_split(
 ) -> Iterator[float]:
     """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
     voices = VOICES.get(split, VOICES["train"])
-    seconds, chapter = 0.0, 0
+    seconds, chapter, heard = 0.0, 0, Counter()
     while seconds < 60 * minutes:
         voice = voices[chapter % len(voices)]
         speaker = 100 + [name for names in VOICES.values() for name in names].index(voice)
@@ -164,10 +156,13 @@ def speak_split(
         folder.mkdir(parents=True)
         lines = []
         while len(lines) < SENTENCES_IN_CHAPTER and seconds < 60 * minutes:
-            text = sentence(draw)
-            if text in said:
+            # of a few sentences, the one with the rarest word: no word should be left with two or three examples
+            new = [text for text in (sentence(draw) for _ in range(CHOICE)) if text not in said]
+            text = min(new, key=lambda text: min(heard[word] for word in text.split()), default="")
+            if not text:
                 continue
             said.add(text)
+            heard.update(text.split())
             audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
             name = f"{speaker}-{chapter}-{len(lines):04}"
             soundfile.write(folder / f"{name}.flac", audio.clip(-1, 1), SAMPLE_RATE)
