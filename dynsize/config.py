@@ -20,8 +20,7 @@ class Config:
     train_splits: tuple[str, ...] = setting(("train",), "corpus", "splits to train on")
     dev_splits: tuple[str, ...] = setting(("dev-clean", "dev-other"), "corpus", "splits to validate on")
     test_splits: tuple[str, ...] = setting(("test-clean", "test-other"), "corpus", "splits that evaluate.py decodes")
-    vocabulary: int = setting(600, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small")
-    units: str = setting("bpe", "corpus", "SentencePiece's kind of units: unigram or bpe")
+    vocabulary: int = setting(48, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small")
 
     sample_rate: int = setting(16000, "features", "of the audio, in Hz")
     mel_bins: int = setting(40, "features", "mel filters")
@@ -57,7 +56,7 @@ class Config:
     subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
     stochastic_depth: float = setting(0.3, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
-    updates: int = setting(2000, "training", "updates of the whole training, both steps")
+    updates: int = setting(2200, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
     peak_learning_rate: float = setting(1.5e-3, "training", "highest learning rate; it starts at 1/100 of it")
@@ -74,8 +73,8 @@ class Config:
     workers: int = setting(0, "training", "loader processes; 0: none, and features stay in memory (115 MB an hour)")
     seed: int = setting(0, "training", "of everything that is drawn")
     log_every: int = setting(20, "training", "updates from one line of metrics.jsonl to the next")
-    validate_every: int = setting(500, "training", "updates from one validation to the next; one more at the end")
-    save_every: int = setting(500, "training", "updates from one checkpoint to the next; one more at the end")
+    validate_every: int = setting(550, "training", "updates from one validation to the next; one more at the end")
+    save_every: int = setting(550, "training", "updates from one checkpoint to the next; one more at the end")
 
     def __post_init__(self) -> None:
         for name, (holds, rule) in self.rules().items():
@@ -139,7 +138,6 @@ SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "warmup")
 WORDS = {
     "front_end": ("conv2d", "vgg"),
     "method": ("simple-top-k",),
-    "units": ("unigram", "bpe"),
     "relaxation": ("straight-through", "soft"),
     "precision": ("auto", "bfloat16", "float32"),
 }
@@ -152,7 +150,7 @@ def shown(value: object) -> str:
 
 # What the paper's two setups share, read from the authors' published configurations.
 PAPER = dict(
-    vocabulary=512, units="unigram", mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
+    vocabulary=512, mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
     front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
     warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
@@ -160,9 +158,9 @@ PAPER = dict(
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, units="unigram", time_mask_every=100,
+        corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, time_mask_every=100,
         rotary=False, step1_share=0.6, subnet_loss=0.3, updates=3000, batch_seconds=50.0, peak_learning_rate=1e-3,
-        warmup=0.2, cooldown=0.7,
+        warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),

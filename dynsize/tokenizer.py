@@ -32,10 +32,9 @@ class Tokenizer:
         return self.pieces.decode(labels)
 
 
-def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> Tokenizer:
-    """A SentencePiece model of a kind, `unigram` (Kudo 2018) or `bpe` (Sennrich et al. 2016), of at most `units` units,
-    fewer where the texts don't give as many, more where they have more characters. Raises ValueError for texts without
-    a single character."""
+def train_tokenizer(texts: Iterable[str], units: int) -> Tokenizer:
+    """A unigram model (Kudo 2018) of at most `units` units, fewer where the texts don't give as many, more where they
+    have more characters. Raises ValueError for texts without a single character."""
     texts = [text for text in texts if text]
     characters = set().union(*texts)
     if not characters:
@@ -44,7 +43,6 @@ def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        model_type=kind,
         vocab_size=max(units, len(characters) + 1) + 1,  # the mark for a word's beginning, and the blank
         hard_vocab_limit=False,  # take what there is
         normalization_rule_name="identity",

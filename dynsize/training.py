@@ -47,7 +47,7 @@ class Trainer:
         self.config, self.run, self.device = config, run, device_of(config)
         utterances, self.left_out = read_training(config)
         texts = (utterance.text for utterance in utterances)
-        self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary, config.units)
+        self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
         utterances, impossible = usable(utterances, self.tokenizer, config)
         if not utterances:
             raise ValueError(
