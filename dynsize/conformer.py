@@ -221,17 +221,21 @@ class Encoder(nn.Module):
         prefix of the stack; a stream that serves networks with different gates is computed once, then parted."""
         kept = sum(g is not False for g in gate)
         rows = streams[kept - 1] + 1  # of the stack, in batches
-        branch = layer(x[:rows].flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))
+        computing, rest = x.split([rows, len(x) - rows])
+        branch = layer(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))
         branch = self.dropout(branch)
         parted = part(streams, gate)
         if parted[-1] > streams[-1]:
             origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
             rows = parted[kept - 1] + 1
             x, branch = torch.stack([x[o] for o in origin]), torch.stack([branch[o] for o in origin[:rows]])
+            computing, rest = x.split([rows, len(x) - rows])
         weights = [gate[parted.index(stream)] for stream in range(rows)]
-        if any(weight is not True for weight in weights):
-            branch = branch * stacked(weights, x)
-        return torch.cat([torch.add(x[:rows], branch, alpha=layer.scale), x[rows:]]), parted
+        if all(weight is True for weight in weights):
+            computing = torch.add(computing, branch, alpha=layer.scale)
+        else:
+            computing = torch.addcmul(computing, branch, stacked(weights, x), value=layer.scale)
+        return torch.cat([computing, rest]) if len(rest) else computing, parted
 
 
 def part(streams: list[int], gate: Gates) -> list[int]:

@@ -1,6 +1,6 @@
 """Time of one update of step 2 against one of the full size alone, beside the layer-rows that each computes.
 
-    python tests/measure_update.py RUN
+    python tests/measure_update.py RUN [BATCH_SECONDS]
 
 `RUN`: a run of any corpus; its ranking decides what is shared. No test: it prints, and asserts nothing.
 """
@@ -19,9 +19,10 @@ from dynsize.training import Trainer
 ROUNDS = 15
 
 
-def main(run: Path) -> None:
+def main(run: Path, batch_seconds: str | None = None) -> None:
     loaded = checkpoint.load(run)
-    config = replace(loaded.model.config, step1_share=0.0, updates=10 * ROUNDS, sizes=loaded.model.sizes)
+    config = replace(loaded.model.config, step1_share=0.0, updates=10 * ROUNDS)
+    config = replace(config, batch_seconds=float(batch_seconds or config.batch_seconds))
     with tempfile.TemporaryDirectory() as folder:
         together = Trainer(config, Path(folder))
         together.model.ranking = loaded.model.ranking
@@ -43,12 +44,12 @@ def main(run: Path) -> None:
                 for hook in hooks:
                     hook.remove()
     ratios = [a / b for a, b in zip(times[together][1:], times[alone][1:], strict=True)]
-    print(f"sizes {config.sizes}, {ROUNDS} rounds in turn after one to warm up, medians")
+    print(f"sizes {config.sizes}, batches of {config.batch_seconds:g} s, medians of {ROUNDS} rounds in turn")
     print(f"layer-rows {rows[together][0] / rows[alone][0]:.2f} times those of the full size alone")
     print(f"time       {statistics.median(ratios):.2f} times ({1000 * statistics.median(times[together][1:]):.0f} ms)")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -45,7 +45,7 @@ def reference() -> tuple[Encoder, dict]:
     numbers = dict(np.load(REFERENCE / "encoder.npz"))
     config = Config(
         blocks=3, width=16, attention_heads=2, kernel=7, mel_bins=20, sizes=(4, 6, 12), dropout=0.0,
-        front_end="vgg", front_end_channels=(4, 6, 6, 4),
+        front_end="vgg", front_end_channels=(4, 6, 6, 4), rotary=False,
     )  # fmt: skip
     encoder = Encoder(config, range(12)).double().eval()
     prefix = "weights/"
