@@ -12,6 +12,6 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["dynsize"],
-    install_requires=["torch>=2.6", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm>=4.65"],
+    install_requires=["torch>=2.13", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm>=4.65"],
     extras_require={"demo": DEMO, "test": DEMO + TEST},
 )

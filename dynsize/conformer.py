@@ -210,16 +210,15 @@ class Encoder(nn.Module):
                 if any(g is False for g in gate[:kept]):
                     raise ValueError(f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes")
                 if kept:
-                    x, streams = self.residual(layers[kind], x, inside, gate, streams)
+                    x, streams = self.residual(layers[kind], x, inside, gate, kept, streams)
             x = layers["norm"](x)
         return torch.stack([x[stream] for stream in streams]), lengths
 
     def residual(
-        self, layer: nn.Module, x: Tensor, inside: Tensor, gate: Gates, streams: list[int]
+        self, layer: nn.Module, x: Tensor, inside: Tensor, gate: Gates, kept: int, streams: list[int]
     ) -> tuple[Tensor, list[int]]:
-        """x + scale · gate · layer(x) for the networks that keep the layer. As they are nested, their streams are a
-        prefix of the stack; a stream that serves networks with different gates is computed once, then parted."""
-        kept = sum(g is not False for g in gate)
+        """x + scale · gate · layer(x) for the `kept` first networks, which keep the layer: a prefix of the stack. A
+        stream that serves networks with different gates is computed once, then parted."""
         rows = streams[kept - 1] + 1  # of the stack, in batches
         computing, rest = x.split([rows, len(x) - rows])
         branch = layer(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))

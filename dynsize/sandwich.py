@@ -1,4 +1,4 @@
-"""Step 2 (section 2.3): which sizes train in an update, with which loss weights, and stochastic depth."""
+"""The paper's step 2: which sizes train in an update, with which loss weights, and stochastic depth."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Simple-Top-k (section 2.2.1): the subnet of step 1 keeps the k layers of highest score, and k falls."""
+"""Simple-Top-k (the paper's first algorithm): the subnet of step 1 keeps the k layers of highest score, and k falls."""
 
 import torch
 from torch import Tensor

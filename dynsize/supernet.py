@@ -38,12 +38,8 @@ class Supernet(nn.Module):
 
     def head(self, size: int) -> nn.Module:
         """The output layer for a network of `size` layers: that of the largest trained size not above it."""
-        name = (
-            "shared"
-            if self.config.shared_head
-            else str(max((s for s in self.sizes if s <= size), default=self.sizes[0]))
-        )
-        return self.heads[name]
+        trained = max((s for s in self.sizes if s <= size), default=self.sizes[0])
+        return self.heads["shared" if self.config.shared_head else str(trained)]
 
     def forward(
         self, features: Tensor, lengths: Tensor, sizes: Sequence[int], gates: Sequence[Gates] | None = None

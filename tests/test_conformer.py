@@ -147,7 +147,7 @@ def test_nan_in_a_pruned_layer_reaches_nothing():
     after, _ = model(features, lengths, [5, 3])
     assert torch.equal(before, after)
     after.sum().backward()
-    gradients = [w.grad for name, w in model.named_parameters() if w.grad is not None and "nan" not in name]
+    gradients = [w.grad for w in model.parameters() if w.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
