@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynsize.config import LAYERS, Config
 
 Gates = Sequence[bool | Tensor]
+UTTERANCES_AT_ONCE = 4  # in attention on a CPU: weights of many, (R, H, T, T), leave its cache between two operations
 
 
 class FeedForward(nn.Module):
@@ -87,7 +88,9 @@ class SelfAttention(nn.Module):
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (R, H, T, D / H)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None, None])
+        at_once = UTTERANCES_AT_ONCE if x.device.type == "cpu" else len(x)
+        parts = zip(*(tensor.split(at_once) for tensor in (q, k, v, inside[:, None, None])), strict=True)
+        x = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
         return self.project(x.transpose(1, 2).flatten(2))  # (R, T, D)
 
 
@@ -222,7 +225,6 @@ class Encoder(nn.Module):
         rows = streams[kept - 1] + 1  # of the stack, in batches
         computing, rest = x.split([rows, len(x) - rows])
         branch = layer(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))
-        branch = self.dropout(branch)
         parted = part(streams, gate)
         if parted[-1] > streams[-1]:
             origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
@@ -230,10 +232,10 @@ class Encoder(nn.Module):
             x, branch = torch.stack([x[o] for o in origin]), torch.stack([branch[o] for o in origin[:rows]])
             computing, rest = x.split([rows, len(x) - rows])
         weights = [gate[parted.index(stream)] for stream in range(rows)]
-        if all(weight is True for weight in weights):
-            computing = torch.add(computing, branch, alpha=layer.scale)
-        else:
-            computing = torch.addcmul(computing, branch, stacked(weights, x), value=layer.scale)
+        factor = self.dropout(torch.ones_like(branch[0]))  # (B, T', D): all sizes of an utterance drop the same
+        if any(weight is not True for weight in weights):
+            factor = factor * stacked(weights, branch)
+        computing = torch.addcmul(computing, branch, factor, value=layer.scale)
         return torch.cat([computing, rest]) if len(rest) else computing, parted
 
 
