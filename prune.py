@@ -33,17 +33,17 @@ def prune(options: argparse.Namespace) -> list[tuple[Path, checkpoint.Checkpoint
             raise ValueError(f"{file}: exists already; --overwrite replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     for size, subnet in subnets.items():
-        checkpoint.save(files[size], subnet, supernet.tokenizer, size)
+        checkpoint.save(files[size], subnet, supernet.tokenizer)
     return [(supernet.path, supernet)] + [(file, checkpoint.load(file)) for file in files.values()]
 
 
 def show(networks: list[tuple[Path, checkpoint.Checkpoint]]) -> None:
     """Prints the table of costs, then the layers that each size keeps."""
-    pairs = [(loaded.model, loaded.size or loaded.model.config.layers) for _, loaded in networks]
+    pairs = [(loaded.model, loaded.model.size or loaded.model.config.layers) for _, loaded in networks]
     taken = latencies(pairs, LATENCY_SECONDS)
     print(f"{'':9} layers  parameters  MACs for 1 s        bytes  ms for {LATENCY_SECONDS:g} s  file")
     for (file, loaded), (model, size), ms in zip(networks, pairs, taken, strict=True):
-        name = "supernet" if loaded.size is None else f"size {size}"
+        name = "supernet" if loaded.model.size is None else f"size {size}"
         row = f"{name:9} {size:>6} {parameters(model):>11,} {macs(model, size):>13,} {file.stat().st_size:>12,}"
         print(f"{row} {ms:>12.1f}  {file}")
     for model, size in pairs[1:]:

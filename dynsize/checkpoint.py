@@ -17,25 +17,22 @@ NAME = "checkpoint.pt"  # of the supernet in a run directory
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `size` is None for a supernet; `training` is the trainer's state, None for a cut subnet."""
+    """What a file holds. `training` is the trainer's state, None for a cut subnet."""
 
     path: Path
     model: Supernet
     tokenizer: Tokenizer
-    size: int | None
     training: dict | None
 
 
-def save(
-    path: Path, model: Supernet, tokenizer: Tokenizer, size: int | None = None, training: dict | None = None
-) -> None:
+def save(path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | None = None) -> None:
     """Writes a checkpoint: after an interruption at any time, `path` is the old file or the new one, and whole."""
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(model.config),
         "weights": model.state_dict(),
         "ranking": model.ranking,
-        "size": size,
+        "size": model.size,
         "tokenizer": tokenizer.model,
         "training": training,
     }
@@ -68,4 +65,4 @@ def load(path: Path) -> Checkpoint:
         model.load_state_dict(content["weights"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: damaged checkpoint: {error}") from error
-    return Checkpoint(path, model.eval(), tokenizer, content["size"], content["training"])
+    return Checkpoint(path, model.eval(), tokenizer, content["training"])

@@ -5,6 +5,8 @@ import typing
 from dataclasses import dataclass, field
 
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
+LEARNING_METHODS = ("simple-top-k", "iterative-zero-out")
+METHODS = (*LEARNING_METHODS, "none", "layerdrop", "aux-loss")
 
 
 def setting(default: object, section: str, help: str) -> typing.Any:
@@ -47,12 +49,23 @@ class Config:
     shared_head: bool = setting(False, "network", "one CTC output layer for all sizes instead of one for each")
 
     sizes: tuple[int, ...] = setting((8, 16, 24), "algorithm", "layers of each network, ascending; the last is all 4 N")
-    method: str = setting("simple-top-k", "algorithm", "how the layers are chosen: simple-top-k")
+    method: str = setting(
+        "simple-top-k",
+        "algorithm",
+        "how layers are chosen: simple-top-k, iterative-zero-out; or, to compare with: none (one size trained alone), "
+        "layerdrop (random layers dropped, every other one kept), aux-loss (every size is the first layers)",
+    )
+    size: int = setting(0, "algorithm", "method none: the number of layers that are trained alone; 0: all")
+    layers_from: str = setting("", "algorithm", "method none: a run whose ranking names these layers, else the first")
     relaxation: str = setting("straight-through", "algorithm", "layer weights of step 1: straight-through or soft")
     step1_share: float = setting(0.3, "algorithm", "share of the updates that are step 1, which learns the scores")
-    delta: int = setting(1, "algorithm", "layers that k falls at a time in step 1")
-    score_start: float = setting(0.5, "algorithm", "value that every layer score starts with")
-    score_rate: float = setting(1.0, "algorithm", "learning rate of the scores, as a multiple of the weights'")
+    delta: int = setting(1, "algorithm", "simple-top-k: layers that k falls at a time in step 1")
+    score_start: float = setting(0.5, "algorithm", "simple-top-k: value that every layer score starts with")
+    score_rate: float = setting(1.0, "algorithm", "simple-top-k: learning rate of the scores over the weights'")
+    zero_out_delta: int = setting(4, "algorithm", "iterative-zero-out: layers zeroed out at the end of an iteration")
+    zero_out_start: float = setting(2.0, "algorithm", "iterative-zero-out: value that every layer score starts with")
+    zero_out_rate: float = setting(10.0, "algorithm", "iterative-zero-out: learning rate of the scores likewise")
+    layer_drop: float = setting(0.2, "algorithm", "layerdrop: share of utterances that skip a layer")
     subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
     stochastic_depth: float = setting(0.3, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
@@ -100,6 +113,11 @@ class Config:
             head_width * self.attention_heads == self.width > 0 and not (self.rotary and head_width % 2),
             f"must divide the width {self.width}" + (" an even number of times (rotary)" if self.rotary else ""),
         )
+        rules["size"] = (
+            0 <= self.size <= self.layers and (self.size == 0 or self.method == "none"),
+            f"must be 0 to {self.layers}, and needs --method none",
+        )
+        rules["layers_from"] = (not self.layers_from or self.method == "none", "needs --method none")
         rules["kernel"] = (self.kernel > 0 and self.kernel % 2 == 1, "must be odd")
         rules["sizes"] = (
             list(sizes) == sorted(set(sizes)) and min(sizes, default=0) >= 1 and largest == self.layers,
@@ -127,17 +145,17 @@ class Config:
 
 
 POSITIVE = (
-    "vocabulary sample_rate mel_bins blocks width attention_heads delta updates batch_utterances log_every "
-    "validate_every save_every"
+    "vocabulary sample_rate mel_bins blocks width attention_heads delta zero_out_delta updates batch_utterances "
+    "log_every validate_every save_every"
 ).split()
 NOT_NEGATIVE = (
-    "frequency_masks frequency_mask_bins time_mask_every time_mask_frames score_rate subnet_loss weight_decay epsilon "
-    "clip workers"
+    "frequency_masks frequency_mask_bins time_mask_every time_mask_frames score_rate zero_out_rate subnet_loss "
+    "weight_decay epsilon clip workers"
 ).split()
-SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "warmup")
+SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "layer_drop", "warmup")
 WORDS = {
     "front_end": ("conv2d", "vgg"),
-    "method": ("simple-top-k",),
+    "method": METHODS,
     "relaxation": ("straight-through", "soft"),
     "precision": ("auto", "bfloat16", "float32"),
 }
@@ -152,6 +170,7 @@ def shown(value: object) -> str:
 PAPER = dict(
     vocabulary=512, mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
     front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
+    zero_out_start=10.0, zero_out_rate=1.0,
     warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
 )  # fmt: skip
@@ -159,7 +178,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, time_mask_every=100,
-        rotary=False, step1_share=0.6, subnet_loss=0.3, updates=3000, batch_seconds=50.0, peak_learning_rate=1e-3,
+        rotary=False, step1_share=0.6, subnet_loss=0.3, updates=2000, batch_seconds=50.0, peak_learning_rate=1e-3,
         warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
     ),
     "librispeech": PAPER | dict(
@@ -179,7 +198,18 @@ def preset(name: str, **changes: typing.Any) -> Config:
     """The preset `name` with some fields changed. Raises ValueError for an unknown preset or an impossible value."""
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: must be {' or '.join(PRESETS)}")
-    return Config(**(PRESETS[name] | changes))
+    return for_method(Config(**(PRESETS[name] | changes)))
+
+
+def for_method(config: Config) -> Config:
+    """The configuration with what its method asks for: `none` has one size, LayerDrop's sizes share their output
+    layer, and with auxiliary losses no layer is dropped."""
+    changes: dict[str, dict] = {
+        "none": dict(sizes=config.sizes[-1:]),
+        "layerdrop": dict(shared_head=True),
+        "aux-loss": dict(stochastic_depth=0.0),
+    }
+    return dataclasses.replace(config, **changes.get(config.method, {}))
 
 
 def from_dict(values: dict) -> Config:

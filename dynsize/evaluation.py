@@ -85,7 +85,7 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     audio_seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
     device, rows, texts = device_of(config), [], {}
     for size in reversed(model.sizes):
-        subnet = (cut(model, size) if checkpoint.size is None else model).to(device)
+        subnet = (cut(model, size) if model.size is None else model).to(device)
         examples = Examples(utterances, tokenizer, config, keep=False)
         start = time.perf_counter()
         texts[size] = transcribe(subnet, examples, [size], f"{split}, size {size}")[size]

@@ -10,10 +10,10 @@ from dynsize.config import Config
 from dynsize.conformer import Gates
 
 
-def loss_weights(update: int, config: Config) -> dict[int, float]:
+def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int, float]:
     """Size → weight of its loss, largest first, by the sandwich rule: the largest, one between that is drawn from
-    (seed, update), and the smallest."""
-    *smaller, largest = config.sizes
+    (seed, update), and the smallest. `sizes`: ascending."""
+    *smaller, largest = sizes
     draw = random.Random(f"sandwich {config.seed} {update}")
     between = [draw.choice(smaller[1:])] if smaller[1:] else []
     return {largest: 1.0} | dict.fromkeys(between + smaller[:1], config.subnet_loss)

@@ -21,7 +21,7 @@ class Supernet(nn.Module):
 
     def __init__(self, config: Config, labels: int, ranking: Sequence[int] | None = None, size: int | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.size = config, size
         self.ranking = list(range(config.layers)) if ranking is None else list(ranking)
         self.sizes = config.sizes if size is None else (size,)
         self.encoder = Encoder(config, self.ranking[: self.sizes[-1]])
@@ -29,7 +29,8 @@ class Supernet(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.width, labels) for name in (["shared"] if shared else map(str, self.sizes))}
         )
-        self.scores = nn.Parameter(torch.full((config.layers,), config.score_start)) if size is None else None
+        start = config.zero_out_start if config.method == "iterative-zero-out" else config.score_start
+        self.scores = nn.Parameter(torch.full((config.layers,), start)) if size is None else None
 
     def mask(self, size: int) -> list[bool]:
         """The binary mask of the subnet of `size` layers: the first ones of the ranking."""

@@ -4,13 +4,13 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dynsize import checkpoint, sandwich, simple_top_k
+from dynsize import checkpoint, iterative_zero_out, sandwich, simple_top_k
+from dynsize.baselines import every_other, layer_drop
 from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
 from dynsize.conformer import Gates
@@ -18,29 +18,20 @@ from dynsize.corpora import Utterance, read_split
 from dynsize.ctc import ctc_loss
 from dynsize.evaluation import corpus_root, device_of, kept_names, read_for_scoring, transcribe
 from dynsize.features import feature_frames, spec_augment
+from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors, count_errors
 
-LAST_LEARNING_RATE = 1e-8
+ALGORITHMS = {"simple-top-k": simple_top_k, "iterative-zero-out": iterative_zero_out}  # those that learn in step 1
 MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up
-
-
-def learning_rate(update: int, config: Config) -> float:
-    """Linear from peak / 100 to the peak, back to peak / 100, then to 1e-8."""
-    peak, done = config.peak_learning_rate, (update + 1) / config.updates
-    corners = [(0.0, peak / 100), (config.warmup, peak), (config.warmup + config.cooldown, peak / 100)]
-    corners.append((1.0, LAST_LEARNING_RATE))
-    for (left, low), (right, high) in pairwise(corners):
-        if done <= right and left < right:
-            return low + (high - low) * (done - left) / (right - left)
-    return LAST_LEARNING_RATE
 
 
 class Trainer:
     """A training in a run directory. `updates()` runs it; `save()` writes the checkpoint that `resume` goes on from.
 
-    `left_out` tells which training utterances are not trained on, and why.
+    `loaded`: a checkpoint to go on from; one without a training's state gives the network to begin with. `left_out`
+    tells which training utterances are not trained on, and why.
     """
 
     def __init__(self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None) -> None:
@@ -58,10 +49,10 @@ class Trainer:
         self.examples = Examples(utterances, self.tokenizer, config, keep=config.workers == 0)
         self.dev = Examples(dev, self.tokenizer, config, keep=config.workers == 0)
         torch.manual_seed(config.seed)
-        self.model = (loaded.model if loaded else Supernet(config, self.tokenizer.labels)).to(self.device)
+        self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(self.device)
         self.optimizer = optimizer_for(self.model, config)
         self.update, self.skipped = 0, 0
-        if loaded:
+        if loaded and loaded.training:
             self.update, self.skipped = loaded.training["update"], loaded.training["skipped"]
             self.optimizer.load_state_dict(loaded.training["optimizer"])
 
@@ -112,10 +103,9 @@ class Trainer:
         rate = learning_rate(update, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
+        step1 = update < step1_updates(config)
         weights, gates = self.networks_of(update, len(batch.utterances))
-        record = dict(
-            update=update + 1, step=1 if self.in_step1(update) else 2, sizes=list(weights), learning_rate=rate
-        )
+        record = dict(update=update + 1, step=1 if step1 else 2, sizes=list(weights), learning_rate=rate)
         record["audio_seconds"] = sum(u.samples for u in batch.utterances) / config.sample_rate
         self.update += 1
         if not batch.utterances:
@@ -124,6 +114,8 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = self.losses(batch, list(weights), gates)  # (M,)
         loss = (losses * losses.new_tensor(list(weights.values()))).sum()
+        if step1:
+            loss = loss + ALGORITHMS[config.method].extra_loss(self.model.scores, self.model.ranking, update, config)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
@@ -132,23 +124,22 @@ class Trainer:
             record |= dict(losses=dict(zip(weights, losses.tolist(), strict=True)), gradient_norm=norm.item())
         else:
             self.skip(batch, loss.item(), norm.item())
-        if self.in_step1(update):
-            self.model.ranking = simple_top_k.ranking(self.model.scores)
+        if step1:
+            self.model.ranking = ALGORITHMS[config.method].rank(self.model.scores, self.model.ranking, update, config)
         return record
-
-    def in_step1(self, update: int) -> bool:
-        return update < simple_top_k.step1_updates(self.config)
 
     def networks_of(self, update: int, utterances: int) -> tuple[dict[int, float], list[Gates]]:
         """What an update trains: size → loss weight, largest first, and the gates of each."""
         config, model = self.config, self.model
-        if not self.in_step1(update):
-            weights = sandwich.loss_weights(update, config)
-            masks = [model.mask(size) for size in weights]
-            return weights, sandwich.gates(masks, utterances, config, self.device)
-        k = simple_top_k.size_at(update, config)
-        layer_weights = simple_top_k.layer_weights(model.scores, k, config.relaxation)
-        return {config.layers: 1.0, k: config.subnet_loss}, [[True] * config.layers, list(layer_weights)]
+        if update < step1_updates(config):
+            layer_weights = ALGORITHMS[config.method].layer_weights(model.scores, model.ranking, update, config)
+            weights = {config.layers: 1.0, size_at(update, config): config.subnet_loss}
+            return weights, [[True] * config.layers, layer_weights]
+        if config.method == "layerdrop":
+            return {config.layers: 1.0}, [layer_drop(utterances, config, self.device)]
+        weights = sandwich.loss_weights(update, model.sizes, config)
+        masks = [model.mask(size) for size in weights]
+        return weights, sandwich.gates(masks, utterances, config, self.device)
 
     def losses(self, batch: Batch, sizes: list[int], gates: list[Gates]) -> Tensor:
         """The CTC loss of each network, in nats for each label of the batch: (M,)."""
@@ -173,7 +164,7 @@ class Trainer:
 
     def validate(self) -> dict[int, dict]:
         """Decodes the dev splits with every size at once. Returns size → word error rate, counts, layers kept."""
-        sizes = list(reversed(self.config.sizes))
+        sizes = list(reversed(self.model.sizes))
         texts = transcribe(self.model, self.dev, sizes, "validating")
         result = {}
         for size in sizes:
@@ -188,7 +179,7 @@ class Trainer:
         """Writes the checkpoint and, for people, the ranking of the layers."""
         training = dict(update=self.update, skipped=self.skipped, optimizer=self.optimizer.state_dict())
         checkpoint.save(self.run / checkpoint.NAME, self.model, self.tokenizer, training=training)
-        scores = self.model.scores.tolist()
+        scores = [None] * self.config.layers if self.model.scores is None else self.model.scores.tolist()
         ranked = [dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking]
         (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
 
@@ -217,10 +208,25 @@ def read_training(config: Config) -> tuple[list[Utterance], dict[str, str]]:
     return utterances, unreadable
 
 
+def new_network(config: Config, labels: int) -> Supernet:
+    """The network that a training starts with. Raises ValueError where `layers_from` has another number of layers."""
+    ranking = None
+    if config.layers_from:
+        ranking = checkpoint.load(Path(config.layers_from)).model.ranking
+        if len(ranking) != config.layers:
+            raise ValueError(f"{config.layers_from}: has {len(ranking)} layers, this network has {config.layers}")
+    if config.method == "layerdrop":
+        ranking = every_other(config.layers, config.sizes)
+    return Supernet(config, labels, ranking, config.size if 0 < config.size < config.layers else None)
+
+
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
     """AdamW; the layer scores have a learning rate of their own and no weight decay."""
+    rate = config.zero_out_rate if config.method == "iterative-zero-out" else config.score_rate
     weights = [weight for name, weight in model.named_parameters() if name != "scores"]
-    groups = [dict(params=weights, factor=1.0), dict(params=[model.scores], factor=config.score_rate, weight_decay=0.0)]
+    groups = [dict(params=weights, factor=1.0)]
+    if model.scores is not None:
+        groups.append(dict(params=[model.scores], factor=rate, weight_decay=0.0))
     betas, decay = (0.9, config.beta2), config.weight_decay
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True)
 
