@@ -2,8 +2,6 @@
 """Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in a few minutes on a CPU."""
 
 import argparse
-import dataclasses
-import json
 import shutil
 import signal
 import sys
@@ -14,7 +12,8 @@ from tqdm import tqdm
 
 from dynsize import config as configuration
 from dynsize.checkpoint import NAME
-from dynsize.training import Trainer
+from dynsize.study import next_training, plan, results
+from dynsize.training import Trainer, check_new
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -33,6 +32,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
     parser.add_argument("--overwrite", action="store_true", help="replace the run directory if it is there")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed")
+    parser.add_argument(
+        "--study",
+        action="store_true",
+        help="train both algorithms' supernets and each size alone, and make one table (to runs/study-"
+        f"{name}); the same line goes on where it was stopped",
+    )
     types, groups = typing.get_type_hints(configuration.Config), {}
     for field in configuration.fields():
         section = field.metadata["section"]
@@ -56,25 +61,37 @@ def flag_options(kind: type) -> dict:
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
+def configured(options: argparse.Namespace) -> configuration.Config:
+    """The preset with what the command line changes of it."""
+    changes = {f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)}
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return configuration.preset(options.preset, **changes)
+
+
 def start(options: argparse.Namespace) -> Trainer:
     """The trainer in its run directory, new or resumed. Raises ValueError for bad input; then nothing was changed."""
     if options.resume:
         return Trainer.resume(options.resume)
-    changes = {f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)}
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-    config = configuration.preset(options.preset, **changes)
-    run = options.run or Path("runs") / options.preset
-    if run.exists() and not options.overwrite:
-        raise ValueError(f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it")
-    if run.exists() and not (run / "config.json").is_file():
-        raise ValueError(f"{run}: not a run directory (no config.json in it); --overwrite does not replace it")
+    config, run = configured(options), options.run or Path("runs") / options.preset
+    check_new(run, options.overwrite)
     trainer = Trainer(config, run)
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    trainer.write_left_out()
+    trainer.begin()
     return trainer
+
+
+def study(options: argparse.Namespace) -> None:
+    """Runs or continues all trainings of a study, then shows its table."""
+    config, folder = configured(options), options.run or Path("runs") / f"study-{options.preset}"
+    if options.overwrite and folder.exists():
+        for name in plan(config):
+            if (folder / name).exists():
+                check_new(folder / name, overwrite=True)
+                shutil.rmtree(folder / name)
+    while trainer := next_training(config, folder):
+        train(trainer)
+        del trainer  # before the next one reads its corpus
+    print(results(config, folder))
+    print(f"done: {folder / 'study.md'}, {folder / 'study.json'}")
 
 
 def describe(trainer: Trainer) -> None:
@@ -93,9 +110,12 @@ def describe(trainer: Trainer) -> None:
     print(f"training   {config.method}, sizes {sizes}, {config.updates} updates → {trainer.run}")
 
 
-def run_to_end(trainer: Trainer, stop: list[int]) -> None:
-    """Trains, with a progress bar, until the end or a signal."""
-    config = trainer.config
+def train(trainer: Trainer) -> None:
+    """Trains, with a progress bar, until the end, or until a signal, which saves and ends the program."""
+    describe(trainer)
+    config, stop = trainer.config, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number) or signal.signal(number, signal.SIG_DFL))
     with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True) as bar:
         for record in trainer.updates():
             loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
@@ -118,13 +138,13 @@ def run_to_end(trainer: Trainer, stop: list[int]) -> None:
 
 def main() -> None:
     try:
-        trainer = start(parse(sys.argv[1:]))
-        describe(trainer)
-        stop: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: stop.append(number) or signal.signal(number, signal.SIG_DFL))
-        run_to_end(trainer, stop)
-        print(f"done: {trainer.run / NAME}; python prune.py {trainer.run} cuts its subnets")
+        options = parse(sys.argv[1:])
+        if options.study:
+            study(options)
+        else:
+            trainer = start(options)
+            train(trainer)
+            print(f"done: {trainer.run / NAME}; python prune.py {trainer.run} cuts its subnets")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import Tokenizer
-from dynsize.wer import Errors, count_errors, interval
+from dynsize.wer import Errors, count_errors, interval, paired_interval
 
 
 def corpus_root(config: Config) -> Path:
@@ -80,17 +81,16 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     `config`: the checkpoint's, with corpus, device and batches as they are now. In the directory `output`:
     `size-K.txt` with a line `ID TEXT` for each utterance, and `results.json` with the rows, which are also returned.
     """
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    utterances = read_for_scoring(config, [split], tokenizer)
+    model = checkpoint.model
+    utterances = read_for_scoring(config, [split], checkpoint.tokenizer)
     audio_seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
-    device, rows, texts = device_of(config), [], {}
+    rows, texts = [], {}
     for size in reversed(model.sizes):
-        subnet = (cut(model, size) if model.size is None else model).to(device)
-        examples = Examples(utterances, tokenizer, config, keep=False)
+        subnet = alone(checkpoint, size, config)
         start = time.perf_counter()
-        texts[size] = transcribe(subnet, examples, [size], f"{split}, size {size}")[size]
+        texts[size] = decode(subnet, checkpoint, utterances, size, f"{split}, size {size}")
         seconds = time.perf_counter() - start
-        errors = [count_errors(u.text, text) for u, text in zip(utterances, texts[size], strict=True)]
+        errors = errors_of(utterances, texts[size])
         total = sum(errors, Errors())
         rows.append(
             dict(size=size, wer=total.rate, interval=interval(errors), substitutions=total.substitutions)
@@ -102,8 +102,62 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     for size, hypotheses in texts.items():
         lines = [f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)]
         (output / f"size-{size}.txt").write_text("".join(lines), encoding="utf-8")
-    facts = dict(checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device), sizes=rows)
+    facts = dict(
+        checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device_of(config)), sizes=rows
+    )
     (output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return rows
+
+
+def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
+    """The network of one size, cut out where it shares its weights with others, on the configured device."""
+    model = checkpoint.model
+    return (cut(model, size) if model.size is None else model).to(device_of(config))
+
+
+def decode(
+    network: Supernet, checkpoint: Checkpoint, utterances: Sequence[Utterance], size: int, title: str
+) -> list[str]:
+    """The text of each utterance by the network of one size."""
+    examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
+    return transcribe(network, examples, [size], title)[size]
+
+
+def errors_of(utterances: Sequence[Utterance], texts: Sequence[str]) -> list[Errors]:
+    """The word errors in each utterance's text."""
+    return [count_errors(utterance.text, text) for utterance, text in zip(utterances, texts, strict=True)]
+
+
+def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[dict]:
+    """Decodes a split with all sizes of all networks; for each pair of networks the differences of word error rates.
+
+    Equal sizes are compared; all of them, where two networks have no size in common. `networks`: checkpoints with the
+    configuration that names corpus and device. Returns rows with `first` and `second`, (path, size) each, their `wer`,
+    and difference and `interval`, first minus second. Raises ValueError for different utterances.
+    """
+    decoded: list[dict[int, list[Errors]]] = []
+    expected: list[tuple[str, str]] = []
+    for checkpoint, config in networks:
+        utterances = read_for_scoring(config, [split], checkpoint.tokenizer)
+        said = [(utterance.id, utterance.text) for utterance in utterances]
+        expected = expected or said
+        if said != expected:
+            raise ValueError(f"{checkpoint.path}: the {split} of {config.corpus} has other utterances than the first's")
+        of_sizes = {}
+        for size in checkpoint.model.sizes:
+            title = f"{checkpoint.path}, {split}, size {size}"
+            texts = decode(alone(checkpoint, size, config), checkpoint, utterances, size, title)
+            of_sizes[size] = errors_of(utterances, texts)
+        decoded.append(of_sizes)
+    rows = []
+    for (a, first), (b, second) in combinations(enumerate(decoded), 2):
+        same = [(size, size) for size in first if size in second]
+        for pair in same or product(first, second):
+            errors = first[pair[0]], second[pair[1]]
+            wer = [sum(e, Errors()).rate for e in errors]
+            names = [(str(networks[i][0].path), size) for i, size in zip((a, b), pair, strict=True)]
+            row = dict(first=names[0], second=names[1], wer=wer, difference=wer[0] - wer[1])
+            rows.append(row | dict(interval=paired_interval(*errors)))
     return rows
 
 

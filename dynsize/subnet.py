@@ -2,31 +2,65 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from dynsize.config import LAYERS
+from dynsize.config import LAYERS, Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames
 from dynsize.supernet import Supernet
 
 
 def cut(model: Supernet, size: int) -> Supernet:
-    """A network that has only the layers and the output layer of one trained size, with copies of their weights.
+    """A network that has only the `size` first layers of the ranking and their output layer, with copies of their
+    weights. A size that was not trained gets the output layer of the largest trained one below it.
 
-    Raises ValueError for a network that was cut before, and for a size that the supernet does not have.
+    Raises ValueError for a network that was cut before, and for a size that the supernet can't have.
     """
-    if model.scores is None:
-        raise ValueError(f"this network was cut already, to {model.sizes[0]} layers; cut the supernet it came from")
-    if size not in model.sizes:
-        raise ValueError(f"the supernet has no size {size}; it has {', '.join(map(str, model.sizes))}")
-    labels = model.head(size).out_features
-    subnet = Supernet(model.config, labels, model.ranking, size)
+    if model.size is not None:
+        raise ValueError(f"this network was cut already, to {model.size} layers; cut the supernet it came from")
+    if not 1 <= size <= model.config.layers:
+        raise ValueError(f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers")
+    subnet = Supernet(model.config, model.head(size).out_features, model.ranking, size)
     weights = model.state_dict()
-    subnet.load_state_dict({name: weights[name] for name in subnet.state_dict()})
+    subnet.encoder.load_state_dict({f: weights[f"encoder.{f}"] for f in subnet.encoder.state_dict()})
+    subnet.head(size).load_state_dict(model.head(size).state_dict())
     return subnet.eval()
+
+
+def widened(model: Supernet, config: Config) -> Supernet:
+    """A supernet of the sizes and the method of `config`, with the weights of a full-size model; each size's output
+    layer begins as that of the full size. Raises ValueError for a network that was cut."""
+    if model.size is not None:
+        raise ValueError(f"a cut network, of {model.size} layers: sizes are learned in one that has all of its layers")
+    head = model.head(config.layers)
+    supernet = Supernet(config, head.out_features)
+    supernet.encoder.load_state_dict(model.encoder.state_dict())
+    for own in supernet.heads.values():
+        own.load_state_dict(head.state_dict())
+    return supernet
+
+
+COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
+    "max_params": lambda subnet, size, seconds: parameters(subnet),
+    "max_macs": lambda subnet, size, seconds: macs(subnet, size),
+    "max_latency_ms": lambda subnet, size, seconds: latencies([(subnet, size)], seconds)[0],
+}
+
+
+def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
+    """The largest number of layers whose subnet costs `limit` or less of one of the `COSTS`, milliseconds for `seconds`
+    of audio. Raises ValueError where a single layer costs more."""
+    size = bisect_right(
+        range(1, model.config.layers + 1), limit, key=lambda size: COSTS[budget](cut(model, size), size, seconds)
+    )
+    if size == 0:
+        least = COSTS[budget](cut(model, 1), 1, seconds)
+        raise ValueError(f"--{budget.replace('_', '-')} {limit:g}: a subnet of one layer has {least:,.10g} already")
+    return size
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,7 +1,9 @@
 """The training loop of both steps: everything that an update does is a function of the configuration and its number."""
 
+import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,12 @@ from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import Utterance, read_split
 from dynsize.ctc import ctc_loss
-from dynsize.evaluation import corpus_root, device_of, kept_names, read_for_scoring, transcribe
+from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, read_for_scoring, transcribe
 from dynsize.features import feature_frames, spec_augment
 from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
-from dynsize.wer import Errors, count_errors
+from dynsize.wer import Errors
 
 ALGORITHMS = {"simple-top-k": simple_top_k, "iterative-zero-out": iterative_zero_out}  # those that learn in step 1
 MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up
@@ -67,6 +69,14 @@ class Trainer:
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         metrics.write_text("".join(line for line in lines if json.loads(line)["update"] <= trainer.update))
         return trainer
+
+    def begin(self) -> None:
+        """Makes the run directory; one that is there is replaced, so that `check_new` comes first."""
+        if self.run.exists():
+            shutil.rmtree(self.run)
+        self.run.mkdir(parents=True)
+        (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        self.write_left_out()
 
     def updates(self) -> Iterator[dict]:
         """Trains to the end; yields what each update did, with the dev word error rates after a validation."""
@@ -168,8 +178,7 @@ class Trainer:
         texts = transcribe(self.model, self.dev, sizes, "validating")
         result = {}
         for size in sizes:
-            pairs = zip(self.dev.utterances, texts[size], strict=True)
-            errors = sum((count_errors(utterance.text, text) for utterance, text in pairs), Errors())
+            errors = sum(errors_of(self.dev.utterances, texts[size]), Errors())
             result[size] = dict(wer=errors.rate, errors=errors.total, words=errors.words)
             result[size]["layers"] = kept_names(self.model, size)
         self.log(dict(update=self.update, dev=result))
@@ -196,6 +205,14 @@ class Trainer:
     def write_left_out(self) -> None:
         lines = [f"{name}\t{reason}\n" for name, reason in self.left_out.items()]
         (self.run / "left-out.txt").write_text("".join(lines))
+
+
+def check_new(run: Path, overwrite: bool) -> None:
+    """Raises ValueError where a new run must not have this directory."""
+    if run.exists() and not overwrite:
+        raise ValueError(f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it")
+    if run.exists() and not (run / "config.json").is_file():
+        raise ValueError(f"{run}: not a run directory (no config.json in it); --overwrite does not replace it")
 
 
 def read_training(config: Config) -> tuple[list[Utterance], dict[str, str]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DRAWS = 1000  # of the bootstrap
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -47,10 +49,26 @@ def count_errors(reference: str, hypothesis: str) -> Errors:
     return Errors(errors - gaps, deletions, gaps - deletions, len(said))
 
 
-def interval(errors: Sequence[Errors], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def interval(errors: Sequence[Errors]) -> tuple[float, float]:
     """95% bootstrap interval of the word error rate (Bisani and Ney 2004): utterances drawn anew, with replacement."""
-    counts = np.array([(e.total, e.words) for e in errors], dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(errors), size=(draws, len(errors)))
-    total, words = counts[chosen].sum(1).T
-    low, high = np.quantile(total / np.maximum(words, 1), [0.025, 0.975])
+    low, high = np.quantile(redrawn_rates(errors), [0.025, 0.975])
     return float(low), float(high)
+
+
+def paired_interval(first: Sequence[Errors], second: Sequence[Errors]) -> tuple[float, float]:
+    """95% bootstrap interval of the first's word error rate minus the second's, on the same utterances: both rates of
+    a draw are those of the same utterances. Raises ValueError for different numbers of utterances."""
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} utterances can't be compared in pairs")
+    low, high = np.quantile(redrawn_rates(first) - redrawn_rates(second), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def redrawn_rates(errors: Sequence[Errors]) -> np.ndarray:
+    """Word error rates of `DRAWS` draws of utterances, with replacement; the n-th draw of two systems is the same."""
+    counts = np.array([(e.total, e.words) for e in errors], dtype=float)
+    draw, rates = np.random.default_rng(0), np.empty(DRAWS)
+    for i in range(DRAWS):
+        total, words = counts[draw.integers(len(errors), size=len(errors))].sum(0)
+        rates[i] = total / max(words, 1)
+    return rates

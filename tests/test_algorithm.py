@@ -1,7 +1,9 @@
-"""Simple-Top-k, the sandwich rule, stochastic depth, and the schedules."""
+"""Both algorithms, the baselines' choices, the sandwich rule, stochastic depth, and the schedules."""
 
+import dataclasses
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import sandwich, simple_top_k
-from dynsize.training import learning_rate
+from dynsize import baselines, iterative_zero_out, sandwich, simple_top_k
+from dynsize.schedule import learning_rate, size_at, size_before, step1_updates
 
 
 @st.composite
@@ -42,30 +44,111 @@ def test_relaxed_weights_are_the_sum_of_the_papers_softmaxes(drawn):
     torch.testing.assert_close(simple_top_k.relaxed_top_k(scores, k), total, rtol=1e-6, atol=1e-6)
 
 
-@given(scores_and_k())
-def test_straight_through_weights_are_the_binary_top_k(drawn):
-    scores, k = drawn
-    weights = simple_top_k.layer_weights(scores, k, "straight-through")
+def first_update_of(k: int, layers: int, **changes):
+    """A configuration, and the update of its step 1 in which the size is k."""
+    config = tiny(blocks=8, sizes=(1, 32), updates=320, step1_share=0.5, delta=1, **changes)
+    update = next(u for u in range(160) if size_at(u, config) == k)
+    return config, update
+
+
+@given(st.lists(st.sampled_from([-1e4, -1.0, 0.5, 0.6, 1e4]), min_size=32, max_size=32), st.integers(1, 31))
+def test_straight_through_weights_are_the_binary_top_k(values, k):
+    config, update = first_update_of(k, 32)
+    scores = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    weights = torch.stack(simple_top_k.layer_weights(scores, range(32), update, config))
     # by falling score; of equal ones the lower layer
-    top = sorted(range(len(scores)), key=lambda layer: (-scores[layer].item(), layer))[:k]
-    assert weights.tolist() == [float(layer in top) for layer in range(len(scores))]
-    assert simple_top_k.ranking(scores)[:k] == top
+    top = sorted(range(32), key=lambda layer: (-values[layer], layer))[:k]
+    assert weights.tolist() == [float(layer in top) for layer in range(32)]
+    assert simple_top_k.rank(scores, range(32), update, config)[:k] == top
+    (weights * torch.linspace(-1, 1, 32)).sum().backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_straight_through_has_the_gradient_of_the_relaxed_weights():
-    scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(6, dtype=torch.float64)
-    gradients = [
-        torch.autograd.grad((cotangent * simple_top_k.layer_weights(scores, 3, relaxation)).sum(), scores)[0]
-        for relaxation in ("straight-through", "soft")
-    ]
+    scores = torch.randn(32, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(32, dtype=torch.float64)
+    gradients = []
+    for relaxation in ("straight-through", "soft"):
+        config, update = first_update_of(9, 32, relaxation=relaxation)
+        weights = torch.stack(simple_top_k.layer_weights(scores, range(32), update, config))
+        gradients += torch.autograd.grad((cotangent * weights).sum(), scores)
     assert torch.equal(*gradients) and (gradients[0] != 0).all()
+    assert simple_top_k.extra_loss(scores, range(32), update, config).item() == 0
 
 
+@given(st.integers(0, 2**20), st.integers(2, 10))
+def test_gradients_of_the_relaxed_weights_are_finite_differences(seed, layers):
+    generator = torch.Generator().manual_seed(seed)
+    scores = 2 * torch.randn(layers, dtype=torch.float64, generator=generator)
+    k = 1 + seed % layers
+    assert torch.autograd.gradcheck(lambda s: simple_top_k.relaxed_top_k(s, k), scores.requires_grad_())
+
+
+@given(scores_and_k(), st.randoms(use_true_random=False))
+def test_relaxed_weights_permute_with_the_scores(drawn, random):
+    scores, k = drawn
+    order = random.sample(range(len(scores)), len(scores))
+    permuted = simple_top_k.relaxed_top_k(scores[order], k)
+    torch.testing.assert_close(permuted, simple_top_k.relaxed_top_k(scores, k)[order], rtol=1e-9, atol=1e-9)
+
+
+zero_out_configs = st.builds(
+    lambda delta, smallest, updates, share: tiny(
+        method="iterative-zero-out", zero_out_delta=delta, sizes=(smallest, 8), updates=updates, step1_share=share
+    ),
+    st.integers(1, 5), st.integers(1, 7), st.integers(20, 80), st.floats(0.3, 1, exclude_max=True),
+)  # fmt: skip
+
+
+@given(zero_out_configs, st.integers(0, 2**20))
+def test_zeroed_out_layers_only_grow_and_agree_with_the_ranking(config, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ranking, gone, order = list(range(8)), [], []
+    for update in range(step1_updates(config)):
+        scores = 3 * torch.randn(8, generator=generator)  # anything may become of them
+        weights = iterative_zero_out.layer_weights(scores, ranking, update, config)
+        now = [layer for layer, weight in enumerate(weights) if weight is False]
+        iteration = update * math.ceil((8 - config.sizes[0]) / config.zero_out_delta) // step1_updates(config)
+        assert len(now) == min(config.zero_out_delta * iteration, 8 - config.sizes[0])
+        assert set(gone) <= set(now)
+        order, gone = [layer for layer in now if layer not in gone] + order, now
+        for layer, weight in enumerate(weights):
+            assert weight is False or weight.item() == torch.sigmoid(scores[layer]).item()
+        ranking = iterative_zero_out.rank(scores, ranking, update, config)
+        assert sorted(ranking) == list(range(8))
+        assert set(ranking[8 - len(gone) :]) == set(gone)
+        alive = ranking[: 8 - len(gone)]
+        assert alive == sorted(alive, key=lambda layer: (-scores[layer].item(), layer))
+    position = {layer: place for place, layer in enumerate(ranking)}
+    earlier = [layer for layer in order if layer in gone]  # last zeroed-out first, iteration by iteration
+    for layer in set(range(8)) - set(gone):
+        assert all(position[layer] < position[lost] for lost in earlier)
+
+
+@given(zero_out_configs, st.integers(0, 79), st.booleans())
+def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
+    update %= step1_updates(config)
+    ranking = [3, 1, 4, 0, 5, 2, 6, 7]
+    alive, target = size_before(update, config), size_at(update, config)
+    share = torch.tensor(target / alive, dtype=torch.float64)
+    scores = torch.full((8,), float("nan"), dtype=torch.float64)
+    scores[ranking[:alive]] = share.logit()
+    assert abs(iterative_zero_out.extra_loss(scores, ranking, update, config).item()) < 1e-12
+    scores = torch.randn(8, dtype=torch.float64) * (1e4 if extreme else 1)
+    scores.requires_grad_()
+    loss = iterative_zero_out.extra_loss(scores, ranking, update, config)
+    lost = 8 - sum(torch.sigmoid(scores[layer]).item() for layer in ranking[:alive])
+    assert loss.item() == pytest.approx(5 * abs(lost / 8 - (8 - target) / 8))
+    loss.backward()
+    assert scores.grad.isfinite().all() and (scores.grad[ranking[alive:]] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
 @given(st.integers(20, 500), st.integers(1, 4), st.integers(1, 7), st.floats(0.1, 0.9))
-def test_k_falls_in_equal_spans(updates, delta, smallest, share):
-    config = tiny(updates=updates, delta=delta, sizes=(smallest, 8), step1_share=share)
-    ks = [simple_top_k.size_at(update, config) for update in range(simple_top_k.step1_updates(config))]
+def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
+    config = tiny(updates=updates, delta=delta, zero_out_delta=delta, sizes=(smallest, 8), step1_share=share)
+    config = dataclasses.replace(config, method=method)
+    ks = [size_at(update, config) for update in range(step1_updates(config))]
     expected = [max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))]
     spans = Counter(ks)
     if len(ks) >= len(expected):
@@ -73,18 +156,39 @@ def test_k_falls_in_equal_spans(updates, delta, smallest, share):
         assert max(spans.values()) - min(spans.values()) <= 1
 
 
+@given(st.integers(2, 12), st.data())
+def test_every_other_layer_is_kept(blocks, data):
+    layers = 4 * blocks
+    sizes = sorted(data.draw(st.sets(st.integers(1, layers), min_size=1, max_size=3)))
+    ranking = baselines.every_other(layers, sizes)
+    assert sorted(ranking) == list(range(layers))
+    gaps = [b - a for a, b in pairwise(sorted(ranking[: sizes[0]]))]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert sorted(baselines.every_other(layers, [layers // 2])[: layers // 2]) == list(range(0, layers, 2))
+    assert sorted(baselines.shuffled(layers, 3)) == list(range(layers)) != baselines.shuffled(layers, 3)
+
+
+def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
+    gates = torch.stack(baselines.layer_drop(3000, tiny(layer_drop=0.2), torch.device("cpu")))
+    assert gates.shape == (8, 3000) and set(gates.unique().tolist()) == {0.0, 1.0}
+    assert gates.mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / gates.numel()))
+    assert not torch.equal(gates[0], gates[1])
+
+
 def test_sandwich_rule():
-    config = tiny(sizes=(2, 3, 5, 8))
-    drawn = [sandwich.loss_weights(update, config) for update in range(4000)]
-    for weights in drawn:
-        assert list(weights) == sorted(weights, reverse=True)
-        assert len(weights) == 3 and weights[8] == 1.0 and weights[2] == 0.3
-    between = Counter(list(weights)[1] for weights in drawn)
+    def weights(update: int, *sizes: int, **changes) -> dict[int, float]:
+        return sandwich.loss_weights(update, sizes, tiny(**changes))
+
+    drawn = [weights(update, 2, 3, 5, 8) for update in range(4000)]
+    for of_update in drawn:
+        assert list(of_update) == sorted(of_update, reverse=True)
+        assert len(of_update) == 3 and of_update[8] == 1.0 and of_update[2] == 0.3
+    between = Counter(list(of_update)[1] for of_update in drawn)
     assert set(between) == {3, 5} and abs(between[3] - 2000) < 4 * math.sqrt(1000)  # 4 standard deviations
-    assert drawn[17] == sandwich.loss_weights(17, config)
-    assert drawn != [sandwich.loss_weights(update, tiny(sizes=(2, 3, 5, 8), seed=1)) for update in range(4000)]
-    assert sandwich.loss_weights(0, tiny(sizes=(4, 8))) == {8: 1.0, 4: 0.3}
-    assert sandwich.loss_weights(0, tiny(sizes=(8,))) == {8: 1.0}
+    assert drawn[17] == weights(17, 2, 3, 5, 8)
+    assert drawn != [weights(update, 2, 3, 5, 8, seed=1) for update in range(4000)]
+    assert weights(0, 4, 8) == {8: 1.0, 4: 0.3}
+    assert weights(0, 8) == {8: 1.0}
 
 
 def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():

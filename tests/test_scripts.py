@@ -19,6 +19,7 @@ from conftest import write_tones
 from dynsize import config
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # prune.py uses what train.py shows
 SCRIPTS = {name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")}
 TINY = (
     "--sample-rate 8000 --mel-bins 12 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
@@ -114,6 +115,83 @@ def test_prune_then_evaluate(work):
     assert both.returncode == 0 and "test-clean: 6 utt" in both.stdout and "test-other: 4 utt" in both.stdout
 
 
+def test_prune_by_budget_and_by_other_rankings(work):
+    done = run("prune.py", "run", "--max-params", "14000", "--max-macs", "900000", cwd=work)
+    assert done.returncode == 0, done.stderr
+    size, shown = re.search(r"^size (\d+) +\d+ +([\d,]+) ", done.stdout, re.M).groups()
+    assert 1 <= int(size) <= 8 and int(shown.replace(",", "")) <= 14000
+    if int(size) not in (3, 5, 8):
+        assert f"size {size} was never trained; the nearest that were: 3 and 5" in done.stderr
+    for ranking, kept in (("first", "1.ff1 1.conv 1.mhsa"), ("random", "")):
+        done = run("prune.py", "run", "--sizes", "3", "--ranking", ranking, cwd=work)
+        assert f"size 3 keeps {kept}" in done.stdout and (work / "run" / f"size-3-{ranking}.pt").exists()
+    assert run("prune.py", "run", "--sizes", "3", "--max-latency-ms", "1000", cwd=work).returncode == 0
+    assert (work / "run" / "size-3.pt").exists() and (work / "run" / "size-8.pt").exists()
+
+
+@pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
+def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
+    tiny = [flag if flag != "run" else "full" for flag in TINY]
+    full = run("train.py", "--corpus", tones, "--run", "full", *tiny, "--method", "none", cwd=work)
+    assert full.returncode == 0, full.stderr
+    nothing = run("prune.py", "full", "--method", method, "--updates", "0", "--output", "nothing", cwd=work)
+    assert nothing.returncode == 0 and "nothing was learned" in nothing.stdout
+    assert "size 2 keeps 1.ff1 1.conv\n" in nothing.stdout
+    done = run("prune.py", "full", "--method", method, "--sizes", "3", "5", "--updates", "6", cwd=work)
+    assert done.returncode == 0, done.stderr
+    folder = work / "full" / method
+    assert all((folder / name).is_file() for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl"))
+    start, learned = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (work / "full", folder))
+    moved = max((start["weights"][n] - learned["weights"][n]).abs().max() for n in start["weights"] if "encoder" in n)
+    assert 0 < moved < 0.1  # from the model's weights on
+    again = run("prune.py", "full", "--method", method, cwd=work)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    refused = run("prune.py", f"full/{method}/size-3.pt", "--method", method, "--output", "x", cwd=work)
+    assert refused.returncode == 2 and "cut" in refused.stderr and not (work / "x").exists()
+
+
+def test_compare(work):
+    assert run("prune.py", "run", cwd=work).returncode == 0
+    done = run("evaluate.py", "--compare", "run", "run/size-3.pt", "run/size-5.pt", "--split", "test-clean", cwd=work)
+    assert done.returncode == 0, done.stderr
+    pairs = re.findall(r"^(\S+), size (\d+) .*%   (\S+), size (\d+) .*\]   (.*)$", done.stdout, re.M)
+    assert [pair[1::2][:2] for pair in pairs] == [("3", "3"), ("5", "5"), ("3", "5")]
+    assert [pair[4] for pair in pairs[:2]] == ["not told apart"] * 2 and "+0.00 [ +0.00,  +0.00]" in done.stdout
+
+
+def test_compare_refuses_other_utterances(work, tmp_path, refuse):
+    other = write_tones(tmp_path / "other", {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 5})
+    shutil.copytree(work / "run", work / "run2")
+    state = torch.load(work / "run2" / "checkpoint.pt", weights_only=True)
+    state["config"]["corpus"] = str(other)
+    torch.save(state, work / "run2" / "checkpoint.pt")
+    said = refuse("evaluate.py", "--compare", "run", "run2", "--split", "test-clean", cwd=work)
+    assert "other utterances" in said and "run2" in said
+    assert "two or more" in refuse("evaluate.py", "--compare", "run", cwd=work)
+
+
+def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
+    command = ["train.py", "--study", "--corpus", tones, "--run", "study", *TINY, "--updates", "6", "--save-every", "3"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, [ROOT / command[0], *command[1:]])], cwd=tmp_path, stdout=subprocess.DEVNULL
+    ) as first:
+        while not (tmp_path / "study" / "iterative-zero-out" / "checkpoint.pt").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.terminate()
+    before = (tmp_path / "study" / "simple-top-k" / "checkpoint.pt").stat().st_mtime_ns
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "simple-top-k" / "checkpoint.pt").stat().st_mtime_ns == before
+    text = (tmp_path / "study" / "study.md").read_text()
+    assert text in done.stdout and re.search(r"^\| test-other: size \| alone \| simple-top-k \| iter", text, re.M)
+    assert len(re.findall(r"^\| (?:8|5|3) \|(?: [\d.]+% \[[\d.]+, [\d.]+\] \|){3}$", text, re.M)) == 6
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert set(found["test-clean"]) == {"simple-top-k", "iterative-zero-out", "alone-3", "alone-5", "alone-8"}
+    other = run(*command, "--seed", "1", cwd=tmp_path)
+    assert other.returncode == 2 and "other settings" in other.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
     command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, "--updates", "100000"]
@@ -152,6 +230,9 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
         ("--preset big", ["big", "librispeech"]),
         ("--resume run --updates 9", ["--resume"]),
         ("--resume nowhere", ["nowhere"]),
+        ("--run new --size 8", ["--size 8", "--method none"]),
+        ("--run new --method none --size 25", ["--size 25", "0 to 24"]),
+        ("--corpus CORPUS --run new --method none --layers-from nowhere", ["nowhere", "no such checkpoint"]),
     ],
 )
 def test_bad_input_to_train(trained, tones, refuse, arguments, words):
@@ -170,8 +251,13 @@ def test_overwrite_replaces_a_run(work, tones):
     [
         ("prune.py", "nowhere", ["nowhere", "no such checkpoint"]),
         ("prune.py", "run/config.json", ["config.json", "not a checkpoint"]),
-        ("prune.py", "run --sizes 3 4", ["no size 4", "3, 5, 8"]),
+        ("prune.py", "run --sizes 3 9", ["no size 9", "1 to 8 layers"]),
         ("prune.py", "run --max 4", ["--max"]),
+        ("prune.py", "run --max-params 10", ["--max-params 10", "one layer has"]),
+        ("prune.py", "run --updates 9", ["--updates", "--method"]),
+        ("prune.py", "run --method simple-top-k --ranking first", ["--method", "ranking"]),
+        ("prune.py", "run --method simple-top-k --sizes 9 --output new", ["--sizes", "8"]),
+        ("evaluate.py", "", ["RUN_OR_CHECKPOINT"]),
         ("evaluate.py", "run/metrics.jsonl", ["metrics.jsonl", "not a checkpoint"]),
         ("evaluate.py", "run --split test", ["test", "no such split", "test-clean"]),
         ("evaluate.py", "run --corpus nowhere", ["nowhere"]),

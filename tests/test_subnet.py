@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynsize import checkpoint
 from dynsize.conformer import FRONT_ENDS
 from dynsize.features import feature_frames
-from dynsize.subnet import cut, latencies, macs, parameters
+from dynsize.subnet import cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
 
@@ -52,8 +52,9 @@ def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
 
 
 def test_cutting_refuses_other_sizes_and_cut_networks():
-    with pytest.raises(ValueError, match="no size 4; it has 3, 5, 8"):
-        cut(supernet(), 4)
+    for size in (0, 9):
+        with pytest.raises(ValueError, match=f"no size {size}; sizes are 1 to 8 layers"):
+            cut(supernet(), size)
     with pytest.raises(ValueError, match="cut already, to 3 layers"):
         cut(cut(supernet(), 3), 3)
 
@@ -71,6 +72,46 @@ def test_macs_are_those_that_torch_counts(front_end, seconds):
     assert set(FRONT_ENDS) == {"conv2d", "vgg"}
 
 
+@given(st.integers(0, 2**20), st.sampled_from(["max_params", "max_macs"]), st.floats(0, 1.1))
+def test_budgets_are_never_exceeded_nor_left_unused(seed, budget, share):
+    model = supernet(seed)
+    cost = {"max_params": lambda size: parameters(cut(model, size)), "max_macs": lambda size: macs(model, size)}[budget]
+    limit = round(cost(8) * share)
+    fitting = [size for size in range(1, 9) if cost(size) <= limit]
+    if fitting:
+        assert largest_within(model, budget, limit, 1.0) == max(fitting)
+    else:
+        with pytest.raises(ValueError, match=rf"--{budget.replace('_', '-')} .*one layer has"):
+            largest_within(model, budget, limit, 1.0)
+
+
+def test_the_latency_budget_is_of_this_machine(monkeypatch):
+    monkeypatch.setattr("dynsize.subnet.latencies", lambda networks, seconds: [seconds * networks[0][1]])
+    assert largest_within(supernet(), "max_latency_ms", 13.0, 2.0) == 6
+
+
+def test_an_untrained_size_has_the_output_layer_of_the_next_smaller_one():
+    model = supernet()
+    for size, trained in ((1, 3), (4, 3), (5, 5), (7, 5)):
+        subnet = cut(model, size)
+        assert torch.equal(subnet.head(size).weight, model.heads[str(trained)].weight)
+        assert sum(len(block) - 1 for block in subnet.encoder.blocks) == size
+
+
+def test_a_widened_model_computes_what_it_did_in_every_output_layer():
+    model = supernet(sizes=(8,))
+    config = tiny(sizes=(2, 5, 8), method="iterative-zero-out")
+    supernet_of = widened(model, config).eval()
+    features, lengths = torch.randn(2, 33, 12), torch.tensor([33, 20])
+    before, _ = model(features, lengths, [8])
+    every = [[True] * 8] * 3
+    after, _ = supernet_of(features, lengths, [8, 5, 2], every)
+    assert all(torch.equal(before[0], of_size) for of_size in after)
+    assert (supernet_of.scores == config.zero_out_start).all() and supernet_of.sizes == (2, 5, 8)
+    with pytest.raises(ValueError, match="a cut network, of 3 layers"):
+        widened(cut(supernet(), 3), config)
+
+
 def test_latencies_are_one_positive_number_for_each_network():
     model = supernet()
     assert all(ms > 0 for ms in latencies([(model, 8), (cut(model, 3), 3)], seconds=0.5, repeats=2))
@@ -85,9 +126,9 @@ def test_checkpoints_give_back_what_was_saved(tmp_path, size):
     tokenizer = train_tokenizer(["LOW MID"], 12)
     model = supernet(labels=tokenizer.labels)
     saved = model if size is None else cut(model, size)
-    checkpoint.save(tmp_path / "a.pt", saved, tokenizer, size, training=dict(update=3) if size is None else None)
+    checkpoint.save(tmp_path / "a.pt", saved, tokenizer, training=dict(update=3) if size is None else None)
     loaded = checkpoint.load(tmp_path / "a.pt")
-    assert loaded.size == size and loaded.model.config == model.config and loaded.model.ranking == model.ranking
+    assert loaded.model.size == size and loaded.model.config == model.config and loaded.model.ranking == model.ranking
     assert loaded.tokenizer.encode("LOW") == tokenizer.encode("LOW")
     assert all(torch.equal(weight, loaded.model.state_dict()[name]) for name, weight in saved.state_dict().items())
     assert (loaded.training == dict(update=3)) == (size is None)

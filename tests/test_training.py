@@ -9,12 +9,13 @@ import torch
 from conftest import tiny, write_tones
 
 from dynsize import checkpoint, training
+from dynsize.config import LAYERS, for_method
 from dynsize.training import Trainer
 
 
 def trainer(tones, run, **changes) -> Trainer:
     run.mkdir()
-    return Trainer(dataclasses.replace(tiny(**changes), corpus=str(tones)), run)
+    return Trainer(tiny(**changes | dict(corpus=str(tones))), run)
 
 
 def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -31,12 +32,22 @@ def lines(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["straight-through", "soft"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(relaxation="straight-through"),
+        dict(relaxation="soft"),
+        dict(method="iterative-zero-out", zero_out_delta=2, zero_out_rate=500.0),
+        dict(method="layerdrop", shared_head=True),
+        dict(method="none", sizes=(8,), size=5),
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
 @pytest.mark.parametrize("stop", [3, 7, 10])  # in step 1, with step 2 just begun, later in it
 def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method):
-    unbroken = trainer(tones, tmp_path / "unbroken", relaxation=method, dropout=0.2)
+    unbroken = trainer(tones, tmp_path / "unbroken", **method, dropout=0.2)
     expected = weights_after(unbroken)
-    broken = trainer(tones, tmp_path / "broken", relaxation=method, dropout=0.2)
+    broken = trainer(tones, tmp_path / "broken", **method, dropout=0.2)
     for record in broken.updates():
         if record["update"] == stop:
             broken.save()
@@ -50,8 +61,56 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method
     assert [line["update"] for line in lines(tmp_path / "broken")] == [
         line["update"] for line in lines(tmp_path / "unbroken")
     ]
-    other = trainer(tones, tmp_path / "other", relaxation=method, dropout=0.2, seed=1)
+    other = trainer(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
     assert not same(weights_after(other), expected)
+
+
+def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
+    run = trainer(
+        tones, tmp_path / "run", method="iterative-zero-out", zero_out_delta=2, zero_out_rate=300.0, updates=20,
+        step1_share=0.6, validate_every=20, save_every=20,
+    )  # fmt: skip
+    start, survivors, computed = run.model.scores.detach().clone(), [], []
+    for record in run.updates():
+        if record["step"] == 1:
+            survivors.append(set(run.model.ranking[: record["sizes"][1]]))
+            computed.append(record["sizes"])
+    assert computed == [[8, k] for k in (6, 4, 3) for _ in range(4)]
+    assert survivors[11] <= survivors[7] <= survivors[3]  # at the ends of the iterations
+    assert set(run.model.ranking[:3]) == survivors[11] and not torch.equal(run.model.scores, start)
+    assert set(range(8)) - survivors[3] == set(run.model.ranking[6:])
+
+
+@pytest.mark.parametrize("layers_from", [False, True])
+def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
+    supernet = trainer(tones, tmp_path / "supernet", updates=1)
+    supernet.model.ranking = [6, 2, 0, 1, 3, 4, 5, 7]
+    supernet.save()
+    source = str(tmp_path / "supernet") if layers_from else ""
+    run = trainer(tones, tmp_path / "run", method="none", sizes=(8,), size=3, layers_from=source, updates=3)
+    records = list(run.updates())
+    assert [record["sizes"] for record in records] == [[3]] * 3 and list(records[-1]["dev"]) == [3]
+    loaded = checkpoint.load(tmp_path / "run").model
+    kept = [4 * b + LAYERS.index(k) for b, block in enumerate(loaded.encoder.blocks) for k in block if k != "norm"]
+    assert sorted(kept) == ([0, 2, 6] if layers_from else [0, 1, 2]) and loaded.size == 3
+    if layers_from:
+        with pytest.raises(ValueError, match="has 8 layers, this network has 4"):
+            trainer(tones, tmp_path / "b", method="none", blocks=1, sizes=(4,), size=3, layers_from=source)
+
+
+def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", method="layerdrop", shared_head=True, sizes=(4, 8), updates=3)
+    records = list(run.updates())
+    assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {4, 8}
+    assert sorted(run.model.ranking[:4]) == [0, 2, 4, 6]
+
+
+def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
+    config = for_method(tiny(method="aux-loss", updates=3))
+    records = list(trainer(tones, tmp_path / "run", **dataclasses.asdict(config)).updates())
+    assert [record["sizes"] for record in records] == [[8, 5, 3]] * 3
+    names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
+    assert all(records[-1]["dev"][size]["layers"] == names[:size] for size in (3, 5, 8))
 
 
 def test_both_steps_train_what_they_should(tones, tmp_path):

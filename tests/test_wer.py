@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.wer import Errors, count_errors, interval
+from dynsize.wer import Errors, count_errors, interval, paired_interval
 
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6)
 
@@ -39,12 +39,27 @@ def test_known_alignments():
     assert Errors(1, 2, 3, 4).rate == 1.5
 
 
+def test_paired_interval_is_that_of_the_differences():
+    draw = np.random.default_rng(2)
+    first = [Errors(int(draw.random() < 0.3), 0, 0, 1) for _ in range(2000)]
+    # the second makes the first's errors and, for a tenth of the words, others beside
+    second = [Errors(min(1, e.substitutions + int(draw.random() < 0.1)), 0, 0, 1) for e in first]
+    gaps = np.array([a.total - b.total for a, b in zip(first, second, strict=True)])
+    low, high = paired_interval(first, second)
+    half = 1.96 * gaps.std() / 2000**0.5
+    assert low == pytest.approx(gaps.mean() - half, abs=0.003) and high == pytest.approx(gaps.mean() + half, abs=0.003)
+    assert paired_interval(first, first) == (0.0, 0.0)
+    assert paired_interval(second, first) == pytest.approx((-high, -low))
+    with pytest.raises(ValueError, match="2000 and 1999"):
+        paired_interval(first, second[1:])
+
+
 def test_interval_of_independent_words_is_the_normal_one():
     draw = np.random.default_rng(1)
     errors = [Errors(int(draw.random() < 0.2), 0, 0, 1) for _ in range(2000)]
     rate = sum(errors, Errors()).rate
     half = 1.96 * (rate * (1 - rate) / 2000) ** 0.5
-    low, high = interval(errors, draws=4000)
+    low, high = interval(errors)
     assert low == pytest.approx(rate - half, abs=0.003) and high == pytest.approx(rate + half, abs=0.003)
     assert interval(errors) == interval(errors)
     assert interval([Errors(0, 0, 0, 5)] * 3) == (0.0, 0.0)
