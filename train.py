@@ -2,7 +2,6 @@
 """Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in a few minutes on a CPU."""
 
 import argparse
-import shutil
 import signal
 import sys
 import typing
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from dynsize import config as configuration
 from dynsize.checkpoint import NAME
-from dynsize.study import next_training, plan, results
+from dynsize.study import next_training, results
 from dynsize.training import Trainer, check_new
 
 
@@ -32,12 +31,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
     parser.add_argument("--overwrite", action="store_true", help="replace the run directory if it is there")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed")
-    parser.add_argument(
-        "--study",
-        action="store_true",
-        help="train both algorithms' supernets and each size alone, and make one table (to runs/study-"
-        f"{name}); the same line goes on where it was stopped",
-    )
+    both = f"train by both algorithms and each size alone, for one table in runs/study-{name}; repeated it goes on"
+    parser.add_argument("--study", action="store_true", help=both)
     types, groups = typing.get_type_hints(configuration.Config), {}
     for field in configuration.fields():
         section = field.metadata["section"]
@@ -49,6 +44,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.resume and len(arguments) > 2:
         parser.error("--resume goes on as the run was configured: it stands alone")
+    if parsed.study and parsed.overwrite:
+        parser.error("--study goes on where it was stopped and replaces nothing; --run names another folder")
     return parsed
 
 
@@ -82,11 +79,6 @@ def start(options: argparse.Namespace) -> Trainer:
 def study(options: argparse.Namespace) -> None:
     """Runs or continues all trainings of a study, then shows its table."""
     config, folder = configured(options), options.run or Path("runs") / f"study-{options.preset}"
-    if options.overwrite and folder.exists():
-        for name in plan(config):
-            if (folder / name).exists():
-                check_new(folder / name, overwrite=True)
-                shutil.rmtree(folder / name)
     while trainer := next_training(config, folder):
         train(trainer)
         del trainer  # before the next one reads its corpus

@@ -32,9 +32,7 @@ def next_training(config: Config, folder: Path) -> Trainer | None:
             return trainer
         trained = checkpoint.load(run)
         if trained.model.config != planned:
-            raise ValueError(
-                f"{run}: was trained with other settings; --run names another folder, --overwrite replaces"
-            )
+            raise ValueError(f"{run}: was trained with other settings; --run names another folder")
         if trained.training["update"] < planned.updates:
             return Trainer.resume(run)
     return None

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import baselines, iterative_zero_out, sandwich, simple_top_k
+from dynsize.config import LAYERS
 from dynsize.schedule import learning_rate, size_at, size_before, step1_updates
+from dynsize.supernet import Supernet
 
 
 @st.composite
@@ -90,6 +92,41 @@ def test_relaxed_weights_permute_with_the_scores(drawn, random):
     order = random.sample(range(len(scores)), len(scores))
     permuted = simple_top_k.relaxed_top_k(scores[order], k)
     torch.testing.assert_close(permuted, simple_top_k.relaxed_top_k(scores, k)[order], rtol=1e-9, atol=1e-9)
+
+
+@given(st.lists(st.sampled_from([-math.inf, -1.0, 0.5, 0.5, 2.0, math.inf]), min_size=8, max_size=8), st.booleans())
+def test_masks_keep_exactly_k_layers_and_are_nested(values, zero_out):
+    algorithm = iterative_zero_out if zero_out else simple_top_k
+    config = tiny(method="iterative-zero-out" if zero_out else "simple-top-k")
+    ranking = algorithm.rank(torch.tensor(values), range(8), 0, config)
+    model = Supernet(config, 4, ranking)
+    masks = [model.mask(k) for k in range(1, 9)]
+    for k, mask in enumerate(masks, start=1):
+        assert sum(mask) == k
+        for low, high in zip(mask, masks[-1] if k == 8 else masks[k], strict=True):
+            assert high or not low
+        lost = [values[layer] for layer in range(8) if not mask[layer]]
+        assert not lost or max(lost) <= min(values[layer] for layer in range(8) if mask[layer])
+        for a, b in pairwise(range(8)):
+            assert values[a] != values[b] or mask[a] or not mask[b]
+
+
+@pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
+def test_a_layer_outside_the_subnet_gives_its_score_a_gradient_and_its_weights_none(relaxation):
+    torch.manual_seed(0)
+    config = tiny(relaxation=relaxation, updates=100, delta=4, sizes=(4, 8), dropout=0.0)
+    model = Supernet(config, 5).double()
+    for weight in model.parameters():
+        weight.data.add_(0.3 * torch.randn_like(weight))
+    gates = simple_top_k.layer_weights(model.scores, model.ranking, 0, config)
+    log_probs, _ = model(torch.randn(2, 30, 12).double(), torch.tensor([30, 21]), [4], [gates])
+    log_probs[..., 0].sum().backward()
+    inside = simple_top_k.rank(model.scores, model.ranking, 0, config)[:4]
+    assert model.scores.grad.isfinite().all() and (model.scores.grad != 0).all()
+    for layer in range(8):
+        weights = model.encoder.blocks[layer // 4][LAYERS[layer % 4]].parameters()
+        moved = any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in weights)
+        assert moved == (layer in inside or relaxation == "soft")
 
 
 zero_out_configs = st.builds(
