@@ -72,11 +72,11 @@ def test_macs_are_those_that_torch_counts(front_end, seconds):
     assert set(FRONT_ENDS) == {"conv2d", "vgg"}
 
 
-@given(st.integers(0, 2**20), st.sampled_from(["max_params", "max_macs"]), st.floats(0, 1.1))
-def test_budgets_are_never_exceeded_nor_left_unused(seed, budget, share):
+@given(st.integers(0, 2**20), st.sampled_from(["max_params", "max_macs"]), st.floats(0, 1.1), st.booleans())
+def test_budgets_are_never_exceeded_nor_left_unused(seed, budget, share, exactly):
     model = supernet(seed)
     cost = {"max_params": lambda size: parameters(cut(model, size)), "max_macs": lambda size: macs(model, size)}[budget]
-    limit = round(cost(8) * share)
+    limit = cost(1 + seed % 8) if exactly else round(cost(8) * share)
     fitting = [size for size in range(1, 9) if cost(size) <= limit]
     if fitting:
         assert largest_within(model, budget, limit, 1.0) == max(fitting)

@@ -81,6 +81,13 @@ def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path
     assert set(range(8)) - survivors[3] == set(run.model.ranking[6:])
 
 
+def test_the_sparsity_loss_alone_lowers_the_weights_of_the_survivors(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", method="iterative-zero-out", zero_out_rate=300.0, subnet_loss=0.0, updates=9)
+    records = run.updates()
+    next(records)
+    assert (run.model.scores < run.config.zero_out_start).all()
+
+
 @pytest.mark.parametrize("layers_from", [False, True])
 def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     supernet = trainer(tones, tmp_path / "supernet", updates=1)
