@@ -23,7 +23,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help="two or more, in pairs")
     parser.add_argument("--split", nargs="+", help="splits to decode (the test splits of the training's configuration)")
-    parser.add_argument("--corpus", help="directory in LibriSpeech's layout, or 'spoken' (the training's corpus)")
+    parser.add_argument("--corpus", help="directory of a corpus, or 'spoken' (the training's corpus)")
+    parser.add_argument("--corpus-kind", help="of the corpus (as in training; with --corpus: recognised)")
     parser.add_argument("--device", help="cpu, cuda, or auto: cuda where there is one (as in training)")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), help="of the network (as in training)")
     parser.add_argument("--batch-seconds", type=float, help="audio of one batch, padded, at most (as in training)")
@@ -40,7 +41,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def opened(path: Path, options: argparse.Namespace) -> tuple[checkpoint.Checkpoint, Config]:
     """A checkpoint, and its configuration with what the command line changes of it."""
     loaded = checkpoint.load(path)
-    given = {name: getattr(options, name) for name in ("corpus", "device", "precision", "batch_seconds")}
+    given = {name: getattr(options, name) for name in ("corpus", "corpus_kind", "device", "precision", "batch_seconds")}
+    if options.corpus and not options.corpus_kind:
+        given["corpus_kind"] = "auto"
     config = dataclasses.replace(loaded.model.config, **{name: v for name, v in given.items() if v is not None})
     loaded.model.config = config
     return loaded, config

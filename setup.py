@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-DEMO = ["espeakng-loader>=0.2.4", "soxr>=0.3"]  # espeak-ng (GPL-3) speaks the embedded corpus; soxr resamples it
+DEMO = ["espeakng-loader>=0.2.4"]  # espeak-ng (GPL-3) speaks the embedded corpus
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]
 
 setup(
@@ -12,6 +12,6 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["dynsize"],
-    install_requires=["torch>=2.13", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm>=4.65"],
+    install_requires=["torch>=2.13", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "soxr>=0.3", "tqdm>=4.65"],
     extras_require={"demo": DEMO, "test": DEMO + TEST},
 )

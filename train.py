@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dynsize import config as configuration
 from dynsize.checkpoint import NAME
+from dynsize.corpora import summary
 from dynsize.study import next_training, results
 from dynsize.training import Trainer, check_new
 
@@ -88,13 +89,8 @@ def study(options: argparse.Namespace) -> None:
 
 def describe(trainer: Trainer) -> None:
     """Prints what is about to be trained, on what."""
-    config, utterances = trainer.config, trainer.examples.utterances
-    hours = sum(utterance.samples for utterance in utterances) / config.sample_rate / 3600
-    print(
-        f"corpus     {config.corpus}: {len(utterances)} utterances, {hours:.2f} hours; {len(trainer.left_out)} left out"
-    )
-    for reason in list(trainer.left_out.values())[:5]:
-        print(f"           left out: {reason}")
+    config = trainer.config
+    print("corpus     " + summary(trainer.corpus, config).replace("\n", "\n           "))
     weights = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters")
     print(f"labels     {trainer.tokenizer.labels} with the blank")

@@ -1,16 +1,22 @@
 """Which utterances form which batch, and the loader that reads them."""
 
+import io
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from dynsize.config import Config
+from dynsize import cache, features
+from dynsize.config import Config, fields
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import CorruptAudio, Utterance, read_audio
 from dynsize.features import feature_frames, log_mel
@@ -40,6 +46,11 @@ class Batch:
     label_lengths: Tensor  # (B,)
     corrupt: dict[str, str]
 
+    @property
+    def padding(self) -> float:
+        """Share of the frames that is padding."""
+        return 1 - self.lengths.sum().item() / self.features[..., 0].numel() if self.utterances else 0.0
+
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features, lengths, labels, label lengths on a device."""
         tensors = (self.features, self.lengths, self.labels, self.label_lengths)
@@ -54,27 +65,64 @@ def labels_of(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
         raise ValueError(f"{utterance.path}: {error}") from error
 
 
+def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
+    """(T, F) float32, from the directory `config.cache_features` where they are kept. Raises CorruptAudio."""
+    if not config.cache_features:
+        return log_mel(read_audio(utterance, config.sample_rate, speed), config)
+    try:
+        status = os.stat(utterance.path)
+    except OSError as error:
+        raise CorruptAudio(f"{utterance.path}: {error.strerror}") from error
+    settings = [getattr(config, field.name) for field in fields() if field.metadata["section"] == "features"]
+    stamp = (utterance.path, utterance.span, utterance.channel, status.st_size, status.st_mtime_ns)
+    name = sha256(repr((features.VERSION, settings, stamp, speed)).encode(errors="surrogateescape")).hexdigest()
+    path = Path(config.cache_features, name[:2], name[2:])
+    if data := cache.read(path):
+        return torch.from_numpy(np.load(io.BytesIO(data)))
+    data = io.BytesIO()
+    computed = log_mel(read_audio(utterance, config.sample_rate, speed), config)
+    np.save(data, computed.numpy())
+    cache.write(path, data.getvalue())
+    return computed
+
+
 class Examples(Dataset):
-    """Utterances, read when asked for; `keep` holds what was read in memory."""
+    """Utterances, read when asked for; `keep` holds what was read in memory. In an epoch of training, speech has one of
+    the configured speeds; where `epoch` is None, its own."""
+
+    epoch: int | None = None
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool) -> None:
         self.utterances, self.tokenizer, self.config, self.keep = utterances, tokenizer, config, keep
-        self.kept: dict[int, Example] = {}
+        self.kept: dict[tuple[int, float], Example] = {}
 
     def __len__(self) -> int:
         return len(self.utterances)
 
+    def speed(self, index: int) -> float:
+        """How fast an utterance is spoken: a pure function of (seed, epoch, id)."""
+        if self.epoch is None or len(self.config.speeds) == 1:
+            return 1.0 if self.epoch is None else self.config.speeds[0]
+        draw = random.Random(f"speed {self.config.seed} {self.epoch} {self.utterances[index].id}")
+        return draw.choice(self.config.speeds)
+
+    def frames(self) -> list[int]:
+        """Feature frames of each utterance."""
+        samples = (round(utterance.samples / self.speed(i)) for i, utterance in enumerate(self.utterances))
+        return [feature_frames(length, self.config) for length in samples]
+
     def __getitem__(self, index: int) -> Example:
-        if index in self.kept:
-            return self.kept[index]
+        speed = self.speed(index)
+        if (index, speed) in self.kept:
+            return self.kept[index, speed]
         utterance = self.utterances[index]
         labels = labels_of(utterance, self.tokenizer)
         try:
-            example = Example(utterance, labels, log_mel(read_audio(utterance), self.config))
+            example = Example(utterance, labels, features_of(utterance, self.config, speed))
         except CorruptAudio as error:
             example = Example(utterance, labels, None, str(error))
         if self.keep:
-            self.kept[index] = example
+            self.kept[index, speed] = example
         return example
 
 
@@ -124,14 +172,14 @@ def epoch_plan(frames: Sequence[int], config: Config, epoch: int) -> list[list[i
 def usable(
     utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config
 ) -> tuple[list[Utterance], dict[str, str]]:
-    """The utterances whose labels CTC can align, and the others: id → why. A label needs an encoder frame, and so
-    does the blank between two equal ones. Raises ValueError, with the file, for characters without a label."""
+    """The utterances whose labels CTC can align at the fastest speed, and the others: id → why. A label needs an
+    encoder frame, and so does the blank between two equal ones. Raises ValueError for characters without a label."""
     output_frames = FRONT_ENDS[config.front_end].output_frames
     good, left_out = [], {}
     for utterance in utterances:
         labels = labels_of(utterance, tokenizer)
         repeats = sum(a == b for a, b in pairwise(labels))
-        frames = output_frames(feature_frames(utterance.samples, config))
+        frames = output_frames(feature_frames(round(utterance.samples / max(config.speeds)), config))
         if 1 <= frames >= len(labels) + repeats:
             good.append(utterance)
         else:

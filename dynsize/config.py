@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 
+CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")  # stm: TED-LIUM 2, Switchboard
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
 LEARNING_METHODS = ("simple-top-k", "iterative-zero-out")
 METHODS = (*LEARNING_METHODS, "none", "layerdrop", "aux-loss")
@@ -18,10 +19,16 @@ def setting(default: object, section: str, help: str) -> typing.Any:
 class Config:
     """All that decides a training. The defaults are the preset `demo`; `PRESETS` lists what the others change."""
 
-    corpus: str = setting("spoken", "corpus", "directory in LibriSpeech's layout, or 'spoken': the embedded corpus")
-    train_splits: tuple[str, ...] = setting(("train",), "corpus", "splits to train on")
+    corpus: str = setting("spoken", "corpus", "directory of a corpus, or 'spoken': the embedded one")
+    corpus_kind: str = setting("auto", "corpus", "auto: recognised; or " + ", ".join(CORPUS_KINDS))
+    train_splits: tuple[str, ...] = setting(("train",), "corpus", "splits to train on; A+B: A and B")
     dev_splits: tuple[str, ...] = setting(("dev-clean", "dev-other"), "corpus", "splits to validate on")
     test_splits: tuple[str, ...] = setting(("test-clean", "test-other"), "corpus", "splits that evaluate.py decodes")
+    normaliser: str = setting(
+        "none", "corpus", "of the text: none, lower, upper, or plain: lower case without punctuation"
+    )
+    speeds: tuple[float, ...] = setting((1.0,), "corpus", "of speech in training; each epoch draws one an utterance")
+    cache_features: str = setting("", "corpus", "directory where features are kept between runs; none if empty")
     vocabulary: int = setting(48, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small")
 
     sample_rate: int = setting(16000, "features", "of the audio, in Hz")
@@ -139,6 +146,7 @@ class Config:
         )
         rules["window_ms"] = (self.window_ms * self.sample_rate >= 2000, "must be two samples or more")
         rules["seed"] = (0 <= self.seed < 2**31, "must be 0 or more and below 2^31")
+        rules["speeds"] = (bool(self.speeds) and all(0.5 <= s <= 2 for s in self.speeds), "must be from 0.5 to 2")
         rules["batch_seconds"] = (self.batch_seconds > 0, "must be above 0")
         rules["peak_learning_rate"] = (self.peak_learning_rate > 0, "must be above 0")
         return rules
@@ -157,6 +165,8 @@ WORDS = {
     "front_end": ("conv2d", "vgg"),
     "method": METHODS,
     "relaxation": ("straight-through", "soft"),
+    "corpus_kind": ("auto", *CORPUS_KINDS),
+    "normaliser": ("none", "lower", "upper", "plain"),
     "precision": ("auto", "bfloat16", "float32"),
 }
 
@@ -187,7 +197,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
         frequency_masks=5, frequency_mask_bins=8,
     ),
     "tedlium2": PAPER | dict(
-        corpus="tedlium2", dev_splits=("dev",), test_splits=("test",),
+        corpus="TEDLIUM_release2", dev_splits=("dev",), test_splits=("test",),
         width=384, attention_heads=6, dropout=0.2, updates=350_000, step1_share=0.61, delta=4, batch_utterances=128,
         frequency_masks=10, frequency_mask_bins=5,
     ),

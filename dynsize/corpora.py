@@ -1,100 +1,359 @@
-"""Corpora in LibriSpeech's layout: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its audio files."""
+"""From a corpus on disk to utterances. Each kind has one reader, which yields what its lists say; the audio's headers,
+the checks and the text's normalisation are shared."""
 
-from dataclasses import dataclass
+import json
+import math
+import os
+import re
+import stat
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-AUDIO_ENDINGS = (".flac", ".wav")
+from dynsize import cache
+from dynsize.config import Config
+
+ENDINGS = (".flac", ".wav", ".sph", ".mp3")
+OVERSHOOT = 0.5  # seconds that a segment may end after its file, at most, where lists were rounded; it is cut there
+UNREADABLE = "audio that can't be read"
+STM_LINE = re.compile(r"(\S+)\s+([12AB])\s+(\S+)\s+(\S+)\s+(\S+)(?:\s+<(?!unk>)[^>]*>)?(?:\s+(.*))?")
+THREADS = 8  # that read headers: most of the time they wait for a disk
+SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, math.inf)  # edges of the histogram of durations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
-    """One utterance: its audio file with the number of samples that the header promises, and its words."""
+    """One utterance: its words, and its span of one channel of an audio file."""
 
     id: str
-    path: Path
+    path: str
     text: str
-    samples: int
+    samples: int  # at the configuration's sample rate
+    span: tuple[int, int]  # first sample, and the one after the last, at the file's own rate
+    rate: int  # of the file, in Hz
+    channel: int = 0
+    speaker: str = ""
+
+
+class Entry(NamedTuple):
+    """What a line of a corpus, `where` as FILE:NUMBER, says of an utterance."""
+
+    where: str
+    id: str
+    path: str  # empty: the reader found no audio
+    text: str
+    speaker: str = ""
+    start: float = 0.0  # seconds, as `end`; None: the end of the file
+    end: float | None = None
+    channel: int | None = None  # from 0; None: none is chosen
+
+
+@dataclass
+class Corpus:
+    """Some splits of a corpus."""
+
+    utterances: list[Utterance] = field(default_factory=list)
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # why → id → what exactly, with the file
+    changes: Counter[str] = field(default_factory=Counter)  # what was changed in texts → how often
+    kinds: dict[str, str] = field(default_factory=dict)  # split → kind
+
+    def leave_out(self, why: str, name: str, what: str) -> None:
+        self.left_out.setdefault(why, {})[name] = what
 
 
 class CorruptAudio(ValueError):
     """An audio file that can't be read, or not wholly."""
 
 
-def read_split(root: Path, split: str, sample_rate: int) -> tuple[list[Utterance], dict[str, str]]:
-    """The utterances of one split, sorted by id, and those left out: id → why its audio can't be read.
+def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
+    """The utterances of splits, each split sorted by id, and what was left out. `A+B` is the splits A and B.
 
-    Raises ValueError, with file and value, for no corpus at `root`, a missing or empty split, a transcript without
-    audio, audio of another sample rate or of several channels.
+    Raises ValueError, with file and line, for no corpus at `root`, a missing or empty split, lines that don't follow
+    their format, an id that is there twice, missing audio, several channels of which none is chosen.
     """
+    root = Path(os.path.abspath(root))
     if not root.is_dir():
-        raise ValueError(f"{root}: no such directory; --corpus names a corpus in LibriSpeech's layout, or 'spoken'")
-    if not (root / split).is_dir():
-        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
-        raise ValueError(f"{root / split}: no such split; {root} has {there or 'no directories'}")
-    lines = [
-        (path, *line.partition(" ")[::2])
-        for path in sorted((root / split).rglob("*.trans.txt"))
-        for line in read_text(path).splitlines()
-        if line.strip()
-    ]
-    utterances, unreadable = [], {}
-    for transcript, name, text in tqdm(lines, desc=f"listing {split}", unit="utt", leave=False, delay=2):
-        path = audio_file(transcript, name)
+        raise ValueError(f"{root}: no such directory; --corpus names the directory of a corpus, or 'spoken'")
+    corpus, seen = Corpus(), set()
+    for split in "+".join(splits).split("+"):
+        corpus.kinds[split], source, reader = recognise(root, split, config.corpus_kind)
+        entries = sorted(reader(source, corpus), key=lambda entry: entry.id)
+        headers = read_headers(list(dict.fromkeys(entry.path for entry in entries)), source)
+        before = len(corpus.utterances)
+        for entry in entries:
+            if entry.id in seen:
+                raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
+            seen.add(entry.id)
+            add(corpus, entry, headers[entry.path], config)
+        if len(corpus.utterances) == before:
+            faults = [fault for names in corpus.left_out.values() for fault in names.values()]
+            raise ValueError(f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}")
+    return corpus
+
+
+def recognise(root: Path, split: str, kind: str) -> tuple[str, Path, Callable]:
+    """The kind of a split, what it is recognised by, and its reader. ValueError where there is none."""
+    for name, pattern, reader in KINDS:
+        source = root / pattern.format(split)
+        if kind in ("auto", name) and source.exists():
+            return name, source, reader
+    there = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
+    raise ValueError(f"{root / split}: no such split (--corpus-kind {kind}); in {root} is {there}")
+
+
+def add(corpus: Corpus, entry: Entry, header: Sequence[int] | Exception, config: Config) -> None:
+    """Adds an utterance to a corpus, or to what is left out of it; `header`: samples, rate and channels, or a fault."""
+    where, id, path, raw, speaker, start, end, channel = entry
+    if end is not None and start >= end:
+        raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
+    if isinstance(header, FileNotFoundError):
+        raise ValueError(f"{where}: the utterance {id} has no audio: {path or 'no file with its name'} doesn't exist")
+    if isinstance(header, Exception):
+        return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
+    samples, rate, channels = header
+    if channels > 1 and channel is None:
+        raise ValueError(f"{where}: {path} has {channels} channels; a manifest or an STM can choose one")
+    if channel is not None and channel not in range(channels):
+        raise ValueError(f"{where}: {path} has no channel {channel!r}: the first of {channels} is 0")
+    stop = samples if end is None or end > samples / rate else round(end * rate)
+    if start > samples / rate or round(start * rate) >= stop or (end or 0) > samples / rate + OVERSHOOT:
+        what = f"{where}: {start} to {end or 'the last'} s, but {path} has {samples / rate} s"
+        return corpus.leave_out(UNREADABLE, id, what)
+    span = round(start * rate), stop
+    text = " ".join(NORMALISERS[config.normaliser](raw).split())
+    if raw.strip() and not text:
+        return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
+    length = round((span[1] - span[0]) * config.sample_rate / rate)
+    corpus.utterances.append(Utterance(id, path, text, length, span, rate, int(channel or 0), sys.intern(speaker)))
+
+
+# The readers. Each takes what its kind is recognised by, and the corpus, for remarks.
+
+
+def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
+    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside it."""
+    for file in split.rglob("*.trans.txt"):
+        audio = audio_files(file.parent)
+        for name, (where, text) in table(file).items():
+            yield Entry(where, name, audio.get(name, ""), text, name.partition("-")[0])
+
+
+def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
+    """TED-LIUM 2, Switchboard: stm/*.stm with lines `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`, sph/NAME.sph."""
+    audio = audio_files(folder.parent / "sph")
+    for where, line in (row for file in folder.glob("*.stm") for row in lines(file) if not row[1].startswith(";;")):
+        if not (match := STM_LINE.fullmatch(line.strip())):
+            raise ValueError(
+                f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B: {line}"
+            )
+        name, channel, speaker, start, end, raw = match.groups(default="")
+        text, unknown = re.subn(r"<unk>|<NA>", " ", raw)
+        text, joined = re.subn(r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text)  # it 's → it's
+        corpus.changes.update({"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined})
+        if "ignore_time_segment_in_scoring" in text.lower():
+            corpus.leave_out("ignore_time_segment_in_scoring", os.path.basename(where), where)
+        elif unknown and not text.strip():
+            corpus.leave_out("no words but <unk> or <NA>", os.path.basename(where), where)
+        else:
+            span = seconds(start, where), seconds(end, where)
+            channel = "1A2B".index(channel) // 2
+            yield Entry(where, os.path.basename(where), audio.get(name, ""), text, speaker, *span, channel)
+
+
+def common_voice(tsv: Path, corpus: Corpus) -> Iterator[Entry]:
+    """SPLIT.tsv with a line of column names, among them `path` and `sentence`; clips/PATH."""
+    audio, columns = audio_files(tsv.parent / "clips"), []
+    for where, line in lines(tsv):
+        values = line.split("\t")
+        row = dict(zip(columns or values, values, strict=False))
+        if len(values) != len(columns or values) or not {"path", "sentence"} <= row.keys():
+            raise ValueError(f"{where}: not {columns or 'the columns path and sentence'}, tabs between them: {line}")
+        if columns:
+            name = row["path"].removesuffix(".mp3")
+            yield Entry(where, name, audio.get(name, ""), row["sentence"], row.get("client_id", ""))
+        columns = columns or values
+
+
+def manifest(file: Path, corpus: Corpus) -> Iterator[Entry]:
+    """NeMo's lines of JSON: `audio_filepath` and `text`, if need be `offset` and `duration` in seconds, `speaker`,
+    `channel` (from 0)."""
+    for where, line in lines(file):
         try:
-            utterances.append(Utterance(name, path, " ".join(text.split()), count_samples(path, sample_rate)))
-        except CorruptAudio as error:
-            unreadable[name] = str(error)
-    if not utterances:
-        raise ValueError(f"{root / split}: no utterances: no *.trans.txt with readable audio beside it")
-    return sorted(utterances, key=lambda utterance: utterance.id), unreadable
+            row = json.loads(line)
+            path, text, speaker = row["audio_filepath"], row["text"], str(row.get("speaker") or "")
+            (path + text + speaker).encode()  # JSON can hold halves of characters
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON with the strings audio_filepath and text: {error!r}") from error
+        start, length, channel = seconds(row.get("offset") or 0, where), row.get("duration"), row.get("channel")
+        end = None if length is None else start + seconds(length, where)
+        yield Entry(where, os.path.basename(where), placed(file, path, where), text, speaker, start, end, channel)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file; ValueError with its name where it is not one."""
+def kaldi(scp: Path, corpus: Corpus) -> Iterator[Entry]:
+    """wav.scp `RECORDING PATH`, text `UTTERANCE WORDS`, and if they are there segments `UTTERANCE RECORDING START END`
+    and utt2spk `UTTERANCE SPEAKER`."""
+    recordings, texts = table(scp), table(scp.with_name("text"))
+    speakers, segments = (table(path) if path.exists() else {} for path in map(scp.with_name, ("utt2spk", "segments")))
+    spans = segments or {name: (where, f"{name} 0 inf") for name, (where, _) in recordings.items()}
+    for name, (where, text) in texts.items():
+        where, segment = spans.get(name, (where, ""))
+        if len(columns := segment.split()) != 3 or columns[0] not in recordings:
+            raise ValueError(f"{where}: {name} has no recording of {scp}, or not RECORDING START END: {segment!r}")
+        start, end = seconds(columns[1], where), None if columns[2] == "inf" else seconds(columns[2], where)
+        line, path = recordings[columns[0]]
+        if path.endswith("|"):
+            raise ValueError(f"{line}: {path} is a command; only paths of audio files are read")
+        yield Entry(where, name, placed(scp, path, line), text, speakers.get(name, ("", ""))[1], start, end)
+    for name in spans.keys() - texts:
+        corpus.leave_out("no transcript", name, spans[name][0])
+
+
+KINDS = (  # kind, what it is recognised by, reader; the first that is there
+    ("stm", "{}/stm", stm),
+    ("kaldi", "{}/wav.scp", kaldi),
+    ("common-voice", "{}.tsv", common_voice),
+    ("manifest", "{}.jsonl", manifest),
+    ("manifest", "{}.json", manifest),
+    ("librispeech", "{}", librispeech),
+)
+
+
+# What readers share.
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a UTF-8 file that are not blank, each after its place, FILE:NUMBER."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+            if text.strip():
+                yield f"{path}:{number}", text
+
+
+def table(path: Path) -> dict[str, tuple[str, str]]:
+    """A file with lines `KEY VALUE`: key → (FILE:NUMBER, value)."""
+    rows: dict[str, tuple[str, str]] = {}
+    for where, line in lines(path):
+        key, *value = line.split(maxsplit=1)
+        if key in rows:
+            raise ValueError(f"{where}: {key} is there twice, first in {rows[key][0]}")
+        rows[key] = where, "".join(value).strip()
+    return rows
+
+
+def audio_files(folder: Path) -> dict[str, str]:
+    """The audio files in a directory, by their names without ending: no name that a list has can lead out of it."""
+    return {name.rpartition(".")[0]: f"{folder}/{name}" for name in os.listdir(folder) if name.endswith(ENDINGS)}
+
+
+def placed(file: Path, name: str, where: str) -> str:
+    """A path that the user wrote in a file: an absolute one, or one inside the file's directory."""
+    path = os.path.normpath(file.parent / name)
+    if "\0" in name or not (os.path.isabs(name) or path.startswith(f"{file.parent}/")):
+        raise ValueError(f"{where}: {name!r} is not inside {file.parent}; write an absolute path if it is meant")
+    return path
+
+
+def seconds(value: object, where: str) -> float:
+    """A time, given as a number or its digits."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+        if 0 <= (time := float(value)) < math.inf:
+            return time
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: {value!r} is not a time in seconds")
 
 
-def audio_file(transcript: Path, name: str) -> Path:
-    """The audio of the utterance `name`, which lies beside its transcript."""
-    paths = [transcript.parent / (name + ending) for ending in AUDIO_ENDINGS]
-    for path in paths:
-        if path.parent == transcript.parent and path.exists():
-            return path
-    raise ValueError(f"{transcript}: the utterance {name} has no audio: {paths[0]} doesn't exist")
+def plain(text: str) -> str:
+    """Lower case, and of the rest only letters with their marks, digits, and apostrophes inside words."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    for character in set(text):
+        if unicodedata.category(character)[0] not in "LMN" and character != "'":
+            text = text.replace(character, " ")
+    return " ".join(word.strip("'") for word in text.split())
 
 
-def count_samples(path: Path, sample_rate: int) -> int:
-    """The number of samples that an audio file's header tells, after a check of what it says of rate and channels."""
+NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower, "upper": str.upper, "plain": plain}
+
+
+def read_headers(paths: Sequence[str], source: Path) -> dict[str, Sequence[int] | Exception]:
+    """Path → samples of a channel, rate and channels, or why they can't be told. What was read for `source` before is
+    read again only from files whose size or time has changed."""
+    kept = cache.user_cache() / f"headers-{sha256(os.fsencode(source)).hexdigest()[:16]}"
+    known = json.loads(cache.read(kept) or "{}")  # path → size in bytes, time in ns, samples, rate, channels
+
+    def probe(path: str) -> list[int] | Exception:
+        try:
+            status = os.stat(path)
+            if known.get(path, ())[:2] == (stamp := [status.st_size, status.st_mtime_ns]):
+                return known[path]
+            if not stat.S_ISREG(status.st_mode):
+                return CorruptAudio("not a file")  # opening a pipe would wait
+            with soundfile.SoundFile(path) as file:
+                return [*stamp, file.frames, file.samplerate, file.channels]
+        except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
+            return error
+
+    with ThreadPool(THREADS) as pool:
+        found = pool.imap(probe, paths, chunksize=500)
+        found = dict(zip(paths, tqdm(found, "listing", len(paths), leave=False, unit="file", delay=2), strict=True))
+    good = {path: row for path, row in found.items() if isinstance(row, list)}
+    if good != known:
+        cache.write(kept, json.dumps(good).encode())
+    return {path: row[2:] if isinstance(row, list) else row for path, row in found.items()}
+
+
+def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:
+    """(samples,) float32 at `sample_rate`, spoken `speed` times as fast, with the pitch changed alike.
+
+    Raises CorruptAudio where the file doesn't hold what its header promised.
+    """
+    start, stop = utterance.span
     try:
-        header = soundfile.info(path)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise CorruptAudio(f"{path}: not an audio file: {error}") from error
-    if header.channels != 1:
-        raise ValueError(f"{path}: {header.channels} channels; only mono audio is supported")
-    if header.samplerate != sample_rate:
-        raise ValueError(f"{path}: {header.samplerate} Hz, but --sample-rate is {sample_rate}")
-    if header.frames == 0:
-        raise CorruptAudio(f"{path}: no samples")
-    return header.frames
-
-
-def read_audio(utterance: Utterance) -> Tensor:
-    """(samples,) float32 from −1 to 1. Raises CorruptAudio where the file doesn't hold what its header promised."""
-    try:
-        audio = soundfile.read(utterance.path, dtype="float32")[0]
-    except (soundfile.SoundFileError, OSError) as error:
+        audio, rate = soundfile.read(utterance.path, dtype="float32", start=start, stop=stop, always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise CorruptAudio(f"{utterance.path}: damaged audio: {error}") from error
-    if audio.shape != (utterance.samples,):
-        raise CorruptAudio(f"{utterance.path}: {len(audio)} of {utterance.samples} samples can be read: truncated")
+    if len(audio) != stop - start or rate != utterance.rate or audio.shape[1] <= utterance.channel:
+        found = f"{len(audio)} of {stop - start} samples can be read, {rate} Hz, {audio.shape[1]} channels"
+        raise CorruptAudio(f"{utterance.path}: {found}: truncated, or changed since it was listed")
+    audio = audio[:, utterance.channel]
     if not np.isfinite(audio).all():
         raise CorruptAudio(f"{utterance.path}: samples that are no numbers")
-    return torch.from_numpy(audio)
+    if rate * speed != sample_rate:
+        audio = soxr.resample(audio, rate * speed, sample_rate)
+    return torch.from_numpy(np.ascontiguousarray(audio))
+
+
+def summary(corpus: Corpus, config: Config) -> str:
+    """For people: what was recognised, how much it is, how long utterances are, what was left out and why."""
+    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
+    speakers = {utterance.speaker for utterance in corpus.utterances} - {""}
+    kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
+    lost = sum(map(len, corpus.left_out.values()))
+    bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
+    rows = [f"{config.corpus}: {kinds}"]
+    rows.append(
+        f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {len(speakers)} speakers; {lost} left out"
+    )
+    rows.append("seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count))
+    rows += [f"{count} {what}" for what, count in corpus.changes.items() if count]
+    for why, names in corpus.left_out.items():
+        rows += [f"left out: {len(names)} × {why}, as {name}: {what}" for name, what in [*names.items()][:1]]
+    return "\n".join(rows)

@@ -12,9 +12,8 @@ from tqdm import tqdm
 from dynsize.batching import Examples, batch_plan, labels_of, load
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
-from dynsize.corpora import Utterance, read_split
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
 from dynsize.ctc import greedy
-from dynsize.features import feature_frames
 from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
@@ -27,17 +26,14 @@ def corpus_root(config: Config) -> Path:
     return spoken_corpus() if config.corpus == "spoken" else Path(config.corpus)
 
 
-def read_for_scoring(config: Config, splits: Sequence[str], tokenizer: Tokenizer) -> list[Utterance]:
-    """The utterances of splits to decode. Raises ValueError for unreadable audio and for characters without a label."""
-    utterances = []
-    for split in splits:
-        readable, unreadable = read_split(corpus_root(config), split, config.sample_rate)
-        if unreadable:
-            raise ValueError(f"{len(unreadable)} audio files can't be read:\n" + "\n".join(unreadable.values()))
-        utterances += readable
-    for utterance in utterances:
+def read_for_scoring(config: Config, splits: Sequence[str], tokenizer: Tokenizer) -> Corpus:
+    """Splits to decode. Raises ValueError for audio that can't be read and for characters without a label."""
+    corpus = read_corpus(corpus_root(config), splits, config)
+    if unreadable := corpus.left_out.get(UNREADABLE):
+        raise ValueError(f"{len(unreadable)} utterances can't be read:\n" + "\n".join(unreadable.values()))
+    for utterance in corpus.utterances:
         labels_of(utterance, tokenizer)
-    return utterances
+    return corpus
 
 
 def device_of(config: Config) -> torch.device:
@@ -58,8 +54,7 @@ def transcribe(model: Supernet, examples: Examples, sizes: Sequence[int], title:
     Raises ValueError for audio that can't be read.
     """
     config, device = model.config, next(model.parameters()).device
-    frames = [feature_frames(utterance.samples, config) for utterance in examples.utterances]
-    plan = batch_plan(frames, config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances)
+    plan = batch_plan(examples.frames(), config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances)
     texts: dict[int, list[str]] = {size: [""] * len(examples) for size in sizes}
     model.eval()
     with tqdm(total=len(examples), desc=title, unit="utt", leave=False, delay=1) as bar:
@@ -82,7 +77,8 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     `size-K.txt` with a line `ID TEXT` for each utterance, and `results.json` with the rows, which are also returned.
     """
     model = checkpoint.model
-    utterances = read_for_scoring(config, [split], checkpoint.tokenizer)
+    corpus = read_for_scoring(config, [split], checkpoint.tokenizer)
+    utterances = corpus.utterances
     audio_seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
     rows, texts = [], {}
     for size in reversed(model.sizes):
@@ -102,9 +98,8 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     for size, hypotheses in texts.items():
         lines = [f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)]
         (output / f"size-{size}.txt").write_text("".join(lines), encoding="utf-8")
-    facts = dict(
-        checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device_of(config)), sizes=rows
-    )
+    facts = dict(checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device_of(config)))
+    facts |= dict(sizes=rows, left_out={why: list(names) for why, names in corpus.left_out.items()})
     (output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
     return rows
 
@@ -138,7 +133,7 @@ def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[d
     decoded: list[dict[int, list[Errors]]] = []
     expected: list[tuple[str, str]] = []
     for checkpoint, config in networks:
-        utterances = read_for_scoring(config, [split], checkpoint.tokenizer)
+        utterances = read_for_scoring(config, [split], checkpoint.tokenizer).utterances
         said = [(utterance.id, utterance.text) for utterance in utterances]
         expected = expected or said
         if said != expected:

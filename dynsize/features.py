@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynsize.config import Config
 
+VERSION = 1  # of the features: a new number where `log_mel` gives others, so that none is kept from before
 QUIETEST = 1e-10  # added to the mel energies before the logarithm: digital silence stays finite
 
 

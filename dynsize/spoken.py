@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 from tqdm import tqdm
+
+from dynsize.cache import user_cache
 
 SAMPLE_RATE = 16000  # Hz
 VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a new corpus
@@ -78,10 +81,9 @@ ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = 2, 1, 1, 3  # const
 
 def spoken_corpus() -> Path:
     """The corpus's directory in the user's cache; the first call speaks it. Raises ValueError without espeak-ng."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynsize"
-    directory = cache / f"spoken-{VERSION}"
+    directory = user_cache() / f"spoken-{VERSION}"
     if not directory.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         # espeak-ng carries random state from one utterance to the next: only a new process always speaks alike
         if subprocess.run([sys.executable, "-m", "dynsize.spoken", str(directory)]).returncode != 0:
             raise ValueError("the embedded corpus could not be spoken; pip install -e '.[demo]' installs what it needs")
@@ -98,10 +100,8 @@ class Espeak:
     """espeak-ng's library from the package espeakng-loader."""
 
     def __init__(self, seed: int) -> None:
-        import espeakng_loader  # only the demo needs them
-        import soxr
+        import espeakng_loader  # only the demo needs it
 
-        self.resample = soxr.resample
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
@@ -125,7 +125,7 @@ class Espeak:
         failed = self.library.espeak_Synth(data, len(data) + 1, 0, 0, 0, ESPEAK_UTF8, None, None)
         if failed or not self.pieces:
             raise ValueError(f"espeak-ng could not speak {text!r} with the voice {voice}")
-        return self.resample(np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE)
+        return soxr.resample(np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE)
 
 
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:

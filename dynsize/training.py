@@ -16,10 +16,10 @@ from dynsize.baselines import every_other, layer_drop
 from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
 from dynsize.conformer import Gates
-from dynsize.corpora import Utterance, read_split
+from dynsize.corpora import UNREADABLE, read_corpus, summary
 from dynsize.ctc import ctc_loss
 from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, read_for_scoring, transcribe
-from dynsize.features import feature_frames, spec_augment
+from dynsize.features import spec_augment
 from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
@@ -32,23 +32,23 @@ MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite
 class Trainer:
     """A training in a run directory. `updates()` runs it; `save()` writes the checkpoint that `resume` goes on from.
 
-    `loaded`: a checkpoint to go on from; one without a training's state gives the network to begin with. `left_out`
-    tells which training utterances are not trained on, and why.
+    `loaded`: a checkpoint to go on from; one without a training's state gives the network to begin with. `corpus` tells
+    what is trained on, which training utterances are not, and why.
     """
 
     def __init__(self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None) -> None:
         self.config, self.run, self.device = config, run, device_of(config)
-        utterances, self.left_out = read_training(config)
-        texts = (utterance.text for utterance in utterances)
+        self.corpus = read_corpus(corpus_root(config), config.train_splits, config)
+        texts = (utterance.text for utterance in self.corpus.utterances)
         self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
-        utterances, impossible = usable(utterances, self.tokenizer, config)
-        if not utterances:
+        self.corpus.utterances, impossible = usable(self.corpus.utterances, self.tokenizer, config)
+        if not self.corpus.utterances:
             raise ValueError(
                 f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}"
             )
-        self.left_out |= impossible
-        dev = read_for_scoring(config, config.dev_splits, self.tokenizer)
-        self.examples = Examples(utterances, self.tokenizer, config, keep=config.workers == 0)
+        self.corpus.left_out["more labels than CTC can align"] = impossible
+        dev = read_for_scoring(config, config.dev_splits, self.tokenizer).utterances
+        self.examples = Examples(self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0)
         self.dev = Examples(dev, self.tokenizer, config, keep=config.workers == 0)
         torch.manual_seed(config.seed)
         self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(self.device)
@@ -76,6 +76,7 @@ class Trainer:
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True)
         (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
         self.write_left_out()
 
     def updates(self) -> Iterator[dict]:
@@ -83,7 +84,8 @@ class Trainer:
         config, total, logged = self.config, self.config.updates, []
         start = time.perf_counter()
         for batch in self.batches():
-            record = self.train_on(batch)
+            waiting = time.perf_counter() - start
+            record = self.train_on(batch) | dict(waiting=waiting, padding=batch.padding)
             record["seconds"] = time.perf_counter() - start
             logged.append(record)
             if self.update % config.log_every == 0 or self.update == total:
@@ -98,10 +100,10 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """The batches from the next update on, epoch after epoch."""
-        frames = [feature_frames(utterance.samples, self.config) for utterance in self.examples.utterances]
         first, epoch = 0, 0  # the epoch's first update
         while self.update < self.config.updates:
-            plan = epoch_plan(frames, self.config, epoch)
+            self.examples.epoch = epoch
+            plan = epoch_plan(self.examples.frames(), self.config, epoch)
             yield from load(self.examples, plan[max(0, self.update - first) :][: self.config.updates - self.update])
             first, epoch = first + len(plan), epoch + 1
 
@@ -198,12 +200,15 @@ class Trainer:
 
     def note_left_out(self, corrupt: dict[str, str]) -> None:
         """Adds audio that turned out to be unreadable to the report."""
-        if corrupt.keys() - self.left_out.keys():
-            self.left_out |= corrupt
+        known = self.corpus.left_out.setdefault(UNREADABLE, {})
+        if corrupt.keys() - known.keys():
+            known |= corrupt
             self.write_left_out()
 
     def write_left_out(self) -> None:
-        lines = [f"{name}\t{reason}\n" for name, reason in self.left_out.items()]
+        lines = [
+            f"{name}\t{why}: {what}\n" for why, names in self.corpus.left_out.items() for name, what in names.items()
+        ]
         (self.run / "left-out.txt").write_text("".join(lines))
 
 
@@ -213,16 +218,6 @@ def check_new(run: Path, overwrite: bool) -> None:
         raise ValueError(f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it")
     if run.exists() and not (run / "config.json").is_file():
         raise ValueError(f"{run}: not a run directory (no config.json in it); --overwrite does not replace it")
-
-
-def read_training(config: Config) -> tuple[list[Utterance], dict[str, str]]:
-    """The utterances of all training splits, and those that can't be read."""
-    utterances: list[Utterance] = []
-    unreadable: dict[str, str] = {}
-    for split in config.train_splits:
-        readable, not_readable = read_split(corpus_root(config), split, config.sample_rate)
-        utterances, unreadable = utterances + readable, unreadable | not_readable
-    return utterances, unreadable
 
 
 def new_network(config: Config, labels: int) -> Supernet:
@@ -255,10 +250,14 @@ def mean_of(records: list[dict]) -> dict:
     for record in records:
         for size, loss in record.get("losses", {}).items():
             losses.setdefault(size, []).append(loss)
-    seconds, audio = (sum(record[name] for record in records) for name in ("seconds", "audio_seconds"))
+    seconds, audio, waiting = (
+        sum(record[name] for record in records) for name in ("seconds", "audio_seconds", "waiting")
+    )
     return last | dict(
         losses={size: sum(values) / len(values) for size, values in losses.items()},
         seconds=seconds,
         audio_seconds=audio,
         audio_seconds_per_second=audio / seconds,
+        waiting=waiting,
+        padding=sum(record["padding"] for record in records) / len(records),
     )

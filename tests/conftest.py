@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -36,6 +37,14 @@ def write_tones(root: Path, splits: dict[str, int] = SPLITS) -> Path:
             lines.append(f"{number}-7-{utterance:04} {' '.join(words)}\n")
         (folder / f"{number}-7.trans.txt").write_text("".join(lines))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """The tests keep what they keep in a directory of their own, scripts that they start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dynsize import spoken
 from dynsize.batching import Examples, batch_plan, collate, epoch_plan, usable
-from dynsize.corpora import CorruptAudio, Utterance, read_audio, read_split
+from dynsize.config import Config
+from dynsize.corpora import UNREADABLE, CorruptAudio, Utterance, read_audio, read_corpus
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
 from dynsize.tokenizer import Tokenizer, train_tokenizer
 
@@ -82,10 +83,11 @@ def test_spec_augment_off_and_on():
 
 
 def test_reads_librispeechs_layout(tones):
-    utterances, unreadable = read_split(tones, "train", RATE)
-    assert len(utterances) == SPLITS["train"] and not unreadable
+    corpus = read_corpus(tones, ["train"], tiny())
+    utterances = corpus.utterances
+    assert len(utterances) == SPLITS["train"] and not corpus.left_out and corpus.kinds == {"train": "librispeech"}
     assert utterances[3].id == "0-7-0003" and set(utterances[3].text.split()) <= {"LOW", "MID", "HIGH", "TOP"}
-    audio = read_audio(utterances[3])
+    audio = read_audio(utterances[3], RATE)
     assert (
         audio.dtype == torch.float32
         and len(audio) == utterances[3].samples == soundfile.info(utterances[3].path).frames
@@ -103,10 +105,11 @@ def test_corrupt_audio_is_named(tmp_path, how):
     root = write_tones(tmp_path, {"train": 3})
     victim = root / "train" / "0" / "7" / "0-7-0001.flac"
     broken(victim, how)
-    utterances, unreadable = read_split(root, "train", RATE)
+    corpus = read_corpus(root, ["train"], tiny())
+    utterances, unreadable = corpus.utterances, corpus.left_out.get(UNREADABLE, {})
     if how == "truncated":  # its header is whole
         with pytest.raises(CorruptAudio, match=r"0-7-0001\.flac"):
-            read_audio(utterances[1])
+            read_audio(utterances[1], RATE)
         tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
         batch = collate([Examples(utterances, tokenizer, tiny(), keep=False)[i] for i in range(3)])
         assert list(batch.corrupt) == ["0-7-0001"] and len(batch.features) == len(batch.utterances) == 2
@@ -120,22 +123,21 @@ def test_corrupt_audio_is_named(tmp_path, how):
         (lambda root: root / "nowhere", ["nowhere", "no such directory"]),
         (lambda root: (root / "train").rename(root / "other") and root, ["train", "no such split", "other"]),
         (lambda root: (root / "train/0/7/0-7.trans.txt").write_text("\n") and root, ["train", "no utterances"]),
-        (lambda root: (root / "train/0/7/0-7-0000.flac").unlink() or root, ["0-7.trans.txt", "0-7-0000", "no audio"]),
-        (lambda root: write(root, np.zeros((800, 2)), RATE), ["0-7-0000.flac", "2 channels"]),
-        (lambda root: write(root, np.zeros(800), 16000), ["0-7-0000.flac", "16000 Hz", "8000"]),
-        (lambda root: (root / "train/0/7/0-7.trans.txt").write_bytes(b"0-7-0000 \xff") and root, ["0-7", "UTF-8"]),
+        (lambda root: (root / "train/0/7/0-7-0000.flac").unlink() or root, ["0-7.trans.txt:1", "0-7-0000", "no audio"]),
+        (lambda root: write(root, np.zeros((800, 2))), ["0-7-0000.flac", "2 channels"]),
+        (lambda root: (root / "train/0/7/0-7.trans.txt").write_bytes(b"0-7-0000 \xff") and root, ["txt:1", "UTF-8"]),
     ],
-    ids=["no corpus", "no split", "empty split", "no audio", "stereo", "rate", "encoding"],
+    ids=["no corpus", "no split", "empty split", "no audio", "stereo", "encoding"],
 )  # fmt: skip
 def test_bad_corpora_are_named(tmp_path, change, words):
     root = change(write_tones(tmp_path, {"train": 2}))
     with pytest.raises(ValueError) as error:
-        read_split(root, "train", RATE)
+        read_corpus(root, ["train"], tiny())
     assert all(word in str(error.value) for word in words), error.value
 
 
-def write(root, audio, rate):
-    soundfile.write(root / "train/0/7/0-7-0000.flac", audio, rate)
+def write(root, audio):
+    soundfile.write(root / "train/0/7/0-7-0000.flac", audio, RATE)
     return root
 
 
@@ -181,7 +183,7 @@ def test_epoch_plan_is_a_function_of_seed_and_epoch():
 def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end, channels):
     config = tiny(front_end=front_end, front_end_channels=channels)
     tokenizer = train_tokenizer(["AAB", "B"], 3)  # single characters; a word begins with a mark of its own
-    utterances = [Utterance(f"u{n}", tmp_path / f"u{n}.flac", "AAB", 80 * n) for n in range(1, 60)]
+    utterances = [Utterance(f"u{n}", f"{tmp_path}/u{n}.flac", "AAB", 80 * n, (0, 80 * n), RATE) for n in range(1, 60)]
     labels = tokenizer.encode("AAB")
     good, left_out = usable(utterances, tokenizer, config)
     for utterance in utterances:
@@ -212,7 +214,7 @@ def test_the_spoken_corpus(tmp_path):
         )
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert files and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
-    splits = {split: read_split(tmp_path / "one", split, 16000)[0] for split in minutes}
+    splits = {split: read_corpus(tmp_path / "one", [split], Config()).utterances for split in minutes}
     texts = {split: {utterance.text for utterance in utterances} for split, utterances in splits.items()}
     speakers = {split: {u.id.split("-")[0] for u in utterances} for split, utterances in splits.items()}
     for split, length in minutes.items():
@@ -221,4 +223,4 @@ def test_the_spoken_corpus(tmp_path):
         assert split == "train" or not texts[split] & texts["train"]
     assert speakers["test-clean"] <= speakers["train"] and not speakers["test-other"] & speakers["train"]
     assert not speakers["test-other"] & speakers["dev-other"]
-    assert all(0.02 < read_audio(u).abs().max() <= 1 for u in splits["train"])
+    assert all(0.02 < read_audio(u, 16000).abs().max() <= 1 for u in splits["train"])

@@ -10,6 +10,7 @@ from conftest import tiny, write_tones
 
 from dynsize import checkpoint, training
 from dynsize.config import LAYERS, for_method
+from dynsize.corpora import UNREADABLE
 from dynsize.training import Trainer
 
 
@@ -202,11 +203,16 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     transcript = folder / "0-7.trans.txt"
     transcript.write_text(transcript.read_text().replace("0-7-0008 ", "0-7-0008 " + "LOW " * 99))
     run = trainer(root, tmp_path / "run", updates=20)
-    assert set(run.left_out) == {"0-7-0003", "0-7-0008"} and "396 labels" not in run.left_out["0-7-0003"]
+    expected = {UNREADABLE: {"0-7-0003"}, "more labels than CTC can align": {"0-7-0008"}}
+    assert {why: set(names) for why, names in run.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
-    assert set(run.left_out) == {"0-7-0003", "0-7-0005", "0-7-0008"}
+    assert set(run.corpus.left_out[UNREADABLE]) == {"0-7-0003", "0-7-0005"}
     report = (tmp_path / "run" / "left-out.txt").read_text()
-    assert all(name in report for name in run.left_out) and "encoder frames" in report and "damaged audio" in report
+    assert (
+        all(f"0-7-000{number}\t" in report for number in (3, 5, 8))
+        and "encoder frames" in report
+        and "damaged audio" in report
+    )
 
 
 def test_bad_dev_data_stops_before_training(tmp_path):
