@@ -1,0 +1,455 @@
+"""Every kind of corpus: what is read, what is left out, what is refused; and what is kept between runs."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, tiny, write_tones
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynsize import batching, cache, corpora
+from dynsize.batching import Examples, epoch_plan
+from dynsize.config import CORPUS_KINDS, WORDS
+from dynsize.corpora import NORMALISERS, UNREADABLE, CorruptAudio, read_audio, read_corpus, summary
+from dynsize.features import log_mel
+from dynsize.tokenizer import train_tokenizer
+from dynsize.training import Trainer
+
+STM = """;; a comment
+talk 1 anna 0.50 1.50 <o,f0,female> it 's LOW 'cause <unk> they don 't
+talk 1 inter_segment_gap 1.50 1.75 <NA> ignore_time_segment_in_scoring
+talk 1 bert 1.75 2.00 <o,f0,male> <unk> <NA>
+call A anna 0.00 1.00 HIGH MID
+call B bert 0.25 1.00 <unk> TOP
+"""
+TSV = "client_id\tpath\tsentence\tup_votes\nanna\tone.mp3\tLow, mid!\t2\nbert\ttwo.mp3\tIt’s HIGH\t\n"
+MANIFEST = """{"audio_filepath": "talk.wav", "text": "LOW", "duration": 1.0, "speaker": "anna"}
+{"audio_filepath": "deep/call.sph", "text": "MID", "offset": 0.5, "duration": 0.25, "channel": 1}
+{"audio_filepath": "ABSOLUTE", "text": "HIGH TOP", "offset": 1}
+"""
+KALDI = {
+    "wav.scp": "talk talk.wav\nmore ABSOLUTE\n",
+    "text": "anna-1 LOW MID\nbert-1 TOP\n",
+    "segments": "anna-1 talk 0.5 1.25\nbert-1 more 0 2\nbert-2 more 1 2\n",
+    "utt2spk": "anna-1 anna\nbert-1 bert\n",
+}
+TRANSCRIPT = "1-2-0000 LOW MID\n1-2-0001 TOP\n"
+LISTS = {"stm": "train/stm/talks.stm", "common-voice": "train.tsv", "manifest": "train.jsonl", "kaldi": "train/wav.scp"}
+LISTS["librispeech"] = "train/1/2/1-2.trans.txt"
+
+
+def write_audio(path: Path, seconds: float = 2.0, rate: int = RATE, channels: int = 1, **how: str) -> Path:
+    """A ramp, half as high in the second channel, so that every sample tells its place and its channel."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 0.5, round(seconds * rate))
+    soundfile.write(path, np.stack([ramp, ramp / 2], 1)[:, :channels], rate, **how)
+    return path
+
+
+def write_corpus(root: Path, kind: str) -> Path:
+    """A corpus of each kind with one split, `train`."""
+    sphere = dict(format="NIST", subtype="PCM_16")
+    if kind == "stm":
+        write_audio(root / "train/sph/talk.sph", **sphere)
+        write_audio(root / "train/sph/call.sph", channels=2, **sphere)
+        files = {LISTS[kind]: STM}
+    elif kind == "common-voice":
+        for name in ("one", "two", "unused"):
+            write_audio(root / f"clips/{name}.mp3", rate=32000)
+        files = {LISTS[kind]: TSV}
+    elif kind == "manifest":
+        write_audio(root / "talk.wav")
+        write_audio(root / "deep/call.sph", channels=2, **sphere)
+        files = {LISTS[kind]: MANIFEST}
+    elif kind == "kaldi":
+        write_audio(root / "train/talk.wav")
+        files = {f"train/{name}": text for name, text in KALDI.items()}
+    else:
+        for number in range(2):
+            write_audio(root / f"train/1/2/1-2-000{number}.flac")
+        files = {LISTS[kind]: TRANSCRIPT}
+    elsewhere = write_audio(root.with_name(root.name + "-elsewhere") / "more.wav")
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text.replace("ABSOLUTE", str(elsewhere)), encoding="utf-8")
+    return root
+
+
+def read(root: Path, *splits: str, **changes):
+    return read_corpus(root, splits or ["train"], tiny(**changes))
+
+
+EXPECTED = {  # id, text, speaker, span in samples of the file, channel
+    "librispeech": [("1-2-0000", "LOW MID", "1", (0, 16000), 0), ("1-2-0001", "TOP", "1", (0, 16000), 0)],
+    "stm": [
+        ("talks.stm:2", "it's LOW 'cause they don't", "anna", (4000, 12000), 0),
+        ("talks.stm:5", "HIGH MID", "anna", (0, 8000), 0),
+        ("talks.stm:6", "TOP", "bert", (2000, 8000), 1),
+    ],
+    "common-voice": [("one", "Low, mid!", "anna", (0, 64000), 0), ("two", "It’s HIGH", "bert", (0, 64000), 0)],
+    "manifest": [
+        ("train.jsonl:1", "LOW", "anna", (0, 8000), 0),
+        ("train.jsonl:2", "MID", "", (4000, 6000), 1),
+        ("train.jsonl:3", "HIGH TOP", "", (8000, 16000), 0),
+    ],
+    "kaldi": [("anna-1", "LOW MID", "anna", (4000, 10000), 0), ("bert-1", "TOP", "bert", (0, 16000), 0)],
+}
+
+
+@pytest.mark.parametrize("how", ["auto", "named"])
+@pytest.mark.parametrize("kind", CORPUS_KINDS)
+def test_each_kind_is_recognised_and_read(tmp_path, kind, how):
+    root = write_corpus(tmp_path / "corpus", kind)
+    corpus = read(root, corpus_kind="auto" if how == "auto" else kind)
+    assert corpus.kinds == {"train": kind}
+    assert [(u.id, u.text, u.speaker, u.span, u.channel) for u in corpus.utterances] == EXPECTED[kind]
+    for utterance in corpus.utterances:
+        audio = read_audio(utterance, RATE)
+        assert audio.dtype == torch.float32 and audio.shape == (utterance.samples,)
+        first, last = (place / (2 * utterance.rate) * 0.5 / (1 + utterance.channel) for place in utterance.span)
+        inside = audio[len(audio) // 4 : -len(audio) // 4]  # a lossy file and a resampled one blur their ends
+        expected = torch.linspace(first, last, len(audio))[len(audio) // 4 : -len(audio) // 4]
+        torch.testing.assert_close(inside, expected, rtol=0, atol=2e-3)
+
+
+def test_kinds_and_normalisers_are_those_of_the_configuration():
+    assert {name for name, *_ in corpora.KINDS} == set(CORPUS_KINDS)
+    assert set(NORMALISERS) == set(WORDS["normaliser"])
+
+
+def test_what_is_left_out_and_changed_is_told(tmp_path):
+    corpus = read(root := write_corpus(tmp_path / "c", "stm"))
+    file = root / LISTS["stm"]
+    assert corpus.left_out == {
+        "ignore_time_segment_in_scoring": {"talks.stm:3": f"{file}:3"},
+        "no words but <unk> or <NA>": {"talks.stm:4": f"{file}:4"},
+    }
+    assert sorted(corpus.changes.values()) == [2, 4]  # it 's, don 't; three <unk> and one <NA>
+    told = summary(corpus, tiny(corpus="here"))
+    assert "train (stm)" in told and "3 utterances, 0.00 hours, 2 speakers; 2 left out" in told
+    assert "0 to 1: 1, 1 to 2: 2" in told and "2 × words joined" in told and "4 × <unk>" in told
+    assert f"left out: 1 × no words but <unk> or <NA>, as talks.stm:4: {file}:4" in told
+    kaldi = read(write_corpus(tmp_path / "k", "kaldi"))
+    assert list(kaldi.left_out) == ["no transcript"] and list(kaldi.left_out["no transcript"]) == ["bert-2"]
+
+
+def test_kaldi_without_segments_and_speakers(tmp_path):
+    root = write_corpus(tmp_path / "c", "kaldi")
+    (root / "train/segments").unlink(), (root / "train/utt2spk").unlink()
+    (root / "train/text").write_text("talk\tLOW\n")
+    corpus = read(root)
+    assert [(u.id, u.text, u.speaker, u.span) for u in corpus.utterances] == [("talk", "LOW", "", (0, 16000))]
+
+
+def test_splits_are_joined(tmp_path):
+    root = write_tones(tmp_path, {"train": 3, "dev-clean": 2})
+    joined = [u.id for u in read(root, "train+dev-clean").utterances]
+    assert joined == [u.id for u in read(root, "train", "dev-clean").utterances] and len(joined) == 5
+    with pytest.raises(ValueError, match=r"0-7\.trans\.txt:1: the utterance 0-7-0000 is there twice"):
+        read(root, "train+train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none", "Don’t  STOP: it's ‘five-ish’, naïve हिन्दी"),
+        ("lower", "don’t stop: it's ‘five-ish’, naïve हिन्दी"),
+        ("upper", "DON’T STOP: IT'S ‘FIVE-ISH’, NAÏVE हिन्दी"),
+        ("plain", "don't stop it's five ish naïve हिन्दी"),
+    ],
+)
+def test_normalisers(tmp_path, name, text):
+    root = write_corpus(tmp_path / "c", "librispeech")
+    line = "1-2-0000 Don’t  STOP: it's ‘five-ish’, naïve हिन्दी\n1-2-0001 …\n"
+    (root / LISTS["librispeech"]).write_text(line, encoding="utf-8")
+    corpus = read(root, normaliser=name)
+    assert corpus.utterances[0].text == text.replace("  ", " ")
+    assert list(corpus.left_out.get("no words are left", {})) == (["1-2-0001"] if name == "plain" else [])
+
+
+def test_other_sample_rates_are_resampled(tmp_path):
+    hz, time = 440, np.arange(48000 * 2) / 48000
+    soundfile.write(
+        write_corpus(tmp_path / "c", "librispeech") / "train/1/2/1-2-0000.flac", np.sin(time * hz * 6), 48000
+    )
+    utterance = read(tmp_path / "c").utterances[0]
+    audio = read_audio(utterance, RATE)
+    assert utterance.rate == 48000 and utterance.samples == len(audio) == 2 * RATE
+    expected = np.sin(np.arange(2 * RATE) / RATE * hz * 6)
+    np.testing.assert_allclose(audio[500:-500], expected[500:-500], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "words"),
+    [
+        ("stm", "talk 1 anna 0.50", "talk 3 anna 0.50", ["talks.stm:2", "channel"]),
+        ("stm", "talk 1 anna 0.50", "talk B anna 0.50", ["talks.stm:2", "no channel 1"]),
+        ("stm", "0.50 1.50", "1.50 0.50", ["talks.stm:2", "ends at 0.5 s"]),
+        ("stm", "0.50 1.50", "0.50 nan", ["talks.stm:2", "'nan'"]),
+        ("stm", "call A", "nobody A", ["talks.stm:5", "no audio"]),
+        ("stm", "call A", "../sph/call A", ["talks.stm:5", "no audio"]),
+        ("stm", STM, ";; nothing\n", ["train/stm", "no utterances"]),
+        ("common-voice", "sentence", "words", ["train.tsv:1", "sentence"]),
+        ("common-voice", "\t2\n", "\n", ["train.tsv:2", "'sentence'"]),
+        ("common-voice", "two.mp3", "one.mp3", ["train.tsv:3", "twice"]),
+        ("common-voice", "two.mp3", "../clips/two.mp3", ["train.tsv:3", "no audio"]),
+        ("manifest", '"text": "LOW"', '"text": 7', ["train.jsonl:1", "text"]),
+        ("manifest", '"text": "LOW"', '"text": "\\ud800"', ["train.jsonl:1", "surrogates"]),
+        ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "-0.5"]),
+        ("manifest", '"offset": 0.5', '"offset": 1e999', ["train.jsonl:2", "inf"]),
+        ("manifest", '"duration": 0.25', '"duration": "long"', ["train.jsonl:2", "'long'"]),
+        ("manifest", ', "channel": 1', "", ["train.jsonl:2", "call.sph", "2 channels"]),
+        ("manifest", '"channel": 1', '"channel": 2', ["train.jsonl:2", "call.sph", "no channel 2"]),
+        ("manifest", '"channel": 1', '"channel": [0]', ["train.jsonl:2", "no channel [0]"]),
+        ("manifest", "talk.wav", "../talk.wav", ["train.jsonl:1", "'../talk.wav'", "absolute"]),
+        ("manifest", "talk.wav", "deep/../../talk.wav", ["train.jsonl:1", "absolute"]),
+        ("manifest", "talk.wav", "none.wav", ["train.jsonl:1", "none.wav", "doesn't exist"]),
+        ("manifest", MANIFEST[:9], "[" * 99999, ["train.jsonl:1", "JSON"]),
+        ("kaldi", "talk talk.wav", "talk sph2pipe talk.wav |", ["wav.scp:1", "sph2pipe", "command"]),
+        ("kaldi", "talk talk.wav", "talk ../talk.wav", ["wav.scp:1", "absolute"]),
+        ("kaldi", "talk talk.wav", "talk talk.wav\ntalk talk.wav", ["wav.scp:2", "twice"]),
+        ("kaldi", "talk talk.wav", "talks talk.wav", ["segments:1", "anna-1", "no recording"]),
+        ("librispeech", "1-2-0001", "1-2-0000", ["1-2.trans.txt:2", "twice"]),
+        ("librispeech", "1-2-0001", "../2/1-2-0001", ["1-2.trans.txt:2", "no audio"]),
+        ("librispeech", "1-2-0001", "/etc/passwd", ["1-2.trans.txt:2", "no audio"]),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, kind, old, new, words):
+    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "corpus")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("file", "line"), [("segments", "bert-1 more 0 0.5 1"), ("segments", "bert-1 more 0 x"), ("text", "carl-1 MID")]
+)
+def test_bad_lines_of_kaldi_are_named(tmp_path, file, line):
+    path = write_corpus(tmp_path / "corpus", "kaldi") / "train" / file
+    path.write_text(re.sub("bert-1.*", line, path.read_text()))
+    with pytest.raises(ValueError, match=f"{file}:2: "):
+        read(tmp_path / "corpus")
+
+
+def test_segments_beyond_their_file_are_left_out_and_a_little_is_cut(tmp_path):
+    file = write_corpus(tmp_path / "corpus", "stm") / LISTS["stm"]
+    file.write_text("talk 1 a 1 2.4 LOW\ntalk 1 a 1 2.6 MID\ntalk 1 a 2 2.1 TOP\ntalk 1 a 1e300 1e301 HIGH\n")
+    corpus = read(tmp_path / "corpus")
+    assert [u.span for u in corpus.utterances] == [(8000, 16000)]
+    assert list(corpus.left_out[UNREADABLE]) == ["talks.stm:2", "talks.stm:3", "talks.stm:4"]
+    assert "talks.stm:2: 1.0 to 2.6 s" in corpus.left_out[UNREADABLE]["talks.stm:2"]
+
+
+def test_a_directory_or_a_pipe_in_place_of_audio_is_left_out(tmp_path):
+    folder = write_corpus(tmp_path / "corpus", "librispeech") / "train/1/2"
+    (folder / "1-2-0002.flac").mkdir()
+    os.mkfifo(folder / "1-2-0003.flac")
+    (folder / "1-2.trans.txt").write_text(TRANSCRIPT + "1-2-0002 LOW\n1-2-0003 LOW\n")
+    corpus = read(tmp_path / "corpus")
+    assert len(corpus.utterances) == 2 and list(corpus.left_out[UNREADABLE]) == ["1-2-0002", "1-2-0003"]
+
+
+@pytest.mark.parametrize("how", ["removed", "shorter", "another rate", "other channels", "empty"])
+def test_audio_that_changes_after_listing_is_corrupt(tmp_path, how):
+    file = write_corpus(tmp_path / "corpus", "manifest") / "deep/call.sph"
+    utterance = read(tmp_path / "corpus").utterances[1]
+    file.unlink()
+    sphere = dict(format="NIST", subtype="PCM_16")
+    if how == "empty":
+        file.touch()
+    elif how != "removed":
+        changes = {"shorter": dict(seconds=0.6), "another rate": dict(rate=16000), "other channels": dict(channels=1)}
+        write_audio(file, **({"channels": 2} | changes[how]), **sphere)
+    with pytest.raises(CorruptAudio, match=r"call\.sph"):
+        read_audio(utterance, RATE)
+
+
+NASTY = [b"\0", b"\xff", b"\xed\xa0\x80", b"\n", b"\t", b" ", b"|", b'"', b"{", b"[", b"null", b"-1", b"nan", b"1e999"]
+NASTY += [
+    b"9" * 400,
+    b"../../x",
+    b"/dev/zero",
+    b"/",
+    b"\\ud800",
+    b"\\u0000",
+    b"\xe2\x80\xa8",
+    b";;",
+    b"<unk>",
+    b"1",
+    b"B",
+]
+NASTY += [b"inf", b"true", b"[" * 5000, b"\xef\xbb\xbf", b"\r", b"x" * 300, b"\xd9\xa3", b"1_0", b"\x1c"]
+edits = st.tuples(st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4))
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory) -> dict[str, Path]:
+    """A corpus of each kind; the lists may be changed by one test after the other."""
+    folder = tmp_path_factory.mktemp("mutated")
+    return {kind: write_corpus(folder / kind, kind) for kind in CORPUS_KINDS}
+
+
+@pytest.mark.parametrize("kind", CORPUS_KINDS)
+@settings(max_examples=400)
+@given(st.sampled_from(sorted(KALDI)), st.lists(edits, min_size=1, max_size=3), st.booleans())
+def test_mutated_lists_are_read_or_refused_with_file_and_line(all_kinds, kind, name, edits, doubled):
+    root = all_kinds[kind]
+    file = root / "train" / name if kind == "kaldi" else root / LISTS[kind]
+    whole = file.read_bytes()
+    mutated = whole * 2 if doubled else whole
+    for start, length, new in edits:
+        mutated = mutated[: start % len(mutated or b"-")] + new + mutated[start % len(mutated or b"-") + length :]
+    file.write_bytes(mutated)
+    try:
+        corpus, said = read(root), ""
+    except ValueError as error:  # and no other
+        corpus, said = None, str(error)
+    finally:
+        file.write_bytes(whole)
+    assert corpus or re.search(re.escape(str(root)) + r"\S*:\d+: |no utterances", said), said
+    for utterance in corpus.utterances if corpus else []:
+        assert utterance.span[0] < utterance.span[1]
+        assert (utterance.id + utterance.path + utterance.text + utterance.speaker).encode()
+
+
+def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    root = write_corpus(tmp_path / "corpus", "librispeech")
+    opened, header = [], soundfile.SoundFile
+
+    def count(path, *arguments, **more):
+        opened.append(Path(path).name)
+        return header(path, *arguments, **more)
+
+    monkeypatch.setattr(soundfile, "SoundFile", count)
+    first = read(root)
+    assert sorted(opened) == ["1-2-0000.flac", "1-2-0001.flac"]
+    assert read(root) == first and len(opened) == 2
+    write_audio(root / "train/1/2/1-2-0001.flac", seconds=1.0)
+    assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE] and opened[2:] == ["1-2-0001.flac"]
+    [kept] = [path for path in cache.user_cache().iterdir() if b"1-2-0001.flac" in path.read_bytes() and
+              str(root).encode() in path.read_bytes()]  # fmt: skip
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:-9], whole.replace(b"8000", b"9000"), b"x" + whole, b"noise" * 99):
+        kept.write_bytes(damaged)
+        assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE]
+        assert kept.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="can't be written"):
+        assert len(read(write_corpus(tmp_path / "corpus", "librispeech")).utterances) == 2
+
+
+def examples(root: Path, **changes) -> Examples:
+    config = tiny(**changes)
+    tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
+    return Examples(read_corpus(root, ["train"], config).utterances, tokenizer, config, keep=False)
+
+
+def test_features_are_kept_checked_and_made_again(tones, tmp_path, monkeypatch):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    plain, kept = examples(root), examples(root, cache_features=str(tmp_path / "kept"))
+    expected = [plain[i].features for i in range(3)]
+    assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert len(files) == 3 and not list((tmp_path / "kept").rglob("tmp*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_audio", None)
+        assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+    draw = random.Random(0)
+    for trial in range(60):
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        place = draw.randrange(len(whole))
+        flipped = whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        file.write_bytes(flipped if trial % 3 else whole[:place])
+        assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+        assert file.read_bytes() == whole
+    other = examples(root, cache_features=str(tmp_path / "kept"), mel_bins=10)
+    assert other[0].features.shape[1] == 10
+    path = Path(kept.utterances[0].path)
+    soundfile.write(path, soundfile.read(path)[0][::-1], RATE)
+    again = examples(root, cache_features=str(tmp_path / "kept"))
+    assert torch.equal(again[0].features, log_mel(read_audio(again.utterances[0], RATE), again.config))
+    path.unlink()
+    assert again[0].features is None and path.name in again[0].corrupt
+
+
+def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
+    speeds = (0.9, 1.0, 1.1)
+    some = examples(tones, speeds=speeds)
+    assert {some.speed(i) for i in range(24)} == {1.0}  # outside training
+    drawn = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        some = examples(tones, speeds=speeds, seed=seed)
+        some.epoch = epoch
+        drawn[seed, epoch] = [some.speed(i) for i in range(24)]
+        assert set(drawn[seed, epoch]) == set(speeds)
+        assert drawn[seed, epoch] == [some.speed(i) for i in range(24)]
+        frames = some.frames()
+        assert all(abs(len(some[i].features) - frames[i]) <= 1 for i in range(24))
+        plain = examples(tones).frames()
+        assert all(
+            (a > b) - (a < b) == (s < 1) - (s > 1) for a, b, s in zip(frames, plain, drawn[seed, epoch], strict=True)
+        )
+    assert len({tuple(speeds) for speeds in drawn.values()}) == 3
+    tone = read_audio(some.utterances[0], RATE, 1.1)
+    assert abs(len(tone) - some.utterances[0].samples / 1.1) <= 1
+
+
+def test_only_the_default_speed_leaves_the_training_as_it_was(tones):
+    plain = examples(tones)
+    plain.epoch = 3
+    assert all(
+        torch.equal(plain[i].features, log_mel(read_audio(plain.utterances[i], RATE), plain.config)) for i in range(3)
+    )
+
+
+@pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, 3.0)])
+def test_impossible_speeds_are_refused(speeds):
+    with pytest.raises(ValueError, match="--speeds"):
+        tiny(speeds=speeds)
+
+
+def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path):
+    config = dataclasses.replace(tiny(updates=4, speeds=(0.9, 1.1), workers=1), corpus=str(tones))
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.begin()
+    records = list(trainer.updates())
+    assert (tmp_path / "run/corpus.txt").read_text().splitlines()[1].startswith("24 utterances, 0.00 hours, 1 speakers")
+    assert all(0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"] for record in records)
+    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert logged["waiting"] == pytest.approx(sum(record["waiting"] for record in records))
+    assert logged["padding"] == pytest.approx(sum(record["padding"] for record in records) / 4)
+
+
+def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:
+    """Durations distributed as LibriSpeech's 960 hours: most of 11 to 17 s, a tail down to 1 s, some up to 35 s."""
+    long = draw.normal(14.5, 1.7, utterances)
+    short = draw.uniform(1.3, 13.0, utterances)
+    longest = draw.uniform(17, 35, utterances)
+    kind = draw.choice(3, utterances, p=[0.63, 0.36, 0.01])
+    return np.clip(np.choose(kind, [long, short, longest]), 1, 35)
+
+
+def test_padding_of_a_plan_over_librispeechs_durations():
+    seconds = librispeech_seconds(np.random.default_rng(0), 28000)
+    assert 11.5 < seconds.mean() < 13
+    frames = np.round(100 * seconds).astype(int).tolist()
+    config = tiny(batch_seconds=150.0, batch_utterances=60)
+    for epoch in range(2):
+        plan = epoch_plan(frames, config, epoch)
+        padded = sum(len(batch) * max(frames[i] for i in batch) for batch in plan)
+        assert 1 - sum(frames) / padded < 0.08
