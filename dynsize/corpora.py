@@ -121,7 +121,7 @@ def add(corpus: Corpus, entry: Entry, header: Sequence[int] | Exception, config:
     if end is not None and start >= end:
         raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
     if isinstance(header, FileNotFoundError):
-        raise ValueError(f"{where}: the utterance {id} has no audio: {path or 'no file with its name'} doesn't exist")
+        raise ValueError(f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist")
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
     samples, rate, channels = header
@@ -260,7 +260,8 @@ def table(path: Path) -> dict[str, tuple[str, str]]:
 
 def audio_files(folder: Path) -> dict[str, str]:
     """The audio files in a directory, by their names without ending: no name that a list has can lead out of it."""
-    return {name.rpartition(".")[0]: f"{folder}/{name}" for name in os.listdir(folder) if name.endswith(ENDINGS)}
+    names = sorted(os.listdir(folder), reverse=True)  # where a name has several endings, the last one stays: .flac
+    return {name.rpartition(".")[0]: f"{folder}/{name}" for name in names if name.endswith(ENDINGS)}
 
 
 def placed(file: Path, name: str, where: str) -> str:
