@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     stages: int  # steps whose loads are in flight
 
 
-SINGLE, HALF, WIDE_HALF = Tiles(64, 64, 16, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
+SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
 
