@@ -61,12 +61,14 @@ def gated_residual(
 ) -> Tensor:
     """x + scale · gate · dropout(branch), in the dtype of `x`.
 
-    `x`, `branch`: (R, T, D) of any float dtypes. `gate`: () for all rows or (R,) for each, in device memory; None for
-    1. `seed`: () int64 on the device, needed where `dropout_p` is not 0; equal seeds drop the same. Where the gate is
-    0, the result is bitwise `x` and nothing of the branch is read: NaN there reaches neither the result nor any
-    gradient but the gate's own, which is exact there too. Not differentiable twice. Raises ValueError for shapes,
-    dtypes or devices that don't fit.
+    `x`, `branch`: (R, T, D) of any float dtypes, R a multiple of B. `gate`: () for all rows or (R,) for each, in
+    device memory; None for 1. `seed`: (B,) int64 on the device, one for each utterance, needed where `dropout_p` is not
+    0: row r drops what row r mod B drops, so that all sizes of an utterance drop the same. Where the gate is 0, the
+    result is bitwise `x` and the branch is not read: NaN there reaches neither the result nor any gradient but the
+    gate's own, which is right there too. Differentiable once. Raises ValueError for shapes, dtypes or devices that
+    don't fit.
     """
+    seed = seed if dropout_p else None
     check_residual(x, branch.shape, gate, dropout_p, seed, branch=branch)
     if not triton_runs(x.device.type):
         return reference.gated_residual(x, branch, gate, scale, dropout_p, seed)
@@ -76,20 +78,14 @@ def gated_residual(
 
 
 def gated_residual_layer_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float = 1e-5,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x + scale · gate · dropout(branch), and LayerNorm(y) · weight + bias, both in the dtype of `x`.
 
     `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
     """
+    seed = seed if dropout_p else None
     check_residual(x, branch.shape, gate, dropout_p, seed, branch=branch, weight=weight, bias=bias)
     expect("weight", weight, x.shape[-1:])
     expect("bias", bias, x.shape[-1:])
@@ -101,20 +97,15 @@ def gated_residual_layer_norm(
 
 
 def linear_gated_residual(
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float = 0.0,
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x + scale · gate · dropout(h @ weightᵀ + bias), in the dtype of `x`.
 
     `h`: (R, T, K). `weight`: (D, K), of the dtype of `h`, except under autocast, which sees to both. `bias`: (D,). The
     rest as in `gated_residual`.
     """
+    seed = seed if dropout_p else None
     check_residual(x, (*h.shape[:-1], len(weight)), gate, dropout_p, seed, h=h, weight=weight, bias=bias)
     expect("weight", weight, (x.shape[-1], h.shape[-1]))
     expect("bias", bias, x.shape[-1:])
@@ -165,8 +156,10 @@ def check_residual(
         raise ValueError(f"gate {described(gate)} must be () or (R,) for x {described(x)}")
     if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
         raise ValueError(f"dropout_p {dropout_p} must be 0, or below 1 with a seed")
-    if seed is not None and (seed.shape != () or seed.dtype != torch.int64 or seed.device != x.device):
-        raise ValueError(f"seed {described(seed)} must be () int64 on the device of x {described(x)}")
+    if seed is not None and (seed.dim() != 1 or len(seed) == 0 or len(x) % len(seed) or seed.dtype != torch.int64):
+        raise ValueError(f"seed {described(seed)} must be (B,) int64, and B divide the rows of x {described(x)}")
+    if seed is not None and seed.device != x.device:
+        raise ValueError(f"seed {described(seed)} must be on the device of x {described(x)}")
     for name, tensor in (others | ({} if gate is None else dict(gate=gate)) | dict(x=x)).items():
         if tensor.device != x.device or not tensor.is_floating_point():
             raise ValueError(f"{name} {described(tensor)} must be of a float dtype, on the device of x {described(x)}")

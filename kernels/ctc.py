@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.residual import check_dtypes
+from kernels.residual import launch
 
 BLANK = tl.constexpr(reference.BLANK)
 LARGEST_BLOCK = 1024  # states
@@ -43,7 +43,9 @@ def label_of(labels_ptr, s, last):
 @triton.jit
 def emission(log_probs_ptr, t, vocabulary, label, valid):
     """e(t, s) for the label of each state, −∞ where not `valid`."""
-    return tl.load(log_probs_ptr + tl.cast(t, tl.int64) * vocabulary + label, mask=valid, other=-float("inf")).to(tl.float32)
+    return tl.load(log_probs_ptr + tl.cast(t, tl.int64) * vocabulary + label, mask=valid, other=-float("inf")).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -101,36 +103,37 @@ def kernel(
     finite = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
     log_z = finite + tl.log(tl.sum(tl.exp(log_z - finite), 0))
     tl.store(loss_ptr + utterance, -log_z)
-    if grad_ptr is not None:
-        if tl.abs(log_z) < float("inf"):  # not so for NaN
-            grad_ptr += utterance * frames * vocabulary
-            blocks = last // STATES
-            for block in range(0, blocks + 1):
-                s = (blocks - block) * STATES + i
-                label = label_of(labels_ptr, s, last)
-                valid = (s <= last) & (label >= 0) & (label < vocabulary)
-                after = label_of(labels_ptr, s + 2, last)
-                skips = (after != BLANK) & (after != label)
-                beta = tl.zeros((STATES,), tl.float32)
-                upcoming = emission(log_probs_ptr, length - 1, vocabulary, label, valid)
-                for back in range(0, length):
-                    t = tl.cast(length - 1 - back, tl.int64)
-                    emitted = upcoming
-                    upcoming = emission(log_probs_ptr, tl.maximum(t - 1, 0), vocabulary, label, valid)
-                    now = alpha_ptr + t * width + s
-                    one = beside(beta, i, 1, now + width + 1, (s < last) & (back > 0), STATES)
-                    two = beside(beta, i, 2, now + width + 2, skips & (s + 2 <= last) & (back > 0), STATES)
-                    rest = log_sum(beta, one, two)
-                    rest = tl.where(back > 0, rest, tl.where((s <= last) & (s >= last - 1), 0.0, -float("inf")))
-                    alpha = tl.load(now, mask=s <= last, other=-float("inf"))
-                    posterior = tl.exp(alpha + rest - log_z)
-                    beta = emitted + rest
-                    tl.store(now, beta, mask=s <= last)
-                    is_blank = label == BLANK
-                    tl.atomic_add(grad_ptr + t * vocabulary + label, -posterior, mask=valid & (is_blank == 0))
-                    of_blank = tl.sum(tl.where(is_blank & valid, posterior, 0.0), 0)
-                    tl.atomic_add(grad_ptr + t * vocabulary + BLANK, -of_blank)
-                tl.debug_barrier()
+    if grad_ptr is None:
+        return
+    if tl.abs(log_z) < float("inf"):  # not so for NaN
+        grad_ptr += utterance * frames * vocabulary
+        blocks = last // STATES
+        for block in range(0, blocks + 1):
+            s = (blocks - block) * STATES + i
+            label = label_of(labels_ptr, s, last)
+            valid = (s <= last) & (label >= 0) & (label < vocabulary)
+            after = label_of(labels_ptr, s + 2, last)
+            skips = (after != BLANK) & (after != label)
+            beta = tl.zeros((STATES,), tl.float32)
+            upcoming = emission(log_probs_ptr, length - 1, vocabulary, label, valid)
+            for back in range(0, length):
+                t = tl.cast(length - 1 - back, tl.int64)
+                emitted = upcoming
+                upcoming = emission(log_probs_ptr, tl.maximum(t - 1, 0), vocabulary, label, valid)
+                now = alpha_ptr + t * width + s
+                one = beside(beta, i, 1, now + width + 1, (s < last) & (back > 0), STATES)
+                two = beside(beta, i, 2, now + width + 2, skips & (s + 2 <= last) & (back > 0), STATES)
+                rest = log_sum(beta, one, two)
+                rest = tl.where(back > 0, rest, tl.where((s <= last) & (s >= last - 1), 0.0, -float("inf")))
+                alpha = tl.load(now, mask=s <= last, other=-float("inf"))
+                posterior = tl.exp(alpha + rest - log_z)
+                beta = emitted + rest
+                tl.store(now, beta, mask=s <= last)
+                is_blank = label == BLANK
+                tl.atomic_add(grad_ptr + t * vocabulary + label, -posterior, mask=valid & (is_blank == 0))
+                of_blank = tl.sum(tl.where(is_blank & valid, posterior, 0.0), 0)
+                tl.atomic_add(grad_ptr + t * vocabulary + BLANK, -of_blank)
+            tl.debug_barrier()
 
 
 @torch.library.custom_op("dynsize::ctc_loss", mutates_args=())
@@ -139,21 +142,12 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel. Arguments as in `kernels.ctc_loss`. Returns the (N,) losses and the (N, T, V) gradients of
     the log-probabilities, both float32; the gradients of no elements unless `with_gradient`."""
-    check_dtypes(log_probs)
-    log_probs, labels = log_probs.contiguous(), labels.contiguous()
-    lengths, label_lengths = lengths.contiguous(), label_lengths.contiguous()
     (n, frames, vocabulary), most = log_probs.shape, labels.shape[1]
-    loss = log_probs.new_empty(n, dtype=torch.float32)
+    loss, alpha = (log_probs.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, frames, 2 * most + 1)))
     grad = log_probs.new_zeros(log_probs.shape if with_gradient else 0, dtype=torch.float32)
-    alpha = log_probs.new_empty(n, frames, 2 * most + 1, dtype=torch.float32)
     states = min(max(32, triton.next_power_of_2(2 * most + 1)), LARGEST_BLOCK)
-    if n:
-        with torch.cuda.device_of(log_probs):
-            kernel[(n,)](
-                *(log_probs, lengths, labels, label_lengths, alpha, loss, grad if with_gradient else None),
-                *(frames, vocabulary, most, states),
-                num_warps=max(1, states // 128),
-            )
+    arguments = (log_probs, lengths, labels, label_lengths, alpha, loss, grad if with_gradient else None)
+    launch(kernel, n, *arguments, frames, vocabulary, most, states, num_warps=max(1, states // 128))
     return loss, grad
 
 

@@ -20,65 +20,58 @@ WEYL, FIRST, SECOND = (tl.constexpr(number) for number in (reference.WEYL, refer
 WIDEST = 8192  # columns that a program can hold
 
 
-def frames_of(width: int, elements: int = 2048) -> tuple[int, int]:
-    """The tile for a width D: its frames and its columns, a power of two. Raises ValueError for too wide a D."""
-    if width > WIDEST:
-        raise ValueError(f"width {width}: the kernels hold a frame in registers, {WIDEST} columns at most")
-    columns = max(16, triton.next_power_of_2(width))
-    return min(max(1, elements // columns), 32), columns
+@triton.jit
+def of_row(pointer, index, NEUTRAL: tl.constexpr):
+    """The numbers at `index`, int64 of any shape, a scalar as (1, 1); NEUTRAL everywhere where there is no pointer."""
+    index = index + tl.zeros((1, 1), tl.int64)
+    if pointer is not None:
+        return tl.load(pointer + index)
+    else:
+        return tl.full(index.shape, NEUTRAL, tl.float32)
 
 
 @triton.jit
-def kept(seed, frame, first, WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
-    """What dropout keeps of COLUMNS columns from `first`, a multiple of 4, in the frames `frame`, (FRAMES,) int64:
-    (FRAMES, COLUMNS) bool, as `reference.kept` defines it."""
+def kept(seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
+    """What dropout with probability P keeps of COLUMNS columns from `first`, a multiple of 4, in the frames `time`,
+    (FRAMES,): (FRAMES, COLUMNS) bool, as `reference.kept` defines it. `seed`: (1, 1) or (FRAMES, 1) int64."""
     word = first // 4 + tl.arange(0, COLUMNS // 4)
-    z = (frame[:, None] * ((WIDTH + 3) // 4) + word[None, :]) * WEYL + seed
+    z = (time.to(tl.int64)[:, None] * ((WIDTH + 3) // 4) + word[None, :]) * WEYL + seed
     z = (z ^ (z >> 30)) * FIRST
     z = (z ^ (z >> 27)) * SECOND
     z = z ^ (z >> 31)
     bits = z[:, :, None] >> (16 * tl.arange(0, 4))[None, None, :]
-    return tl.reshape(bits, (FRAMES, COLUMNS)).to(tl.int16) >= THRESHOLD
+    return tl.reshape(bits, (FRAMES, COLUMNS)).to(tl.int16) >= P
 
 
 @triton.jit
-def gate_of(gate_ptr, index):
-    """The gate at `index`, int64 of any shape, as float32; 1 where there are no gates. A scalar is made (1, 1)."""
-    index = index + tl.zeros((1, 1), tl.int64)
-    gate = tl.full(index.shape, 1.0, tl.float32)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + index).to(tl.float32)
-    return gate
+def tile_of(program, frames, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile of `program`: its row (int64), its frames in the row, the tile's offsets and which lie inside."""
+    blocks = tl.cdiv(frames, FRAMES)
+    row = (program // blocks).to(tl.int64)
+    time = program % blocks * FRAMES + tl.arange(0, FRAMES)
+    column = tl.arange(0, COLUMNS)
+    at = (row * frames + time)[:, None] * WIDTH + column[None, :]
+    return row, time, at, (time < frames)[:, None] & (column < WIDTH)[None, :]
 
 
 @triton.jit
 def forward_kernel(
     x_ptr,  # (R, T, D)
     branch_ptr,  # (R, T, D)
-    gate_ptr,  # (R,) with `gate_stride`, which is 0 where one gate serves all; None: gates of 1
-    seed_ptr,  # () int64, or None without dropout
+    gate_ptr,  # (R,), or () with a stride of 0, or None: gates of 1
+    seed_ptr,  # (B,) int64, for row r that of r mod B; None: no dropout
     y_ptr,  # (R, T, D), out
-    gate_stride,
-    frames,  # T
-    factor,  # scale / (1 - p)
-    THRESHOLD: tl.constexpr,
-    WIDTH: tl.constexpr,  # D
-    FRAMES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    blocks = tl.cdiv(frames, FRAMES)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    time = tl.program_id(0) % blocks * FRAMES + tl.arange(0, FRAMES)
-    column = tl.arange(0, COLUMNS)
-    frame = row * frames + time
-    at = frame[:, None] * WIDTH + column[None, :]
-    inside = (time < frames)[:, None] & (column < WIDTH)[None, :]
-    gate = gate_of(gate_ptr, row * gate_stride)
+    gate_stride, utterances, frames, factor,  # B, T, scale / (1 − p)
+    P: tl.constexpr,  # the lowest draw that dropout keeps
+    WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr,  # D, and the tile
+):  # fmt: skip
+    row, time, at, inside = tile_of(tl.program_id(0), frames, WIDTH, FRAMES, COLUMNS)
+    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
     branch = tl.load(branch_ptr + at, mask=inside & (gate != 0), other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        keep = kept(tl.load(seed_ptr), frame, 0, WIDTH, THRESHOLD, FRAMES, COLUMNS)
-        branch = tl.where(keep, branch, 0.0)
+        seed = of_row(seed_ptr, row % utterances, 0)
+        branch = tl.where(kept(seed, time, 0, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
     y = tl.where(gate != 0, x + factor * gate * branch, x)  # not x + 0, which is no -0
     tl.store(y_ptr + at, y, mask=inside)
 
@@ -87,102 +80,90 @@ def forward_kernel(
 def backward_kernel(
     grad_ptr,  # (R, T, D), of y
     branch_ptr,  # (R, T, D), or None where the gate needs no gradient
-    gate_ptr,  # as in the forward pass
-    seed_ptr,  # as in the forward pass
+    gate_ptr, seed_ptr,  # as in the forward pass
     branch_grad_ptr,  # (R, T, D), out
-    gate_grad_ptr,  # (R, ⌈T / FRAMES⌉) float32, out: the gate's gradient, a part from each program; or None
-    gate_stride,
-    frames,
-    factor,
-    THRESHOLD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FRAMES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    blocks = tl.cdiv(frames, FRAMES)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    time = tl.program_id(0) % blocks * FRAMES + tl.arange(0, FRAMES)
-    column = tl.arange(0, COLUMNS)
-    frame = row * frames + time
-    at = frame[:, None] * WIDTH + column[None, :]
-    inside = (time < frames)[:, None] & (column < WIDTH)[None, :]
-    gate = gate_of(gate_ptr, row * gate_stride)
+    gate_grad_ptr,  # (R, ⌈T / FRAMES⌉) float32, out: the gate's gradient, a share from each program; or None
+    gate_stride, utterances, frames, factor,
+    P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, time, at, inside = tile_of(tl.program_id(0), frames, WIDTH, FRAMES, COLUMNS)
+    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
     needed = inside
     if gate_grad_ptr is None:
         needed = inside & (gate != 0)
     grad = factor * tl.load(grad_ptr + at, mask=needed, other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        keep = kept(tl.load(seed_ptr), frame, 0, WIDTH, THRESHOLD, FRAMES, COLUMNS)
+        keep = kept(of_row(seed_ptr, row % utterances, 0), time, 0, P, WIDTH, FRAMES, COLUMNS)
         grad = tl.where(keep, grad, 0.0)
     tl.store(branch_grad_ptr + at, tl.where(gate != 0, gate * grad, 0.0), mask=inside)
     if gate_grad_ptr is not None:
         branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             branch = tl.where(keep, branch, 0.0)
-        tl.store(gate_grad_ptr + tl.program_id(0).to(tl.int64), tl.sum(grad * branch))
+        tl.store(gate_grad_ptr + tl.program_id(0), tl.sum(grad * branch))
 
 
-def stride_of(gate: Tensor | None) -> int:
-    """From one row's gate to the next, in numbers: 0 where one gate serves all rows."""
-    return gate.stride(0) if gate is not None and gate.dim() else 0
+def launch(kernel: triton.runtime.JITFunction, programs: int, *arguments, **options) -> None:
+    """Launches so many programs, perhaps none, on the tensors' device, inputs made contiguous. Raises ValueError for
+    float64."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        raise ValueError("Triton's kernels compute in float32: float64 needs DYNSIZE_KERNELS=torch")
+    if programs:
+        contiguous = (argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments)
+        with torch.cuda.device_of(tensors[0]):
+            kernel[(programs,)](*contiguous, **options)
 
 
-def check_dtypes(*tensors: Tensor) -> None:
-    if any(tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors):
-        raise ValueError(f"Triton computes float32, bfloat16 and float16, not {[tensor.dtype for tensor in tensors]}")
+def frames_of(width: int, elements: int) -> tuple[int, int]:
+    """A tile of about so many elements for a width D: its frames and its columns, both powers of two. Raises
+    ValueError for too wide a D."""
+    if width > WIDEST:
+        raise ValueError(f"width {width}: the kernels hold whole frames in registers, {WIDEST} columns at most")
+    columns = max(16, triton.next_power_of_2(width))
+    return min(max(1, elements // columns), 32), columns
+
+
+def scalars(gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None, frames: int) -> tuple:
+    """What every kernel takes from the ops' arguments: gate's stride, B, T, f and P."""
+    stride = 0 if gate is None else gate.dim()
+    utterances = 1 if seed is None else len(seed)
+    return stride, utterances, frames, scale / (1 - dropout_p), reference.threshold(dropout_p)
+
+
+def gate_gradient(shares: Tensor | None, gate: Tensor | None, like: Tensor) -> Tensor:
+    """The gate's gradient from (R, …) shares; no elements where it needs none."""
+    if shares is None:
+        return like.new_empty(0)
+    return (shares.sum(1) if gate.dim() else shares.sum()).to(gate.dtype)
 
 
 @torch.library.custom_op("dynsize::gated_residual", mutates_args=())
 def gated_residual(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """Launches the forward kernel. Arguments as in `kernels.gated_residual`."""
-    check_dtypes(x, branch)
-    x, branch, seed = x.contiguous(), branch.contiguous(), seed if dropout_p else None
-    (rows, frames, width), y = x.shape, torch.empty_like(x)
-    tile = frames_of(width)
-    if y.numel():
-        with torch.cuda.device_of(x):
-            forward_kernel[(rows * triton.cdiv(frames, tile[0]),)](
-                *(x, branch, gate, seed, y, stride_of(gate), frames, scale / (1 - dropout_p)),
-                *(reference.threshold(dropout_p), width, *tile),
-                num_warps=4,
-            )
+    """Launches the forward kernel. Arguments as in `kernels.gated_residual`; `seed` None without dropout."""
+    (rows, frames, width), y = x.shape, torch.empty_like(x, memory_format=torch.contiguous_format)
+    tile = frames_of(width, 2048)
+    arguments = (x, branch, gate, seed, y, *scalars(gate, scale, dropout_p, seed, frames), width, *tile)
+    launch(forward_kernel, rows * triton.cdiv(frames, tile[0]), *arguments, num_warps=4)
     return y
 
 
 @torch.library.custom_op("dynsize::gated_residual_backward", mutates_args=())
 def gated_residual_backward(
-    grad: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    grad: Tensor, branch: Tensor | None, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the backward kernel. `branch`: given where the gate needs a gradient. `dtype`: the branch's. Returns
     the gradients of branch and gate, the latter of no elements where it needs none."""
-    grad, branch, seed = grad.contiguous(), None if branch is None else branch.contiguous(), seed if dropout_p else None
-    (rows, frames, width), branch_grad = grad.shape, torch.empty_like(grad, dtype=dtype)
-    tile = frames_of(width)
+    (rows, frames, width), tile = grad.shape, frames_of(grad.shape[-1], 2048)
+    branch_grad = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     blocks = triton.cdiv(frames, tile[0])
-    parts = None if branch is None else grad.new_zeros(rows, blocks, dtype=torch.float32)
-    if grad.numel():
-        with torch.cuda.device_of(grad):
-            backward_kernel[(rows * blocks,)](
-                *(grad, branch, gate, seed, branch_grad, parts, stride_of(gate), frames, scale / (1 - dropout_p)),
-                *(reference.threshold(dropout_p), width, *tile),
-                num_warps=4,
-            )
-    return branch_grad, gate_gradient(parts, gate, grad)
-
-
-def gate_gradient(parts: Tensor | None, gate: Tensor | None, like: Tensor) -> Tensor:
-    """The gate's gradient from its (R, …) parts, or no elements where it needs none."""
-    if parts is None or gate is None:
-        return like.new_empty(0)
-    return parts.sum().to(gate.dtype) if gate.dim() == 0 else parts.sum(1).to(gate.dtype)
+    shares = None if branch is None else grad.new_empty(rows, blocks, dtype=torch.float32)
+    arguments = (grad, branch, gate, seed, branch_grad, shares, *scalars(gate, scale, dropout_p, seed, frames))
+    launch(backward_kernel, rows * blocks, *arguments, width, *tile, num_warps=4)
+    return branch_grad, gate_gradient(shares, gate, grad)
 
 
 @gated_residual.register_fake

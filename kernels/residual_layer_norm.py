@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.residual import check_dtypes, frames_of, gate_gradient, gate_of, kept, stride_of
+from kernels.residual import frames_of, gate_gradient, kept, launch, of_row, scalars
 
 CHUNK = 64  # frames of a program: the shares and the weights, once a program, are then a 40th of the traffic
 WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements: backward, twice as many take over 128 registers
@@ -29,29 +28,21 @@ WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements: backward, twice
 def forward_kernel(
     x_ptr,  # (R, T, D)
     branch_ptr,  # (R, T, D)
-    gate_ptr,  # (R,) with `gate_stride`, which is 0 where one gate serves all; None: gates of 1
-    seed_ptr,  # () int64, or None without dropout
-    weight_ptr,  # (D,)
-    bias_ptr,  # (D,)
-    y_ptr,  # (R, T, D), out
-    normed_ptr,  # (R, T, D), out
-    mean_ptr,  # (R, T) float32, out
-    rstd_ptr,  # (R, T) float32, out
-    gate_stride,
-    frames,  # T
-    factor,  # scale / (1 - p)
-    eps,
-    THRESHOLD: tl.constexpr,
-    WIDTH: tl.constexpr,  # D
-    FRAMES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    gate_ptr,  # (R,), or () with a stride of 0, or None: gates of 1
+    seed_ptr,  # (B,) int64, for row r that of r mod B; None: no dropout
+    weight_ptr, bias_ptr,  # (D,)
+    y_ptr, normed_ptr,  # (R, T, D), out
+    mean_ptr, rstd_ptr,  # (R, T) float32, out: μ and r
+    eps, gate_stride, utterances, frames, factor,  # ε, …, B, T, scale / (1 − p)
+    P: tl.constexpr,  # the lowest draw that dropout keeps
+    WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr,  # D, and the tile
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     chunks = tl.cdiv(frames, CHUNK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     first = tl.program_id(0) % chunks * CHUNK
     column = tl.arange(0, COLUMNS)
-    gate = gate_of(gate_ptr, row * gate_stride)
+    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     for start in range(first, min(first + CHUNK, frames), FRAMES):
@@ -62,7 +53,8 @@ def forward_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + at, mask=inside & (gate != 0), other=0.0).to(tl.float32)
         if seed_ptr is not None:
-            branch = tl.where(kept(tl.load(seed_ptr), frame, 0, WIDTH, THRESHOLD, FRAMES, COLUMNS), branch, 0.0)
+            seed = of_row(seed_ptr, row % utterances, 0)
+            branch = tl.where(kept(seed, time, 0, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
         y = tl.where(gate != 0, x + factor * gate * branch, x).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at, y, mask=inside)
         y = y.to(tl.float32)
@@ -76,34 +68,23 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    y_grad_ptr,  # (R, T, D)
-    normed_grad_ptr,  # (R, T, D)
-    y_ptr,  # (R, T, D)
-    mean_ptr,  # (R, T) float32
-    rstd_ptr,  # (R, T) float32
+    y_grad_ptr, normed_grad_ptr, y_ptr,  # (R, T, D)
+    mean_ptr, rstd_ptr,  # (R, T) float32
     weight_ptr,  # (D,)
     branch_ptr,  # (R, T, D), or None where the gate needs no gradient
-    gate_ptr,  # as in the forward pass
-    seed_ptr,  # as in the forward pass
-    x_grad_ptr,  # (R, T, D), out
-    branch_grad_ptr,  # (R, T, D), out
+    gate_ptr, seed_ptr,  # as in the forward pass
+    x_grad_ptr, branch_grad_ptr,  # (R, T, D), out
     shares_ptr,  # (programs, 2, D) float32, out: the gradients of weight and bias, a share from each program
     gate_grad_ptr,  # (R, chunks of T) float32, out: the gate's, a share from each program; or None
-    gate_stride,
-    frames,
-    factor,
-    THRESHOLD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FRAMES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    gate_stride, utterances, frames, factor,
+    P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(frames, CHUNK)
     row = program // chunks
     first = tl.program_id(0) % chunks * CHUNK
     column = tl.arange(0, COLUMNS)
-    gate = gate_of(gate_ptr, row * gate_stride)
+    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     weight_grad = tl.zeros((FRAMES, COLUMNS), tl.float32)
     bias_grad = tl.zeros((FRAMES, COLUMNS), tl.float32)
@@ -120,14 +101,14 @@ def backward_kernel(
         z = tl.where(inside, y - mean[:, None], 0.0) * rstd
         weight_grad += normed_grad * z
         bias_grad += normed_grad
-        scaled = normed_grad * weight[None, :]
-        along_z = tl.sum(scaled * z, 1)[:, None] / WIDTH
-        grad = rstd * (scaled - tl.sum(scaled, 1)[:, None] / WIDTH - z * along_z)
+        w = normed_grad * weight[None, :]
+        along_z = tl.sum(w * z, 1)[:, None] / WIDTH
+        grad = rstd * (w - tl.sum(w, 1)[:, None] / WIDTH - z * along_z)
         grad += tl.load(y_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(x_grad_ptr + at, grad, mask=inside)
         grad *= factor
         if seed_ptr is not None:
-            keep = kept(tl.load(seed_ptr), frame, 0, WIDTH, THRESHOLD, FRAMES, COLUMNS)
+            keep = kept(of_row(seed_ptr, row % utterances, 0), time, 0, P, WIDTH, FRAMES, COLUMNS)
             grad = tl.where(keep, grad, 0.0)
         tl.store(branch_grad_ptr + at, tl.where(gate != 0, gate * grad, 0.0), mask=inside)
         if gate_grad_ptr is not None:
@@ -144,79 +125,49 @@ def backward_kernel(
 
 @torch.library.custom_op("dynsize::gated_residual_layer_norm", mutates_args=())
 def with_statistics(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the forward kernel. Returns y, n, and the (R, T) float32 means and reciprocal deviations."""
-    check_dtypes(x, branch, weight, bias)
-    x, branch, weight, bias = x.contiguous(), branch.contiguous(), weight.contiguous(), bias.contiguous()
-    (rows, frames, width), seed = x.shape, seed if dropout_p else None
-    outputs = *(torch.empty_like(x) for _ in "yn"), *(x.new_empty(rows, frames, dtype=torch.float32) for _ in "mr")
-    if x.numel():
-        with torch.cuda.device_of(x):
-            forward_kernel[(rows * triton.cdiv(frames, CHUNK),)](
-                *(x, branch, gate, seed, weight, bias, *outputs, stride_of(gate), frames, scale / (1 - dropout_p), eps),
-                *(reference.threshold(dropout_p), width, *frames_of(width, FORWARD), CHUNK),
-                num_warps=WARPS,
-            )
-    return outputs
+    rows, frames, width = x.shape
+    y, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    mean, rstd = (x.new_empty(rows, frames, dtype=torch.float32) for _ in range(2))
+    arguments = (x, branch, gate, seed, weight, bias, y, normed, mean, rstd, eps)
+    arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *frames_of(width, FORWARD), CHUNK)
+    launch(forward_kernel, rows * triton.cdiv(frames, CHUNK), *arguments, num_warps=WARPS)
+    return y, normed, mean, rstd
 
 
 @torch.library.custom_op("dynsize::gated_residual_layer_norm_backward", mutates_args=())
 def gated_residual_layer_norm_backward(
-    y_grad: Tensor,
-    normed_grad: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y_grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, branch: Tensor | None,
+    gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward kernel. `branch`: given where the gate needs a gradient. `dtype`: the branch's. Returns
     the gradients of x, branch, gate (of no elements where it needs none), weight and bias (both float32)."""
-    y_grad, normed_grad, weight = y_grad.contiguous(), normed_grad.contiguous(), weight.contiguous()
-    (rows, frames, width), seed = y.shape, seed if dropout_p else None
-    branch = None if branch is None else branch.contiguous()
-    chunks = triton.cdiv(frames, CHUNK)
+    rows, frames, width = y.shape
+    programs = rows * triton.cdiv(frames, CHUNK)
     x_grad, branch_grad = torch.empty_like(y), torch.empty_like(y, dtype=dtype)
-    shares = y.new_zeros(rows * chunks, 2, width, dtype=torch.float32)
-    parts = None if branch is None else y.new_zeros(rows, chunks, dtype=torch.float32)
-    if y.numel():
-        with torch.cuda.device_of(y):
-            backward_kernel[(rows * chunks,)](
-                *(y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, x_grad, branch_grad, shares, parts),
-                *(stride_of(gate), frames, scale / (1 - dropout_p), reference.threshold(dropout_p), width),
-                *(*frames_of(width, BACKWARD), CHUNK),
-                num_warps=WARPS,
-            )
-    weight_grad, bias_grad = (shares[:, i].sum(0) for i in (0, 1))
-    return x_grad, branch_grad, gate_gradient(parts, gate, y), weight_grad, bias_grad
+    shares = y.new_empty(programs, 2, width, dtype=torch.float32)
+    for_gate = None if branch is None else y.new_empty(rows, programs // max(rows, 1), dtype=torch.float32)
+    arguments = (y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, x_grad, branch_grad, shares, for_gate)
+    arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *frames_of(width, BACKWARD), CHUNK)
+    launch(backward_kernel, programs, *arguments, num_warps=WARPS)
+    return x_grad, branch_grad, gate_gradient(for_gate, gate, y), shares[:, 0].sum(0), shares[:, 1].sum(0)
 
 
 @with_statistics.register_fake
 def _(x, branch, gate, scale, weight, bias, eps, dropout_p, seed):
-    x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    statistic = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x, torch.empty_like(x), statistic, torch.empty_like(statistic)
+    y, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return y, normed, mean, rstd
 
 
 @gated_residual_layer_norm_backward.register_fake
 def _(y_grad, normed_grad, y, mean, rstd, weight, branch, gate, scale, dropout_p, seed, dtype):
-    gate_grad = y.new_empty(0) if branch is None or gate is None else torch.empty_like(gate)
-    weight_grad = weight.new_empty(weight.shape, dtype=torch.float32)
-    return torch.empty_like(y), torch.empty_like(y, dtype=dtype), gate_grad, weight_grad, torch.empty_like(weight_grad)
+    gate_grad = y.new_empty(0) if branch is None else torch.empty_like(gate)
+    weight_grad, bias_grad = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(y), torch.empty_like(y, dtype=dtype), gate_grad, weight_grad, bias_grad
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
