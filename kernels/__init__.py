@@ -3,11 +3,6 @@
 Which runs is decided here, once for each kind of device, and logged: Triton where the tensors lie on a GPU, torch
 elsewhere. The environment variable `DYNSIZE_KERNELS` (`auto`, `torch`, `triton`) forces one. triton is imported where
 it is used and nowhere else.
-
-    gated_residual               a layer's end: x + scale · gate · dropout(branch)
-    gated_residual_layer_norm    the same, and the next layer's LayerNorm of it
-    linear_gated_residual        the same with the layer's last projection before it
-    ctc_loss                     CTC of a whole batch
 """
 
 import functools
@@ -31,12 +26,12 @@ def triton_runs(device: str) -> bool:
 
 @functools.cache
 def decide(device: str) -> bool:
-    """Whether tensors on this kind of device (`cpu`, `cuda`) go to Triton; logged when first asked. Raises ValueError
-    where `DYNSIZE_KERNELS` is no mode, or asks for Triton where it can't run."""
+    """Whether tensors on this kind of device (`cpu`, `cuda`) go to Triton. Raises ValueError where `DYNSIZE_KERNELS` is
+    no mode, or asks for Triton where it can't run."""
     mode = os.environ.get("DYNSIZE_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise ValueError(f"DYNSIZE_KERNELS={mode}: must be auto, torch or triton")
-    obstacle = None
+    obstacle = ""
     if importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"
     elif device != "cuda" and not (device == "cpu" and interpreted()):
@@ -44,8 +39,8 @@ def decide(device: str) -> bool:
     if mode == "triton" and obstacle:
         raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
     chosen = mode == "triton" or (mode == "auto" and device == "cuda" and not obstacle)
-    reason = f" ({obstacle})" if obstacle else ""
-    log.info("kernels on %s: %s, DYNSIZE_KERNELS=%s%s", device, "triton" if chosen else "torch", mode, reason)
+    level = logging.WARNING if mode == "auto" and device == "cuda" and obstacle else logging.INFO
+    log.log(level, "kernels on %s: %s, DYNSIZE_KERNELS=%s %s", device, "triton" if chosen else "torch", mode, obstacle)
     return chosen
 
 
@@ -68,8 +63,7 @@ def gated_residual(
     gate's own, which is right there too. Differentiable once. Raises ValueError for shapes, dtypes or devices that
     don't fit.
     """
-    seed = seed if dropout_p else None
-    check_residual(x, branch.shape, gate, dropout_p, seed, branch=branch)
+    check_residual(x, branch.shape, gate, dropout_p, seed, branch=(branch, x.shape))
     if not triton_runs(x.device.type):
         return reference.gated_residual(x, branch, gate, scale, dropout_p, seed)
     from kernels.residual import gated_residual as op
@@ -85,13 +79,11 @@ def gated_residual_layer_norm(
 
     `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
     """
-    seed = seed if dropout_p else None
-    check_residual(x, branch.shape, gate, dropout_p, seed, branch=branch, weight=weight, bias=bias)
-    expect("weight", weight, x.shape[-1:])
-    expect("bias", bias, x.shape[-1:])
+    others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
+    check_residual(x, branch.shape, gate, dropout_p, seed, **others)
     if not triton_runs(x.device.type):
         return reference.gated_residual_layer_norm(x, branch, gate, scale, weight, bias, eps, dropout_p, seed)
-    from kernels.residual_layer_norm import gated_residual_layer_norm as op
+    from kernels.residual import gated_residual_layer_norm as op
 
     return op(x, branch, gate, scale, weight, bias, eps, dropout_p, seed)
 
@@ -105,10 +97,9 @@ def linear_gated_residual(
     `h`: (R, T, K). `weight`: (D, K), of the dtype of `h`, except under autocast, which sees to both. `bias`: (D,). The
     rest as in `gated_residual`.
     """
-    seed = seed if dropout_p else None
-    check_residual(x, (*h.shape[:-1], len(weight)), gate, dropout_p, seed, h=h, weight=weight, bias=bias)
-    expect("weight", weight, (x.shape[-1], h.shape[-1]))
-    expect("bias", bias, x.shape[-1:])
+    shape = (*h.shape[:-1], x.shape[-1])
+    others = dict(h=(h, h.shape), weight=(weight, (x.shape[-1], h.shape[-1])), bias=(bias, x.shape[-1:]))
+    check_residual(x, shape, gate, dropout_p, seed, **others)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
@@ -122,22 +113,16 @@ def linear_gated_residual(
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-    """CTC (Graves et al. 2006): negative log-likelihood of each utterance's labels, summed over all alignments.
+    """CTC: see `dynsize.ctc.ctc_loss`, whose arguments and result these are; on a GPU always computed in float32.
 
-    `log_probs`: (N, T, V) of any float dtype; computed in float32, or in float64 if they are. `lengths`: (N,) frames,
-    1 to T. `labels`: (N, U), padded with anything; label 0 is the blank. `label_lengths`: (N,), 0 to U. Returns (N,);
-    infinite, with a gradient of 0, where the labels and the blanks between repeated ones don't fit into the frames.
     Raises ValueError for shapes, dtypes or devices that don't fit.
     """
-    n = log_probs.shape[:1]
-    if log_probs.dim() != 3 or labels.dim() != 2 or not log_probs.is_floating_point():
+    if log_probs.dim() != 3 or labels.dim() != 2 or not log_probs.is_floating_point() or not log_probs.shape[1]:
         raise ValueError(f"log_probs {described(log_probs)} must be (N, T, V), labels {described(labels)} (N, U)")
-    expect("lengths", lengths, n)
-    expect("labels", labels, (*n, labels.shape[1]))
-    expect("label_lengths", label_lengths, n)
-    for name, tensor in dict(lengths=lengths, labels=labels, label_lengths=label_lengths).items():
-        if tensor.device != log_probs.device or tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} {described(tensor)} must be integers on the device of {described(log_probs)}")
+    n = log_probs.shape[:1]
+    tensors = dict(lengths=(lengths, n), labels=(labels, (*n, labels.shape[1])), label_lengths=(label_lengths, n))
+    for name, (tensor, shape) in tensors.items():
+        expect(name, tensor, shape, log_probs, tensor.dtype in (torch.int32, torch.int64))
     if not triton_runs(log_probs.device.type):
         return reference.ctc_loss(log_probs, lengths, labels, label_lengths)
     from kernels.ctc import ctc_loss as op
@@ -146,28 +131,27 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 
 def check_residual(
-    x: Tensor, shape: tuple, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: Tensor
+    x: Tensor, shape: tuple, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
 ) -> None:
-    """Raises ValueError where `x` is not (R, T, D) or not of the branch's `shape`, or the others don't fit to it."""
+    """Raises ValueError where `x` is not (R, T, D), or not of the branch's `shape`, or where something else, given with
+    the shape that it must have, doesn't fit to it."""
     if x.dim() != 3 or x.shape != shape:
-        names = ", ".join(f"{name} {described(tensor)}" for name, tensor in others.items())
-        raise ValueError(f"x {described(x)} must be (R, T, D), and the branch of the same shape; here are {names}")
-    if gate is not None and gate.shape not in ((), x.shape[:1]):
-        raise ValueError(f"gate {described(gate)} must be () or (R,) for x {described(x)}")
+        raise ValueError(f"x {described(x)} must be (R, T, D), as the branch, which is {tuple(shape)}")
+    for name, (tensor, expected) in (others | dict(x=(x, shape))).items():
+        expect(name, tensor, expected, x, tensor.is_floating_point())
+    if gate is not None:
+        expect("gate", gate, x.shape[:1] if gate.dim() else (), x, gate.is_floating_point())
     if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
         raise ValueError(f"dropout_p {dropout_p} must be 0, or below 1 with a seed")
-    if seed is not None and (seed.dim() != 1 or len(seed) == 0 or len(x) % len(seed) or seed.dtype != torch.int64):
-        raise ValueError(f"seed {described(seed)} must be (B,) int64, and B divide the rows of x {described(x)}")
-    if seed is not None and seed.device != x.device:
-        raise ValueError(f"seed {described(seed)} must be on the device of x {described(x)}")
-    for name, tensor in (others | ({} if gate is None else dict(gate=gate)) | dict(x=x)).items():
-        if tensor.device != x.device or not tensor.is_floating_point():
-            raise ValueError(f"{name} {described(tensor)} must be of a float dtype, on the device of x {described(x)}")
+    if seed is not None:
+        divides = seed.dim() == 1 and len(seed) > 0 and len(x) % len(seed) == 0
+        expect("seed", seed, seed.shape, x, divides and seed.dtype == torch.int64)
 
 
-def expect(name: str, tensor: Tensor, shape: tuple) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} {described(tensor)} must have the shape {tuple(shape)}")
+def expect(name: str, tensor: Tensor, shape: tuple, like: Tensor, holds: bool) -> None:
+    """Raises ValueError for another shape, another device than that of `like`, or where something else doesn't hold."""
+    if tensor.shape != shape or tensor.device != like.device or not holds:
+        raise ValueError(f"{name} {described(tensor)} does not fit to {described(like)}: {tuple(shape)} expected")
 
 
 def described(tensor: Tensor) -> str:

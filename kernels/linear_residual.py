@@ -23,11 +23,13 @@ from kernels.residual import gate_gradient, kept, launch, of_row, scalars
 
 
 class Tiles(NamedTuple):
-    frames: int  # of a tile of the result
-    columns: int  # of a tile of the result
-    depth: int  # of one step along the sum
+    """Frames and columns of a tile of the result, depth of a step along the sum, warps, steps that are loading."""
+
+    frames: int
+    columns: int
+    depth: int
     warps: int
-    stages: int  # steps whose loads are in flight
+    stages: int
 
 
 SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
@@ -181,7 +183,7 @@ def linear_gated_residual(
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Launches the forward kernel. Arguments as in `kernels.linear_gated_residual`; `seed` None without dropout."""
-    (rows, frames, width), tile = x.shape, tiles(x.shape[-1], h.dtype)
+    (rows, frames, width), tile, seed = x.shape, tiles(x.shape[-1], h.dtype), seed if dropout_p else None
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     programs = triton.cdiv(rows * frames, tile.frames) * triton.cdiv(width, tile.columns)
     arguments = (x, h, weight, bias, gate, seed, y, rows, *scalars(gate, scale, dropout_p, seed, frames), width)
@@ -197,7 +199,8 @@ def linear_gated_residual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches both backward kernels. Returns the gradients of h, weight and bias (both float32) and gate; the gate's
     of no elements unless `for_gate`."""
-    (rows, frames, width), inner, tile = grad.shape, h.shape[-1], tiles(grad.shape[-1], h.dtype)
+    (rows, frames, width), inner, seed = grad.shape, h.shape[-1], seed if dropout_p else None
+    tile = tiles(width, h.dtype)
     across, down = triton.cdiv(inner, tile.columns), triton.cdiv(width, tile.columns)
     h_grad = torch.empty_like(h, memory_format=torch.contiguous_format)
     shares = grad.new_empty(across, rows * frames, dtype=torch.float32) if for_gate else None

@@ -5,7 +5,9 @@ distinct bytes that each program loads and stores as the kernel runs in Triton's
 beside the fewest possible (each input once, each output once) and beside the chain of torch's ops.
 """
 
+import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -24,13 +26,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.interpreter import interpreter_builder
+from triton.runtime.interpreter import interpreter_builder as builder
 from triton.runtime.jit import JITFunction
 
-from kernels import ctc, linear_residual, residual, residual_layer_norm
+from kernels import ctc, linear_residual, residual
 
 WIDTHS = (144, 256, 384, 512)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+SCALARS = {int: "i32", float: "fp32", str: "", type(None): ""}
 # GPU: Triton's target; shared bytes of a program, of a processor; its 32-bit registers for a warp's lane; its warps
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 2048, 64),
@@ -39,55 +42,62 @@ TARGETS = {
     "gfx90a": (GPUTarget("hip", "gfx90a", 64), 64 << 10, 64 << 10, 2048, 32),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 2048, 32),
 }
-Calls = dict[str, tuple[Callable, tuple]]
+OPS = dict(
+    gated_residual=residual.gated_residual, gated_residual_layer_norm=residual.gated_residual_layer_norm,
+    linear_gated_residual=linear_residual.linear_gated_residual, ctc_loss=ctc.ctc_loss,
+)  # fmt: skip
 
 
-def calls(width: int, dtype: torch.dtype, gate: Tensor, frames: int, device: str = "cpu") -> Calls:
-    """Every op and direction, as the function that launches it and its arguments, for R = len(gate)."""
-    rows, p, factory = len(gate), 0.1, dict(device=device, dtype=dtype)
-    x, branch, grad, y = (torch.randn(rows, frames, width, **factory) for _ in range(4))
-    h, projection = torch.randn(rows, frames, 4 * width, **factory), torch.randn(width, 4 * width, **factory)
-    weight, bias = (torch.randn(width, device=device) for _ in range(2))
-    mean, rstd = (torch.randn(rows, frames, device=device) for _ in range(2))
-    seed, log_probs = torch.arange(rows, device=device), torch.randn(rows, frames, width, device=device).log_softmax(-1)
-    lengths, labels = torch.full((rows,), frames, device=device), torch.randint(1, width, (rows, 40), device=device)
-    saved = (y, mean, rstd, weight, branch, gate, 0.5, p, seed, dtype)
-    linear = (h, projection, bias, gate, 0.5, p, seed)
-    return {
-        "gated_residual forward": (residual.gated_residual, (x, branch, gate, 0.5, p, seed)),
-        "gated_residual backward": (residual.gated_residual_backward, (grad, branch, gate, 0.5, p, seed, dtype)),
-        "gated_residual_layer_norm forward": (
-            residual_layer_norm.with_statistics,
-            (x, branch, gate, 0.5, weight, bias, 1e-5, p, seed),
-        ),
-        "gated_residual_layer_norm backward": (
-            residual_layer_norm.gated_residual_layer_norm_backward,
-            (grad, x, *saved),
-        ),
-        "linear_gated_residual forward": (linear_residual.linear_gated_residual, (x, *linear)),
-        "linear_gated_residual backward": (linear_residual.linear_gated_residual_backward, (grad, *linear, True)),
-        "ctc_loss forward": (ctc.loss_and_gradient, (log_probs, lengths, labels, lengths // 8, True)),
-    }
+def inputs(op: str, width: int, dtype: torch.dtype, gate: Tensor, frames: int) -> list:
+    """Arguments of `op` for R = len(gate) rows on the gate's device, all of which want gradients; dropout 0.1."""
+    rows, wanted = len(gate), dict(device=gate.device, dtype=dtype, requires_grad=True)
+    if op == "ctc_loss":
+        log_probs = torch.randn(rows, frames, width, device=gate.device).log_softmax(-1).requires_grad_()
+        lengths = torch.full((rows,), frames, device=gate.device)
+        return [log_probs, lengths, torch.ones(rows, frames // 5, device=gate.device, dtype=torch.int64), lengths // 5]
+    x, branch, weight, bias = (torch.randn(*s, **wanted) for s in [(rows, frames, width)] * 2 + [(width,)] * 2)
+    last = [0.1, torch.arange(rows, device=gate.device)]
+    if op == "linear_gated_residual":
+        h, projection = torch.randn(rows, frames, 4 * width, **wanted), torch.randn(width, 4 * width, **wanted)
+        return [x, h, projection, bias, gate, 0.5, *last]
+    return [x, branch, gate, 0.5, *((weight, bias, 1e-5) if "norm" in op else ()), *last]
+
+
+def fewest(op: str, arguments: list) -> tuple[float, float]:
+    """Bytes that the forward and the backward pass move at least, in tensors as large as the first argument."""
+    if op == "ctc_loss":  # forward: the gradient as well; backward: its product with that of the loss
+        return 2 * arguments[0].nbytes, 2 * arguments[0].nbytes
+    gate = arguments[2]
+    learned, opened = gate.requires_grad, gate.ne(0).float().mean().item()
+    forward, backward = (3 + opened, 5 + learned) if "norm" in op else (2 + opened, 1 + max(learned, opened) + learned)
+    return forward * arguments[0].nbytes, backward * arguments[0].nbytes
+
+
+def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
+    """The forward pass, and the backward pass of one that is run here."""
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves, grads = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad], [o.detach() for o in outputs]
+    return lambda: function(*arguments), lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
 def registers(target: str) -> list[dict]:
-    """Compiles what every call launches for the GPU `target`, and reads the machine code's needs."""
+    """Compiles every kernel for the GPU `target`, and reads the machine code's needs."""
     records = []
-    for width in WIDTHS:
-        for dtype in (torch.float32, torch.bfloat16):
-            for call, (function, arguments) in calls(width, dtype, torch.ones(2), 4).items():
-                for launched in launches(function, arguments):
-                    kernel = dict(call=call, kernel=launched[0].__name__, dtype=TYPES[dtype], width=width)
-                    records.append(kernel | dict(target=target) | compiled(*launched, target))
+    for width, dtype, op in itertools.product(WIDTHS, (torch.float32, torch.bfloat16), OPS):
+        arguments = inputs(op, width, dtype, torch.ones(2, requires_grad=True), 5)
+        for launched in launches(op, arguments):
+            kernel = dict(op=op, kernel=launched[0].__name__, dtype=TYPES[dtype], width=width, target=target)
+            records.append(kernel | compiled(*launched, target))
     return records
 
 
-def launches(function: Callable, arguments: tuple) -> list[tuple]:
-    """The kernels that a call launches, each with its arguments and options; nothing runs."""
+def launches(op: str, arguments: list) -> list[tuple]:
+    """The kernels that both directions launch, each with its arguments and options; nothing runs."""
     recorded, run = [], JITFunction.run
     JITFunction.run = lambda kernel, *given, grid, warmup, **options: recorded.append((kernel, given, options))
     try:
-        function(*arguments)
+        passes(OPS[op], arguments)[1]()
     finally:
         JITFunction.run = run
     return recorded
@@ -97,7 +107,8 @@ def compiled(kernel: JITFunction, arguments: tuple, options: dict, target: str) 
     """Registers of a lane, spilled bytes, shared bytes, and the share of the processor's warps that fit at once."""
     named = inspect.signature(kernel.fn).bind(*arguments).arguments
     constants = {n: v for p, (n, v) in zip(kernel.params, named.items(), strict=True) if p.is_constexpr or v is None}
-    types = {name: type_of(value) if name not in constants else "constexpr" for name, value in named.items()}
+    types = {n: "*" + TYPES[v.dtype] if isinstance(v, Tensor) else SCALARS[type(v)] for n, v in named.items()}
+    types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     gpu, _, shared, lanes, warps = TARGETS[target]
     code = triton.compile(ASTSource(kernel, types, constants, aligned), target=gpu, options=options)
@@ -107,20 +118,13 @@ def compiled(kernel: JITFunction, arguments: tuple, options: dict, target: str) 
     return dict(registers=used, spilled=spilled, shared=code.metadata.shared, occupancy=resident / warps)
 
 
-def type_of(value: object) -> str:
-    if isinstance(value, Tensor):
-        return "*" + TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
-
-
 def cuda_resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of stack and local memory."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return used["REG"], used["STACK"] + used["LOCAL"]
 
@@ -133,47 +137,40 @@ def amd_resources(assembly: str) -> tuple[int, int]:
 
 
 class Traffic:
-    """What the programs of the launches so far did: the bytes each loaded and stored, and the products they made."""
+    """What the programs did so far: the addresses that each loaded and stored, and the products that all made."""
 
     def __init__(self) -> None:
-        self.addresses: dict[tuple, list[np.ndarray]] = {}  # (launch, program, load or store, bytes each) → addresses
+        self.addresses: dict[tuple, list[np.ndarray]] = {}  # (launch, program, method, bytes of a number) → addresses
         self.launch, self.products = 0, 0
 
     def total(self, tensor: Tensor | None = None) -> int:
-        """Bytes of all tensors, or of one."""
+        """Distinct bytes of each program, summed; of all tensors, or of one."""
         low, high = (0, 2**64 - 1) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-        self.addresses = {key: [np.unique(np.concatenate(parts))] for key, parts in self.addresses.items()}
-        distinct = ((key[-1], parts[0]) for key, parts in self.addresses.items())
+        distinct = ((key[-1], np.unique(np.concatenate(parts))) for key, parts in self.addresses.items())
         return sum(size * int(((low <= where) & (where < high)).sum()) for size, where in distinct)
+
+
+POINTER_AND_MASK = dict(create_masked_load=(0, 1), create_masked_store=(0, 2), create_atomic_rmw=(1, 3))
 
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
     """Counts what the interpreter does inside."""
-    traffic, builder = Traffic(), interpreter_builder
-    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_dot", "set_grid_dim")
-    originals = {name: getattr(builder, name) for name in names}
+    traffic = Traffic()
 
-    def note(kind: str, pointers, mask) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        key = (traffic.launch, builder.grid_idx, kind, size)
-        where, mask = np.broadcast_arrays(pointers.data, mask.data)
-        traffic.addresses.setdefault(key, []).append(where[mask.astype(bool)])
-
-    def wrapped(name: str, *arguments, **options):
-        if name == "create_masked_load":
-            note("load", *arguments[:2])
-        elif name == "create_masked_store":
-            note("store", arguments[0], arguments[2])
-        elif name == "create_atomic_rmw":
-            note("load", arguments[1], arguments[3])
-            note("store", arguments[1], arguments[3])
+    def count(name: str, *arguments, **options):
+        if name in POINTER_AND_MASK:
+            pointer, mask = (arguments[i] for i in POINTER_AND_MASK[name])
+            key = (traffic.launch, builder.grid_idx, name, pointer.get_element_ty().primitive_bitwidth // 8)
+            where, mask = np.broadcast_arrays(pointer.data, mask.data)
+            traffic.addresses.setdefault(key, []).append(where[mask.astype(bool)])
         traffic.products += name == "create_dot"
         traffic.launch += name == "set_grid_dim"
-        return originals[name](*arguments, **options)
+        return getattr(type(builder), name)(builder, *arguments, **options)
 
+    names = (*POINTER_AND_MASK, "create_dot", "set_grid_dim")
     for name in names:
-        setattr(builder, name, lambda *a, name=name, **k: wrapped(name, *a, **k))
+        setattr(builder, name, functools.partial(count, name))
     try:
         yield traffic
     finally:
@@ -194,52 +191,46 @@ class ChainBytes(TorchDispatchMode):
         return result
 
 
-def chain_bytes(width: int, dtype: torch.dtype, frames: int, norm: bool) -> int:
-    """Bytes of torch's dropout, product with the gate, sum and, if `norm`, LayerNorm; forward and backward, 3 rows."""
-    x, branch, grad = (torch.randn(3, frames, width, dtype=dtype) for _ in range(3))
-    gate, weight, bias = (torch.ones(size, dtype=dtype) for size in (3, width, width))
-    inputs = [tensor.requires_grad_() for tensor in ((x, branch, gate, weight, bias) if norm else (x, branch, gate))]
-    with ChainBytes() as counter:
-        dropped = torch.native_dropout(branch, 0.1, True)[0]
-        y = torch.add(x, dropped * gate[:, None, None], alpha=0.5)
-        outputs = (y, torch.nn.functional.layer_norm(y, (width,), weight, bias)) if norm else (y,)
-        torch.autograd.grad(outputs, inputs, [grad] * len(outputs))
-    return counter.total
+def chain(x: Tensor, branch: Tensor, gate: Tensor, scale: float, *norm) -> tuple[Tensor, ...]:
+    """Torch's ops for the first two of ours: dropout, product with the gate, sum and, where given, LayerNorm."""
+    y = torch.add(x, torch.native_dropout(branch, 0.1, True)[0] * gate.to(x.dtype)[:, None, None], alpha=scale)
+    return (y, torch.nn.functional.layer_norm(y, y.shape[-1:], *norm[:2])) if len(norm) > 2 else (y,)
 
 
 def traffic() -> list[dict]:
-    """Bytes moved by every call, all gates one and all gates zero; needs TRITON_INTERPRET=1."""
+    """Bytes moved by every op, all gates one and all gates zero; needs TRITON_INTERPRET=1."""
     records = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for value in (1.0, 0.0):
-            gate = torch.full((3,), value)
-            paper, short = calls(384, dtype, gate, 250), calls(144, dtype, gate, 64)  # products take long to interpret
-            for call in paper:
-                function, arguments = (paper if call.startswith("gated") else short)[call]
-                with counted() as seen:
-                    results = function(*arguments)
-                results = results if isinstance(results, tuple) else (results,)
-                touched = [t for t in (*arguments, *results) if isinstance(t, Tensor) and seen.total(t)]
-                record = dict(call=call, dtype=TYPES[dtype], shape=list(arguments[0].shape), gate=value)
-                record |= dict(products=seen.products, bytes=seen.total(), fewest=sum(t.nbytes for t in touched))
-                records.append(record | {"over fewest": record["bytes"] / record["fewest"]})
-        for norm in (False, True):
-            call, chain = f"torch's chain with{'' if norm else 'out'} LayerNorm", chain_bytes(384, dtype, 250, norm)
-            records.append(dict(call=call, dtype=TYPES[dtype], shape=[3, 250, 384], gate=1.0, bytes=chain))
+    for op, dtype, value in itertools.product(OPS, (torch.float32, torch.bfloat16), (1.0, 0.0)):
+        width, frames = (384, 250) if op.startswith("gated") else (144, 60)  # products take long to interpret
+        gate = torch.full((3,), value, requires_grad=value == 1)  # learned ones have the branch read in any case
+        arguments = inputs(op, width, dtype, gate, frames)
+        by_torch = passes(chain, arguments) if op.startswith("gated") else (None, None)
+        both = zip(("forward", "backward"), passes(OPS[op], arguments), by_torch, fewest(op, arguments), strict=True)
+        for direction, call, torchs_call, least in both:
+            with counted() as seen:
+                call()
+            record = dict(op=op, direction=direction, dtype=TYPES[dtype], shape=list(arguments[0].shape), gate=value)
+            record |= dict(products=seen.products, bytes=seen.total())
+            if torchs_call:
+                with ChainBytes() as counter:
+                    torchs_call()
+                record |= {"fewest": int(least), "over fewest": record["bytes"] / least, "torch": counter.total}
+            records.append(record)
     return records
 
 
 def part(name: str) -> list[dict]:
     """`registers` of a target, or `traffic`, in a process of its own: Triton either interprets or compiles."""
     environment = os.environ | dict(TRITON_INTERPRET="1" if name == "traffic" else "0")
-    command = [sys.executable, "-m", "kernels.report", name]
-    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    return json.loads(subprocess.check_output([sys.executable, "-m", "kernels.report", name], env=environment))
 
 
 def table(records: list[dict]) -> str:
     columns = dict.fromkeys(name for record in records for name in record)
-    rows = [columns, *({n: f"{v:.3g}" if isinstance(v, float) else v for n, v in record.items()} for record in records)]
-    return "\n".join("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in [*rows])
+    rows = (
+        [f"{v:.4g}" if isinstance(v := record.get(n, ""), float) else str(v) for n in columns] for record in records
+    )
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, *rows))
 
 
 def main() -> None:

@@ -198,54 +198,86 @@ def gate_gradient(shares: Tensor | None, gate: Tensor | None, like: Tensor) -> T
 
 
 @torch.library.custom_op("dynsize::gated_residual", mutates_args=())
-def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
-) -> Tensor:
-    """Launches the forward kernel without n. Arguments as in `kernels.gated_residual`; `seed` None without dropout."""
-    (rows, frames, width), y = x.shape, torch.empty_like(x, memory_format=torch.contiguous_format)
-    arguments = (x, branch, gate, seed, None, None, y, None, None, None, 0.0)
+def launch_forward(
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, n, and the (R, T) float32 μ and r; with `weight` None, only y has elements."""
+    y, normed, mean, rstd = fake_forward(x, branch, gate, scale, dropout_p, seed, weight)
+    (rows, frames, width), given, seed = x.shape, weight is not None, seed if dropout_p else None
+    arguments = (x, branch, gate, seed, weight, bias, y, *((normed, mean, rstd) if given else (None, None, None)), eps)
     arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *tile_of(width, FORWARD), CHUNK)
     launch(forward_kernel, rows * triton.cdiv(frames, CHUNK), *arguments, num_warps=WARPS)
-    return y
+    return y, normed, mean, rstd
 
 
 @torch.library.custom_op("dynsize::gated_residual_backward", mutates_args=())
-def gated_residual_backward(
-    grad: Tensor, branch: Tensor | None, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the backward kernel without n. `branch`: given where the gate needs a gradient. `dtype`: the branch's.
-    Returns the gradients of branch and gate, the latter of no elements where it needs none."""
-    (rows, frames, width), chunks = grad.shape, triton.cdiv(grad.shape[1], CHUNK)
-    branch_grad = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    shares = None if branch is None else grad.new_empty(rows, chunks, dtype=torch.float32)
-    arguments = (grad, None, None, None, None, None, branch, gate, seed, None, branch_grad, None, shares)
-    arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *tile_of(width, BACKWARD), CHUNK)
+def launch_backward(
+    y_grad: Tensor, normed_grad: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    weight: Tensor | None, branch: Tensor | None, gate: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of branch, of its `dtype`, x, gate, and (2, D) those of weight and bias in float32. With `weight`
+    None, there is no n, and x's has no elements; with `branch` None, the gate's has none."""
+    (rows, frames, width), given, seed = y_grad.shape, weight is not None, seed if dropout_p else None
+    branch_grad, x_grad, _, _ = fake_backward(y_grad, None, y, mean, rstd, weight, None, gate, seed, scale, 0.0, dtype)
+    chunks = triton.cdiv(frames, CHUNK)
+    shares = y_grad.new_empty(rows * chunks if given else 0, 2, width, dtype=torch.float32)
+    of_gate = None if branch is None else y_grad.new_empty(rows, chunks, dtype=torch.float32)
+    arguments = (y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, x_grad if given else None, branch_grad)
+    arguments += (shares if given else None, of_gate, *scalars(gate, scale, dropout_p, seed, frames))
+    arguments += (width, *tile_of(width, BACKWARD), CHUNK)
     launch(backward_kernel, rows * chunks, *arguments, num_warps=WARPS)
-    return branch_grad, gate_gradient(shares, gate, grad)
+    return branch_grad, x_grad, gate_gradient(of_gate, gate, y_grad), shares.sum(0)
 
 
-@gated_residual.register_fake
-def _(x, branch, gate, scale, dropout_p, seed):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+@launch_forward.register_fake
+def fake_forward(x, branch, gate, scale, dropout_p, seed, weight=None, bias=None, eps=0.0):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean, rstd = (x.new_empty(x.shape[:2] if weight is not None else 0, dtype=torch.float32) for _ in range(2))
+    return y, torch.empty_like(y) if weight is not None else y.new_empty(0), mean, rstd
 
 
-@gated_residual_backward.register_fake
-def _(grad, branch, gate, scale, dropout_p, seed, dtype):
-    branch_grad = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return branch_grad, grad.new_empty(0) if branch is None else torch.empty_like(gate)
+@launch_backward.register_fake
+def fake_backward(y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, scale, dropout_p, dtype):
+    branch_grad = torch.empty_like(y_grad, dtype=dtype, memory_format=torch.contiguous_format)
+    x_grad = y_grad.new_empty(0 if weight is None else y_grad.shape)
+    gate_grad = y_grad.new_empty(0) if branch is None else torch.empty_like(gate)
+    return branch_grad, x_grad, gate_grad, y_grad.new_empty(2, y_grad.shape[-1], dtype=torch.float32)
 
 
-def save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    _, branch, gate, ctx.scale, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, seed)
-    ctx.dtype = branch.dtype
+def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
+    _, branch, gate, ctx.scale, ctx.dropout_p, seed, weight, bias, _ = inputs
+    y, _, mean, rstd = output
+    statistics = (None, None, None) if weight is None else (y, mean, rstd)
+    ctx.save_for_backward(*statistics, weight, branch if ctx.needs_input_grad[2] else None, gate, seed)
+    ctx.dtype, ctx.of_bias = branch.dtype, None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
 
 
-def backward(ctx, grad: Tensor) -> tuple:
-    branch, gate, seed = ctx.saved_tensors
-    branch_grad, gate_grad = gated_residual_backward(grad, branch, gate, ctx.scale, ctx.dropout_p, seed, ctx.dtype)
-    return grad, branch_grad, None if branch is None else gate_grad, None, None, None
+def backward(ctx, y_grad: Tensor, normed_grad: Tensor, *_) -> tuple:
+    y, mean, rstd, weight, branch, gate, seed = ctx.saved_tensors
+    branch_grad, x_grad, gate_grad, (weight_grad, bias_grad) = launch_backward(
+        y_grad, None if weight is None else normed_grad, y, mean, rstd, weight, branch, gate, seed,
+        ctx.scale, ctx.dropout_p, ctx.dtype,
+    )  # fmt: skip
+    gate_grad = None if branch is None else gate_grad
+    if weight is None:
+        return y_grad, branch_grad, gate_grad, *[None] * 6
+    of_weights = weight_grad.to(weight.dtype), bias_grad.to(ctx.of_bias)
+    return x_grad, branch_grad, gate_grad, None, None, None, *of_weights, None
 
 
-gated_residual.register_autograd(backward, setup_context=save_for_backward)
+launch_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, *dropout) -> Tensor:
+    """`kernels.gated_residual`: y. `dropout`: its probability and the seed."""
+    return launch_forward(x, branch, gate, scale, *dropout)[0]
+
+
+def gated_residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float, *dropout
+) -> tuple[Tensor, Tensor]:
+    """`kernels.gated_residual_layer_norm`: y and n. `dropout`: its probability and the seed."""
+    return launch_forward(x, branch, gate, scale, *dropout, weight, bias, eps)[:2]
