@@ -72,8 +72,8 @@ def gated_residual(
 
 
 def gated_residual_layer_norm(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x + scale · gate · dropout(branch), and LayerNorm(y) · weight + bias, both in the dtype of `x`.
 
@@ -82,10 +82,10 @@ def gated_residual_layer_norm(
     others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
     check_residual(x, branch.shape, gate, dropout_p, seed, **others)
     if not triton_runs(x.device.type):
-        return reference.gated_residual_layer_norm(x, branch, gate, scale, weight, bias, eps, dropout_p, seed)
+        return reference.gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
     from kernels.residual import gated_residual_layer_norm as op
 
-    return op(x, branch, gate, scale, weight, bias, eps, dropout_p, seed)
+    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
 
 
 def linear_gated_residual(

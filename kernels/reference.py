@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynsize.ctc import BLANK, ctc_loss
-
-__all__ = ["BLANK", "ctc_loss", "gated_residual", "gated_residual_layer_norm", "linear_gated_residual"]
+from dynsize.ctc import BLANK as BLANK
+from dynsize.ctc import ctc_loss as ctc_loss
 
 # SplitMix64 (Steele, Lea, Flood 2014), its three constants as signed numbers
 WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -85,8 +84,8 @@ def threshold(dropout_p: float) -> int:
 
 
 def gated_residual_layer_norm(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x + scale · gate · dropout(branch), and LayerNorm(y). See `kernels.gated_residual_layer_norm`."""
     y = gated_residual(x, branch, gate, scale, dropout_p, seed)

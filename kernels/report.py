@@ -56,11 +56,11 @@ def inputs(op: str, width: int, dtype: torch.dtype, gate: Tensor, frames: int) -
         lengths = torch.full((rows,), frames, device=gate.device)
         return [log_probs, lengths, torch.ones(rows, frames // 5, device=gate.device, dtype=torch.int64), lengths // 5]
     x, branch, weight, bias = (torch.randn(*s, **wanted) for s in [(rows, frames, width)] * 2 + [(width,)] * 2)
-    last = [0.1, torch.arange(rows, device=gate.device)]
+    last = [gate, 0.5, 0.1, torch.arange(rows, device=gate.device)]
     if op == "linear_gated_residual":
         h, projection = torch.randn(rows, frames, 4 * width, **wanted), torch.randn(width, 4 * width, **wanted)
-        return [x, h, projection, bias, gate, 0.5, *last]
-    return [x, branch, gate, 0.5, *((weight, bias, 1e-5) if "norm" in op else ()), *last]
+        return [x, h, projection, bias, *last]
+    return [x, branch, *last, *((weight, bias, 1e-5) if "norm" in op else ())]
 
 
 def fewest(op: str, arguments: list) -> tuple[float, float]:
@@ -191,10 +191,10 @@ class ChainBytes(TorchDispatchMode):
         return result
 
 
-def chain(x: Tensor, branch: Tensor, gate: Tensor, scale: float, *norm) -> tuple[Tensor, ...]:
+def chain(x: Tensor, branch: Tensor, gate: Tensor, scale: float, p: float, seed: Tensor, *norm) -> tuple[Tensor, ...]:
     """Torch's ops for the first two of ours: dropout, product with the gate, sum and, where given, LayerNorm."""
-    y = torch.add(x, torch.native_dropout(branch, 0.1, True)[0] * gate.to(x.dtype)[:, None, None], alpha=scale)
-    return (y, torch.nn.functional.layer_norm(y, y.shape[-1:], *norm[:2])) if len(norm) > 2 else (y,)
+    y = torch.add(x, torch.native_dropout(branch, p, True)[0] * gate.to(x.dtype)[:, None, None], alpha=scale)
+    return (y, torch.nn.functional.layer_norm(y, y.shape[-1:], *norm)) if norm else (y,)
 
 
 def traffic() -> list[dict]:

@@ -8,10 +8,11 @@ and g_n the gradients of y and n, w = g_n · weight, and means over the frame:
     g = g_y + r · (w − mean(w) − z · mean(w · z))       of y, through both outputs; g_y where there is no n
     x: g        branch: gate · f · m · g        gate: Σ f · m · g · branch        weight: Σ g_n · z        bias: Σ g_n
 
-Replaces torch's chain of dropout, product with the gate, sum, and LayerNorm, and the mask that it keeps: here the mask
-comes from the seed each time. A program walks over CHUNK frames of one row of the batch, so its gate is one number;
-where that is 0, no lane of the branch is loaded. It adds up its share of the gradients of weight, bias and gate in
-registers and stores it once; torch sums the shares, in the same order each time.
+Replaces torch's chain of dropout, product with the gate, sum, and LayerNorm, and what it keeps: here the mask comes
+from the seed each time, and μ and r from y, which the backward pass has to read anyway. A program walks over CHUNK
+frames of one row of the batch, so its gate is one number; where that is 0, no lane of the branch is loaded. It adds up
+its share of the gradients of weight, bias and gate in registers and stores it once; torch sums the shares, always in
+one order.
 """
 
 import torch
@@ -59,6 +60,14 @@ def place_of(program, frames, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def normalised(y, inside, eps, WIDTH: tl.constexpr):
+    """z and r of the frames `y`, float32, where `inside`."""
+    centred = tl.where(inside, y - tl.sum(tl.where(inside, y, 0.0), 1)[:, None] / WIDTH, 0.0)
+    r = 1 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / WIDTH + eps)
+    return centred * r, r
+
+
+@triton.jit
 def forward_kernel(
     x_ptr,  # (R, T, D)
     branch_ptr,  # (R, T, D)
@@ -66,7 +75,6 @@ def forward_kernel(
     seed_ptr,  # (B,) int64, for row r that of r mod B; None: no dropout
     weight_ptr, bias_ptr,  # (D,), or None: no n
     y_ptr, normed_ptr,  # (R, T, D), out
-    mean_ptr, rstd_ptr,  # (R, T) float32, out: μ and r
     eps, gate_stride, utterances, frames, factor,  # ε, …, B, T, f
     P: tl.constexpr,  # the lowest draw that dropout keeps
     WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,  # D, the tile
@@ -91,20 +99,14 @@ def forward_kernel(
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at, y, mask=inside)
         if weight_ptr is not None:
-            y = y.to(tl.float32)
-            mean = tl.sum(y, 1) / WIDTH
-            centred = tl.where(inside, y - mean[:, None], 0.0)
-            rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-            tl.store(mean_ptr + frame, mean, mask=time < end)
-            tl.store(rstd_ptr + frame, rstd, mask=time < end)
-            tl.store(normed_ptr + at, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside)
+            z, _ = normalised(y.to(tl.float32), inside, eps, WIDTH)
+            tl.store(normed_ptr + at, z * weight[None, :] + bias[None, :], mask=inside)
 
 
 @triton.jit
 def backward_kernel(
     y_grad_ptr,  # (R, T, D)
     normed_grad_ptr, y_ptr,  # (R, T, D), or None
-    mean_ptr, rstd_ptr,  # (R, T) float32, or None
     weight_ptr,  # (D,), or None: no n
     branch_ptr,  # (R, T, D), or None where the gate needs no gradient
     gate_ptr, seed_ptr,  # as in the forward pass
@@ -112,7 +114,7 @@ def backward_kernel(
     branch_grad_ptr,  # (R, T, D), out
     shares_ptr,  # (programs, 2, D) float32, out: the gradients of weight and bias, a share from each program; or None
     gate_grad_ptr,  # (R, chunks of T) float32, out: the gate's, a share from each program; or None
-    gate_stride, utterances, frames, factor,
+    eps, gate_stride, utterances, frames, factor,
     P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
@@ -135,14 +137,12 @@ def backward_kernel(
         if weight_ptr is not None:
             normed_grad = tl.load(normed_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + frame, mask=time < end, other=0.0)
-            rstd = tl.load(rstd_ptr + frame, mask=time < end, other=0.0)[:, None]
-            z = tl.where(inside, y - mean[:, None], 0.0) * rstd
+            z, r = normalised(y, inside, eps, WIDTH)
             weight_grad += normed_grad * z
             bias_grad += normed_grad
             w = normed_grad * weight[None, :]
             along_z = tl.sum(w * z, 1)[:, None] / WIDTH
-            grad += rstd * (w - tl.sum(w, 1)[:, None] / WIDTH - z * along_z)
+            grad += r * (w - tl.sum(w, 1)[:, None] / WIDTH - z * along_z)
             tl.store(x_grad_ptr + at, grad, mask=inside)
         grad *= factor
         if seed_ptr is not None:
@@ -198,48 +198,46 @@ def gate_gradient(shares: Tensor | None, gate: Tensor | None, like: Tensor) -> T
 
 
 @torch.library.custom_op("dynsize::gated_residual", mutates_args=())
-def launch_forward(
+def gated_residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
-    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, n, and the (R, T) float32 μ and r; with `weight` None, only y has elements."""
-    y, normed, mean, rstd = fake_forward(x, branch, gate, scale, dropout_p, seed, weight)
-    (rows, frames, width), given, seed = x.shape, weight is not None, seed if dropout_p else None
-    arguments = (x, branch, gate, seed, weight, bias, y, *((normed, mean, rstd) if given else (None, None, None)), eps)
+    weight: Tensor | None, bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the forward kernel for `kernels.gated_residual_layer_norm`. With `weight` None, n has no elements."""
+    y, normed = fake_forward(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
+    (rows, frames, width), seed = x.shape, seed if dropout_p else None
+    arguments = (x, branch, gate, seed, weight, bias, y, None if weight is None else normed, eps)
     arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *tile_of(width, FORWARD), CHUNK)
     launch(forward_kernel, rows * triton.cdiv(frames, CHUNK), *arguments, num_warps=WARPS)
-    return y, normed, mean, rstd
+    return y, normed
 
 
 @torch.library.custom_op("dynsize::gated_residual_backward", mutates_args=())
 def launch_backward(
-    y_grad: Tensor, normed_grad: Tensor | None, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
-    weight: Tensor | None, branch: Tensor | None, gate: Tensor | None, seed: Tensor | None, scale: float,
-    dropout_p: float, dtype: torch.dtype,
+    y_grad: Tensor, normed_grad: Tensor | None, y: Tensor | None, weight: Tensor | None, branch: Tensor | None,
+    gate: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of branch, of its `dtype`, x, gate, and (2, D) those of weight and bias in float32. With `weight`
     None, there is no n, and x's has no elements; with `branch` None, the gate's has none."""
-    (rows, frames, width), given, seed = y_grad.shape, weight is not None, seed if dropout_p else None
-    branch_grad, x_grad, _, _ = fake_backward(y_grad, None, y, mean, rstd, weight, None, gate, seed, scale, 0.0, dtype)
-    chunks = triton.cdiv(frames, CHUNK)
-    shares = y_grad.new_empty(rows * chunks if given else 0, 2, width, dtype=torch.float32)
+    branch_grad, x_grad, *_ = fake_backward(y_grad, None, y, weight, None, gate, seed, scale, dropout_p, eps, dtype)
+    (rows, frames, width), seed = y_grad.shape, seed if dropout_p else None
+    chunks, normed = triton.cdiv(frames, CHUNK), weight is not None
+    shares = y_grad.new_empty(rows * chunks if normed else 0, 2, width, dtype=torch.float32)
     of_gate = None if branch is None else y_grad.new_empty(rows, chunks, dtype=torch.float32)
-    arguments = (y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, x_grad if given else None, branch_grad)
-    arguments += (shares if given else None, of_gate, *scalars(gate, scale, dropout_p, seed, frames))
+    arguments = (y_grad, normed_grad, y, weight, branch, gate, seed, x_grad if normed else None, branch_grad)
+    arguments += (shares if normed else None, of_gate, eps, *scalars(gate, scale, dropout_p, seed, frames))
     arguments += (width, *tile_of(width, BACKWARD), CHUNK)
     launch(backward_kernel, rows * chunks, *arguments, num_warps=WARPS)
     return branch_grad, x_grad, gate_gradient(of_gate, gate, y_grad), shares.sum(0)
 
 
-@launch_forward.register_fake
-def fake_forward(x, branch, gate, scale, dropout_p, seed, weight=None, bias=None, eps=0.0):
+@gated_residual_layer_norm.register_fake
+def fake_forward(x, branch, gate, scale, dropout_p, seed, weight, bias, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = (x.new_empty(x.shape[:2] if weight is not None else 0, dtype=torch.float32) for _ in range(2))
-    return y, torch.empty_like(y) if weight is not None else y.new_empty(0), mean, rstd
+    return y, y.new_empty(0 if weight is None else y.shape)
 
 
 @launch_backward.register_fake
-def fake_backward(y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed, scale, dropout_p, dtype):
+def fake_backward(y_grad, normed_grad, y, weight, branch, gate, seed, scale, dropout_p, eps, dtype):
     branch_grad = torch.empty_like(y_grad, dtype=dtype, memory_format=torch.contiguous_format)
     x_grad = y_grad.new_empty(0 if weight is None else y_grad.shape)
     gate_grad = y_grad.new_empty(0) if branch is None else torch.empty_like(gate)
@@ -247,20 +245,18 @@ def fake_backward(y_grad, normed_grad, y, mean, rstd, weight, branch, gate, seed
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    _, branch, gate, ctx.scale, ctx.dropout_p, seed, weight, bias, _ = inputs
-    y, _, mean, rstd = output
-    statistics = (None, None, None) if weight is None else (y, mean, rstd)
-    ctx.save_for_backward(*statistics, weight, branch if ctx.needs_input_grad[2] else None, gate, seed)
-    ctx.dtype, ctx.of_bias = branch.dtype, None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(mean, rstd)
+    _, branch, gate, *ctx.numbers, seed, weight, bias, eps = inputs
+    y = None if weight is None else output[0]
+    ctx.save_for_backward(y, weight, branch if ctx.needs_input_grad[2] else None, gate, seed)
+    ctx.numbers += [eps, branch.dtype]
+    ctx.of_bias = None if bias is None else bias.dtype
 
 
-def backward(ctx, y_grad: Tensor, normed_grad: Tensor, *_) -> tuple:
-    y, mean, rstd, weight, branch, gate, seed = ctx.saved_tensors
-    branch_grad, x_grad, gate_grad, (weight_grad, bias_grad) = launch_backward(
-        y_grad, None if weight is None else normed_grad, y, mean, rstd, weight, branch, gate, seed,
-        ctx.scale, ctx.dropout_p, ctx.dtype,
-    )  # fmt: skip
+def backward(ctx, y_grad: Tensor, normed_grad: Tensor) -> tuple:
+    _, weight, branch, *_ = ctx.saved_tensors
+    normed_grad = None if weight is None else normed_grad
+    gradients = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
+    branch_grad, x_grad, gate_grad, (weight_grad, bias_grad) = gradients
     gate_grad = None if branch is None else gate_grad
     if weight is None:
         return y_grad, branch_grad, gate_grad, *[None] * 6
@@ -268,16 +264,9 @@ def backward(ctx, y_grad: Tensor, normed_grad: Tensor, *_) -> tuple:
     return x_grad, branch_grad, gate_grad, None, None, None, *of_weights, None
 
 
-launch_forward.register_autograd(backward, setup_context=save_for_backward)
+gated_residual_layer_norm.register_autograd(backward, setup_context=save_for_backward)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, *dropout) -> Tensor:
-    """`kernels.gated_residual`: y. `dropout`: its probability and the seed."""
-    return launch_forward(x, branch, gate, scale, *dropout)[0]
-
-
-def gated_residual_layer_norm(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, weight: Tensor, bias: Tensor, eps: float, *dropout
-) -> tuple[Tensor, Tensor]:
-    """`kernels.gated_residual_layer_norm`: y and n. `dropout`: its probability and the seed."""
-    return launch_forward(x, branch, gate, scale, *dropout, weight, bias, eps)[:2]
+def gated_residual(*arguments) -> Tensor:
+    """`kernels.gated_residual`."""
+    return gated_residual_layer_norm(*arguments, None, None, 0.0)[0]

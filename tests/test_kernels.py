@@ -59,8 +59,9 @@ def run(op: str, tensors: dict, p: float = 0.0, seed: torch.Tensor | None = None
         return (
             kernels.linear_gated_residual(tensors["x"], tensors["h"], *others, tensors.get("gate"), SCALE, p, seed),
         )
-    first = (tensors["x"], tensors["branch"], tensors.get("gate"), SCALE)
-    return kernels.gated_residual_layer_norm(*first, *others, dropout_p=p, seed=seed)
+    return kernels.gated_residual_layer_norm(
+        tensors["x"], tensors["branch"], tensors.get("gate"), SCALE, p, seed, *others
+    )
 
 
 def drawn(op: str, rows: int, frames: int, width: int, gate: torch.Tensor | None, inner: int = 24) -> dict:
@@ -295,7 +296,7 @@ def arguments_of(op: str) -> tuple:
     last = (0.3, torch.tensor([3, 4], device=DEVICE))
     if op == "linear_gated_residual":
         return *first, *others, gate, SCALE, *last
-    return (*first, gate, SCALE, *others, 1e-5, *last) if others else (*first, gate, SCALE, *last)
+    return *first, gate, SCALE, *last, *others
 
 
 @pytest.mark.parametrize("op", [*OPS, "ctc_loss"])
@@ -309,12 +310,9 @@ def test_registered_and_compiled_whole(op):
                  for o in (eager, compiled)]  # fmt: skip
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(gradients[1], gradients[0])
-    if op == "gated_residual_layer_norm":
-        x, branch, gate, scale, *norm, p, seed = arguments
-        torch.library.opcheck(torch.ops.dynsize.gated_residual.default, (x, branch, gate, scale, p, seed, *norm))
-    else:
-        registered = getattr(torch.ops.dynsize, op).default
-        torch.library.opcheck(registered, (*arguments, True) if op == "ctc_loss" else arguments)
+    rest = dict(gated_residual=(None, None, 0.0), gated_residual_layer_norm=(1e-5,), ctc_loss=(True,)).get(op, ())
+    registered = getattr(torch.ops.dynsize, op.removesuffix("_layer_norm")).default
+    torch.library.opcheck(registered, (*arguments, *rest))
 
 
 @pytest.mark.parametrize("op", [*OPS, "ctc_loss"])
@@ -326,9 +324,10 @@ def test_what_does_not_fit_is_a_value_error(op):
             with pytest.raises(ValueError, match=r"\(.*\)"):
                 getattr(kernels, op)(*good[:i], bad, *good[i + 1 :])
     if op != "ctc_loss":
-        for bad in (good[-1][:0], torch.ones(3, dtype=torch.int64, device=DEVICE), None):
+        at = next(i for i in tensors if good[i].dtype == torch.int64)
+        for bad in (good[at][:0], torch.ones(3, dtype=torch.int64, device=DEVICE), None):
             with pytest.raises(ValueError, match="seed"):
-                getattr(kernels, op)(*good[:-1], bad)
+                getattr(kernels, op)(*good[:at], bad, *good[at + 1 :])
     doubled = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in good]
     with pytest.raises(ValueError, match="float64"):
         getattr(kernels, op)(*doubled)
