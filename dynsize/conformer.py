@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynsize.config import LAYERS, Config
+from kernels import gated_residual
 
 Gates = Sequence[bool | Tensor]
 UTTERANCES_AT_ONCE = 4  # in attention on a CPU: weights of many, (R, H, T, T), leave its cache between two operations
@@ -192,7 +193,7 @@ class Encoder(nn.Module):
             modules = nn.ModuleDict({kind: LAYER_KINDS[kind](config) for kind in kinds})
             modules["norm"] = nn.LayerNorm(config.width)
             self.blocks.append(modules)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.apply(start)
 
     def forward(self, features: Tensor, lengths: Tensor, gates: Sequence[Gates]) -> tuple[Tensor, Tensor]:
@@ -231,11 +232,11 @@ class Encoder(nn.Module):
             rows = parted[kept - 1] + 1
             x, branch = torch.stack([x[o] for o in origin]), torch.stack([branch[o] for o in origin[:rows]])
             computing, rest = x.split([rows, len(x) - rows])
-        weights = [gate[parted.index(stream)] for stream in range(rows)]
-        factor = self.dropout(torch.ones_like(branch[0]))  # (B, T', D): all sizes of an utterance drop the same
-        if any(weight is not True for weight in weights):
-            factor = factor * stacked(weights, branch)
-        computing = torch.addcmul(computing, branch, factor, value=layer.scale)
+        gates = stacked([gate[parted.index(stream)] for stream in range(rows)], x)
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**62, x.shape[1:2], device=x.device) if dropout else None
+        flat = computing.flatten(0, 1), branch.flatten(0, 1)  # (rows · B, T', D) both
+        computing = gated_residual(*flat, gates, layer.scale, dropout, seed).unflatten(0, (rows, -1))
         return torch.cat([computing, rest]) if len(rest) else computing, parted
 
 
@@ -248,7 +249,9 @@ def part(streams: list[int], gate: Gates) -> list[int]:
     return parted
 
 
-def stacked(weights: Gates, x: Tensor) -> Tensor:
-    """Gates of several streams as one factor: (streams, B, 1, 1)."""
-    rows = [torch.as_tensor(weight, device=x.device, dtype=x.dtype).expand(x.shape[1]) for weight in weights]
-    return torch.stack(rows)[..., None, None]
+def stacked(weights: Gates, x: Tensor) -> Tensor | None:
+    """Gates of several streams of the stack `x` as those of its rows, (streams · B,); None where all are 1."""
+    if all(weight is True for weight in weights):
+        return None
+    like = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.cat([torch.as_tensor(weight, **like).expand(x.shape[1]) for weight in weights])

@@ -17,13 +17,13 @@ from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import UNREADABLE, read_corpus, summary
-from dynsize.ctc import ctc_loss
 from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, read_for_scoring, transcribe
 from dynsize.features import spec_augment
 from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors
+from kernels import ctc_loss
 
 ALGORITHMS = {"simple-top-k": simple_top_k, "iterative-zero-out": iterative_zero_out}  # those that learn in step 1
 MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up

@@ -9,12 +9,27 @@ import hypothesis
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+if not torch.cuda.is_available():  # read when triton is imported, so it comes first
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from dynsize.config import Config
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: Triton's interpreter computes bfloat16 wrong"))
+
 
 RATE = 8000  # Hz
 TONES = {"LOW": 300, "MID": 900, "HIGH": 2000, "TOP": 3200}  # Hz

@@ -1,0 +1,101 @@
+"""Each op in plain torch: its definition, what runs where Triton does not, and what the kernels are tested against.
+
+Letters: R rows of the batch (the utterances of all sizes, stacked), B utterances, T frames, D model width, K width of
+what a layer's last projection reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dynsize.ctc import BLANK as BLANK
+from dynsize.ctc import ctc_loss as ctc_loss
+
+# SplitMix64 (Steele, Lea, Flood 2014), its three constants as signed numbers
+WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """x + scale · gate · dropout(branch). See `kernels.gated_residual`."""
+    if gate is None and not dropout_p:
+        return torch.add(x, branch, alpha=scale).to(x.dtype)
+    scale, keep = scale / (1 - dropout_p), torch.ones((), dtype=branch.dtype, device=branch.device)
+    if dropout_p:
+        keep = kept(seed, *branch.shape[1:], dropout_p).to(branch.dtype)
+        x, branch = x.unflatten(0, (-1, len(seed))), branch.unflatten(0, (-1, len(seed)))  # (R / B, B, T, D)
+    if gate is None:
+        y = torch.addcmul(x, branch, keep, value=scale).to(x.dtype)
+    else:
+        y = Gated.apply(x, branch, gate, scale, keep)
+    return y.flatten(0, -3)
+
+
+class Gated(torch.autograd.Function):
+    """x + scale · gate · keep · branch, where a gate of 0 keeps out whatever the branch holds, NaN too, and still gets
+    its own gradient: automatic differentiation gives up one for the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, gate: Tensor, scale: float, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, keep)
+        ctx.scale, ctx.dtype = scale, branch.dtype
+        rows = by_row(gate, x)
+        return torch.where(rows != 0, torch.addcmul(x, branch, rows.to(branch.dtype) * keep, value=scale), x).to(
+            x.dtype
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        branch, gate, keep = ctx.saved_tensors
+        rows = by_row(gate, grad)
+        branch_grad = torch.where(rows != 0, grad * (ctx.scale * rows).to(grad.dtype) * keep, 0.0).to(ctx.dtype)
+        if branch is None:
+            return grad, branch_grad, None, None, None
+        products = (grad * keep * branch).sum((-2, -1), dtype=torch.promote_types(gate.dtype, torch.float32))
+        gate_grad = ctx.scale * products.flatten()  # (R,)
+        return grad, branch_grad, gate_grad.sum_to_size(gate.shape).to(gate.dtype), None, None
+
+
+def by_row(gate: Tensor, x: Tensor) -> Tensor:
+    """() or (R,) gates as a factor of `x`, (R, T, D) or (R / B, B, T, D)."""
+    return gate.expand(x.shape[:-2].numel()).view(*x.shape[:-2], 1, 1)
+
+
+def kept(seed: Tensor, frames: int, width: int, dropout_p: float) -> Tensor:
+    """What dropout keeps of the frames of each seed, (B,) int64: (B, T, D) bool.
+
+    Column d of frame t has the (d mod 4)-th 16 bits of SplitMix64's word number t · ⌈D/4⌉ + d // 4, and is dropped
+    where they are among the lowest 65536 · p. On a CPU this takes a seventh of the time of torch's Bernoulli draws.
+    """
+    words = -(-width // 4)
+    z = torch.arange(frames * words, device=seed.device) * WEYL + seed[:, None]
+    z = (z ^ (z >> 30)) * FIRST  # the shifts are arithmetic: torch has no others
+    z = (z ^ (z >> 27)) * SECOND
+    bits = (z ^ (z >> 31)).view(torch.int16).view(len(seed), frames, 4 * words)
+    return bits[..., :width] >= threshold(dropout_p)
+
+
+def threshold(dropout_p: float) -> int:
+    """The lowest of the 65536 draws, −32768 to 32767, that is kept."""
+    return min(round(65536 * dropout_p), 65535) - 32768
+
+
+def gated_residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x + scale · gate · dropout(branch), and LayerNorm(y). See `kernels.gated_residual_layer_norm`."""
+    y = gated_residual(x, branch, gate, scale, dropout_p, seed)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y, F.layer_norm(y.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(y.dtype)
+
+
+def linear_gated_residual(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x + scale · gate · dropout(h @ weightᵀ + bias). See `kernels.linear_gated_residual`."""
+    return gated_residual(x, F.linear(h, weight, bias), gate, scale, dropout_p, seed)
