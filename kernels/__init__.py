@@ -18,12 +18,6 @@ from kernels import reference
 log = logging.getLogger(__name__)
 
 
-@torch.compiler.assume_constant_result
-def triton_runs(device: str) -> bool:
-    """`decide`, asked once for each kind of device; torch.compile takes the answer as it is."""
-    return decide(device)
-
-
 @functools.cache
 def decide(device: str) -> bool:
     """Whether tensors on this kind of device (`cpu`, `cuda`) go to Triton. Raises ValueError where `DYNSIZE_KERNELS` is
@@ -34,7 +28,7 @@ def decide(device: str) -> bool:
     obstacle = ""
     if importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"
-    elif device != "cuda" and not (device == "cpu" and interpreted()):
+    elif device != "cuda" and not (device == "cpu" and importlib.import_module("triton").knobs.runtime.interpret):
         obstacle = f"there is no Triton for tensors on '{device}', unless TRITON_INTERPRET=1 interprets it on the CPU"
     if mode == "triton" and obstacle:
         raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
@@ -44,11 +38,10 @@ def decide(device: str) -> bool:
     return chosen
 
 
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1 when triton was imported."""
-    import triton
-
-    return triton.knobs.runtime.interpret
+@torch.compiler.assume_constant_result
+def triton_runs(device: str) -> bool:
+    """`decide`, whose answer torch.compile takes as it is."""
+    return decide(device)
 
 
 def gated_residual(

@@ -14,18 +14,10 @@ import torch
 import triton
 
 from kernels import reference
-from kernels.report import OPS, fewest, inputs, passes
+from kernels.report import OPS, inputs, least, passes
 
 UNITS = {"GB/s": 1e6, "TFLOP/s": 1e9}  # of what is done in a millisecond
 HEADER = "card driver torch triton op width closed pass runs median p20 p80 rate limit unit MB".split()
-
-
-def work(op: str, direction: str, arguments: list) -> tuple[float, str]:
-    """What a pass must do at least, and its unit: bytes, or multiplications and additions."""
-    backward = direction == "backward"
-    if op != "linear_gated_residual":
-        return fewest(op, arguments)[backward], "GB/s"
-    return 2 * arguments[1].numel() * len(arguments[2]) * arguments[4].mean().item() * (1 + backward), "TFLOP/s"
 
 
 def timed(function: Callable) -> list[float]:
@@ -51,10 +43,12 @@ def main(path: str = "kernels-benchmark.csv") -> None:
         runs = dict(triton=OPS[op], eager=getattr(reference, op), compiled=torch.compile(getattr(reference, op)))
         for run, function in runs.items():
             arguments = inputs(op, width, torch.bfloat16, gate, 250)
-            for direction, call in zip(("forward", "backward"), passes(function, arguments), strict=True):
+            *amounts, unit = least(op, arguments)
+            for direction, call, amount in zip(
+                ("forward", "backward"), passes(function, arguments), amounts, strict=True
+            ):
                 torch.cuda.reset_peak_memory_stats()
                 median, p20, p80 = timed(call)
-                amount, unit = work(op, direction, arguments)
                 numbers = (median, p20, p80, amount / median / UNITS[unit], limit[unit])
                 row = [*card, op, width, f"{closed}/48", direction, run, *(f"{n:.4g}" for n in numbers), unit]
                 rows.append([*row, torch.cuda.max_memory_allocated() >> 20])

@@ -43,9 +43,8 @@ def label_of(labels_ptr, s, last):
 @triton.jit
 def emission(log_probs_ptr, t, vocabulary, label, valid):
     """e(t, s) for the label of each state, −∞ where not `valid`."""
-    return tl.load(log_probs_ptr + tl.cast(t, tl.int64) * vocabulary + label, mask=valid, other=-float("inf")).to(
-        tl.float32
-    )
+    at = tl.cast(t, tl.int64) * vocabulary + label
+    return tl.load(log_probs_ptr + at, mask=valid, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -67,11 +66,8 @@ def kernel(
     alpha_ptr,  # (N, T, S) float32, scratch: α, then β
     loss_ptr,  # (N,) float32, out
     grad_ptr,  # (N, T, V) float32, zeros, out: of the log-probabilities; None: the loss alone
-    frames,  # T
-    vocabulary,  # V
-    most_labels,  # U
-    STATES: tl.constexpr,
-):
+    frames, vocabulary, most_labels, STATES: tl.constexpr,  # T, V, U
+):  # fmt: skip
     utterance = tl.program_id(0).to(tl.int64)
     length = tl.maximum(tl.minimum(tl.load(lengths_ptr + utterance), frames), 1).to(tl.int32)
     last = 2 * tl.minimum(tl.load(label_lengths_ptr + utterance), most_labels).to(tl.int32)
@@ -129,10 +125,9 @@ def kernel(
                 posterior = tl.exp(alpha + rest - log_z)
                 beta = emitted + rest
                 tl.store(now, beta, mask=s <= last)
-                is_blank = label == BLANK
-                tl.atomic_add(grad_ptr + t * vocabulary + label, -posterior, mask=valid & (is_blank == 0))
-                of_blank = tl.sum(tl.where(is_blank & valid, posterior, 0.0), 0)
-                tl.atomic_add(grad_ptr + t * vocabulary + BLANK, -of_blank)
+                grad = grad_ptr + t * vocabulary
+                tl.atomic_add(grad + label, -posterior, mask=valid & (label != BLANK))
+                tl.atomic_add(grad + BLANK, -tl.sum(tl.where(valid & (label == BLANK), posterior, 0.0), 0))
             tl.debug_barrier()
 
 
@@ -171,7 +166,6 @@ def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple:
 loss_and_gradient.register_autograd(backward, setup_context=save_for_backward)
 
 
-def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-    """The loss of each utterance. Arguments as in `kernels.ctc_loss`."""
-    with_gradient = torch.is_grad_enabled() and log_probs.requires_grad
-    return loss_and_gradient(log_probs, lengths, labels, label_lengths, with_gradient)[0]
+def ctc_loss(log_probs: Tensor, *others: Tensor) -> Tensor:
+    """`kernels.ctc_loss`."""
+    return loss_and_gradient(log_probs, *others, torch.is_grad_enabled() and log_probs.requires_grad)[0]

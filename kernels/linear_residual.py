@@ -12,7 +12,7 @@ that needs a gradient has c @ weight computed for all of them. Frames whose gate
 NaN does not spread from them. Sums over programs are made by torch, in the same order each time.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -21,31 +21,19 @@ from torch import Tensor
 
 from kernels.residual import gate_gradient, kept, launch, of_row, scalars
 
-
-class Tiles(NamedTuple):
-    """Frames and columns of a tile of the result, depth of a step along the sum, warps, steps that are loading."""
-
-    frames: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
+# frames and columns of a tile of the result, depth of a step along the sum, warps, steps whose loads are under way
+Tiles = namedtuple("Tiles", "frames columns depth warps stages")
 SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
 
 def tiles(width: int, dtype: torch.dtype) -> Tiles:
     """The tiles for a width D and a dtype of the factors."""
-    if dtype == torch.float32:
-        return SINGLE
-    return WIDE_HALF if width >= 256 else HALF
+    return SINGLE if dtype == torch.float32 else WIDE_HALF if width >= 256 else HALF
 
 
 def precision() -> str:
-    """Of float32 products, as torch's: exact, or tensor cores' 10 bits where `torch.set_float32_matmul_precision`
-    allows them."""
+    """Of float32 products: exact, or tensor cores' 10 bits where `torch.set_float32_matmul_precision` allows them."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -63,14 +63,17 @@ def inputs(op: str, width: int, dtype: torch.dtype, gate: Tensor, frames: int) -
     return [x, branch, *last, *((weight, bias, 1e-5) if "norm" in op else ())]
 
 
-def fewest(op: str, arguments: list) -> tuple[float, float]:
-    """Bytes that the forward and the backward pass move at least, in tensors as large as the first argument."""
+def least(op: str, arguments: list) -> tuple[float, float, str]:
+    """What the forward and the backward pass must do, and its unit: bytes moved; products and sums of open rows."""
+    x, gate = arguments[0], arguments[2]
     if op == "ctc_loss":  # forward: the gradient as well; backward: its product with that of the loss
-        return 2 * arguments[0].nbytes, 2 * arguments[0].nbytes
-    gate = arguments[2]
+        return 2 * x.nbytes, 2 * x.nbytes, "GB/s"
     learned, opened = gate.requires_grad, gate.ne(0).float().mean().item()
+    if op == "linear_gated_residual":
+        products = 2 * arguments[1].numel() * x.shape[-1] * arguments[4].ne(0).float().mean().item()
+        return products, 2 * products, "TFLOP/s"
     forward, backward = (3 + opened, 5 + learned) if "norm" in op else (2 + opened, 1 + max(learned, opened) + learned)
-    return forward * arguments[0].nbytes, backward * arguments[0].nbytes
+    return forward * x.nbytes, backward * x.nbytes, "GB/s"
 
 
 def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
@@ -205,8 +208,8 @@ def traffic() -> list[dict]:
         gate = torch.full((3,), value, requires_grad=value == 1)  # learned ones have the branch read in any case
         arguments = inputs(op, width, dtype, gate, frames)
         by_torch = passes(chain, arguments) if op.startswith("gated") else (None, None)
-        both = zip(("forward", "backward"), passes(OPS[op], arguments), by_torch, fewest(op, arguments), strict=True)
-        for direction, call, torchs_call, least in both:
+        both = zip(("forward", "backward"), passes(OPS[op], arguments), by_torch, least(op, arguments)[:2], strict=True)
+        for direction, call, torchs_call, fewest in both:
             with counted() as seen:
                 call()
             record = dict(op=op, direction=direction, dtype=TYPES[dtype], shape=list(arguments[0].shape), gate=value)
@@ -214,7 +217,7 @@ def traffic() -> list[dict]:
             if torchs_call:
                 with ChainBytes() as counter:
                     torchs_call()
-                record |= {"fewest": int(least), "over fewest": record["bytes"] / least, "torch": counter.total}
+                record |= {"fewest": int(fewest), "over fewest": record["bytes"] / fewest, "torch": counter.total}
             records.append(record)
     return records
 

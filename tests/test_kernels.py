@@ -19,8 +19,8 @@ import kernels
 from dynsize.training import Trainer
 from kernels import reference
 
-pytest.importorskip("triton")
-from kernels import ctc, linear_residual, residual
+triton = pytest.importorskip("triton")
+from kernels import ctc, linear_residual, residual  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: log 0, NaN
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,7 +342,7 @@ def test_which_implementation_runs(monkeypatch, caplog):
     def decided(mode: str, device: str = "cpu", interpreted: bool = False, installed: bool = True) -> bool:
         kernels.decide.cache_clear()
         monkeypatch.setenv("DYNSIZE_KERNELS", mode)
-        monkeypatch.setattr(kernels, "interpreted", lambda: interpreted)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
         monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: installed or None)
         return kernels.decide(device)
 
