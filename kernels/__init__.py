@@ -34,7 +34,8 @@ def decide(device: str) -> bool:
         raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
     chosen = mode == "triton" or (mode == "auto" and device == "cuda" and not obstacle)
     level = logging.WARNING if mode == "auto" and device == "cuda" and obstacle else logging.INFO
-    log.log(level, "kernels on %s: %s, DYNSIZE_KERNELS=%s %s", device, "triton" if chosen else "torch", mode, obstacle)
+    reason = f" ({obstacle})" if obstacle else ""
+    log.log(level, "kernels on %s: %s, DYNSIZE_KERNELS=%s%s", device, "triton" if chosen else "torch", mode, reason)
     return chosen
 
 

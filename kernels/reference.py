@@ -72,10 +72,15 @@ def kept(seed: Tensor, frames: int, width: int, dropout_p: float) -> Tensor:
     """
     words = -(-width // 4)
     z = torch.arange(frames * words, device=seed.device) * WEYL + seed[:, None]
-    z = (z ^ (z >> 30)) * FIRST  # the shifts are arithmetic: torch has no others
-    z = (z ^ (z >> 27)) * SECOND
-    bits = (z ^ (z >> 31)).view(torch.int16).view(len(seed), frames, 4 * words)
+    z = (z ^ shifted(z, 30)) * FIRST
+    z = (z ^ shifted(z, 27)) * SECOND
+    bits = (z ^ shifted(z, 31)).view(torch.int16).view(len(seed), frames, 4 * words)
     return bits[..., :width] >= threshold(dropout_p)
+
+
+def shifted(z: Tensor, places: int) -> Tensor:
+    """int64 to the right, zeros shifted in: torch's own shift repeats the sign."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
 
 
 def threshold(dropout_p: float) -> int:

@@ -80,7 +80,10 @@ def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
     """The forward pass, and the backward pass of one that is run here."""
     outputs = function(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    leaves, grads = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad], [o.detach() for o in outputs]
+    leaves, grads = (
+        [t for t in arguments if isinstance(t, Tensor) and t.requires_grad],
+        [o.detach().clone() for o in outputs],
+    )
     return lambda: function(*arguments), lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 

@@ -25,7 +25,7 @@ from kernels import reference
 WEYL, FIRST, SECOND = (tl.constexpr(number) for number in (reference.WEYL, reference.FIRST, reference.SECOND))
 WIDEST = 8192  # columns that a program can hold
 CHUNK = 64  # frames of a program: the weights and the shares, once a program, are then a 40th of the traffic
-WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements: backward, twice as many take over 128 registers
+WARPS, FORWARD, BACKWARD = 8, 4096, 4096  # the tiles' elements; backward, fewer make some machine code spill
 
 
 @triton.jit
@@ -39,14 +39,20 @@ def of_row(pointer, index, NEUTRAL: tl.constexpr):
 
 
 @triton.jit
+def shifted(z, PLACES: tl.constexpr):
+    """int64 to the right, zeros shifted in, not the sign."""
+    return (z.to(tl.uint64, bitcast=True) >> PLACES).to(tl.int64, bitcast=True)
+
+
+@triton.jit
 def kept(seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
     """What dropout with probability P keeps of COLUMNS columns from `first`, a multiple of 4, in the frames `time`,
     (FRAMES,): (FRAMES, COLUMNS) bool, as `reference.kept` defines it. `seed`: (1, 1) or (FRAMES, 1) int64."""
     word = first // 4 + tl.arange(0, COLUMNS // 4)
     z = (time.to(tl.int64)[:, None] * ((WIDTH + 3) // 4) + word[None, :]) * WEYL + seed
-    z = (z ^ (z >> 30)) * FIRST
-    z = (z ^ (z >> 27)) * SECOND
-    z = z ^ (z >> 31)
+    z = (z ^ shifted(z, 30)) * FIRST
+    z = (z ^ shifted(z, 27)) * SECOND
+    z = z ^ shifted(z, 31)
     bits = z[:, :, None] >> (16 * tl.arange(0, 4))[None, None, :]
     return tl.reshape(bits, (FRAMES, COLUMNS)).to(tl.int16) >= P
 
