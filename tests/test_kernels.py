@@ -228,6 +228,25 @@ def test_dropout_keeps_the_right_share_and_repeats():
     assert torch.equal(two, mask[:2].repeat(2, 1, 1))  # all sizes of an utterance drop the same
 
 
+def splitmix64(state: int) -> int:
+    z = state % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def test_dropout_draws_from_splitmix64():
+    assert splitmix64(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # its first number from seed 0
+    seeds, frames, width, p = [7, -(2**61)], 3, 10, 0.3
+    mask, _ = dropped(p, torch.tensor(seeds), 2, frames, width)
+    for row, seed in enumerate(seeds):
+        for frame in range(frames):
+            for column in range(width):
+                word = splitmix64(seed + (frame * 3 + column // 4) * 0x9E3779B97F4A7C15)  # ⌈10 / 4⌉ words in a frame
+                draw = ((word >> 16 * (column % 4) & 0xFFFF) ^ 0x8000) - 0x8000  # signed
+                assert mask[row, frame, column] == (draw < round(65536 * p) - 32768)
+
+
 def test_dropout_does_not_depend_on_block_shapes(monkeypatch):
     seed = torch.tensor([11])
     masks = [dropped(0.4, seed, 1, 70, 50, op)[0] for op in ("gated_residual", "linear_gated_residual")]
