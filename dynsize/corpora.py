@@ -83,17 +83,17 @@ def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
     """The utterances of splits, each split sorted by id, and what was left out. `A+B` is the splits A and B.
 
     Raises ValueError, with file and line, for no corpus at `root`, a missing or empty split, lines that don't follow
-    their format, an id that is there twice, missing audio, several channels of which none is chosen.
+    their format, an id that a split has twice, missing audio, several channels of which none is chosen.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
         raise ValueError(f"{root}: no such directory; --corpus names the directory of a corpus, or 'spoken'")
-    corpus, seen = Corpus(), set()
+    corpus = Corpus()
     for split in "+".join(splits).split("+"):
         corpus.kinds[split], source, reader = recognise(root, split, config.corpus_kind)
         entries = sorted(reader(source, corpus), key=lambda entry: entry.id)
         headers = read_headers(list(dict.fromkeys(entry.path for entry in entries)), source)
-        before = len(corpus.utterances)
+        before, seen = len(corpus.utterances), set()  # two splits may have the same ids: clean and noisy, say
         for entry in entries:
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
