@@ -2,6 +2,7 @@
 """Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in a few minutes on a CPU."""
 
 import argparse
+import io
 import signal
 import sys
 import typing
@@ -10,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dynsize import config as configuration
+from dynsize import processes
 from dynsize.checkpoint import NAME
 from dynsize.corpora import summary
 from dynsize.study import next_training, results
@@ -99,12 +101,18 @@ def describe(trainer: Trainer) -> None:
 
 
 def train(trainer: Trainer) -> None:
-    """Trains, with a progress bar, until the end, or until a signal, which saves and ends the program."""
+    """Trains, with a progress bar, to the end or a signal, which saves and ends the program; SIGUSR1 only saves."""
     describe(trainer)
-    config, stop = trainer.config, []
+    config, silent = trainer.config, processes.rank() > 0
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop_soon = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number) or signal.signal(number, signal.SIG_DFL))
-    with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True) as bar:
+        signal.signal(number, stop)
+    signal.signal(signal.SIGUSR1, lambda number, frame: setattr(trainer, "save_soon", True))
+    with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True, disable=silent) as bar:
         for record in trainer.updates():
             loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
             speed = record["audio_seconds"] / record["seconds"]
@@ -117,16 +125,18 @@ def train(trainer: Trainer) -> None:
                 bar.write(
                     f"update {record['update']:>6}  size {size:>3}  dev WER {100 * result['wer']:6.2f}%  keeps {kept}"
                 )
-            if stop:
-                trainer.save()
+            if record["stop"]:
                 bar.close()
                 print(f"stopped and saved at update {trainer.update}; python train.py --resume {trainer.run} goes on")
-                sys.exit(128 + stop[0])
+                sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 
 def main() -> None:
     try:
         options = parse(sys.argv[1:])
+        processes.join()
+        if processes.rank():
+            sys.stdout = io.StringIO()  # one of them speaks
         if options.study:
             study(options)
         else:

@@ -3,11 +3,6 @@
 import random
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from dynsize.config import Config
-
 
 def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
     """A ranking of which each of the sizes, ascending, keeps layers in equal distances, as LayerDrop does when it
@@ -23,8 +18,3 @@ def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
 def shuffled(layers: int, seed: int) -> list[int]:
     """A random ranking."""
     return random.Random(f"ranking {seed}").sample(range(layers), layers)
-
-
-def layer_drop(utterances: int, config: Config, device: torch.device) -> list[Tensor]:
-    """LayerDrop's L gates: each utterance skips each layer with the configured probability."""
-    return list((torch.rand(config.layers, utterances, device=device) >= config.layer_drop).float())

@@ -19,7 +19,7 @@ from dynsize import cache, features
 from dynsize.config import Config, fields
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import CorruptAudio, Utterance, read_audio
-from dynsize.features import feature_frames, log_mel
+from dynsize.features import feature_frames, log_mel, spec_augment
 from dynsize.tokenizer import Tokenizer
 
 LENGTH_JITTER = 0.1  # share by which a length is off when utterances are sorted, so that no two epochs batch alike
@@ -27,11 +27,12 @@ LENGTH_JITTER = 0.1  # share by which a length is off when utterances are sorted
 
 @dataclass(frozen=True)
 class Example:
-    """An utterance, its labels and its features (T, F) float32, or why it could not be read."""
+    """An utterance, its labels and its features (T, F) float32; where it could not be read, T = 0 and why."""
 
     utterance: Utterance
     labels: list[int]
-    features: Tensor | None
+    features: Tensor
+    seed: int  # of what the network draws for it in this epoch
     corrupt: str = ""
 
 
@@ -44,6 +45,7 @@ class Batch:
     lengths: Tensor  # (B,) feature frames, int64, as all below
     labels: Tensor  # (B, U)
     label_lengths: Tensor  # (B,)
+    seeds: Tensor  # (B,)
     corrupt: dict[str, str]
 
     @property
@@ -51,9 +53,9 @@ class Batch:
         """Share of the frames that is padding."""
         return 1 - self.lengths.sum().item() / self.features[..., 0].numel() if self.utterances else 0.0
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, lengths, labels, label lengths on a device."""
-        tensors = (self.features, self.lengths, self.labels, self.label_lengths)
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Features, lengths, labels, label lengths, seeds on a device."""
+        tensors = (self.features, self.lengths, self.labels, self.label_lengths, self.seeds)
         return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
@@ -88,23 +90,24 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
 
 class Examples(Dataset):
     """Utterances, read when asked for; `keep` holds what was read in memory. In an epoch of training, speech has one of
-    the configured speeds; where `epoch` is None, its own."""
+    the configured speeds and SpecAugment's masks; where `epoch` is None, neither. All that is drawn for an utterance is
+    a function of (seed, epoch, id): it is the same in every batch, on every process, and after resuming."""
 
     epoch: int | None = None
 
     def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool) -> None:
         self.utterances, self.tokenizer, self.config, self.keep = utterances, tokenizer, config, keep
-        self.kept: dict[tuple[int, float], Example] = {}
+        self.kept: dict[tuple[int, float], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def speed(self, index: int) -> float:
-        """How fast an utterance is spoken: a pure function of (seed, epoch, id)."""
-        if self.epoch is None or len(self.config.speeds) == 1:
-            return 1.0 if self.epoch is None else self.config.speeds[0]
-        draw = random.Random(f"speed {self.config.seed} {self.epoch} {self.utterances[index].id}")
-        return draw.choice(self.config.speeds)
+        """How fast an utterance is spoken."""
+        return 1.0 if self.epoch is None else self.draw("speed", index).choice(self.config.speeds)
+
+    def draw(self, what: str, index: int) -> random.Random:
+        return random.Random(f"{what} {self.config.seed} {self.epoch} {self.utterances[index].id}")
 
     def frames(self) -> list[int]:
         """Feature frames of each utterance."""
@@ -112,29 +115,36 @@ class Examples(Dataset):
         return [feature_frames(length, self.config) for length in samples]
 
     def __getitem__(self, index: int) -> Example:
-        speed = self.speed(index)
+        utterance, draw = self.utterances[index], self.draw("masks", index)
+        labels, seed = labels_of(utterance, self.tokenizer), draw.getrandbits(62)
+        try:
+            features = self.features(index, self.speed(index))
+        except CorruptAudio as error:
+            return Example(utterance, labels, torch.zeros(0, self.config.mel_bins), seed, str(error))
+        if self.epoch is not None:
+            features = spec_augment(features, self.config, draw)
+        return Example(utterance, labels, features, seed)
+
+    def features(self, index: int, speed: float) -> Tensor:
+        """(T, F) of an utterance. Raises CorruptAudio."""
         if (index, speed) in self.kept:
             return self.kept[index, speed]
-        utterance = self.utterances[index]
-        labels = labels_of(utterance, self.tokenizer)
-        try:
-            example = Example(utterance, labels, features_of(utterance, self.config, speed))
-        except CorruptAudio as error:
-            example = Example(utterance, labels, None, str(error))
+        features = features_of(self.utterances[index], self.config, speed)
         if self.keep:
-            self.kept[index, speed] = example
-        return example
+            self.kept[index, speed] = features
+        return features
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pads the examples that could be read to one batch, of zero utterances where none could."""
-    corrupt = {example.utterance.id: example.corrupt for example in examples if example.corrupt}
     good = [example for example in examples if not example.corrupt]
-    features = pad_sequence([e.features for e in good], batch_first=True) if good else torch.zeros(0, 1, 1)
-    labels = pad_sequence([torch.tensor(e.labels) for e in good], batch_first=True) if good else torch.zeros(0, 0)
-    lengths = torch.tensor([len(e.features) for e in good], dtype=torch.long)
-    label_lengths = torch.tensor([len(e.labels) for e in good], dtype=torch.long)
-    return Batch([e.utterance for e in good], features, lengths, labels.long(), label_lengths, corrupt)
+    padded = good or examples[:1]
+    features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
+    labels = pad_sequence([torch.tensor(e.labels, dtype=torch.long) for e in padded], batch_first=True)[: len(good)]
+    numbers = [(len(e.features), len(e.labels), e.seed) for e in good]
+    lengths, label_lengths, seeds = torch.tensor(numbers, dtype=torch.long).view(-1, 3).T  # (B,) each
+    corrupt = {example.utterance.id: example.corrupt for example in examples if example.corrupt}
+    return Batch([e.utterance for e in good], features, lengths, labels, label_lengths, seeds, corrupt)
 
 
 def load(examples: Examples, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:

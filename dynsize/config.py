@@ -79,6 +79,8 @@ class Config:
     updates: int = setting(2200, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
+    accumulate: int = setting(1, "training", "batches of each process whose gradients make one update")
+    checkpoint_activations: bool = setting(False, "training", "compute layers again in the backward pass: less memory")
     peak_learning_rate: float = setting(1.5e-3, "training", "highest learning rate; it starts at 1/100 of it")
     warmup: float = setting(0.1, "training", "share of the updates in which the learning rate rises")
     cooldown: float = setting(0.8, "training", "share in which it falls back; then on to 1e-8 in what is left")
@@ -95,6 +97,8 @@ class Config:
     log_every: int = setting(20, "training", "updates from one line of metrics.jsonl to the next")
     validate_every: int = setting(550, "training", "updates from one validation to the next; one more at the end")
     save_every: int = setting(550, "training", "updates from one checkpoint to the next; one more at the end")
+    save_minutes: float = setting(10.0, "training", "minutes after which there is a checkpoint in any case")
+    keep: int = setting(3, "training", "checkpoints that are kept; average.pt is the mean of these")
 
     def __post_init__(self) -> None:
         for name, (holds, rule) in self.rules().items():
@@ -147,19 +151,20 @@ class Config:
         rules["window_ms"] = (self.window_ms * self.sample_rate >= 2000, "must be two samples or more")
         rules["seed"] = (0 <= self.seed < 2**31, "must be 0 or more and below 2^31")
         rules["speeds"] = (bool(self.speeds) and all(0.5 <= s <= 2 for s in self.speeds), "must be from 0.5 to 2")
-        rules["batch_seconds"] = (self.batch_seconds > 0, "must be above 0")
-        rules["peak_learning_rate"] = (self.peak_learning_rate > 0, "must be above 0")
+        rules["keep"] = (1 <= self.keep <= 10, "must be 1 to 10")
+        rules |= {name: (getattr(self, name) > 0, "must be above 0") for name in ABOVE_0}
         return rules
 
 
 POSITIVE = (
     "vocabulary sample_rate mel_bins blocks width attention_heads delta zero_out_delta updates batch_utterances "
-    "log_every validate_every save_every"
+    "accumulate log_every validate_every save_every"
 ).split()
 NOT_NEGATIVE = (
     "frequency_masks frequency_mask_bins time_mask_every time_mask_frames score_rate zero_out_rate subnet_loss "
     "weight_decay epsilon clip workers"
 ).split()
+ABOVE_0 = ("batch_seconds", "peak_learning_rate", "save_minutes")
 SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "layer_drop", "warmup")
 WORDS = {
     "front_end": ("conv2d", "vgg"),

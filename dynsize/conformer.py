@@ -10,17 +10,22 @@ A padding mask, `inside`, is True inside the utterance.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from dynsize.config import LAYERS, Config
 from kernels import gated_residual
 
 Gates = Sequence[bool | Tensor]
-UTTERANCES_AT_ONCE = 4  # in attention on a CPU: weights of many, (R, H, T, T), leave its cache between two operations
+UTTERANCES_AT_ONCE = (
+    4  # in attention on a CPU: the weights of many, (R, H, T, T), leave its cache between two operations
+)
 
 
 class FeedForward(nn.Module):
@@ -89,10 +94,18 @@ class SelfAttention(nn.Module):
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (R, H, T, D / H)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        at_once = UTTERANCES_AT_ONCE if x.device.type == "cpu" else len(x)
-        parts = zip(*(tensor.split(at_once) for tensor in (q, k, v, inside[:, None, None])), strict=True)
-        x = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        x = attention(q, k, v, inside[:, None, None])
         return self.project(x.transpose(1, 2).flatten(2))  # (R, T, D)
+
+
+def attention(*operands: Tensor) -> Tensor:
+    """Of queries, keys and values, (R, H, T, d) each, and the mask (R, 1, 1, T), as each kind of device likes it. On
+    CPUs flash attention takes 1.5 (float32) to 3 times (bfloat16) as long as plain one, forward and backward."""
+    if operands[0].device.type != "cpu":
+        return F.scaled_dot_product_attention(*operands)
+    parts = zip(*(tensor.split(UTTERANCES_AT_ONCE) for tensor in operands), strict=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -193,13 +206,16 @@ class Encoder(nn.Module):
             modules = nn.ModuleDict({kind: LAYER_KINDS[kind](config) for kind in kinds})
             modules["norm"] = nn.LayerNorm(config.width)
             self.blocks.append(modules)
-        self.dropout = config.dropout
+        self.dropout, self.recompute = config.dropout, config.checkpoint_activations
         self.apply(start)
 
-    def forward(self, features: Tensor, lengths: Tensor, gates: Sequence[Gates]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, lengths: Tensor, gates: Sequence[Gates], seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Runs the M networks given by their gates, nested and largest first, on the same utterances at once.
 
-        `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L.
+        `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L. `seeds`: (B,) int64, of the
+        dropout, the same for all networks; without them nothing is dropped.
         Returns (M, B, T', D) with T' about T / 4, and the (B,) encoder frames inside each utterance. Raises ValueError
         for networks that are not nested.
         """
@@ -214,18 +230,21 @@ class Encoder(nn.Module):
                 if any(g is False for g in gate[:kept]):
                     raise ValueError(f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes")
                 if kept:
-                    x, streams = self.residual(layers[kind], x, inside, gate, kept, streams)
+                    own = None if seeds is None else seeds + (4 * block + i)  # SplitMix64 tells neighbours apart
+                    x, streams = self.residual(layers[kind], x, inside, gate, kept, streams, own)
             x = layers["norm"](x)
         return torch.stack([x[stream] for stream in streams]), lengths
 
     def residual(
-        self, layer: nn.Module, x: Tensor, inside: Tensor, gate: Gates, kept: int, streams: list[int]
-    ) -> tuple[Tensor, list[int]]:
+        self, layer: nn.Module, x: Tensor, inside: Tensor, gate: Gates, kept: int, streams: list[int],
+        seeds: Tensor | None,
+    ) -> tuple[Tensor, list[int]]:  # fmt: skip
         """x + scale · gate · layer(x) for the `kept` first networks, which keep the layer: a prefix of the stack. A
         stream that serves networks with different gates is computed once, then parted."""
         rows = streams[kept - 1] + 1  # of the stack, in batches
         computing, rest = x.split([rows, len(x) - rows])
-        branch = layer(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, -1))
+        run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer
+        branch = run(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, inside.shape[0]))
         parted = part(streams, gate)
         if parted[-1] > streams[-1]:
             origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
@@ -233,10 +252,9 @@ class Encoder(nn.Module):
             x, branch = torch.stack([x[o] for o in origin]), torch.stack([branch[o] for o in origin[:rows]])
             computing, rest = x.split([rows, len(x) - rows])
         gates = stacked([gate[parted.index(stream)] for stream in range(rows)], x)
-        dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**62, x.shape[1:2], device=x.device) if dropout else None
+        dropout = 0.0 if seeds is None else self.dropout
         flat = computing.flatten(0, 1), branch.flatten(0, 1)  # (rows · B, T', D) both
-        computing = gated_residual(*flat, gates, layer.scale, dropout, seed).unflatten(0, (rows, -1))
+        computing = gated_residual(*flat, gates, layer.scale, dropout, seeds).unflatten(0, (rows, inside.shape[0]))
         return torch.cat([computing, rest]) if len(rest) else computing, parted
 
 

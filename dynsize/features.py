@@ -1,6 +1,7 @@
 """From a waveform to normalised log-mel features, and SpecAugment over them. All in float32."""
 
 import math
+import random
 from functools import lru_cache
 
 import torch
@@ -56,39 +57,17 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     return (features - features.mean(0)) / features.var(0, correction=0).add(1e-5).sqrt()
 
 
-def spec_augment(features: Tensor, lengths: Tensor, config: Config) -> Tensor:
+def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tensor:
     """Sets random bands of frequency and time to 0, the mean (SpecAugment, Park et al. 2019, without time warping).
 
-    `features`: (B, T, F); `lengths`: (B,) frames of each row, which bound its time masks. Draws from torch's
-    generator of the device. Returns a new tensor.
+    `features`: (T, F) of one utterance, whose T bounds its time masks. Returns a new tensor.
     """
-    rows, frames, bins = features.shape
-    device = features.device
-
-    def masks(size: int, within: Tensor, count: Tensor, widest: int) -> Tensor:
-        """(B, size) True where one of a row's `count` masks of 0 to `widest` lies, all inside [0, within)."""
-        most = int(count.max())
-        draw = torch.rand(2, rows, most, device=device)
-        width = (draw[0] * (widest + 1)).floor().minimum(within[:, None])
-        start = (draw[1] * (within[:, None] - width + 1)).floor()
-        place = torch.arange(size, device=device)
-        hidden = (place >= start[..., None]) & (place < (start + width)[..., None])  # (B, most, size)
-        wanted = torch.arange(most, device=device) < count[:, None]
-        return (hidden & wanted[..., None]).any(1)
-
-    def counts(most: Tensor) -> Tensor:
-        """As many masks for each row as a draw from 2 to `most` says; `most` where that is below 2."""
-        least = most.clamp(max=2)
-        return (least + torch.rand(rows, device=device) * (most - least + 1)).floor()
-
-    all_bins = torch.full((rows,), bins, device=device)
-    hidden = masks(
-        bins, all_bins, counts(all_bins.new_full((rows,), config.frequency_masks)), config.frequency_mask_bins
-    )
-    features = features.masked_fill(hidden[:, None, :], 0.0)
-    if config.time_mask_every:
-        hidden = masks(
-            frames, lengths, counts((lengths // config.time_mask_every).clamp(min=2)), config.time_mask_frames
-        )
-        features = features.masked_fill(hidden[:, :, None], 0.0)
+    features = features.clone()
+    time_masks = max(2, len(features) // config.time_mask_every) if config.time_mask_every else 0
+    of_time = (0, time_masks, config.time_mask_frames)
+    for axis, most, widest in ((1, config.frequency_masks, config.frequency_mask_bins), of_time):
+        for _ in range(draw.randint(min(2, most), most)):
+            width = draw.randint(0, min(widest, features.shape[axis]))
+            start = draw.randint(0, features.shape[axis] - width)
+            features.narrow(axis, start, width).zero_()
     return features

@@ -3,11 +3,11 @@
 import random
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dynsize.config import Config
 from dynsize.conformer import Gates
+from kernels.reference import kept
 
 
 def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int, float]:
@@ -19,19 +19,23 @@ def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int,
     return {largest: 1.0} | dict.fromkeys(between + smaller[:1], config.subnet_loss)
 
 
-def stochastic_depth(
-    utterances: int, smallest: Sequence[bool], config: Config, device: torch.device
-) -> list[bool | Tensor]:
-    """The supernet's gates for `utterances` utterances: each skips each layer outside the smallest subnet, given by
-    its mask, with the configured probability. Drawn from torch's generator of the device."""
+def stochastic_depth(smallest: Sequence[bool], seeds: Tensor, config: Config) -> list[bool | Tensor]:
+    """The supernet's gates: each of the utterances, given by their seeds, (B,) int64, skips each layer outside the
+    smallest subnet, given by its mask, with the configured probability."""
     if config.stochastic_depth == 0:
         return [True] * len(smallest)
-    stays = torch.rand(len(smallest), utterances, device=device) >= config.stochastic_depth
-    return [True if always else stay.float() for always, stay in zip(smallest, stays, strict=True)]
+    stays = layers_kept(seeds, len(smallest), config.stochastic_depth)
+    return [True if always else stay for always, stay in zip(smallest, stays, strict=True)]
 
 
-def gates(masks: Sequence[Gates], utterances: int, config: Config, device: torch.device) -> list[Gates]:
+def layers_kept(seeds: Tensor, layers: int, dropped: float) -> Tensor:
+    """1 where an utterance keeps a layer, 0 where it skips it: (L, B) float32. The draw beside those of the layers'
+    dropout, which have the next L seeds."""
+    return kept(seeds - 1, 1, layers, dropped)[:, 0].T.float()
+
+
+def gates(masks: Sequence[Gates], seeds: Tensor, config: Config) -> list[Gates]:
     """The gates of one update from its masks, largest first."""
     if len(masks) == 1:
         return [masks[0]]
-    return [stochastic_depth(utterances, masks[-1], config, device), *masks[1:]]
+    return [stochastic_depth(masks[-1], seeds, config), *masks[1:]]

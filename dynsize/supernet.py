@@ -1,11 +1,9 @@
 """The supernet: encoder, layer scores and one CTC output layer for each size. A cut subnet is one with fewer layers."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynsize.config import LAYERS, Config
 from dynsize.conformer import Encoder, Gates
@@ -42,31 +40,36 @@ class Supernet(nn.Module):
         trained = max((s for s in self.sizes if s <= size), default=self.sizes[0])
         return self.heads["shared" if self.config.shared_head else str(trained)]
 
+    def idle(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
+        """The weights that networks of these sizes do not use: the other sizes' output layers and, except in step 1,
+        the scores."""
+        used = {id(self.head(size)) for size in sizes}
+        weights = [weight for head in self.heads.values() if id(head) not in used for weight in head.parameters()]
+        return weights + ([self.scores] if self.scores is not None and not learning else [])
+
     def forward(
-        self, features: Tensor, lengths: Tensor, sizes: Sequence[int], gates: Sequence[Gates] | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, features: Tensor, lengths: Tensor, sizes: Sequence[int], gates: Sequence[Gates] | None = None,
+        seeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probabilities of the networks of all `sizes`, largest first.
 
         `features`: (B, T, F) float32. `lengths`: (B,). `gates`: those of each network; by default its mask.
+        `seeds`: (B,) int64, of the dropout; without them nothing is dropped.
         Returns (M, B, T', V) float32, normalised outside of autocast, and the (B,) frames inside each utterance.
         """
         gates = [self.mask(size) for size in sizes] if gates is None else gates
         with precision(self.config, features.device):
-            x, lengths = self.encoder(features, lengths, gates)
+            x, lengths = self.encoder(features, lengths, gates, seeds)
             logits = torch.stack([self.head(size)(stream) for size, stream in zip(sizes, x, strict=True)])
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), lengths
 
 
-@contextmanager
-def precision(config: Config, device: torch.device) -> Iterator[None]:
-    """The configured precision for what runs inside: bfloat16 autocast or float32."""
+def precision(config: Config, device: torch.device) -> torch.autocast:
+    """A context with the configured precision for what runs inside: bfloat16 autocast or float32."""
     capabilities = torch.cpu.get_capabilities()
     fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast)
-    # on CPUs flash attention takes 1.5 (float32) to 3 times (bfloat16) as long as plain attention, forward and backward
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bool(bfloat16)), attention:
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bfloat16))
 
 
 def layer_name(layer: int) -> str:

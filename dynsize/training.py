@@ -1,24 +1,27 @@
 """The training loop of both steps: everything that an update does is a function of the configuration and its number."""
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dynsize import checkpoint, iterative_zero_out, sandwich, simple_top_k
-from dynsize.baselines import every_other, layer_drop
+from dynsize import checkpoint, iterative_zero_out, processes, sandwich, simple_top_k
+from dynsize.baselines import every_other
 from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import UNREADABLE, read_corpus, summary
 from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, read_for_scoring, transcribe
-from dynsize.features import spec_augment
 from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
@@ -26,6 +29,7 @@ from dynsize.wer import Errors
 from kernels import ctc_loss
 
 ALGORITHMS = {"simple-top-k": simple_top_k, "iterative-zero-out": iterative_zero_out}  # those that learn in step 1
+LOCK = "lock"  # in a run directory, held by the training in it
 MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up
 
 
@@ -33,12 +37,17 @@ class Trainer:
     """A training in a run directory. `updates()` runs it; `save()` writes the checkpoint that `resume` goes on from.
 
     `loaded`: a checkpoint to go on from; one without a training's state gives the network to begin with. `corpus` tells
-    what is trained on, which training utterances are not, and why.
+    what is trained on, which training utterances are not, and why. Of several processes each has a Trainer; they have
+    the same weights, and the first one writes.
     """
+
+    save_soon = False  # set from outside: save behind the next update
+    stop_soon = 0  # not 0, set from outside: save there, and end; all processes do so where one has it set
 
     def __init__(self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None) -> None:
         self.config, self.run, self.device = config, run, device_of(config)
-        self.corpus = read_corpus(corpus_root(config), config.train_splits, config)
+        with processes.first_alone():
+            self.corpus = read_corpus(corpus_root(config), config.train_splits, config)
         texts = (utterance.text for utterance in self.corpus.utterances)
         self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
         self.corpus.utterances, impossible = usable(self.corpus.utterances, self.tokenizer, config)
@@ -49,167 +58,267 @@ class Trainer:
         self.corpus.left_out["more labels than CTC can align"] = impossible
         dev = read_for_scoring(config, config.dev_splits, self.tokenizer).utterances
         self.examples = Examples(self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0)
-        self.dev = Examples(dev, self.tokenizer, config, keep=config.workers == 0)
+        own_dev = dev[processes.rank() :: processes.count()]
+        self.dev = Examples(own_dev, self.tokenizer, config, keep=config.workers == 0)
         torch.manual_seed(config.seed)
         self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(self.device)
+        self.network = processes.wrapped(self.model)
         self.optimizer = optimizer_for(self.model, config)
-        self.update, self.skipped = 0, 0
+        self.state = dict(update=0, batches=0, skipped=0, best=math.inf)  # batches: taken from the plans of all epochs
         if loaded and loaded.training:
-            self.update, self.skipped = loaded.training["update"], loaded.training["skipped"]
+            self.state = {name: loaded.training[name] for name in self.state}
             self.optimizer.load_state_dict(loaded.training["optimizer"])
+
+    @property
+    def update(self) -> int:
+        """How many updates are done."""
+        return self.state["update"]
 
     @classmethod
     def resume(cls, run: Path) -> "Trainer":
-        """The training of a run directory, where its last checkpoint left it."""
-        loaded = checkpoint.load(run / checkpoint.NAME)
+        """The training of a run directory, where its last whole checkpoint left it; with any number of processes."""
+        loaded = checkpoint.load(run)
         if loaded.training is None:
-            raise ValueError(f"{loaded.path}: a cut subnet, which can't go on training")
+            raise ValueError(f"{loaded.path}: a network alone, with which no training can go on")
         trainer = cls(loaded.model.config, run, loaded)
-        metrics = run / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(line for line in lines if json.loads(line)["update"] <= trainer.update))
+        trainer.lock()
+        trainer.forget_later_lines()
         return trainer
 
     def begin(self) -> None:
         """Makes the run directory; one that is there is replaced, so that `check_new` comes first."""
-        if self.run.exists():
-            shutil.rmtree(self.run)
-        self.run.mkdir(parents=True)
+        if processes.rank():
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        for path in self.run.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
         (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
-        self.write_left_out()
+        self.note_left_out(self.corpus.left_out)
+
+    def lock(self) -> None:
+        """Keeps other trainings out of the run directory while this process lives. ValueError where one is in it."""
+        if processes.rank():
+            return
+        self.locked = open(self.run / LOCK, "w")  # noqa: SIM115 (closed, it would be free)
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{self.run}: another training is at work in it") from error
+
+    def forget_later_lines(self) -> None:
+        """Takes from metrics.jsonl what came after the checkpoint, and a line that was not written to its end."""
+        metrics = self.run / "metrics.jsonl"
+        if processes.rank() or not metrics.exists():
+            return
+        end = 0
+        for line in metrics.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["update"] > self.update:
+                break
+            end += len(line)
+        os.truncate(metrics, end)
 
     def updates(self) -> Iterator[dict]:
         """Trains to the end; yields what each update did, with the dev word error rates after a validation."""
-        config, total, logged = self.config, self.config.updates, []
-        start = time.perf_counter()
-        for batch in self.batches():
-            waiting = time.perf_counter() - start
-            record = self.train_on(batch) | dict(waiting=waiting, padding=batch.padding)
+        config, logged, saved = self.config, [], time.monotonic()
+        self.rehearse()
+        batches = self.batches()
+        while self.update < config.updates:
+            start = time.perf_counter()
+            drawn = list(islice(batches, config.accumulate))
+            waiting, padding = time.perf_counter() - start, sum(batch.padding for batch in drawn) / len(drawn)
+            record = self.train_on(drawn) | dict(waiting=waiting, padding=padding)
             record["seconds"] = time.perf_counter() - start
             logged.append(record)
-            if self.update % config.log_every == 0 or self.update == total:
+            if self.due(config.log_every):
                 self.log(mean_of(logged))
                 logged = []
-            if self.update % config.validate_every == 0 or self.update == total:
+            if self.due(config.validate_every):
                 record["dev"] = self.validate()
-            if self.update % config.save_every == 0 or self.update == total:
+            late = time.monotonic() - saved > 60 * config.save_minutes
+            if self.due(config.save_every) or late or self.save_soon or record["stop"]:
                 self.save()
+                self.save_soon, saved = False, time.monotonic()
             yield record
-            start = time.perf_counter()
+
+    def due(self, every: int) -> bool:
+        return self.update % every == 0 or self.update == self.config.updates
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the next update on, epoch after epoch."""
-        first, epoch = 0, 0  # the epoch's first update
-        while self.update < self.config.updates:
+        """This process's batches from now on, epoch after epoch: of as many as there are processes that follow each
+        other in the plan, one."""
+        next_one, first, epoch = self.state["batches"] + processes.rank(), 0, 0  # numbers of batches in all epochs
+        while True:
             self.examples.epoch = epoch
             plan = epoch_plan(self.examples.frames(), self.config, epoch)
-            yield from load(self.examples, plan[max(0, self.update - first) :][: self.config.updates - self.update])
-            first, epoch = first + len(plan), epoch + 1
+            own = plan[max(0, next_one - first) :: processes.count()]
+            yield from load(self.examples, own)
+            next_one, first, epoch = next_one + len(own) * processes.count(), first + len(plan), epoch + 1
 
-    def train_on(self, batch: Batch) -> dict:
-        """One update, or none where the loss or the gradient is not finite. Returns what to report of it."""
-        config, update = self.config, self.update
-        self.note_left_out(batch.corrupt)
-        torch.manual_seed((config.seed << 32) + update)  # all that is drawn is a function of the seed and the update
+    def rehearse(self) -> None:
+        """Runs the batch with the most padded frames forward and backward, as in both steps, so that memory fails now
+        and not after a day. Raises ValueError where it does."""
+        self.examples.epoch = 0
+        frames = self.examples.frames()
+        worst = max(epoch_plan(frames, self.config, 0), key=lambda batch: len(batch) * max(frames[i] for i in batch))
+        (batch,) = load(self.examples, [worst])
+        try:
+            for update in {0, self.config.updates - 1}:
+                self.add_gradients(batch, update, labels=1, sync=True)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ValueError(
+                f"the largest batch, {len(worst)} utterances of up to {max(frames[i] for i in worst)} frames, does not "
+                f"fit into the memory: lower --batch-seconds {self.config.batch_seconds:g} (and raise --accumulate), "
+                f"or set --checkpoint-activations. {str(error).partition(chr(10))[0]}"
+            ) from error
+        self.optimizer.zero_grad()
+
+    def train_on(self, batches: list[Batch]) -> dict:
+        """One update, or none where a loss or the gradient is not finite. Returns what to report of it."""
+        config, update, step1 = self.config, self.update, self.update < step1_updates(self.config)
+        for batch in batches:
+            self.note_left_out({UNREADABLE: batch.corrupt})
         rate = learning_rate(update, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        step1 = update < step1_updates(config)
-        weights, gates = self.networks_of(update, len(batch.utterances))
-        record = dict(update=update + 1, step=1 if step1 else 2, sizes=list(weights), learning_rate=rate)
-        record["audio_seconds"] = sum(u.samples for u in batch.utterances) / config.sample_rate
-        self.update += 1
-        if not batch.utterances:
-            return record
-        self.model.train()
-        self.optimizer.zero_grad()
-        losses = self.losses(batch, list(weights), gates)  # (M,)
-        loss = (losses * losses.new_tensor(list(weights.values()))).sum()
-        if step1:
-            loss = loss + ALGORITHMS[config.method].extra_loss(self.model.scores, self.model.ranking, update, config)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            self.skipped = 0
+        labels = sum(batch.label_lengths.sum() for batch in batches).to(self.device)
+        labels = processes.total(labels).clamp(min=1)
+        losses = [self.add_gradients(batch, update, labels, sync=batch is batches[-1]) for batch in batches]
+        *losses, stop = processes.total(
+            torch.stack([*sum(losses), losses[0].new_tensor(float(self.stop_soon > 0))])
+        ).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
+        self.state["update"] += 1
+        self.state["batches"] += len(batches) * processes.count()
+        record = dict(update=self.update, step=1 if step1 else 2, sizes=list(self.loss_weights(update)))
+        record |= dict(learning_rate=rate, stop=stop > 0)
+        record["audio_seconds"] = sum(u.samples for batch in batches for u in batch.utterances) / config.sample_rate
+        if math.isfinite(sum(losses)) and math.isfinite(norm):
+            self.state["skipped"] = 0
             self.optimizer.step()
-            record |= dict(losses=dict(zip(weights, losses.tolist(), strict=True)), gradient_norm=norm.item())
+            record |= dict(losses=dict(zip(record["sizes"], losses, strict=True)), gradient_norm=norm)
         else:
-            self.skip(batch, loss.item(), norm.item())
+            self.skip(batches, sum(losses), norm)
+        self.optimizer.zero_grad()
         if step1:
             self.model.ranking = ALGORITHMS[config.method].rank(self.model.scores, self.model.ranking, update, config)
         return record
 
-    def networks_of(self, update: int, utterances: int) -> tuple[dict[int, float], list[Gates]]:
-        """What an update trains: size → loss weight, largest first, and the gates of each."""
+    def add_gradients(self, batch: Batch, update: int, labels: Tensor | int, sync: bool) -> Tensor:
+        """Adds the gradient of a batch's losses, in nats for each of the `labels` that the update has in all processes.
+        `sync`: the update's last batch, with which the gradients of all processes become one. Returns the losses, (M,).
+        """
+        config, model, step1 = self.config, self.model, update < step1_updates(self.config)
+        features, lengths, targets, target_lengths, seeds = batch.to(self.device)
+        weights, gates = self.loss_weights(update), self.gates(update, seeds)
+        m, idle = len(weights), model.idle(list(weights), step1)
+        with nullcontext() if sync or self.network is model else self.network.no_sync():
+            log_probs, lengths = self.network(features, lengths, list(weights), gates, seeds)
+            stacked = (lengths.repeat(m), targets.repeat(m, 1), target_lengths.repeat(m))
+            losses = ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, len(seeds))).sum(1) / labels
+            loss = processes.count() * (losses * losses.new_tensor(list(weights.values()))).sum()
+            if step1 and sync:
+                loss = loss + ALGORITHMS[config.method].extra_loss(model.scores, model.ranking, update, config)
+            (loss + 0 * sum(weight.sum() for weight in idle)).backward()  # other processes wait for every gradient
+        for weight in idle:
+            weight.grad = None  # a zero would move the optimizer's state
+        return losses.detach()
+
+    def loss_weights(self, update: int) -> dict[int, float]:
+        """The networks that an update trains, largest first: size → weight of its loss."""
+        config = self.config
+        if update < step1_updates(config):
+            return {config.layers: 1.0, size_at(update, config): config.subnet_loss}
+        if config.method == "layerdrop":
+            return {config.layers: 1.0}
+        return sandwich.loss_weights(update, self.model.sizes, config)
+
+    def gates(self, update: int, seeds: Tensor) -> list[Gates]:
+        """The gates of these networks, for utterances with these seeds."""
         config, model = self.config, self.model
         if update < step1_updates(config):
             layer_weights = ALGORITHMS[config.method].layer_weights(model.scores, model.ranking, update, config)
-            weights = {config.layers: 1.0, size_at(update, config): config.subnet_loss}
-            return weights, [[True] * config.layers, layer_weights]
+            return [[True] * config.layers, layer_weights]
         if config.method == "layerdrop":
-            return {config.layers: 1.0}, [layer_drop(utterances, config, self.device)]
-        weights = sandwich.loss_weights(update, model.sizes, config)
-        masks = [model.mask(size) for size in weights]
-        return weights, sandwich.gates(masks, utterances, config, self.device)
+            return [list(sandwich.layers_kept(seeds, config.layers, config.layer_drop))]
+        return sandwich.gates([model.mask(size) for size in self.loss_weights(update)], seeds, config)
 
-    def losses(self, batch: Batch, sizes: list[int], gates: list[Gates]) -> Tensor:
-        """The CTC loss of each network, in nats for each label of the batch: (M,)."""
-        features, lengths, labels, label_lengths = batch.to(self.device)
-        features = spec_augment(features, lengths, self.config)
-        log_probs, lengths = self.model(features, lengths, sizes, gates)
-        m = len(sizes)
-        stacked = (lengths.repeat(m), labels.repeat(m, 1), label_lengths.repeat(m))
-        loss = ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, -1))
-        return loss.sum(1) / label_lengths.sum().clamp(min=1)
-
-    def skip(self, batch: Batch, loss: float, norm: float) -> None:
+    def skip(self, batches: list[Batch], loss: float, norm: float) -> None:
         """Logs an update that is left out; raises FloatingPointError where too many were in a row."""
-        ids = [utterance.id for utterance in batch.utterances]
+        ids = [utterance.id for batch in batches for utterance in batch.utterances]
         self.log(dict(update=self.update, skipped=f"loss {loss}, gradient norm {norm}", utterances=ids))
-        self.skipped += 1
-        if self.skipped >= MOST_SKIPPED:
+        self.state["skipped"] += 1
+        if self.state["skipped"] >= MOST_SKIPPED:
             raise FloatingPointError(
-                f"{self.skipped} updates in a row had a loss or gradient that is not finite, the last one update "
-                f"{self.update}; {self.run / 'metrics.jsonl'} names their utterances. Try a lower peak learning rate"
+                f"{MOST_SKIPPED} updates in a row had a loss or gradient that is not finite, the last one update "
+                f"{self.update} with {' '.join(ids)}; {self.run / 'metrics.jsonl'} names the others' utterances. Try a "
+                "lower peak learning rate"
             )
 
     def validate(self) -> dict[int, dict]:
-        """Decodes the dev splits with every size at once. Returns size → word error rate, counts, layers kept."""
+        """Decodes the dev splits with every size at once, each process its share; keeps the network that has the fewest
+        errors in best.pt. Returns size → word error rate, counts, layers kept."""
         sizes = list(reversed(self.model.sizes))
         texts = transcribe(self.model, self.dev, sizes, "validating")
-        result = {}
-        for size in sizes:
-            errors = sum(errors_of(self.dev.utterances, texts[size]), Errors())
-            result[size] = dict(wer=errors.rate, errors=errors.total, words=errors.words)
-            result[size]["layers"] = kept_names(self.model, size)
+        own = [sum(errors_of(self.dev.utterances, texts[size]), Errors()) for size in sizes]
+        counts = processes.total(torch.tensor([(e.total, e.words) for e in own], device=self.device)).tolist()
+        result = {
+            size: dict(wer=errors / max(1, words), errors=errors, words=words, layers=kept_names(self.model, size))
+            for size, (errors, words) in zip(sizes, counts, strict=True)
+        }
         self.log(dict(update=self.update, dev=result))
+        if (errors := sum(errors for errors, _ in counts)) < self.state["best"]:
+            self.state["best"] = errors
+            self.write("best.pt", self.model)
         return result
 
     def save(self) -> None:
-        """Writes the checkpoint and, for people, the ranking of the layers."""
-        training = dict(update=self.update, skipped=self.skipped, optimizer=self.optimizer.state_dict())
-        checkpoint.save(self.run / checkpoint.NAME, self.model, self.tokenizer, training=training)
+        """Writes the checkpoint and, for people, the ranking of the layers; at the end also average.pt."""
+        state = self.state | dict(optimizer=self.optimizer.state_dict())
+        self.write(checkpoint.NAME, self.model, training=state, keep=self.config.keep)
+        if processes.rank():
+            return
         scores = [None] * self.config.layers if self.model.scores is None else self.model.scores.tolist()
         ranked = [dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking]
         (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
+        if self.update == self.config.updates:
+            last = [checkpoint.read(path) for path in checkpoint.history(self.run)]
+            fixed = [c.model for c in last if c.training["update"] > step1_updates(self.config)]  # the masks are
+            self.write("average.pt", averaged(fixed or [self.model]))
+
+    def write(self, name: str, model: Supernet, **more) -> None:
+        if not processes.rank():
+            checkpoint.save(self.run / name, model, self.tokenizer, **more)
 
     def log(self, record: dict) -> None:
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds a line to metrics.jsonl: the first process what all did, each one what it left out."""
+        if not processes.rank() or "skipped" in record:
+            with open(self.run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
 
-    def note_left_out(self, corrupt: dict[str, str]) -> None:
-        """Adds audio that turned out to be unreadable to the report."""
-        known = self.corpus.left_out.setdefault(UNREADABLE, {})
-        if corrupt.keys() - known.keys():
-            known |= corrupt
-            self.write_left_out()
+    def note_left_out(self, left_out: dict[str, dict[str, str]]) -> None:
+        """Adds to left-out.txt the utterances that are not in it; why → id → what exactly."""
+        if any(left_out.values()):
+            with open(self.run / "left-out.txt", "a+", errors="surrogateescape") as file:
+                file.seek(0)
+                known = {line.partition("\t")[0] for line in file}
+                rows = ((why, name, what) for why, names in left_out.items() for name, what in names.items())
+                file.writelines(f"{name}\t{why}: {what}\n" for why, name, what in rows if name not in known)
 
-    def write_left_out(self) -> None:
-        lines = [
-            f"{name}\t{why}: {what}\n" for why, names in self.corpus.left_out.items() for name, what in names.items()
-        ]
-        (self.run / "left-out.txt").write_text("".join(lines))
+
+def averaged(models: list[Supernet]) -> Supernet:
+    """The first one, with the mean of all their weights."""
+    states = [model.state_dict() for model in models]
+    with torch.no_grad():
+        for name, weight in states[0].items():
+            weight.copy_(torch.stack([state[name] for state in states]).mean(0))
+    return models[0]
 
 
 def check_new(run: Path, overwrite: bool) -> None:

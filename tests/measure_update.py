@@ -39,7 +39,7 @@ def main(run: Path, batch_seconds: str | None = None) -> None:
                     for kind in LAYERS
                 ]
                 start = time.perf_counter()
-                trainer.train_on(batch)
+                trainer.train_on([batch])
                 taken.append(time.perf_counter() - start)
                 for hook in hooks:
                     hook.remove()

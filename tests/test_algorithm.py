@@ -206,7 +206,8 @@ def test_every_other_layer_is_kept(blocks, data):
 
 
 def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
-    gates = torch.stack(baselines.layer_drop(3000, tiny(layer_drop=0.2), torch.device("cpu")))
+    seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
+    gates = sandwich.layers_kept(seeds, 8, 0.2)
     assert gates.shape == (8, 3000) and set(gates.unique().tolist()) == {0.0, 1.0}
     assert gates.mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / gates.numel()))
     assert not torch.equal(gates[0], gates[1])
@@ -229,17 +230,19 @@ def test_sandwich_rule():
 
 
 def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
-    torch.manual_seed(0)
-    smallest, device = [layer in (1, 6) for layer in range(8)], torch.device("cpu")
+    seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
+    smallest = [layer in (1, 6) for layer in range(8)]
     masks = [[True] * 8, [layer in (1, 2, 6) for layer in range(8)], smallest]
-    gates = sandwich.gates(masks, 3000, tiny(stochastic_depth=0.3), device)
+    gates = sandwich.gates(masks, seeds, tiny(stochastic_depth=0.3))
     assert gates[1:] == masks[1:]
     assert [gate is True for gate in gates[0]] == smallest
     stays = torch.stack([gate for gate in gates[0] if gate is not True])  # (6, 3000)
     assert set(stays.unique().tolist()) == {0.0, 1.0}
     assert stays.mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / stays.numel()))
     assert not torch.equal(stays[0], stays[1])
-    assert sandwich.gates(masks, 5, tiny(stochastic_depth=0.0), device) == masks
+    half = sandwich.gates(masks, seeds[1500:], tiny(stochastic_depth=0.3))[0]  # an utterance's draw is its own
+    assert torch.equal(torch.stack([gate for gate in half if gate is not True]), stays[:, 1500:])
+    assert sandwich.gates(masks, seeds, tiny(stochastic_depth=0.0)) == masks
 
 
 def test_learning_rate():

@@ -1,6 +1,7 @@
 """From files to batches: features, SpecAugment, corpora, tokenizer, batch plan, the embedded corpus, and bad input."""
 
 import math
+import random
 import subprocess
 import sys
 
@@ -55,31 +56,48 @@ def test_any_waveform_has_finite_features(samples):
     assert features.shape == (feature_frames(samples, tiny()), 12) and features.isfinite().all()
 
 
-@given(st.integers(0, 2**20), st.lists(st.integers(1, 300), min_size=1, max_size=5))
-def test_spec_augment_stays_inside_each_utterance(seed, lengths):
-    torch.manual_seed(seed)
+@given(st.integers(0, 2**20), st.integers(1, 300))
+def test_spec_augment_stays_within_its_bounds(seed, frames):
     config = tiny(mel_bins=40, frequency_masks=3, frequency_mask_bins=5, time_mask_every=25, time_mask_frames=20)
-    features, frames = torch.ones(len(lengths), max(lengths), 40), torch.tensor(lengths)
-    masked = spec_augment(features, frames, config)
-    for row, length in zip(masked, lengths, strict=True):
-        hidden_bins = (row == 0).all(0)
-        hidden_frames = (row == 0).all(1)
-        assert not hidden_frames[length:].any() or hidden_bins.all()
-        assert hidden_bins.sum() <= 3 * 5 or length == hidden_frames[:length].sum()
-        assert hidden_frames.sum() <= 20 * max(2, length // 25)
-        assert (row[~hidden_frames][:, ~hidden_bins] == 1).all()
-    assert (features == 1).all()
+    features = torch.ones(frames, 40)
+    masked = spec_augment(features, config, random.Random(seed))
+    hidden_bins, hidden_frames = (masked == 0).all(0), (masked == 0).all(1)
+    assert hidden_bins.sum() <= 3 * 5 or hidden_frames.all()
+    assert hidden_frames.sum() <= 20 * max(2, frames // 25)
+    assert (masked[~hidden_frames][:, ~hidden_bins] == 1).all() and (features == 1).all()
+    assert torch.equal(masked, spec_augment(features, config, random.Random(seed)))
 
 
 def test_spec_augment_off_and_on():
-    torch.manual_seed(0)
-    features, lengths = torch.ones(50, 400, 40), torch.full((50,), 400)
+    features, draw = torch.ones(400, 40), random.Random(0)
     off = tiny(mel_bins=40, frequency_masks=0, time_mask_every=0)
-    assert torch.equal(spec_augment(features, lengths, off), features)
+    assert torch.equal(spec_augment(features, off, draw), features)
     on = tiny(mel_bins=40, frequency_masks=2, frequency_mask_bins=8, time_mask_every=25, time_mask_frames=20)
-    hidden = spec_augment(features, lengths, on) == 0
+    hidden = torch.stack([spec_augment(features, on, draw) for _ in range(50)]) == 0
     assert 6 < hidden.all(1).sum(1).float().mean() < 9  # two masks of 4 bins in the mean
     assert 40 < hidden.all(2).sum(1).float().mean() < 95  # 2 to 16 masks of 10 frames in the mean, which may overlap
+    assert hidden[:, -5:].all(2).any() and hidden[:, :5].all(2).any()  # masks reach both ends
+
+
+def test_what_is_drawn_for_an_utterance_is_its_own(tones):
+    config = tiny(corpus=str(tones), speeds=(0.9, 1.0, 1.1))
+    utterances = read_corpus(tones, ["train"], config).utterances
+    tokenizer = train_tokenizer((utterance.text for utterance in utterances), 12)
+    all_of_them, last = (Examples(u, tokenizer, config, keep=True) for u in (utterances, utterances[-1:]))
+
+    def drawn(examples: Examples, epoch: int | None) -> tuple[torch.Tensor, int]:
+        examples.epoch = epoch
+        example = examples[len(examples) - 1]
+        return example.features, example.seed
+
+    for epoch in range(3):
+        alone, among_others = drawn(last, epoch), drawn(all_of_them, epoch)
+        assert torch.equal(alone[0], among_others[0]) and alone[1] == among_others[1]
+    assert len({drawn(last, epoch)[1] for epoch in range(9)}) == 9
+    assert not torch.equal(drawn(last, 0)[0], drawn(last, None)[0])  # masks are drawn in training alone
+    assert {len(drawn(last, epoch)[0]) for epoch in range(20)} == {
+        feature_frames(round(utterances[-1].samples / speed), config) for speed in config.speeds
+    }
 
 
 def test_reads_librispeechs_layout(tones):

@@ -15,8 +15,9 @@ from dynsize.training import Trainer
 
 
 def trainer(tones, run, **changes) -> Trainer:
-    run.mkdir()
-    return Trainer(tiny(**changes | dict(corpus=str(tones))), run)
+    made = Trainer(tiny(**changes | dict(corpus=str(tones))), run)
+    made.begin()
+    return made
 
 
 def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -172,17 +173,17 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
 
     def sometimes(*arguments):
         calls.append(1)
-        return loss(*arguments) * (math.nan if len(calls) in (3, *range(8, 99)) else 1)
+        return loss(*arguments) * (math.nan if len(calls) in (2, *range(7, 99)) else 1)
 
-    monkeypatch.setattr(training, "ctc_loss", sometimes)
     updates = run.updates()
-    for _ in range(2):
-        next(updates)
+    next(updates)
+    monkeypatch.setattr(training, "ctc_loss", sometimes)
+    next(updates)
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     next(updates)
     assert same(run.model.state_dict(), before)
     next(updates)
-    assert not same(run.model.state_dict(), before) and run.skipped == 0
+    assert not same(run.model.state_dict(), before) and run.state["skipped"] == 0
     with pytest.raises(FloatingPointError, match=r"10 updates in a row.*metrics\.jsonl"):
         list(updates)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -206,13 +207,9 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     expected = {UNREADABLE: {"0-7-0003"}, "more labels than CTC can align": {"0-7-0008"}}
     assert {why: set(names) for why, names in run.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
-    assert set(run.corpus.left_out[UNREADABLE]) == {"0-7-0003", "0-7-0005"}
     report = (tmp_path / "run" / "left-out.txt").read_text()
-    assert (
-        all(f"0-7-000{number}\t" in report for number in (3, 5, 8))
-        and "encoder frames" in report
-        and "damaged audio" in report
-    )
+    assert sorted(line.partition("\t")[0] for line in report.splitlines()) == [f"0-7-000{n}" for n in (3, 5, 8)]
+    assert "encoder frames" in report and "damaged audio" in report
 
 
 def test_bad_dev_data_stops_before_training(tmp_path):
