@@ -7,9 +7,9 @@ import dataclasses
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -69,18 +69,24 @@ def save(path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | Non
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint file onto the CPU; of a run directory the newest that is whole, with a warning where it isn't
-    the last one written. Runs no code from the file.
+    """Reads a checkpoint file onto the CPU; of a run directory the newest that is whole, with a warning for newer ones.
+    Runs no code from the file.
 
     Raises ValueError where there is none, or it is damaged, or something else.
     """
-    files = history(path) if path.is_dir() else [path]
-    for newer, older in pairwise(files):
+    found = next(whole(path), None) if path.is_dir() else read(path)
+    if found is None:
+        raise ValueError(f"{path}: no checkpoint in it, or none that is whole")
+    return found
+
+
+def whole(run: Path) -> Iterator[Checkpoint]:
+    """The checkpoints of a run directory that are whole, newest first; warns of the others."""
+    for path in history(run):
         try:
-            return read(newer)
+            yield read(path)
         except ValueError as error:
-            warnings.warn(f"{error}; {older}, from before it, is used", stacklevel=2)
-    return read(files[-1] if files else path / NAME)
+            warnings.warn(f"{error}; the one before it is used", stacklevel=3)
 
 
 def history(run: Path) -> list[Path]:

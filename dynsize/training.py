@@ -288,9 +288,9 @@ class Trainer:
         ranked = [dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking]
         (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
         if self.update == self.config.updates:
-            last = [checkpoint.read(path) for path in checkpoint.history(self.run)]
-            fixed = [c.model for c in last if c.training["update"] > step1_updates(self.config)]  # the masks are
-            self.write("average.pt", averaged(fixed or [self.model]))
+            last = checkpoint.whole(self.run)
+            same_masks = [c.model for c in last if c.training["update"] > step1_updates(self.config)]
+            self.write("average.pt", averaged(same_masks or [self.model]))
 
     def write(self, name: str, model: Supernet, **more) -> None:
         if not processes.rank():

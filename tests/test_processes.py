@@ -17,7 +17,11 @@ from dynsize import checkpoint, processes
 from dynsize.config import Config
 from dynsize.training import Trainer
 
-HERE = Path(__file__).parent
+TRAIN = Path(__file__).parents[1] / "train.py"
+TINY = (
+    "--sample-rate 8000 --mel-bins 12 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 --attention-heads 2 "
+    "--kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --batch-seconds 2 --precision float32"
+).split()
 CASES = {
     "step 1": (0, dict()),
     "step 1, soft": (0, dict(relaxation="soft")),
@@ -53,14 +57,8 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
 
 
 def torchrun(count: int, *command: object) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        *map(str, command),
-    ]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--")
+    return [*torchrun, *map(str, command)]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +78,68 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
     assert {name for name in alone if len(alone[name]) == 0} == {n for n in together if len(together[n]) == 0}
     joined, expected = (torch.cat([grads[name].flatten().double() for name in alone]) for grads in (together, alone))
     assert expected.norm() > 0.1 and (joined - expected).norm() <= 1e-6 * expected.norm()
+
+
+def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
+    """`train.py`, or another script, in so many processes."""
+    started = torchrun(processes, *command) if processes > 1 else [sys.executable, *map(str, command)]
+    return subprocess.Popen(started, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
+    flags = ["--corpus", tones, *TINY, "--updates", "1000", "--validate-every", "500", "--log-every", "1"]
+    training = trained(tmp_path, TRAIN, "--run", "run", *flags, processes=2)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() and training.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(training.pid, signal.SIGTERM)
+    out, err = training.communicate(timeout=120)
+    assert training.returncode and "stopped and saved at update" in out and out.count("network") == 1, err
+    stopped = checkpoint.load(tmp_path / "run")
+    done = stopped.training["update"]
+    assert 1 <= done < 1000 and stopped.training["batches"] == 2 * done
+    assert [line["update"] for line in map(json.loads, metrics.read_text().splitlines())] == list(range(1, done + 1))
+    shorter = dataclasses.replace(stopped.model.config, updates=done + 3, step1_share=0.0)
+    stopped.model.config = shorter
+    checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
+    out, err = trained(tmp_path, TRAIN, "--resume", "run", processes=1).communicate(timeout=120)
+    ended = checkpoint.load(tmp_path / "run").training
+    assert ended["update"] == done + 3 and ended["batches"] == 2 * done + 3 and "done: run" in out, err
+
+
+def test_dev_errors_of_two_processes_are_those_of_one(tones, tmp_path):
+    results = {}
+    for count in (1, 2):
+        flags = ["--corpus", tones, *TINY, "--updates", "2", "--accumulate", str(2 // count), "--validate-every", "1"]
+        training = trained(tmp_path, TRAIN, "--run", f"run{count}", *flags, processes=count)
+        out, err = training.communicate(timeout=120)
+        assert training.returncode == 0, err
+        lines = (tmp_path / f"run{count}" / "metrics.jsonl").read_text().splitlines()
+        results[count] = [line["dev"] for line in map(json.loads, lines) if "dev" in line]
+        assert out.count("dev WER") == 2 * 3
+    assert results[1] == results[2] and results[1][0]["8"]["words"] > 0
+
+
+def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(TRAIN.parent)!r})\n"
+        "import train\n"
+        "from dynsize import processes, training\n"
+        "original = training.Trainer.train_on\n"
+        "def train_on(self, batches):\n"
+        "    if self.update == 2 and processes.rank() == 1:\n"
+        "        raise RuntimeError('the second one dies')\n"
+        "    return original(self, batches)\n"
+        "training.Trainer.train_on = train_on\n"
+        "train.main()\n"
+    )
+    flags = ["--corpus", tones, *TINY, "--updates", "1000000", "--save-every", "2"]
+    training = trained(tmp_path, script, "--run", "run", *flags, processes=2)
+    out, err = training.communicate(timeout=120)
+    assert training.returncode and "the second one dies" in err and "done" not in out
+    assert checkpoint.load(tmp_path / "run").training["update"] == 2
 
 
 if __name__ == "__main__":
