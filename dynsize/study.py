@@ -25,7 +25,7 @@ def next_training(config: Config, folder: Path) -> Trainer | None:
     ValueError where the folder has one of the same name with other settings."""
     for name, planned in plan(config).items():
         run = folder / name
-        if not (run / checkpoint.NAME).exists():
+        if not checkpoint.history(run):
             check_new(run, overwrite=True)  # it was stopped before its first checkpoint
             trainer = Trainer(planned, run)
             trainer.begin()

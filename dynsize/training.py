@@ -98,6 +98,7 @@ class Trainer:
                 path.unlink()
         (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
+        (self.run / "left-out.txt").touch()
         self.note_left_out(self.corpus.left_out)
 
     def lock(self) -> None:

@@ -1,5 +1,6 @@
 """The three scripts as a user runs them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -70,7 +71,9 @@ def work(trained, tmp_path) -> Path:
 
 def test_train_leaves_and_shows_what_it_promises(trained):
     names = {path.name for path in (trained / "run").iterdir()}
-    assert names == {"checkpoint.pt", "config.json", "metrics.jsonl", "ranking.json", "left-out.txt", "corpus.txt"}
+    networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt", "average.pt"}
+    assert names - networks == {"config.json", "metrics.jsonl", "ranking.json", "left-out.txt", "corpus.txt", "lock"}
+    assert networks < names
     values = json.loads((trained / "run" / "config.json").read_text())
     assert values["sizes"] == [3, 5, 8] and values["updates"] == 12 and values["seed"] == 0
     shown = (trained / "train.out").read_text()
@@ -206,13 +209,32 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
         output, _ = training.communicate(timeout=60)
     assert training.returncode == 128 + number
     saved = int(re.search(r"stopped and saved at update (\d+); python train.py --resume run goes on", output)[1])
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["training"]["update"] == saved
-    state["config"]["updates"] = saved + 3
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    stopped = checkpoint.load(tmp_path / "run")
+    assert stopped.training["update"] == saved
+    stopped.model.config = dataclasses.replace(stopped.model.config, updates=saved + 3)
+    checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
     resumed = run("train.py", "--resume", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["training"]["update"] == saved + 3
+    assert checkpoint.load(tmp_path / "run").training["update"] == saved + 3
+
+
+def test_sigusr1_saves_and_training_goes_on(tones, tmp_path):
+    often = ["--log-every", "1", "--save-every", "100000", "--validate-every", "100000", "--updates", "100000"]
+    command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, *often]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as training:
+        metrics, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint.pt"
+        for awaited in (metrics, saved):
+            while not awaited.exists():
+                assert training.poll() is None
+                time.sleep(0.02)
+            if awaited == metrics:
+                training.send_signal(signal.SIGUSR1)
+        update = checkpoint.load(saved).training["update"]
+        while len(metrics.read_text().splitlines()) < update + 5:
+            assert training.poll() is None
+            time.sleep(0.02)
+        training.kill()
+    assert checkpoint.load(saved).training["update"] == update
 
 
 @pytest.mark.parametrize(
