@@ -27,31 +27,24 @@ class CtcLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-        dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        frames, states = log_probs.shape[1], 2 * labels.shape[1] + 1
-        last = 2 * label_lengths  # (N,) the last state
-        time, state = torch.arange(frames, device=labels.device), torch.arange(states, device=labels.device)
-        extended = labels.new_full((len(labels), states), BLANK)
-        extended[:, 1::2] = labels
-        extended = extended.masked_fill(state > last[:, None], BLANK)  # the padding may hold anything
+        dtype, frames = torch.promote_types(log_probs.dtype, torch.float32), log_probs.shape[1]
+        last, state = 2 * label_lengths[:, None], torch.arange(2 * labels.shape[1] + 1, device=labels.device)
+        outside = (state > last)[:, None]  # (N, 1, S)
+        extended = with_blanks(labels).masked_fill(outside[:, 0], BLANK)  # the padding may hold anything
         emitted = log_probs.to(dtype).gather(2, extended[:, None].expand(-1, frames, -1))  # (N, T, S)
-        emitted = emitted.masked_fill(state > last[:, None, None], -torch.inf)
-        to_reversed = (lengths[:, None] - 1 - time).clamp(min=0)  # (N, T): frame t ↔ frame length − 1 − t
-        state_reversed = (last[:, None] - state).clamp(min=0)  # (N, S)
-        index = to_reversed[:, :, None].expand(-1, -1, states), state_reversed[:, None].expand(-1, frames, -1)
-        backwards = emitted.gather(1, index[0]).gather(2, index[1])
-        backwards = backwards.masked_fill(state > last[:, None, None], -torch.inf)
-        both_labels = torch.cat([extended, extended.gather(1, state_reversed)])
-        alpha, beta = forward_variables(torch.cat([emitted, backwards]), both_labels).chunk(2)  # (N, T, S)
-        at_end = alpha.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states))[:, 0]  # (N, S)
-        final = (state == last[:, None]) | (state == last[:, None] - 1)
-        log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)
-        beta = beta.gather(1, index[0]).gather(2, index[1])
+        emitted = emitted.masked_fill(outside, -torch.inf)
+        backwards = flipped(flipped(emitted, lengths - 1, 1), last[:, 0], 2).masked_fill(outside, -torch.inf)
+        both_labels = torch.cat([extended, flipped(extended, last[:, 0], 1)])
+        alpha, beta = forward_variables(torch.cat([emitted, backwards]), both_labels).chunk(2)  # (N, T, S) each
+        beta = flipped(flipped(beta, lengths - 1, 1), last[:, 0], 2)
+        at_end = alpha[torch.arange(len(alpha), device=alpha.device), lengths - 1]  # (N, S)
+        final = (state == last) | (state == last - 1)
+        log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
         # α and β both contain e(t, s), so that one of them must go
         posterior = (alpha + beta - emitted.clamp(min=-1e30) - log_likelihood[:, None, None]).exp()
-        valid = (time < lengths[:, None])[..., None] & (state <= last[:, None, None])
-        valid &= log_likelihood.isfinite()[:, None, None]
-        ctx.save_for_backward(posterior.masked_fill(~valid, 0), extended)
+        after = torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]  # (N, T, 1)
+        nowhere = after | outside | ~log_likelihood.isfinite()[:, None, None]
+        ctx.save_for_backward(posterior.masked_fill(nowhere, 0), extended)
         ctx.vocabulary, ctx.dtype = log_probs.shape[2], log_probs.dtype
         return -log_likelihood
 
@@ -61,6 +54,20 @@ class CtcLoss(torch.autograd.Function):
         occupied = posterior.new_zeros(*posterior.shape[:2], ctx.vocabulary)
         occupied.scatter_add_(2, extended[:, None].expand_as(posterior), posterior)  # (N, T, V)
         return (-grad[:, None, None] * occupied).to(ctx.dtype), None, None, None
+
+
+def with_blanks(labels: Tensor) -> Tensor:
+    """(N, U) labels → (N, S), with a blank before, between and behind them."""
+    extended = labels.new_full((len(labels), 2 * labels.shape[1] + 1), BLANK)
+    extended[:, 1::2] = labels
+    return extended
+
+
+def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
+    """`x` with the entries 0 to `last`, (N,), of a dimension in reverse order; behind them is no matter what."""
+    place = torch.arange(x.shape[dim], device=x.device)
+    index = (last[:, None] - place).clamp(min=0)  # (N, size of the dimension)
+    return x.gather(dim, index.view(len(x), *(x.shape[d] if d == dim else 1 for d in range(1, x.dim()))).expand_as(x))
 
 
 def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
