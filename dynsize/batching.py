@@ -27,7 +27,7 @@ LENGTH_JITTER = 0.1  # share by which a length is off when utterances are sorted
 
 @dataclass(frozen=True)
 class Example:
-    """An utterance, its labels and its features (T, F) float32; where it could not be read, T = 0 and why."""
+    """An utterance, its labels, its features (T, F) float32; where it could not be read, a frame of zeros, and why."""
 
     utterance: Utterance
     labels: list[int]
@@ -120,7 +120,7 @@ class Examples(Dataset):
         try:
             features = self.features(index, self.speed(index))
         except CorruptAudio as error:
-            return Example(utterance, labels, torch.zeros(0, self.config.mel_bins), seed, str(error))
+            return Example(utterance, labels, torch.zeros(1, self.config.mel_bins), seed, str(error))
         if self.epoch is not None:
             features = spec_augment(features, self.config, draw)
         return Example(utterance, labels, features, seed)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -190,16 +191,15 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         labels = sum(batch.label_lengths.sum() for batch in batches).to(self.device)
         labels = processes.total(labels).clamp(min=1)
-        losses = [self.add_gradients(batch, update, labels, sync=batch is batches[-1]) for batch in batches]
-        *losses, stop = processes.total(
-            torch.stack([*sum(losses), losses[0].new_tensor(float(self.stop_soon > 0))])
-        ).tolist()
+        losses = sum(self.add_gradients(batch, update, labels, sync=batch is batches[-1]) for batch in batches)
+        seconds = sum(u.samples for batch in batches for u in batch.utterances) / config.sample_rate
+        everywhere = torch.cat([losses, losses.new_tensor([seconds, self.stop_soon])])
+        *losses, seconds, stop = processes.total(everywhere).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
         self.state["update"] += 1
         self.state["batches"] += len(batches) * processes.count()
         record = dict(update=self.update, step=1 if step1 else 2, sizes=list(self.loss_weights(update)))
-        record |= dict(learning_rate=rate, stop=stop > 0)
-        record["audio_seconds"] = sum(u.samples for batch in batches for u in batch.utterances) / config.sample_rate
+        record |= dict(learning_rate=rate, audio_seconds=seconds, stop=stop > 0)
         if math.isfinite(sum(losses)) and math.isfinite(norm):
             self.state["skipped"] = 0
             self.optimizer.step()
@@ -220,7 +220,8 @@ class Trainer:
         weights, gates = self.loss_weights(update), self.gates(update, seeds)
         m, idle = len(weights), model.idle(list(weights), step1)
         with nullcontext() if sync or self.network is model else self.network.no_sync():
-            log_probs, lengths = self.network(features, lengths, list(weights), gates, seeds)
+            drop = seeds if len(seeds) else None  # a batch of which nothing could be read has none
+            log_probs, lengths = self.network(features, lengths, list(weights), gates, drop)
             stacked = (lengths.repeat(m), targets.repeat(m, 1), target_lengths.repeat(m))
             losses = ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, len(seeds))).sum(1) / labels
             loss = processes.count() * (losses * losses.new_tensor(list(weights.values()))).sum()
@@ -354,20 +355,12 @@ def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
 
 
 def mean_of(records: list[dict]) -> dict:
-    """One line of metrics.jsonl from the records of an interval: the last one's, with means of what varies."""
-    last = records[-1]
-    losses: dict[int, list[float]] = {}
+    """One line of metrics.jsonl from the records of an interval: the last one's, with sums and means of what varies."""
+    losses = {size: [] for record in records for size in record.get("losses", {})}
     for record in records:
         for size, loss in record.get("losses", {}).items():
-            losses.setdefault(size, []).append(loss)
-    seconds, audio, waiting = (
-        sum(record[name] for record in records) for name in ("seconds", "audio_seconds", "waiting")
-    )
-    return last | dict(
-        losses={size: sum(values) / len(values) for size, values in losses.items()},
-        seconds=seconds,
-        audio_seconds=audio,
-        audio_seconds_per_second=audio / seconds,
-        waiting=waiting,
-        padding=sum(record["padding"] for record in records) / len(records),
-    )
+            losses[size].append(loss)
+    sums = {name: sum(record[name] for record in records) for name in ("seconds", "audio_seconds", "waiting")}
+    means = dict(losses={size: fmean(values) for size, values in losses.items()})
+    means |= dict(audio_seconds_per_second=sums["audio_seconds"] / sums["seconds"])
+    return records[-1] | sums | means | dict(padding=fmean(record["padding"] for record in records))

@@ -212,6 +212,20 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     assert "encoder frames" in report and "damaged audio" in report
 
 
+@pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
+def test_a_batch_of_which_nothing_can_be_read_teaches_nothing(tmp_path, front_end):
+    root = write_tones(tmp_path / "corpus")
+    channels = (4, 4) if front_end == "conv2d" else (4, 4, 4, 4)
+    run = trainer(
+        root, tmp_path / "run", batch_utterances=1, updates=30, front_end=front_end, front_end_channels=channels
+    )
+    (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
+    records = list(run.updates())
+    assert [sum(r["losses"].values()) == 0 and r["audio_seconds"] == 0 for r in records].count(True) in (1, 2)
+    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+    assert [line.split("\t")[0] for line in (tmp_path / "run" / "left-out.txt").open()] == ["0-7-0003"]
+
+
 def test_bad_dev_data_stops_before_training(tmp_path):
     root = write_tones(tmp_path / "corpus")
     transcript = root / "dev-other" / "2" / "7" / "2-7.trans.txt"
