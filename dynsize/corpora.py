@@ -119,9 +119,9 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     where, id, path, raw, speaker, start, end, channel = entry
     if end is not None and start >= end:
         raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
+    if isinstance(header, FileNotFoundError):
+        raise ValueError(f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist")
     if isinstance(header, Exception):
-        if isinstance(header, FileNotFoundError):
-            raise ValueError(f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist")
         return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
     _, _, samples, rate, channels = header
     if channels > 1 and channel is None:
@@ -136,10 +136,10 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     text = " ".join(NORMALISERS[config.normaliser](raw).split())
     if not text and raw.strip():
         return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
-    at_our_rate = round((last - first) * config.sample_rate / rate)
     text = raw if text == raw else text  # one string in memory, not two
-    utterance = Utterance(id, path, text, at_our_rate, (first, last), rate, int(channel or 0), sys.intern(speaker))
-    corpus.utterances.append(utterance)
+    samples = round((last - first) * config.sample_rate / rate)
+    spoken = Utterance(id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker))
+    corpus.utterances.append(spoken)
 
 
 # The readers. Each takes what its kind is recognised by, and the corpus, for remarks.
@@ -149,20 +149,20 @@ def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
     """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside it."""
     for folder, folders, files in os.walk(split):
         audio = audio_files(folder, folders + files)
-        for file in (name for name in files if name.endswith(".trans.txt")):
-            for where, name, text in rows(f"{folder}/{file}"):
-                yield Entry(where, name, audio.get(name, ""), text, name.partition("-")[0])
+        for where, line in lines(*(f"{folder}/{name}" for name in files if name.endswith(".trans.txt"))):
+            name, *text = line.split(maxsplit=1)
+            yield Entry(where, name, audio.get(name, ""), "".join(text), name.partition("-")[0])
 
 
 def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
     """TED-LIUM 2, Switchboard: stm/*.stm with lines `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`, sph/NAME.sph."""
     audio = audio_files(folder.parent / "sph")
-    for where, line in (row for file in folder.glob("*.stm") for row in lines(file) if not row[1].startswith(";;")):
+    for where, line in lines(*folder.glob("*.stm")):
+        if line.startswith(";;"):
+            continue
         name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
         if channel not in CHANNELS or not end:
-            raise ValueError(
-                f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B: {line}"
-            )
+            raise ValueError(f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A, B: {line}")
         text, unknown = re.subn(r"<unk>|<NA>", " ", re.sub(r"^<(?!unk>)[^>]*>(?!\S)", "", raw))
         text, joined = re.subn(r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text)  # it 's → it's
         corpus.changes.update({"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined})
@@ -237,31 +237,25 @@ KINDS = (  # kind, what it is recognised by, reader; the first that is there
 # What readers share.
 
 
-def lines(path: Path | str) -> Iterator[tuple[str, str]]:
-    """The lines of a UTF-8 file that are not blank, each after its place, FILE:NUMBER."""
-    path = os.fspath(path)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
-            if text and not text.isspace():
-                yield f"{path}:{number}", text
-
-
-def rows(path: Path | str) -> Iterator[tuple[str, str, str]]:
-    """The lines `KEY VALUE` of a file: FILE:NUMBER, key, value."""
-    for where, line in lines(path):
-        key, *value = line.split(maxsplit=1)
-        yield where, key, "".join(value)
+def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 files that are not blank, each after its place, FILE:NUMBER."""
+    for path in map(os.fspath, paths):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+                if text and not text.isspace():
+                    yield f"{path}:{number}", text
 
 
 def table(path: Path) -> dict[str, tuple[str, str]]:
     """The lines of a file, `KEY VALUE`, by key: FILE:NUMBER, value."""
     found: dict[str, tuple[str, str]] = {}
-    for where, key, value in rows(path):
-        if found.setdefault(key, (where, value))[0] != where:
+    for where, line in lines(path):
+        key, *value = line.split(maxsplit=1)
+        if found.setdefault(key, (where, "".join(value)))[0] != where:
             raise ValueError(f"{where}: {key} is there twice, first in {found[key][0]}")
     return found
 
@@ -366,14 +360,11 @@ def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Te
 def summary(corpus: Corpus, config: Config) -> str:
     """For people: what was recognised, how much it is, how long utterances are, what was left out and why."""
     lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    speakers = {utterance.speaker for utterance in corpus.utterances} - {""}
-    kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
+    speakers = len({utterance.speaker for utterance in corpus.utterances} - {""})
     lost = sum(map(len, corpus.left_out.values()))
     bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
-    rows = [f"{config.corpus}: {kinds}"]
-    rows.append(
-        f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {len(speakers)} speakers; {lost} left out"
-    )
+    rows = [f"{config.corpus}: " + ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())]
+    rows.append(f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {speakers} speakers; {lost} left out")
     rows.append("seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count))
     rows += [f"{count} {what}" for what, count in corpus.changes.items() if count]
     for why, names in corpus.left_out.items():
