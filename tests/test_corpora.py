@@ -368,6 +368,16 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
         assert kept.read_bytes() == whole
 
 
+def test_headers_are_read_again_from_a_file_of_the_same_size(tmp_path, opened):
+    file = write_corpus(tmp_path / "corpus", "manifest") / "talk.wav"
+    first, size = read(tmp_path / "corpus").utterances[0], file.stat().st_size
+    write_audio(file, seconds=1.0, rate=2 * RATE)
+    os.utime(file, ns=(0, 1))
+    again = read(tmp_path / "corpus").utterances[0]
+    assert file.stat().st_size == size and opened.count("talk.wav") == 2
+    assert (first.rate, again.rate) == (RATE, 2 * RATE) and first.span == (0, RATE) and again.span == (0, 2 * RATE)
+
+
 def test_headers_are_kept_where_a_line_is_refused(tmp_path, opened):
     file = write_corpus(tmp_path / "corpus", "librispeech") / LISTS["librispeech"]
     file.write_text(TRANSCRIPT + "1-2-0001 TOP\n")
