@@ -221,6 +221,8 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", '"text": "LOW"', '"text": "\\ud800"', ["train.jsonl:1", "surrogates"]),
         ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "-0.5"]),
         ("manifest", '"offset": 0.5', '"offset": 1e999', ["train.jsonl:2", "inf"]),
+        ("manifest", '"offset": 0.5', '"offset": [0.5]', ["train.jsonl:2", "[0.5] is not a time"]),
+        ("manifest", '"offset": 0.5', f'"offset": 1{"0" * 400}', ["train.jsonl:2", "00 is not a time"]),
         ("manifest", '"duration": 0.25', '"duration": "long"', ["train.jsonl:2", "'long'"]),
         ("manifest", ', "channel": 1', "", ["train.jsonl:2", "call.sph", "2 channels"]),
         ("manifest", '"channel": 1', '"channel": 2', ["train.jsonl:2", "call.sph", "no channel 2"]),
