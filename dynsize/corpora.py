@@ -1,6 +1,7 @@
 """From a corpus on disk to utterances. Each kind has one reader, which yields what its lists say; the audio's headers,
 the checks and the text's normalisation are shared."""
 
+import gc
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +31,12 @@ from dynsize.config import Config
 ENDINGS = (".flac", ".wav", ".sph", ".mp3")
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, at most, where lists were rounded; it is cut there
 UNREADABLE = "audio that can't be read"
-STM_LINE = re.compile(r"(\S+)\s+([12AB])\s+(\S+)\s+(\S+)\s+(\S+)(?:\s+<(?!unk>)[^>]*>)?(?:\s+(.*))?")
+CHANNELS = {"1": 0, "A": 0, "2": 1, "B": 1}  # as STMs name them
 THREADS = 8  # that read headers: most of the time they wait for a disk
 SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, math.inf)  # edges of the histogram of durations
 
 
-@dataclass(frozen=True, slots=True)
-class Utterance:
+class Utterance(NamedTuple):
     """One utterance: its words, and its span of one channel of an audio file."""
 
     id: str
@@ -91,14 +91,13 @@ def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
     corpus = Corpus()
     for split in "+".join(splits).split("+"):
         corpus.kinds[split], source, reader = recognise(root, split, config.corpus_kind)
-        entries = sorted(reader(source, corpus), key=lambda entry: entry.id)
-        headers = read_headers(list(dict.fromkeys(entry.path for entry in entries)), source)
         before, seen = len(corpus.utterances), set()  # two splits may have the same ids: clean and noisy, say
-        for entry in entries:
+        for entry, header in with_headers(reader(source, corpus), source):
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
-            add(corpus, entry, headers[entry.path], config)
+            add(corpus, entry, header, config)
+        corpus.utterances[before:] = sorted(corpus.utterances[before:])
         if len(corpus.utterances) == before:
             faults = [fault for names in corpus.left_out.values() for fault in names.values()]
             raise ValueError(f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}")
@@ -115,8 +114,8 @@ def recognise(root: Path, split: str, kind: str) -> tuple[str, Path, Callable]:
     raise ValueError(f"{root / split}: no such split (--corpus-kind {kind}); in {root} is {there}")
 
 
-def add(corpus: Corpus, entry: Entry, header: Sequence[int] | Exception, config: Config) -> None:
-    """Adds an utterance to a corpus, or to what is left out of it; `header`: samples, rate and channels, or a fault."""
+def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, config: Config) -> None:
+    """Adds an utterance to a corpus, or to what is left out of it; `header`: as `with_headers` gives it."""
     where, id, path, raw, speaker, start, end, channel = entry
     if end is not None and start >= end:
         raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
@@ -124,21 +123,23 @@ def add(corpus: Corpus, entry: Entry, header: Sequence[int] | Exception, config:
         raise ValueError(f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist")
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
-    samples, rate, channels = header
+    _, _, samples, rate, channels = header
     if channels > 1 and channel is None:
         raise ValueError(f"{where}: {path} has {channels} channels; a manifest or an STM can choose one")
     if channel is not None and channel not in range(channels):
         raise ValueError(f"{where}: {path} has no channel {channel!r}: the first of {channels} is 0")
-    stop = samples if end is None or end > samples / rate else round(end * rate)
-    if start > samples / rate or round(start * rate) >= stop or (end or 0) > samples / rate + OVERSHOOT:
-        what = f"{where}: {start} to {end or 'the last'} s, but {path} has {samples / rate} s"
+    length = samples / rate
+    last = samples if end is None or end > length else round(end * rate)
+    if start > length or (first := round(start * rate)) >= last or (end or 0) > length + OVERSHOOT:
+        what = f"{where}: {start} to {end or 'the last'} s, but {path} has {length} s"
         return corpus.leave_out(UNREADABLE, id, what)
-    span = round(start * rate), stop
     text = " ".join(NORMALISERS[config.normaliser](raw).split())
-    if raw.strip() and not text:
+    if not text and raw.strip():
         return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
-    length = round((span[1] - span[0]) * config.sample_rate / rate)
-    corpus.utterances.append(Utterance(id, path, text, length, span, rate, int(channel or 0), sys.intern(speaker)))
+    text = raw if text == raw else text  # one string in memory, not two
+    samples = round((last - first) * config.sample_rate / rate)
+    spoken = Utterance(id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker))
+    corpus.utterances.append(spoken)
 
 
 # The readers. Each takes what its kind is recognised by, and the corpus, for remarks.
@@ -146,32 +147,33 @@ def add(corpus: Corpus, entry: Entry, header: Sequence[int] | Exception, config:
 
 def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
     """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside it."""
-    for file in split.rglob("*.trans.txt"):
-        audio = audio_files(file.parent)
-        for name, (where, text) in table(file).items():
-            yield Entry(where, name, audio.get(name, ""), text, name.partition("-")[0])
+    for folder, folders, files in os.walk(split):
+        audio = audio_files(folder, folders + files)
+        for where, line in lines(*(f"{folder}/{name}" for name in files if name.endswith(".trans.txt"))):
+            name, *text = line.split(maxsplit=1)
+            yield Entry(where, name, audio.get(name, ""), "".join(text), name.partition("-")[0])
 
 
 def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
     """TED-LIUM 2, Switchboard: stm/*.stm with lines `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`, sph/NAME.sph."""
     audio = audio_files(folder.parent / "sph")
-    for where, line in (row for file in folder.glob("*.stm") for row in lines(file) if not row[1].startswith(";;")):
-        if not (match := STM_LINE.fullmatch(line.strip())):
-            raise ValueError(
-                f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B: {line}"
-            )
-        name, channel, speaker, start, end, raw = match.groups(default="")
-        text, unknown = re.subn(r"<unk>|<NA>", " ", raw)
+    for where, line in lines(*folder.glob("*.stm")):
+        if line.startswith(";;"):
+            continue
+        name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
+        if channel not in CHANNELS or not end:
+            raise ValueError(f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A, B: {line}")
+        text, unknown = re.subn(r"<unk>|<NA>", " ", re.sub(r"^<(?!unk>)[^>]*>(?!\S)", "", raw))
         text, joined = re.subn(r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text)  # it 's → it's
         corpus.changes.update({"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined})
+        id = os.path.basename(where)
         if "ignore_time_segment_in_scoring" in text.lower():
-            corpus.leave_out("ignore_time_segment_in_scoring", os.path.basename(where), where)
+            corpus.leave_out("ignore_time_segment_in_scoring", id, where)
         elif unknown and not text.strip():
-            corpus.leave_out("no words but <unk> or <NA>", os.path.basename(where), where)
+            corpus.leave_out("no words but <unk> or <NA>", id, where)
         else:
             span = seconds(start, where), seconds(end, where)
-            channel = "1A2B".index(channel) // 2
-            yield Entry(where, os.path.basename(where), audio.get(name, ""), text, speaker, *span, channel)
+            yield Entry(where, id, audio.get(name, ""), text, speaker, *span, CHANNELS[channel])
 
 
 def common_voice(tsv: Path, corpus: Corpus) -> Iterator[Entry]:
@@ -235,40 +237,41 @@ KINDS = (  # kind, what it is recognised by, reader; the first that is there
 # What readers share.
 
 
-def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a UTF-8 file that are not blank, each after its place, FILE:NUMBER."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
-            if text.strip():
-                yield f"{path}:{number}", text
+def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
+    """The lines of UTF-8 files that are not blank, each after its place, FILE:NUMBER."""
+    for path in map(os.fspath, paths):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+                if text and not text.isspace():
+                    yield f"{path}:{number}", text
 
 
 def table(path: Path) -> dict[str, tuple[str, str]]:
-    """A file with lines `KEY VALUE`: key → (FILE:NUMBER, value)."""
-    rows: dict[str, tuple[str, str]] = {}
+    """The lines of a file, `KEY VALUE`, by key: FILE:NUMBER, value."""
+    found: dict[str, tuple[str, str]] = {}
     for where, line in lines(path):
         key, *value = line.split(maxsplit=1)
-        if key in rows:
-            raise ValueError(f"{where}: {key} is there twice, first in {rows[key][0]}")
-        rows[key] = where, "".join(value).strip()
-    return rows
+        if found.setdefault(key, (where, "".join(value)))[0] != where:
+            raise ValueError(f"{where}: {key} is there twice, first in {found[key][0]}")
+    return found
 
 
-def audio_files(folder: Path) -> dict[str, str]:
+def audio_files(folder: Path | str, names: Sequence[str] | None = None) -> dict[str, str]:
     """The audio files in a directory, by their names without ending: no name that a list has can lead out of it."""
-    names = sorted(os.listdir(folder), reverse=True)  # where a name has several endings, the last one stays: .flac
+    names = sorted(names or os.listdir(folder), reverse=True)  # of several endings, the last one stays: .flac
     return {name.rpartition(".")[0]: f"{folder}/{name}" for name in names if name.endswith(ENDINGS)}
 
 
 def placed(file: Path, name: str, where: str) -> str:
     """A path that the user wrote in a file: an absolute one, or one inside the file's directory."""
-    path = os.path.normpath(file.parent / name)
-    if "\0" in name or not (os.path.isabs(name) or path.startswith(f"{file.parent}/")):
-        raise ValueError(f"{where}: {name!r} is not inside {file.parent}; write an absolute path if it is meant")
+    folder = os.path.dirname(file)
+    path = os.path.normpath(os.path.join(folder, name))
+    if "\0" in name or not (os.path.isabs(name) or path.startswith(os.path.join(folder, ""))):
+        raise ValueError(f"{where}: {name!r} is not inside {folder}; write an absolute path if it is meant")
     return path
 
 
@@ -294,31 +297,43 @@ def plain(text: str) -> str:
 NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower, "upper": str.upper, "plain": plain}
 
 
-def read_headers(paths: Sequence[str], source: Path) -> dict[str, Sequence[int] | Exception]:
-    """Path → samples of a channel, rate and channels, or why they can't be told. What was read for `source` before is
-    read again only from files whose size or time has changed."""
-    kept = cache.user_cache() / f"headers-{sha256(os.fsencode(source)).hexdigest()[:16]}"
-    known = json.loads(cache.read(kept) or "{}")  # path → size in bytes, time in ns, samples, rate, channels
+def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
+    """Each entry with its audio file's size in bytes, time in ns, samples of a channel, rate and channels, or with why
+    they can't be told. What was read for `source` before is read again only from files whose size or time differs."""
+    collecting = gc.isenabled()
+    gc.disable()  # hundreds of thousands of objects, all in use: the search for garbage takes a quarter of the time
+    kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
+    paths, *columns = json.loads(cache.read(kept) or "[[]]")  # six long lists are read faster than one for each file
+    known = dict(zip(paths, zip(*columns, strict=True), strict=True))
+    found: dict[str, tuple[int, ...] | Exception] = {}
 
-    def probe(path: str) -> list[int] | Exception:
+    def probe(path: str) -> tuple[int, ...] | Exception:
         try:
             status = os.stat(path)
-            if known.get(path, ())[:2] == (stamp := [status.st_size, status.st_mtime_ns]):
-                return known[path]
+            stamp, row = (status.st_size, status.st_mtime_ns), known.get(path, ())
+            if row[:2] == stamp:
+                return row
             if not stat.S_ISREG(status.st_mode):
                 return CorruptAudio("not a file")  # opening a pipe would wait
             with soundfile.SoundFile(path) as file:
-                return [*stamp, file.frames, file.samplerate, file.channels]
+                return *stamp, file.frames, file.samplerate, file.channels
         except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
             return error
 
-    with ThreadPool(THREADS) as pool:
-        found = pool.imap(probe, paths, chunksize=500)
-        found = dict(zip(paths, tqdm(found, "listing", len(paths), leave=False, unit="file", delay=2), strict=True))
-    good = {path: row for path, row in found.items() if isinstance(row, list)}
-    if good != known:
-        cache.write(kept, json.dumps(good).encode())
-    return {path: row[2:] if isinstance(row, list) else row for path, row in found.items()}
+    entries = iter(tqdm(entries, "listing", leave=False, unit=" utterances", delay=2))
+    try:
+        with ThreadPool(THREADS) as pool:
+            while some := list(islice(entries, 5000)):  # all entries at once would double the memory
+                new = list({entry.path for entry in some} - found.keys())
+                found.update(zip(new, pool.map(probe, new), strict=True))
+                for entry in some:
+                    yield entry, found[entry.path]
+    finally:  # what was read is kept also where a line is refused
+        if collecting:
+            gc.enable()
+        good = known | {path: row for path, row in found.items() if isinstance(row, tuple)}
+        if good != known:
+            cache.write(kept, json.dumps([list(good), *zip(*good.values(), strict=True)]).encode())
 
 
 def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:
@@ -345,14 +360,11 @@ def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Te
 def summary(corpus: Corpus, config: Config) -> str:
     """For people: what was recognised, how much it is, how long utterances are, what was left out and why."""
     lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    speakers = {utterance.speaker for utterance in corpus.utterances} - {""}
-    kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
+    speakers = len({utterance.speaker for utterance in corpus.utterances} - {""})
     lost = sum(map(len, corpus.left_out.values()))
     bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
-    rows = [f"{config.corpus}: {kinds}"]
-    rows.append(
-        f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {len(speakers)} speakers; {lost} left out"
-    )
+    rows = [f"{config.corpus}: " + ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())]
+    rows.append(f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {speakers} speakers; {lost} left out")
     rows.append("seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count))
     rows += [f"{count} {what}" for what, count in corpus.changes.items() if count]
     for why, names in corpus.left_out.items():

@@ -22,48 +22,43 @@ from dynsize.cache import user_cache
 
 SAMPLE_RATE = 16000  # Hz
 VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a new corpus
-# What each alternative writes in capitals is replaced by one of that rule's alternatives.
+# Rule → its alternatives. What one writes in capitals is replaced by one of that rule's alternatives.
 GRAMMAR = {
-    "SENTENCE": [
-        "turn STATE the DEVICE in the ROOM", "please turn STATE the DEVICE WHEN",
-        "set the ROOM DEVICE to NUMBER percent", "open the PART of the ROOM", "close the PART of the ROOM WHEN",
-        "make the ROOM lights COLOUR", "make the lights COLOUR and the DEVICE COLOUR",
-        "we need TEEN FOOD and TEEN FOOD", "call PERSON at TIME", "send a message to PERSON",
-        "tell PERSON that dinner is at TIME", "ask PERSON about the EVENT", "remind me to call PERSON DAY at TIME",
-        "add FOOD and FOOD to the shopping list", "we need NUMBER more FOOD", "play song number TEEN in the ROOM",
-        "what time is the EVENT with PERSON", "move the EVENT from TIME to TIME",
-        "the EVENT with PERSON is on the ORDINAL of MONTH", "PERSON was born on the ORDINAL of MONTH",
-        "PERSON and PERSON will be here at TIME", "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT",
-        "NUMBER plus NUMBER is NUMBER", "start a timer for NUMBER minutes", "is the PART of the ROOM open",
+    "SENTENCE":
+        "turn STATE the DEVICE in the ROOM | please turn STATE the DEVICE WHEN | "
+        "set the ROOM DEVICE to NUMBER percent | open the PART of the ROOM | close the PART of the ROOM WHEN | "
+        "make the ROOM lights COLOUR | make the lights COLOUR and the DEVICE COLOUR | "
+        "we need TEEN FOOD and TEEN FOOD | call PERSON at TIME | send a message to PERSON | "
+        "tell PERSON that dinner is at TIME | ask PERSON about the EVENT | remind me to call PERSON DAY at TIME | "
+        "add FOOD and FOOD to the shopping list | we need NUMBER more FOOD | play song number TEEN in the ROOM | "
+        "what time is the EVENT with PERSON | move the EVENT from TIME to TIME | "
+        "the EVENT with PERSON is on the ORDINAL of MONTH | PERSON was born on the ORDINAL of MONTH | "
+        "PERSON and PERSON will be here at TIME | my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT | "
+        "NUMBER plus NUMBER is NUMBER | start a timer for NUMBER minutes | is the PART of the ROOM open | "
         "lock the PART and wake PERSON",
-    ],
-    "STATE": ["on", "off"],
-    "WHEN": ["DAY", "at TIME", "in NUMBER minutes", "now"],
-    "DAY": ["today", "tonight", "tomorrow", "on WEEKDAY", "next WEEKDAY"],
-    "WEEKDAY": ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"],
-    "TIME": ["HOUR", "HOUR MINUTES", "half past HOUR", "quarter to HOUR", "quarter past HOUR", "HOUR in the PERIOD"],
-    "PERIOD": ["morning", "afternoon", "evening"],
-    "HOUR": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "noon", "midnight"],
-    "MINUTES": ["ten", "fifteen", "TENS", "TENS five"],
-    "TENS": ["twenty", "thirty", "forty", "fifty"],
-    "NUMBER": ["DIGIT", "TEEN", "TEEN", "TENS", "TENS DIGIT", "HIGH", "HIGH DIGIT", "one hundred", "two hundred"],
-    "HIGH": ["sixty", "seventy", "eighty", "ninety"],
-    "TEEN": [
-        "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-    ],
-    "DIGIT": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-    "ORDINAL": ["first", "second", "third", "fourth", "fifth", "twentieth"],
-    "MONTH": [
-        "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
-        "december",
-    ],
-    "DEVICE": ["lights", "heater", "fan", "radio", "television", "lamp"],
-    "PART": ["door", "window", "curtains"],
-    "ROOM": ["kitchen", "bedroom", "bathroom", "garage", "garden", "office"],
-    "COLOUR": ["red", "green", "blue", "yellow", "white"],
-    "PERSON": ["anna", "ben", "carol", "david", "emma", "frank", "grace", "henry", "julia", "laura", "peter", "rachel"],
-    "FOOD": ["bread", "butter", "cheese", "coffee", "eggs", "milk", "rice", "sugar"],
-    "EVENT": ["meeting", "party", "lesson"],
+    "STATE": "on | off",
+    "WHEN": "DAY | at TIME | in NUMBER minutes | now",
+    "DAY": "today | tonight | tomorrow | on WEEKDAY | next WEEKDAY",
+    "WEEKDAY": "monday | tuesday | wednesday | thursday | friday | saturday | sunday",
+    "TIME": "HOUR | HOUR MINUTES | half past HOUR | quarter to HOUR | quarter past HOUR | HOUR in the PERIOD",
+    "PERIOD": "morning | afternoon | evening",
+    "HOUR": "two | three | four | five | six | seven | eight | nine | ten | eleven | noon | midnight",
+    "MINUTES": "ten | fifteen | TENS | TENS five",
+    "TENS": "twenty | thirty | forty | fifty",
+    "NUMBER": "DIGIT | TEEN | TEEN | TENS | TENS DIGIT | HIGH | HIGH DIGIT | one hundred | two hundred",
+    "HIGH": "sixty | seventy | eighty | ninety",
+    "TEEN": "ten | eleven | twelve | thirteen | fourteen | fifteen | sixteen | seventeen | eighteen | nineteen",
+    "DIGIT": "one | two | three | four | five | six | seven | eight | nine",
+    "ORDINAL": "first | second | third | fourth | fifth | twentieth",
+    "MONTH":
+        "january | february | march | april | may | june | july | august | september | october | november | december",
+    "DEVICE": "lights | heater | fan | radio | television | lamp",
+    "PART": "door | window | curtains",
+    "ROOM": "kitchen | bedroom | bathroom | garage | garden | office",
+    "COLOUR": "red | green | blue | yellow | white",
+    "PERSON": "anna | ben | carol | david | emma | frank | grace | henry | julia | laura | peter | rachel",
+    "FOOD": "bread | butter | cheese | coffee | eggs | milk | rice | sugar",
+    "EVENT": "meeting | party | lesson",
 }  # fmt: skip
 # espeak-ng's voices: American (en-us) and British (en) English, spoken by variants of different sex, age and timbre
 VOICES = {
@@ -92,7 +87,7 @@ def spoken_corpus() -> Path:
 
 def sentence(draw: random.Random, rule: str = "SENTENCE") -> str:
     """A sentence of the grammar, in lower case."""
-    words = draw.choice(GRAMMAR[rule]).split()
+    words = draw.choice(GRAMMAR[rule].split(" | ")).split()
     return " ".join(sentence(draw, word) if word in GRAMMAR else word for word in words)
 
 
@@ -147,30 +142,27 @@ def speak_split(
     directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: set[str]
 ) -> Iterator[float]:
     """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
-    voices = VOICES.get(split, VOICES["train"])
-    seconds, chapter, heard = 0.0, 0, Counter()
+    voices, names = VOICES.get(split, VOICES["train"]), [name for names in VOICES.values() for name in names]
+    seconds, number, heard = 0.0, 0, Counter()
     while seconds < 60 * minutes:
+        # of a few sentences, the one with the rarest word: no word should be left with two or three examples
+        new = [text for text in (sentence(draw) for _ in range(CHOICE)) if text not in said]
+        text = min(new, key=lambda text: min(heard[word] for word in text.split()), default="")
+        if not text:
+            continue
+        said.add(text)
+        heard.update(text.split())
+        chapter, place = divmod(number, SENTENCES_IN_CHAPTER)
         voice = voices[chapter % len(voices)]
-        speaker = 100 + [name for names in VOICES.values() for name in names].index(voice)
-        folder = directory / f"{speaker}" / f"{chapter}"
-        folder.mkdir(parents=True)
-        lines = []
-        while len(lines) < SENTENCES_IN_CHAPTER and seconds < 60 * minutes:
-            # of a few sentences, the one with the rarest word: no word should be left with two or three examples
-            new = [text for text in (sentence(draw) for _ in range(CHOICE)) if text not in said]
-            text = min(new, key=lambda text: min(heard[word] for word in text.split()), default="")
-            if not text:
-                continue
-            said.add(text)
-            heard.update(text.split())
-            audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
-            name = f"{speaker}-{chapter}-{len(lines):04}"
-            soundfile.write(folder / f"{name}.flac", audio.clip(-1, 1), SAMPLE_RATE)
-            lines.append(f"{name} {text.upper()}\n")
-            seconds += len(audio) / SAMPLE_RATE
-            yield len(audio) / SAMPLE_RATE
-        (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
-        chapter += 1
+        audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
+        speaker = 100 + names.index(voice)
+        folder, name = directory / f"{speaker}" / f"{chapter}", f"{speaker}-{chapter}"
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / f"{name}-{place:04}.flac", audio.clip(-1, 1), SAMPLE_RATE)
+        with open(folder / f"{name}.trans.txt", "a") as file:
+            file.write(f"{name}-{place:04} {text.upper()}\n")
+        number, seconds = number + 1, seconds + len(audio) / SAMPLE_RATE
+        yield len(audio) / SAMPLE_RATE
 
 
 if __name__ == "__main__":

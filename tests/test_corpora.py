@@ -1,6 +1,7 @@
 """Every kind of corpus: what is read, what is left out, what is refused; and what is kept between runs."""
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, tiny, write_tones
+from conftest import RATE, SPLITS, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,9 @@ from dynsize import batching, cache, corpora
 from dynsize.batching import Examples, epoch_plan
 from dynsize.config import CORPUS_KINDS, WORDS, preset
 from dynsize.corpora import NORMALISERS, UNREADABLE, CorruptAudio, read_audio, read_corpus, summary
+from dynsize.evaluation import read_for_scoring, transcribe
 from dynsize.features import log_mel
+from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 from dynsize.training import Trainer
 
@@ -218,6 +221,8 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", '"text": "LOW"', '"text": "\\ud800"', ["train.jsonl:1", "surrogates"]),
         ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "-0.5"]),
         ("manifest", '"offset": 0.5', '"offset": 1e999', ["train.jsonl:2", "inf"]),
+        ("manifest", '"offset": 0.5', '"offset": [0.5]', ["train.jsonl:2", "[0.5] is not a time"]),
+        ("manifest", '"offset": 0.5', f'"offset": 1{"0" * 400}', ["train.jsonl:2", "00 is not a time"]),
         ("manifest", '"duration": 0.25', '"duration": "long"', ["train.jsonl:2", "'long'"]),
         ("manifest", ', "channel": 1', "", ["train.jsonl:2", "call.sph", "2 channels"]),
         ("manifest", '"channel": 1', '"channel": 2', ["train.jsonl:2", "call.sph", "no channel 2"]),
@@ -335,16 +340,22 @@ def test_mutated_lists_are_read_or_refused_with_file_and_line(all_kinds, kind, n
         assert (utterance.id + utterance.path + utterance.text + utterance.speaker).encode()
 
 
-def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
-    root = write_corpus(tmp_path / "corpus", "librispeech")
-    opened, header = [], soundfile.SoundFile
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the audio files whose headers were read."""
+    names, header = [], soundfile.SoundFile
 
     def count(path, *arguments, **more):
         if not arguments:  # those that write name a mode
-            opened.append(Path(path).name)
+            names.append(Path(path).name)
         return header(path, *arguments, **more)
 
     monkeypatch.setattr(soundfile, "SoundFile", count)
+    return names
+
+
+def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
+    root = write_corpus(tmp_path / "corpus", "librispeech")
     first = read(root)
     assert sorted(opened) == ["1-2-0000.flac", "1-2-0001.flac"]
     assert read(root) == first and len(opened) == 2
@@ -357,6 +368,37 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypat
         kept.write_bytes(damaged)
         assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE]
         assert kept.read_bytes() == whole
+
+
+def test_headers_are_read_again_from_a_file_of_the_same_size(tmp_path, opened):
+    file = write_corpus(tmp_path / "corpus", "manifest") / "talk.wav"
+    first, size = read(tmp_path / "corpus").utterances[0], file.stat().st_size
+    write_audio(file, seconds=1.0, rate=2 * RATE)
+    os.utime(file, ns=(0, 1))
+    again = read(tmp_path / "corpus").utterances[0]
+    assert file.stat().st_size == size and opened.count("talk.wav") == 2
+    assert (first.rate, again.rate) == (RATE, 2 * RATE) and first.span == (0, RATE) and again.span == (0, 2 * RATE)
+
+
+def test_headers_are_kept_where_a_line_is_refused(tmp_path, opened):
+    file = write_corpus(tmp_path / "corpus", "librispeech") / LISTS["librispeech"]
+    file.write_text(TRANSCRIPT + "1-2-0001 TOP\n")
+    with pytest.raises(ValueError, match="twice"):
+        read(tmp_path / "corpus")
+    file.write_text(TRANSCRIPT)
+    assert gc.isenabled() and len(opened) == 2
+    assert len(read(tmp_path / "corpus").utterances) == len(opened) == 2
+
+
+def test_every_line_of_a_long_list_is_read(tmp_path, opened):
+    root, number = write_corpus(tmp_path / "corpus", "manifest"), 12345
+    line = '{"audio_filepath": "talk.wav", "text": "%d", "offset": 0.%d, "duration": 0.5}\n'
+    (root / LISTS["manifest"]).write_text("".join(line % (i, i) for i in range(number)))
+    utterances = read(root).utterances
+    assert [u.id for u in utterances] == sorted(f"train.jsonl:{i + 1}" for i in range(number))
+    assert all(u.id == f"train.jsonl:{int(u.text) + 1}" for u in utterances)
+    assert all(u.span[0] == round(float(f"0.{u.text}") * RATE) for u in utterances)
+    assert opened == ["talk.wav"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
@@ -447,6 +489,57 @@ def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path
     logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert logged["waiting"] == pytest.approx(sum(record["waiting"] for record in records))
     assert logged["padding"] == pytest.approx(sum(record["padding"] for record in records) / 4)
+
+
+def spoil(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    file.unlink()
+    if how == "directory":
+        file.mkdir()
+    elif how != "removed":
+        file.write_bytes({"truncated": data[:-400], "empty": b"", "noise": random.Random(0).randbytes(2000)}[how])
+
+
+def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
+    """Each file is named once and counted, whether it was lost before the listing or after; the others all train."""
+    root, ways = write_tones(tmp_path / "corpus", SPLITS | {"train": 450}), ("truncated", "empty", "noise", "directory")
+    victims = random.Random(0).sample(sorted((root / "train").rglob("*.flac")), 9)
+    for file, how in zip(victims, ways, strict=False):
+        spoil(file, how)
+    config = dataclasses.replace(tiny(updates=20, batch_seconds=60.0, validate_every=20, workers=1), corpus=str(root))
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.begin()
+    assert set(trainer.corpus.left_out[UNREADABLE]) == {file.stem for file in victims[1:4]}  # a header can be whole
+    for file, how in zip(victims[4:], (*ways, "removed"), strict=True):
+        spoil(file, how)
+    batches = len(epoch_plan(trainer.examples.frames(), config, 0))
+    assert 2 * batches < config.updates  # so that each is met more than once
+    records = list(trainer.updates())
+    assert len(records) == 20 and all(np.isfinite(list(record["losses"].values())).all() for record in records)
+    names = {file.stem for file in victims}
+    assert set(trainer.corpus.left_out[UNREADABLE]) == names
+    told = (tmp_path / "run/left-out.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in told) == sorted(names)
+    good = sum(u.samples for u in trainer.examples.utterances if u.id not in names)
+    assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(good / RATE)
+
+
+def test_evaluation_stops_with_the_list_of_lost_audio(tmp_path):
+    root = write_tones(tmp_path / "corpus", {"test-clean": 20})
+    config = dataclasses.replace(tiny(batch_seconds=100.0, batch_utterances=20), corpus=str(root))
+    tokenizer, files = train_tokenizer(["LOW MID HIGH TOP"], 12), sorted(root.rglob("*.flac"))
+    utterances = read_for_scoring(config, ["test-clean"], tokenizer).utterances
+    ways = ("empty", "noise", "directory", "truncated", "removed")
+    for file, how in zip(files, ways, strict=False):
+        spoil(file, how)
+    examples = Examples(utterances, tokenizer, config, keep=False)
+    with pytest.raises(ValueError, match="can't be read") as error:
+        transcribe(Supernet(config, tokenizer.labels), examples, [8], "")
+    assert [str(file) in str(error.value) for file in files] == [n < 5 for n in range(20)]
+    files[4].touch()  # where one is missing, that is all that the listing tells
+    with pytest.raises(ValueError, match="can't be read") as error:
+        read_for_scoring(config, ["test-clean"], tokenizer)
+    assert [str(file) in str(error.value) for file in files] == [n in (0, 1, 2, 4) for n in range(20)]
 
 
 def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:
