@@ -56,17 +56,19 @@ def transcribe(model: Supernet, examples: Examples, sizes: Sequence[int], title:
     config, device = model.config, next(model.parameters()).device
     plan = batch_plan(examples.frames(), config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances)
     texts: dict[int, list[str]] = {size: [""] * len(examples) for size in sizes}
-    model.eval()
+    corrupt: dict[str, str] = {}
     with tqdm(total=len(examples), desc=title, unit="utt", leave=False, delay=1) as bar:
         for indices, batch in zip(plan, load(examples, plan), strict=True):
-            if batch.corrupt:
-                raise ValueError("audio that can't be read:\n" + "\n".join(batch.corrupt.values()))
+            if corrupt := corrupt | batch.corrupt:
+                continue  # to find all that can't be read
             features, lengths, *_ = batch.to(device)
             log_probs, lengths = model(features, lengths, sizes)
             for size, of_size in zip(sizes, log_probs, strict=True):
                 for index, labels in zip(indices, greedy(of_size, lengths), strict=True):
                     texts[size][index] = examples.tokenizer.decode(labels)
             bar.update(len(indices))
+    if corrupt:
+        raise ValueError(f"{len(corrupt)} utterances can't be read:\n" + "\n".join(corrupt.values()))
     return texts
 
 

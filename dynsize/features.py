@@ -51,7 +51,7 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     frames = waveform.unfold(0, window, hop)  # (T, window)
     frames = (frames - frames.mean(1, keepdim=True)) * torch.hann_window(window)
     spectrum = 2 ** math.ceil(math.log2(window))
-    power = torch.fft.rfft(frames, n=spectrum).abs().square()  # (T, spectrum // 2 + 1)
+    power = torch.view_as_real(torch.fft.rfft(frames, n=spectrum)).square().sum(-1)  # (T, spectrum // 2 + 1)
     filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, config.lowest_hz, config.highest_hz)
     features = (power @ filters + QUIETEST).log()
     return (features - features.mean(0)) / features.var(0, correction=0).add(1e-5).sqrt()

@@ -440,7 +440,7 @@ def test_features_are_kept_checked_and_made_again(tones, tmp_path, monkeypatch):
     again = examples(root, cache_features=str(tmp_path / "kept"))
     assert torch.equal(again[0].features, log_mel(read_audio(again.utterances[0], RATE), again.config))
     path.unlink()
-    assert again[0].features is None and path.name in again[0].corrupt
+    assert path.name in again[0].corrupt and again[0].features.shape == (1, 12) and not again[0].features.any()
 
 
 def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
@@ -466,7 +466,7 @@ def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
 
 
 def test_only_the_default_speed_leaves_the_training_as_it_was(tones):
-    plain = examples(tones)
+    plain = examples(tones, frequency_masks=0, time_mask_every=0)
     plain.epoch = 3
     assert all(
         torch.equal(plain[i].features, log_mel(read_audio(plain.utterances[i], RATE), plain.config)) for i in range(3)
@@ -517,7 +517,6 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     records = list(trainer.updates())
     assert len(records) == 20 and all(np.isfinite(list(record["losses"].values())).all() for record in records)
     names = {file.stem for file in victims}
-    assert set(trainer.corpus.left_out[UNREADABLE]) == names
     told = (tmp_path / "run/left-out.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in told) == sorted(names)
     good = sum(u.samples for u in trainer.examples.utterances if u.id not in names)
@@ -526,7 +525,7 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
 
 def test_evaluation_stops_with_the_list_of_lost_audio(tmp_path):
     root = write_tones(tmp_path / "corpus", {"test-clean": 20})
-    config = dataclasses.replace(tiny(batch_seconds=100.0, batch_utterances=20), corpus=str(root))
+    config = dataclasses.replace(tiny(batch_utterances=3), corpus=str(root))
     tokenizer, files = train_tokenizer(["LOW MID HIGH TOP"], 12), sorted(root.rglob("*.flac"))
     utterances = read_for_scoring(config, ["test-clean"], tokenizer).utterances
     ways = ("empty", "noise", "directory", "truncated", "removed")
