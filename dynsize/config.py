@@ -36,7 +36,7 @@ class Config:
     lowest_hz: float = setting(60.0, "features", "lower edge of the mel filters, in Hz")
     highest_hz: float = setting(7600.0, "features", "upper edge of the mel filters, in Hz")
     window_ms: float = setting(25.0, "features", "analysis window, in ms")
-    hop_ms: float = setting(10.0, "features", "from one feature frame to the next, in ms")
+    hop_ms: float = setting(12.5, "features", "from one feature frame to the next, in ms")
 
     frequency_masks: int = setting(
         2, "SpecAugment", "frequency masks of an utterance, at most (2 or fewer: always so many)"
@@ -48,7 +48,7 @@ class Config:
     blocks: int = setting(6, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
     width: int = setting(96, "network", "model width D")
     attention_heads: int = setting(4, "network", "attention heads H; divides the width, rotary an even number of times")
-    kernel: int = setting(15, "network", "width K of the depthwise convolution, in encoder frames (40 ms); odd")
+    kernel: int = setting(15, "network", "width K of the depthwise convolution, in encoder frames, 4 hops each; odd")
     front_end: str = setting("conv2d", "network", "conv2d: two convolutions of stride 2; vgg: the paper's")
     front_end_channels: tuple[int, ...] = setting((32, 32), "network", "channels: two for conv2d, four for vgg")
     rotary: bool = setting(True, "network", "rotary positions in the attention")
@@ -76,12 +76,12 @@ class Config:
     subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
     stochastic_depth: float = setting(0.3, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
-    updates: int = setting(2200, "training", "updates of the whole training, both steps")
+    updates: int = setting(1500, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
     accumulate: int = setting(1, "training", "batches of each process whose gradients make one update")
     checkpoint_activations: bool = setting(False, "training", "compute layers again in the backward pass: less memory")
-    peak_learning_rate: float = setting(1.5e-3, "training", "highest learning rate; it starts at 1/100 of it")
+    peak_learning_rate: float = setting(4e-3, "training", "highest learning rate; it starts at 1/100 of it")
     warmup: float = setting(0.1, "training", "share of the updates in which the learning rate rises")
     cooldown: float = setting(0.8, "training", "share in which it falls back; then on to 1e-8 in what is left")
     weight_decay: float = setting(1e-3, "training", "AdamW's weight decay")
@@ -95,8 +95,8 @@ class Config:
     workers: int = setting(0, "training", "loader processes; 0: none, and features stay in memory (115 MB an hour)")
     seed: int = setting(0, "training", "of everything that is drawn")
     log_every: int = setting(20, "training", "updates from one line of metrics.jsonl to the next")
-    validate_every: int = setting(550, "training", "updates from one validation to the next; one more at the end")
-    save_every: int = setting(550, "training", "updates from one checkpoint to the next; one more at the end")
+    validate_every: int = setting(500, "training", "updates from one validation to the next; one more at the end")
+    save_every: int = setting(500, "training", "updates from one checkpoint to the next; one more at the end")
     save_minutes: float = setting(10.0, "training", "minutes after which there is a checkpoint in any case")
     keep: int = setting(3, "training", "checkpoints that are kept; average.pt is the mean of these")
 
@@ -183,7 +183,7 @@ def shown(value: object) -> str:
 
 # What the paper's two setups share, read from the authors' published configurations.
 PAPER = dict(
-    vocabulary=512, mel_bins=80, time_mask_every=25, time_mask_frames=20, front_end="vgg",
+    vocabulary=512, mel_bins=80, hop_ms=10.0, time_mask_every=25, time_mask_frames=20, front_end="vgg",
     front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
     zero_out_start=10.0, zero_out_rate=1.0,
     warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
@@ -192,7 +192,7 @@ PAPER = dict(
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", sample_rate=8000, highest_hz=3800.0, vocabulary=32, time_mask_every=100,
+        corpus="digits", sample_rate=8000, highest_hz=3800.0, hop_ms=10.0, vocabulary=32, time_mask_every=100,
         rotary=False, step1_share=0.6, subnet_loss=0.3, updates=2000, batch_seconds=50.0, peak_learning_rate=1e-3,
         warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
     ),
