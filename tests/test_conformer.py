@@ -9,6 +9,7 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynsize import conformer
 from dynsize.conformer import Convolution, rotate
 from dynsize.supernet import Supernet
 
@@ -201,3 +202,23 @@ def test_bfloat16_is_near_float32():
     assert outputs[1].dtype == torch.float32
     assert not torch.equal(*outputs)
     assert (outputs[0].exp() - outputs[1].exp()).abs().max() < 0.1
+
+
+def test_dropout_differs_by_layer_and_utterance_and_is_one_for_all_sizes(monkeypatch):
+    model, seen, op = network(), [], conformer.gated_residual
+    model.encoder.dropout = 0.3
+
+    def recorded(x, branch, gates, scale, dropout, seed):
+        seen.extend(seed.tolist())
+        return op(x, branch, gates, scale, dropout, seed)
+
+    monkeypatch.setattr(conformer, "gated_residual", recorded)
+    features, lengths = utterances(model, [40, 40])
+    seeds = torch.tensor([5, 2**40])
+    together, _ = model(features, lengths, [8, 5, 3], seeds=seeds)
+    assert len(set(seen)) == len(seen) == 2 * 8
+    for i, size in enumerate((8, 5, 3)):
+        for row in range(2):
+            alone, _ = model(features[row : row + 1], lengths[row : row + 1], [size], seeds=seeds[row : row + 1])
+            torch.testing.assert_close(alone[0, 0], together[i, row], rtol=0, atol=1e-9)
+    assert not torch.equal(together, model(features, lengths, [8, 5, 3])[0])
