@@ -42,7 +42,7 @@ class Config:
         2, "SpecAugment", "frequency masks of an utterance, at most (2 or fewer: always so many)"
     )
     frequency_mask_bins: int = setting(8, "SpecAugment", "width of a frequency mask, in mel bins, at most")
-    time_mask_every: int = setting(25, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none")
+    time_mask_every: int = setting(50, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none")
     time_mask_frames: int = setting(20, "SpecAugment", "width of a time mask, in feature frames, at most")
 
     blocks: int = setting(6, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
@@ -65,7 +65,7 @@ class Config:
     size: int = setting(0, "algorithm", "method none: the number of layers that are trained alone; 0: all")
     layers_from: str = setting("", "algorithm", "method none: a run whose ranking names these layers, else the first")
     relaxation: str = setting("straight-through", "algorithm", "layer weights of step 1: straight-through or soft")
-    step1_share: float = setting(0.3, "algorithm", "share of the updates that are step 1, which learns the scores")
+    step1_share: float = setting(0.25, "algorithm", "share of the updates that are step 1, which learns the scores")
     delta: int = setting(1, "algorithm", "simple-top-k: layers that k falls at a time in step 1")
     score_start: float = setting(0.5, "algorithm", "simple-top-k: value that every layer score starts with")
     score_rate: float = setting(1.0, "algorithm", "simple-top-k: learning rate of the scores over the weights'")
@@ -74,9 +74,9 @@ class Config:
     zero_out_rate: float = setting(10.0, "algorithm", "iterative-zero-out: learning rate of the scores likewise")
     layer_drop: float = setting(0.2, "algorithm", "layerdrop: share of utterances that skip a layer")
     subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
-    stochastic_depth: float = setting(0.3, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
+    stochastic_depth: float = setting(0.0, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
-    updates: int = setting(1500, "training", "updates of the whole training, both steps")
+    updates: int = setting(1600, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
     accumulate: int = setting(1, "training", "batches of each process whose gradients make one update")
@@ -185,7 +185,7 @@ def shown(value: object) -> str:
 PAPER = dict(
     vocabulary=512, mel_bins=80, hop_ms=10.0, time_mask_every=25, time_mask_frames=20, front_end="vgg",
     front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
-    zero_out_start=10.0, zero_out_rate=1.0,
+    stochastic_depth=0.3, zero_out_start=10.0, zero_out_rate=1.0,
     warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
 )  # fmt: skip
@@ -193,7 +193,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, hop_ms=10.0, vocabulary=32, time_mask_every=100,
-        rotary=False, step1_share=0.6, subnet_loss=0.3, updates=2000, batch_seconds=50.0, peak_learning_rate=1e-3,
+        rotary=False, step1_share=0.6, subnet_loss=0.3, stochastic_depth=0.3, updates=2000, batch_seconds=50.0, peak_learning_rate=1e-3,
         warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
     ),
     "librispeech": PAPER | dict(
