@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def triton_runs(device: str) -> bool:
     return decide(device)
 
 
+def implementation(x: Tensor) -> ModuleType:
+    """What computes every op where `x` lies."""
+    if not triton_runs(x.device.type):
+        return reference
+    from kernels import fused
+
+    return fused
+
+
 def gated_residual(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
@@ -58,11 +68,7 @@ def gated_residual(
     don't fit.
     """
     check_residual(x, branch.shape, gate, dropout_p, seed, branch=(branch, x.shape))
-    if not triton_runs(x.device.type):
-        return reference.gated_residual(x, branch, gate, scale, dropout_p, seed)
-    from kernels.residual import gated_residual as op
-
-    return op(x, branch, gate, scale, dropout_p, seed)
+    return implementation(x).gated_residual(x, branch, gate, scale, dropout_p, seed)
 
 
 def gated_residual_layer_norm(
@@ -75,11 +81,7 @@ def gated_residual_layer_norm(
     """
     others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
     check_residual(x, branch.shape, gate, dropout_p, seed, **others)
-    if not triton_runs(x.device.type):
-        return reference.gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
-    from kernels.residual import gated_residual_layer_norm as op
-
-    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
+    return implementation(x).gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
 
 
 def linear_gated_residual(
@@ -99,11 +101,7 @@ def linear_gated_residual(
         h, weight = h.to(dtype), weight.to(dtype)
     if h.dtype != weight.dtype:
         raise ValueError(f"h {described(h)} and weight {described(weight)} must have one dtype")
-    if not triton_runs(x.device.type):
-        return reference.linear_gated_residual(x, h, weight, bias, gate, scale, dropout_p, seed)
-    from kernels.linear_residual import linear_gated_residual as op
-
-    return op(x, h, weight, bias, gate, scale, dropout_p, seed)
+    return implementation(x).linear_gated_residual(x, h, weight, bias, gate, scale, dropout_p, seed)
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
@@ -117,11 +115,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     tensors = dict(lengths=(lengths, n), labels=(labels, (*n, labels.shape[1])), label_lengths=(label_lengths, n))
     for name, (tensor, shape) in tensors.items():
         expect(name, tensor, shape, log_probs, tensor.dtype in (torch.int32, torch.int64))
-    if not triton_runs(log_probs.device.type):
-        return reference.ctc_loss(log_probs, lengths, labels, label_lengths)
-    from kernels.ctc import ctc_loss as op
-
-    return op(log_probs, lengths, labels, label_lengths)
+    return implementation(log_probs).ctc_loss(log_probs, lengths, labels, label_lengths)
 
 
 def check_residual(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.residual import gate_gradient, kept, launch, of_row, scalars
+from kernels.residual import dropout, gate_gradient, launch, of_row, scalars
 
 # frames and columns of a tile of the result, depth of a step along the sum, warps, steps whose loads are under way
 Tiles = namedtuple("Tiles", "frames columns depth warps stages")
@@ -77,8 +77,7 @@ def forward_kernel(
             weight = tl.load(weight_ptr + column * INNER + deep[:, None], mask=weight_mask, other=0.0)
             product = tl.dot(h, weight, product, input_precision=PRECISION)
     branch = product + tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        branch = tl.where(kept(seed, time, first, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
+    branch = dropout(branch, seed, time, first, P, WIDTH)
     inside = exists & (column < WIDTH)
     x = tl.load(x_ptr + frame * WIDTH + column, mask=inside).to(tl.float32)
     y = tl.where(gate != 0, x + factor * gate * branch, x)
@@ -112,9 +111,7 @@ def hidden_grad_kernel(
             deep = start + d
             grad_mask, weight_mask = needed & (deep < WIDTH)[None, :], (deep < WIDTH)[:, None] & (k < INNER)
             grad = tl.load(grad_ptr + frame * WIDTH + deep[None, :], mask=grad_mask, other=0.0)
-            c = factor * grad.to(tl.float32)
-            if seed_ptr is not None:
-                c = tl.where(kept(seed, time, start, P, WIDTH, FRAMES, DEPTH), c, 0.0)
+            c = dropout(factor * grad.to(tl.float32), seed, time, start, P, WIDTH)
             weight = tl.load(weight_ptr + deep[:, None] * INNER + k, mask=weight_mask, other=0.0)
             product = tl.dot(c.to(weight.dtype), weight, product, input_precision=PRECISION)
             if gate_grad_ptr is not None:  # bias's share, in one program of those across
@@ -154,9 +151,7 @@ def weight_grad_kernel(
                 time = start + tl.arange(0, DEPTH)
                 frame, exists = (row * frames + time)[:, None], (time < frames)[:, None]
                 grad = tl.load(grad_ptr + frame * WIDTH + d[None, :], mask=exists & (d < WIDTH)[None, :], other=0.0)
-                c = factor * gate * grad.to(tl.float32)
-                if seed_ptr is not None:
-                    c = tl.where(kept(seed, time, first, P, WIDTH, DEPTH, COLUMNS), c, 0.0)
+                c = dropout(factor * gate * grad.to(tl.float32), seed, time, first, P, WIDTH)
                 h = tl.load(h_ptr + frame * INNER + k[None, :], mask=exists & (k < INNER)[None, :], other=0.0)
                 product = tl.dot(tl.trans(c.to(h.dtype)), h, product, input_precision=PRECISION)
                 bias_grad += tl.sum(c, 0)

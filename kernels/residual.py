@@ -22,10 +22,11 @@ from torch import Tensor
 
 from kernels import reference
 
-WEYL, FIRST, SECOND = (tl.constexpr(number) for number in (reference.WEYL, reference.FIRST, reference.SECOND))
+WEYL, FIRST, SECOND = (tl.constexpr(n) for n in (reference.WEYL, reference.FIRST % 2**64, reference.SECOND % 2**64))
+NONE_DROPPED = tl.constexpr(reference.threshold(0.0))
 WIDEST = 8192  # columns that a program can hold
 CHUNK = 64  # frames of a program: the weights and the shares, once a program, are then a 40th of the traffic
-WARPS, FORWARD, BACKWARD = 8, 4096, 4096  # the tiles' elements; backward, fewer make some machine code spill
+WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements; backward, more halve the occupancy
 
 
 @triton.jit
@@ -39,22 +40,19 @@ def of_row(pointer, index, NEUTRAL: tl.constexpr):
 
 
 @triton.jit
-def shifted(z, PLACES: tl.constexpr):
-    """int64 to the right, zeros shifted in, not the sign."""
-    return (z.to(tl.uint64, bitcast=True) >> PLACES).to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def kept(seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
-    """What dropout with probability P keeps of COLUMNS columns from `first`, a multiple of 4, in the frames `time`,
-    (FRAMES,): (FRAMES, COLUMNS) bool, as `reference.kept` defines it. `seed`: (1, 1) or (FRAMES, 1) int64."""
-    word = first // 4 + tl.arange(0, COLUMNS // 4)
+def dropout(values, seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr):
+    """`values`, (FRAMES, COLUMNS) from the column `first` on, a multiple of 4, with 0 for what `reference.kept` drops.
+    `seed`: (1, 1) or (FRAMES, 1) int64. `time`: (FRAMES,). `P`: the lowest draw that is kept."""
+    if P == NONE_DROPPED:
+        return values
+    word = first // 4 + tl.arange(0, values.shape[1] // 4)
     z = (time.to(tl.int64)[:, None] * ((WIDTH + 3) // 4) + word[None, :]) * WEYL + seed
-    z = (z ^ shifted(z, 30)) * FIRST
-    z = (z ^ shifted(z, 27)) * SECOND
-    z = z ^ shifted(z, 31)
+    z = z.to(tl.uint64, bitcast=True)  # whose shifts to the right bring zeros
+    z = (z ^ (z >> 30)) * FIRST
+    z = (z ^ (z >> 27)) * SECOND
+    z = z ^ (z >> 31)
     bits = z[:, :, None] >> (16 * tl.arange(0, 4))[None, None, :]
-    return tl.reshape(bits, (FRAMES, COLUMNS)).to(tl.int16) >= P
+    return tl.where(tl.reshape(bits, values.shape).to(tl.int16) >= P, values, 0.0)
 
 
 @triton.jit
@@ -87,7 +85,7 @@ def forward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
+    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -98,9 +96,7 @@ def forward_kernel(
         inside = (time < end)[:, None] & (column < WIDTH)[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + at, mask=inside & (gate != 0), other=0.0).to(tl.float32)
-        if seed_ptr is not None:
-            seed = of_row(seed_ptr, row % utterances, 0)
-            branch = tl.where(kept(seed, time, 0, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
+        branch = dropout(branch, seed, time, 0, P, WIDTH)
         y = tl.where(gate != 0, x + factor * gate * branch, x)  # not x + 0, which is no -0
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at, y, mask=inside)
@@ -125,7 +121,7 @@ def backward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
+    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
     gate_grad = tl.zeros((FRAMES,), tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -150,22 +146,17 @@ def backward_kernel(
             along_z = tl.sum(w * z, 1)[:, None] / WIDTH
             grad += r * (w - tl.sum(w, 1)[:, None] / WIDTH - z * along_z)
             tl.store(x_grad_ptr + at, grad, mask=inside)
-        grad *= factor
-        if seed_ptr is not None:
-            keep = kept(of_row(seed_ptr, row % utterances, 0), time, 0, P, WIDTH, FRAMES, COLUMNS)
-            grad = tl.where(keep, grad, 0.0)
-        tl.store(branch_grad_ptr + at, tl.where(gate != 0, gate * grad, 0.0), mask=inside)
+        grad = dropout(grad, seed, time, 0, P, WIDTH)
+        tl.store(branch_grad_ptr + at, tl.where(gate != 0, factor * gate * grad, 0.0), mask=inside)
         if gate_grad_ptr is not None:
             branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if seed_ptr is not None:
-                branch = tl.where(keep, branch, 0.0)
-            gate_grad += tl.sum(grad * branch, 1)
+            gate_grad += tl.sum(grad * dropout(branch, seed, time, 0, P, WIDTH), 1)
     if weight_ptr is not None:
         share = shares_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
         tl.store(share, tl.sum(weight_grad, 0), mask=column < WIDTH)
         tl.store(share + WIDTH, tl.sum(bias_grad, 0), mask=column < WIDTH)
     if gate_grad_ptr is not None:
-        tl.store(gate_grad_ptr + tl.program_id(0), tl.sum(gate_grad))
+        tl.store(gate_grad_ptr + tl.program_id(0), factor * tl.sum(gate_grad))
 
 
 def launch(kernel: triton.runtime.JITFunction, programs: int, *arguments, **options) -> None:
