@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kernels.residual import dropout, gate_gradient, launch, of_row, scalars
 
-# frames and columns of a tile of the result, depth of a step along the sum, warps, steps whose loads are under way
-Tiles = namedtuple("Tiles", "frames columns depth warps stages")
-SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
+Tiles = namedtuple("Tiles", "frames columns warps")  # frames and columns of a tile of the result, warps
+SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 4), Tiles(64, 64, 4), Tiles(128, 64, 8)
+DEPTH, STAGES = 32, 3  # of a step along the sum; steps whose loads are under way. 64 deep has half the occupancy
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
 
@@ -170,8 +170,8 @@ def linear_gated_residual(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     programs = triton.cdiv(rows * frames, tile.frames) * triton.cdiv(width, tile.columns)
     arguments = (x, h, weight, bias, gate, seed, y, rows, *scalars(gate, scale, dropout_p, seed, frames), width)
-    arguments += (h.shape[-1], tile.frames, tile.columns, tile.depth, precision())
-    launch(forward_kernel, programs, *arguments, num_warps=tile.warps, num_stages=tile.stages)
+    arguments += (h.shape[-1], tile.frames, tile.columns, DEPTH, precision())
+    launch(forward_kernel, programs, *arguments, num_warps=tile.warps, num_stages=STAGES)
     return y
 
 
@@ -190,11 +190,11 @@ def linear_gated_residual_backward(
     weight_grad = grad.new_empty(SPLITS, width, inner, dtype=torch.float32)
     bias_grad = grad.new_empty(SPLITS, width, dtype=torch.float32)
     common = (rows, *scalars(gate, scale, dropout_p, seed, frames), width, inner)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    options = dict(num_warps=tile.warps, num_stages=STAGES)
     arguments = (grad, h, weight, bias, gate, seed, h_grad, shares, *common)
-    arguments += (tile.frames, tile.columns, tile.depth, precision())
+    arguments += (tile.frames, tile.columns, DEPTH, precision())
     launch(hidden_grad_kernel, triton.cdiv(rows * frames, tile.frames) * across, *arguments, **options)
-    arguments = (grad, h, gate, seed, weight_grad, bias_grad, *common, tile.columns, tile.depth, precision(), SPLITS)
+    arguments = (grad, h, gate, seed, weight_grad, bias_grad, *common, tile.columns, DEPTH, precision(), SPLITS)
     launch(weight_grad_kernel, SPLITS * down * across, *arguments, **options)
     shares = shares.sum(0).view(rows, frames) if for_gate else None
     return h_grad, weight_grad.sum(0), bias_grad.sum(0), gate_gradient(shares, gate, grad)
