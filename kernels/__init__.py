@@ -67,7 +67,7 @@ def gated_residual(
     gate's own, which is right there too. Differentiable once. Raises ValueError for shapes, dtypes or devices that
     don't fit.
     """
-    check_residual(x, branch.shape, gate, dropout_p, seed, branch=(branch, x.shape))
+    check_residual(x, gate, dropout_p, seed, branch=(branch, x.shape))
     return implementation(x).gated_residual(x, branch, gate, scale, dropout_p, seed)
 
 
@@ -80,7 +80,7 @@ def gated_residual_layer_norm(
     `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
     """
     others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
-    check_residual(x, branch.shape, gate, dropout_p, seed, **others)
+    check_residual(x, gate, dropout_p, seed, **others)
     return implementation(x).gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
 
 
@@ -93,9 +93,8 @@ def linear_gated_residual(
     `h`: (R, T, K). `weight`: (D, K), of the dtype of `h`, except under autocast, which sees to both. `bias`: (D,). The
     rest as in `gated_residual`.
     """
-    shape = (*h.shape[:-1], x.shape[-1])
-    others = dict(h=(h, h.shape), weight=(weight, (x.shape[-1], h.shape[-1])), bias=(bias, x.shape[-1:]))
-    check_residual(x, shape, gate, dropout_p, seed, **others)
+    d, k = x.shape[-1:], h.shape[-1:]
+    check_residual(x, gate, dropout_p, seed, h=(h, x.shape[:-1] + k), weight=(weight, d + k), bias=(bias, d))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
@@ -119,14 +118,12 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 
 def check_residual(
-    x: Tensor, shape: tuple, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
+    x: Tensor, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
 ) -> None:
-    """Raises ValueError where `x` is not (R, T, D), or not of the branch's `shape`, or where something else, given with
-    the shape that it must have, doesn't fit to it."""
-    if x.dim() != 3 or x.shape != shape:
-        raise ValueError(f"x {described(x)} must be (R, T, D), as the branch, which is {tuple(shape)}")
-    for name, (tensor, expected) in (others | dict(x=(x, shape))).items():
-        expect(name, tensor, expected, x, tensor.is_floating_point())
+    """Raises ValueError where `x` is not (R, T, D), or where something else, given with the shape that it must have,
+    doesn't fit to it."""
+    for name, (tensor, shape) in (dict(x=(x, x.shape)) | others).items():
+        expect(name, tensor, shape, x, x.dim() == 3 and tensor.is_floating_point())
     if gate is not None:
         expect("gate", gate, x.shape[:1] if gate.dim() else (), x, gate.is_floating_point())
     if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):

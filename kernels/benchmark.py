@@ -66,12 +66,11 @@ def main(path: str = "kernels-benchmark.csv") -> None:
     card = [torch.cuda.get_device_name(), driver, torch.__version__, triton.__version__]
     with open(path, "w", newline="") as file:
         writers = csv.writer(file), csv.writer(sys.stdout, delimiter=" ")
-        for writer in writers:
-            writer.writerow(HEADER)
-        for op, width, closed in itertools.product(OPS, WIDTHS, range(SIZES)):
-            for line in lines(op, width, closed, limit):
-                for writer in writers:
-                    writer.writerow([*card, *line])
+        cases = itertools.product(OPS, WIDTHS, range(SIZES))
+        measured = ([*card, *line] for case in cases for line in lines(*case, limit))
+        for row in itertools.chain([HEADER], measured):
+            for writer in writers:
+                writer.writerow(row)
 
 
 if __name__ == "__main__":

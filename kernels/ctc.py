@@ -113,12 +113,8 @@ def kernel(
     labels_ptr += utterance * most_labels
     alpha_ptr += utterance * frames * width
     sweep(log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, 0.0, vocabulary, width, -1, STATES)
-    i = tl.arange(0, 2)
-    end = alpha_ptr + (length - 1).to(tl.int64) * width + last - i
-    log_z = tl.load(end, mask=i <= last, other=-float("inf"))
-    largest = tl.max(log_z, 0)
-    finite = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
-    log_z = finite + tl.log(tl.sum(tl.exp(log_z - finite), 0))
+    end = alpha_ptr + (length - 1).to(tl.int64) * width + last
+    log_z = log_sum(tl.load(end), tl.load(end - 1, mask=last > 0, other=-float("inf")), -float("inf"))
     tl.store(loss_ptr + utterance, -log_z)
     if grad_ptr is None:
         return

@@ -5,6 +5,7 @@ distinct bytes that each program loads and stores as the kernel runs in Triton's
 beside the fewest possible (each input once, each output once) and beside the chain of torch's ops.
 """
 
+import csv
 import functools
 import itertools
 import json
@@ -97,50 +98,35 @@ def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
 
 
 def registers(target: str) -> list[dict]:
-    """Compiles every kernel for the GPU `target`, as a launch there would, and reads the machine code's needs."""
+    """Compiles every kernel for the GPU `target`, as a launch there would, and reads the machine code's needs. Leaves
+    this process unable to launch."""
     records, run, gpu = [], JITFunction.run, TARGETS[target][0]
-    triton.runtime.driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
-        )
-    )
+    driver = dict(get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    triton.runtime.driver.set_active(SimpleNamespace(**driver))
     for width, dtype, op in itertools.product(WIDTHS, TYPES, OPS):
         codes = []
-        JITFunction.run = lambda *given, codes=codes, warmup, **options: codes.append(
-            run(*given, warmup=True, **options)
-        )
+        JITFunction.run = lambda *a, codes=codes, warmup, **options: codes.append(run(*a, warmup=True, **options))
         passes(OPS[op], inputs(op, width, TYPES[dtype], torch.ones(2, requires_grad=True), 5))[1]()
-        for code in codes:
-            kernel = dict(op=op, kernel=code.metadata.name, dtype=dtype, width=width, target=target)
-            records.append(kernel | resources(code, target))
+        named = dict(op=op, dtype=dtype, width=width, target=target)
+        records += [named | resources(code, target) for code in codes]
     return records
 
 
 def resources(code: CompiledKernel, target: str) -> dict:
-    """Registers of a lane, spilled bytes, shared bytes, and the share of the processor's warps that fit at once."""
-    gpu, _, shared, lanes, warps = TARGETS[target]
-    used, spilled = cuda_resources(code.asm["cubin"]) if gpu.backend == "cuda" else amd_resources(code.asm["amdgcn"])
-    most = min(warps, lanes // (-(-used // 8) * 8), shared * code.metadata.num_warps // max(1, code.metadata.shared))
-    resident = most // code.metadata.num_warps * code.metadata.num_warps
-    return dict(registers=used, spilled=spilled, shared=code.metadata.shared, occupancy=resident / warps)
-
-
-def cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return used["REG"], used["STACK"] + used["LOCAL"]
-
-
-def amd_resources(assembly: str) -> tuple[int, int]:
-    """Vector registers, and bytes of scratch memory with four for each spilled register."""
-    fields = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
-    used, scratch, vector, scalar = (int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1]) for name in fields)
-    return used, scratch + 4 * (vector + scalar)
+    """Registers of a lane; spilled ones, and bytes of stack and local memory; shared bytes; the share of the
+    processor's warps that fit at once."""
+    gpu, _, most_shared, lanes, warps = TARGETS[target]
+    names, text = "vgpr_count private_segment_fixed_size vgpr_spill_count sgpr_spill_count", code.asm.get("amdgcn")
+    if gpu.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            names, text = "REG STACK LOCAL", subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    used, *spilled = (int(re.search(rf"\b{name}:\s*(\d+)", text)[1]) for name in names.split())
+    kernel, shared, group = code.metadata.name, code.metadata.shared, code.metadata.num_warps
+    fitting = min(warps, lanes // (-(-used // 8) * 8), most_shared * group // max(1, shared)) // group * group
+    return dict(kernel=kernel, registers=used, spilled=sum(spilled), shared=shared, occupancy=round(fitting / warps, 2))
 
 
 class Traffic:
@@ -205,7 +191,7 @@ def traffic() -> list[dict]:
                 by_torch()
             record = dict(op=op, direction=direction, dtype=dtype, shape=list(arguments[0].shape), gate=value)
             record |= dict(products=seen.products, bytes=seen.total(), least=int(fewest), torch=chained.total)
-            records.append(record | {"over least": seen.total() / fewest, "of torch": seen.total() / chained.total})
+            records.append(record | {"over least": round(seen.total() / fewest, 4)})
     return records
 
 
@@ -215,20 +201,15 @@ def part(name: str) -> list[dict]:
     return json.loads(subprocess.check_output([sys.executable, "-m", "kernels.report", name], env=environment))
 
 
-def table(records: list[dict]) -> str:
-    columns = dict.fromkeys(name for record in records for name in record)
-    rows = (
-        [f"{v:.4g}" if isinstance(v := record.get(n, ""), float) else str(v) for n in columns] for record in records
-    )
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, *rows))
-
-
 def main() -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         seen, *compiled = pool.map(part, ["traffic", *TARGETS])
     report = dict(triton=triton.__version__, traffic=seen, registers=[record for part in compiled for record in part])
     Path("kernels-report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report["registers"]), table(seen), sep="\n\n")
+    for records in (report["registers"], seen):
+        writer = csv.DictWriter(sys.stdout, records[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(records)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,7 @@ WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements; backward, more 
 def of_row(pointer, index, NEUTRAL: tl.constexpr):
     """The numbers at `index`, int64 of any shape, a scalar as (1, 1); NEUTRAL everywhere where there is no pointer."""
     index = index + tl.zeros((1, 1), tl.int64)
-    if pointer is not None:
-        return tl.load(pointer + index)
-    else:
-        return tl.full(index.shape, NEUTRAL, tl.float32)
+    return tl.full(index.shape, NEUTRAL, tl.float32) if pointer is None else tl.load(pointer + index)
 
 
 @triton.jit
@@ -91,8 +88,7 @@ def forward_kernel(
         bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     for start in range(first, end, FRAMES):
         time = start + tl.arange(0, FRAMES)
-        frame = row * frames + time
-        at = frame[:, None] * WIDTH + column[None, :]
+        at = (row * frames + time)[:, None] * WIDTH + column[None, :]
         inside = (time < end)[:, None] & (column < WIDTH)[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + at, mask=inside & (gate != 0), other=0.0).to(tl.float32)
@@ -129,8 +125,7 @@ def backward_kernel(
         bias_grad = tl.zeros((FRAMES, COLUMNS), tl.float32)
     for start in range(first, end, FRAMES):
         time = start + tl.arange(0, FRAMES)
-        frame = row * frames + time
-        at = frame[:, None] * WIDTH + column[None, :]
+        at = (row * frames + time)[:, None] * WIDTH + column[None, :]
         inside = (time < end)[:, None] & (column < WIDTH)[None, :]
         needed = inside
         if weight_ptr is None and gate_grad_ptr is None:
@@ -187,13 +182,6 @@ def scalars(gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | 
     return stride, utterances, frames, scale / (1 - dropout_p), reference.threshold(dropout_p)
 
 
-def gate_gradient(shares: Tensor | None, gate: Tensor | None, like: Tensor) -> Tensor:
-    """The gate's gradient from (R, …) shares; no elements where it needs none."""
-    if shares is None:
-        return like.new_empty(0)
-    return (shares.sum(1) if gate.dim() else shares.sum()).to(gate.dtype)
-
-
 @torch.library.custom_op("dynsize::gated_residual", mutates_args=())
 def gated_residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
@@ -215,7 +203,8 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of branch, of its `dtype`, x, gate, and (2, D) those of weight and bias in float32. With `weight`
     None, there is no n, and x's has no elements; with `branch` None, the gate's has none."""
-    branch_grad, x_grad, *_ = fake_backward(y_grad, None, y, weight, None, gate, seed, scale, dropout_p, eps, dtype)
+    outputs = fake_backward(y_grad, normed_grad, y, weight, branch, gate, seed, scale, dropout_p, eps, dtype)
+    branch_grad, x_grad, gate_grad, _ = outputs
     (rows, frames, width), seed = y_grad.shape, seed if dropout_p else None
     chunks, normed = triton.cdiv(frames, CHUNK), weight is not None
     shares = y_grad.new_empty(rows * chunks if normed else 0, 2, width, dtype=torch.float32)
@@ -224,7 +213,9 @@ def launch_backward(
     arguments += (shares if normed else None, of_gate, eps, *scalars(gate, scale, dropout_p, seed, frames))
     arguments += (width, *tile_of(width, BACKWARD), CHUNK)
     launch(backward_kernel, rows * chunks, *arguments, num_warps=WARPS)
-    return branch_grad, x_grad, gate_gradient(of_gate, gate, y_grad), shares.sum(0)
+    if branch is not None:
+        gate_grad = of_gate.sum(1).sum_to_size(gate.shape).to(gate.dtype)
+    return branch_grad, x_grad, gate_grad, shares.sum(0)
 
 
 @gated_residual_layer_norm.register_fake
@@ -252,13 +243,12 @@ def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 def backward(ctx, y_grad: Tensor, normed_grad: Tensor) -> tuple:
     _, weight, branch, *_ = ctx.saved_tensors
     normed_grad = None if weight is None else normed_grad
-    gradients = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
-    branch_grad, x_grad, gate_grad, (weight_grad, bias_grad) = gradients
+    branch_grad, x_grad, gate_grad, of_weights = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
     gate_grad = None if branch is None else gate_grad
     if weight is None:
         return y_grad, branch_grad, gate_grad, *[None] * 6
-    of_weights = weight_grad.to(weight.dtype), bias_grad.to(ctx.of_bias)
-    return x_grad, branch_grad, gate_grad, None, None, None, *of_weights, None
+    weight_grad, bias_grad = of_weights[0].to(weight.dtype), of_weights[1].to(ctx.of_bias)
+    return x_grad, branch_grad, gate_grad, None, None, None, weight_grad, bias_grad, None
 
 
 gated_residual_layer_norm.register_autograd(backward, setup_context=save_for_backward)

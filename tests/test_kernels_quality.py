@@ -27,7 +27,7 @@ def counts(op: str, gate: torch.Tensor, dtype: torch.dtype = torch.float32, widt
     arguments = report.inputs(op, width, dtype, gate, frames)
     seen = []
     for call in report.passes(report.OPS[op], arguments):
-        with report.counted() as traffic:
+        with report.Traffic() as traffic:
             call()
         seen.append(traffic)
     return *seen, arguments
