@@ -91,7 +91,7 @@ def linear_gated_residual(
     """x + scale · gate · dropout(h @ weightᵀ + bias), in the dtype of `x`.
 
     `h`: (R, T, K). `weight`: (D, K), of the dtype of `h`, except under autocast, which sees to both. `bias`: (D,). The
-    rest as in `gated_residual`.
+    rest as in `gated_residual`, but that torch lets NaN in `h` through to the weight's gradient.
     """
     d, k = x.shape[-1:], h.shape[-1:]
     check_residual(x, gate, dropout_p, seed, h=(h, x.shape[:-1] + k), weight=(weight, d + k), bias=(bias, d))

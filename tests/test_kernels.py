@@ -178,6 +178,20 @@ def test_a_gate_of_zero_lets_nothing_through(op, learned, mode, monkeypatch):
             assert leaf.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_where_one_output_is_not_used(used):
+    op = "gated_residual_layer_norm"
+    torch.manual_seed(0)
+    tensors = drawn(op, 2, 5, 12, torch.tensor([1.0, 0.4]))
+    cotangents = [torch.randn(2, 5, 12, dtype=torch.float64)]
+    right = differentiated(
+        lambda t: (exact(op, t, 0.0, None)[used] + 0 * t["weight"] * t["bias"],), tensors, cotangents, torch.float64
+    )
+    ours = differentiated(lambda t: (run(op, t)[used],), tensors, cotangents, torch.float32)
+    for name in right:
+        torch.testing.assert_close(ours[name], right[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
 def test_no_rows_or_no_frames(op, shape):
