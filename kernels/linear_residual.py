@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kernels.residual import dropout, launch, of_row, scalars
 
-Tiles = namedtuple("Tiles", "frames columns warps")  # frames and columns of a tile of the result, warps
-SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 4), Tiles(64, 64, 4), Tiles(128, 64, 8)
-DEPTH, STAGES = 32, 3  # of a step along the sum; steps whose loads are under way. 64 deep has half the occupancy
+# frames and columns of a tile of the result, warps, steps along the sum whose loads are under way
+Tiles = namedtuple("Tiles", "frames columns warps stages")
+SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 4)  # three stages there: spills
+DEPTH = 32  # of a step; 64 halves the occupancy
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
 
@@ -168,7 +169,7 @@ def linear_gated_residual(
     launch(
         forward_kernel, triton.cdiv(rows * frames, tile.frames) * across, x, h, weight, bias, gate, seed, y,
         rows, *scalars(gate, scale, dropout_p, seed, frames), width, h.shape[-1],
-        tile.frames, tile.columns, DEPTH, precision(), num_warps=tile.warps, num_stages=STAGES,
+        tile.frames, tile.columns, DEPTH, precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
@@ -187,7 +188,7 @@ def linear_gated_residual_backward(
     of_gate = grad.new_empty(across, rows, frames, dtype=torch.float32) if for_gate else None
     of_weight, of_bias = (grad.new_empty(SPLITS, *t.shape, dtype=torch.float32) for t in (weight, bias))
     common = (rows, *scalars(gate, scale, dropout_p, seed, frames), width, inner)
-    options = dict(num_warps=tile.warps, num_stages=STAGES)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages)
     arguments = (grad, h, weight, bias, gate, seed, h_grad, of_gate, *common, tile.frames, tile.columns, DEPTH)
     launch(hidden_grad_kernel, triton.cdiv(rows * frames, tile.frames) * across, *arguments, precision(), **options)
     arguments = (grad, h, gate, seed, of_weight, of_bias, *common, tile.columns, DEPTH, precision(), SPLITS)

@@ -53,7 +53,7 @@ def inputs(op: str, width: int, dtype: torch.dtype, gate: Tensor, frames: int) -
     if op == "ctc_loss":
         log_probs = torch.randn(rows, frames, width, device=gate.device).log_softmax(-1).requires_grad_()
         lengths = torch.full((rows,), frames, device=gate.device)
-        return [log_probs, lengths, torch.ones(rows, frames // 5, device=gate.device, dtype=torch.int64), lengths // 5]
+        return [log_probs, lengths, torch.randint(1, width, (rows, frames // 5), device=gate.device), lengths // 5]
     x, branch, weight, bias = (torch.randn(*s, **wanted) for s in [(rows, frames, width)] * 2 + [(width,)] * 2)
     last = [gate, 0.5, 0.1, torch.arange(rows, device=gate.device)]
     if op == "linear_gated_residual":

@@ -272,7 +272,7 @@ def test_dropout_does_not_depend_on_block_shapes(monkeypatch):
     masks = [dropped(0.4, seed, 1, 70, 50, op)[0] for op in ("gated_residual", "linear_gated_residual")]
     monkeypatch.setattr(residual, "FORWARD", 256)
     monkeypatch.setattr(residual, "CHUNK", 16)
-    monkeypatch.setattr(linear_residual, "SINGLE", linear_residual.Tiles(16, 16, 4))
+    monkeypatch.setattr(linear_residual, "SINGLE", linear_residual.Tiles(16, 16, 4, 1))
     monkeypatch.setattr(linear_residual, "DEPTH", 16)
     masks += [dropped(0.4, seed, 1, 70, 50, op)[0] for op in ("gated_residual", "linear_gated_residual")]
     assert all(torch.equal(mask, masks[0]) for mask in masks)
@@ -353,6 +353,19 @@ def test_registered_and_compiled_whole(op):
     rest = dict(gated_residual=(None, None, 0.0), gated_residual_layer_norm=(1e-5,), ctc_loss=(True,)).get(op, ())
     registered = getattr(torch.ops.dynsize, op.removesuffix("_layer_norm")).default
     torch.library.opcheck(registered, (*arguments, *rest))
+
+
+@pytest.mark.parametrize("for_gate", [True, False])
+def test_backward_ops_are_registered(for_gate):
+    x, h, weight, bias, gate, *last, seed = (
+        t.detach() if isinstance(t, torch.Tensor) else t for t in arguments_of("linear_gated_residual")
+    )
+    arguments = (x, h, weight, bias.half(), gate, *last, seed, for_gate)
+    torch.library.opcheck(torch.ops.dynsize.linear_gated_residual_backward.default, arguments)
+    branch = x.half() if for_gate else None
+    for norm in ((x, x, bias), (None, None, None)):
+        arguments = (x, *norm, branch, gate, seed, *last, 1e-5, torch.float16)
+        torch.library.opcheck(torch.ops.dynsize.gated_residual_backward.default, arguments)
 
 
 @pytest.mark.parametrize("op", [*OPS, "ctc_loss"])
