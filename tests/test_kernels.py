@@ -306,8 +306,8 @@ def test_ctc_is_torchs(problem):
 def test_ctc_of_long_targets(states, monkeypatch):
     monkeypatch.setattr(ctc, "LARGEST_BLOCK", states)
     torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(3, 130, 5, dtype=torch.float64), torch.randint(1, 5, (3, 50))
-    assert_ctc_as_good(logits, torch.tensor([130, 101, 128]), labels, torch.tensor([50, 16, 47]))
+    logits, labels = 3 * torch.randn(3, 90, 5, dtype=torch.float64), torch.randint(1, 5, (3, 50))
+    assert_ctc_as_good(logits, torch.tensor([90, 71, 88]), labels, torch.tensor([50, 16, 47]))
 
 
 def test_ctc_of_what_cant_be_aligned():
