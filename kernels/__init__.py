@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def triton_runs(device: str) -> bool:
     return decide(device)
 
 
+def implementation(x: Tensor) -> ModuleType:
+    """What computes every op where `x` lies."""
+    if not triton_runs(x.device.type):
+        return reference
+    from kernels import fused
+
+    return fused
+
+
 def gated_residual(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
@@ -57,12 +67,8 @@ def gated_residual(
     gate's own, which is right there too. Differentiable once. Raises ValueError for shapes, dtypes or devices that
     don't fit.
     """
-    check_residual(x, branch.shape, gate, dropout_p, seed, branch=(branch, x.shape))
-    if not triton_runs(x.device.type):
-        return reference.gated_residual(x, branch, gate, scale, dropout_p, seed)
-    from kernels.residual import gated_residual as op
-
-    return op(x, branch, gate, scale, dropout_p, seed)
+    check_residual(x, gate, dropout_p, seed, branch=(branch, x.shape))
+    return implementation(x).gated_residual(x, branch, gate, scale, dropout_p, seed)
 
 
 def gated_residual_layer_norm(
@@ -74,12 +80,8 @@ def gated_residual_layer_norm(
     `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
     """
     others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
-    check_residual(x, branch.shape, gate, dropout_p, seed, **others)
-    if not triton_runs(x.device.type):
-        return reference.gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
-    from kernels.residual import gated_residual_layer_norm as op
-
-    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
+    check_residual(x, gate, dropout_p, seed, **others)
+    return implementation(x).gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
 
 
 def linear_gated_residual(
@@ -89,21 +91,16 @@ def linear_gated_residual(
     """x + scale · gate · dropout(h @ weightᵀ + bias), in the dtype of `x`.
 
     `h`: (R, T, K). `weight`: (D, K), of the dtype of `h`, except under autocast, which sees to both. `bias`: (D,). The
-    rest as in `gated_residual`.
+    rest as in `gated_residual`, but that torch lets NaN in `h` through to the weight's gradient.
     """
-    shape = (*h.shape[:-1], x.shape[-1])
-    others = dict(h=(h, h.shape), weight=(weight, (x.shape[-1], h.shape[-1])), bias=(bias, x.shape[-1:]))
-    check_residual(x, shape, gate, dropout_p, seed, **others)
+    d, k = x.shape[-1:], h.shape[-1:]
+    check_residual(x, gate, dropout_p, seed, h=(h, x.shape[:-1] + k), weight=(weight, d + k), bias=(bias, d))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
     if h.dtype != weight.dtype:
         raise ValueError(f"h {described(h)} and weight {described(weight)} must have one dtype")
-    if not triton_runs(x.device.type):
-        return reference.linear_gated_residual(x, h, weight, bias, gate, scale, dropout_p, seed)
-    from kernels.linear_residual import linear_gated_residual as op
-
-    return op(x, h, weight, bias, gate, scale, dropout_p, seed)
+    return implementation(x).linear_gated_residual(x, h, weight, bias, gate, scale, dropout_p, seed)
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
@@ -117,22 +114,16 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     tensors = dict(lengths=(lengths, n), labels=(labels, (*n, labels.shape[1])), label_lengths=(label_lengths, n))
     for name, (tensor, shape) in tensors.items():
         expect(name, tensor, shape, log_probs, tensor.dtype in (torch.int32, torch.int64))
-    if not triton_runs(log_probs.device.type):
-        return reference.ctc_loss(log_probs, lengths, labels, label_lengths)
-    from kernels.ctc import ctc_loss as op
-
-    return op(log_probs, lengths, labels, label_lengths)
+    return implementation(log_probs).ctc_loss(log_probs, lengths, labels, label_lengths)
 
 
 def check_residual(
-    x: Tensor, shape: tuple, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
+    x: Tensor, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
 ) -> None:
-    """Raises ValueError where `x` is not (R, T, D), or not of the branch's `shape`, or where something else, given with
-    the shape that it must have, doesn't fit to it."""
-    if x.dim() != 3 or x.shape != shape:
-        raise ValueError(f"x {described(x)} must be (R, T, D), as the branch, which is {tuple(shape)}")
-    for name, (tensor, expected) in (others | dict(x=(x, shape))).items():
-        expect(name, tensor, expected, x, tensor.is_floating_point())
+    """Raises ValueError where `x` is not (R, T, D), or where something else, given with the shape that it must have,
+    doesn't fit to it."""
+    for name, (tensor, shape) in (dict(x=(x, x.shape)) | others).items():
+        expect(name, tensor, shape, x, x.dim() == 3 and tensor.is_floating_point())
     if gate is not None:
         expect("gate", gate, x.shape[:1] if gate.dim() else (), x, gate.is_floating_point())
     if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):

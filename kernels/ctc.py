@@ -58,6 +58,43 @@ def beside(state, i, shift, edge_ptr, inside, STATES: tl.constexpr):
 
 
 @triton.jit
+def sweep(
+    log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, log_z, vocabulary, width,  # of one utterance
+    SIDE: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """With SIDE −1, α, from the first frame and block on; with 1, β, from the last ones back, and with it the gradient.
+    A state follows from itself and from the two on its SIDE."""
+    i = tl.arange(0, STATES)
+    blocks, end = last // STATES + 1, length - 1
+    for number in range(0, blocks):
+        s = (number if SIDE < 0 else blocks - 1 - number) * STATES + i
+        label, beyond = label_of(labels_ptr, s, last), label_of(labels_ptr, s + 2 * SIDE, last)
+        valid = (s <= last) & (label >= 0) & (label < vocabulary)
+        skips = (label != BLANK) & (beyond != BLANK) & (label != beyond)
+        first = tl.where((s if SIDE < 0 else last - s) < 2, 0.0, -float("inf"))
+        state = tl.zeros((STATES,), tl.float32)
+        upcoming = emission(log_probs_ptr, 0 if SIDE < 0 else end, vocabulary, label, valid)
+        for step in range(0, length):
+            t = tl.cast(step if SIDE < 0 else end - step, tl.int64)
+            emitted = upcoming
+            upcoming = emission(log_probs_ptr, tl.minimum(tl.maximum(t - SIDE, 0), end), vocabulary, label, valid)
+            now = alpha_ptr + t * width + s
+            exists = (step > 0) & (s + SIDE >= 0) & (s + SIDE <= last)
+            one = beside(state, i, SIDE, now + SIDE * (width + 1), exists, STATES)
+            two = beside(state, i, 2 * SIDE, now + SIDE * (width + 2), skips & (step > 0), STATES)
+            rest = tl.where(step > 0, log_sum(state, one, two), first)
+            if SIDE > 0:
+                alpha = tl.load(now, mask=s <= last, other=-float("inf"))
+                posterior = tl.exp(alpha + rest - log_z)
+                grad = grad_ptr + t * vocabulary
+                tl.atomic_add(grad + label, -posterior, mask=valid & (label != BLANK))
+                tl.atomic_add(grad + BLANK, -tl.sum(tl.where(valid & (label == BLANK), posterior, 0.0), 0))
+            state = emitted + rest
+            tl.store(now, state, mask=s <= last)
+        tl.debug_barrier()  # the next block, or what comes after, reads what other threads stored
+
+
+@triton.jit
 def kernel(
     log_probs_ptr,  # (N, T, V)
     lengths_ptr,  # (N,) frames
@@ -75,60 +112,15 @@ def kernel(
     log_probs_ptr += utterance * frames * vocabulary
     labels_ptr += utterance * most_labels
     alpha_ptr += utterance * frames * width
-    i = tl.arange(0, STATES)
-    for first in range(0, last + 1, STATES):
-        s = first + i
-        label = label_of(labels_ptr, s, last)
-        valid = (s <= last) & (label >= 0) & (label < vocabulary)
-        skips = (label != BLANK) & (label != label_of(labels_ptr, s - 2, last))
-        alpha = tl.where(s < 2, emission(log_probs_ptr, 0, vocabulary, label, valid), -float("inf"))
-        tl.store(alpha_ptr + s, alpha, mask=s <= last)
-        upcoming = emission(log_probs_ptr, tl.minimum(1, length - 1), vocabulary, label, valid)
-        for t in range(1, length):
-            emitted = upcoming
-            upcoming = emission(log_probs_ptr, tl.minimum(t + 1, length - 1), vocabulary, label, valid)
-            now = alpha_ptr + tl.cast(t, tl.int64) * width + s
-            one = beside(alpha, i, -1, now - width - 1, s >= 1, STATES)
-            two = beside(alpha, i, -2, now - width - 2, skips & (s >= 2), STATES)
-            alpha = emitted + log_sum(alpha, one, two)
-            tl.store(now, alpha, mask=s <= last)
-        tl.debug_barrier()  # the next block, or the loss, reads what other threads stored
-    end = alpha_ptr + (length - 1).to(tl.int64) * width + last - i
-    log_z = tl.load(end, mask=(i < 2) & (i <= last), other=-float("inf"))
-    largest = tl.max(log_z, 0)
-    finite = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
-    log_z = finite + tl.log(tl.sum(tl.exp(log_z - finite), 0))
+    sweep(log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, 0.0, vocabulary, width, -1, STATES)
+    end = alpha_ptr + (length - 1).to(tl.int64) * width + last
+    log_z = log_sum(tl.load(end), tl.load(end - 1, mask=last > 0, other=-float("inf")), -float("inf"))
     tl.store(loss_ptr + utterance, -log_z)
     if grad_ptr is None:
         return
     if tl.abs(log_z) < float("inf"):  # not so for NaN
         grad_ptr += utterance * frames * vocabulary
-        blocks = last // STATES
-        for block in range(0, blocks + 1):
-            s = (blocks - block) * STATES + i
-            label = label_of(labels_ptr, s, last)
-            valid = (s <= last) & (label >= 0) & (label < vocabulary)
-            after = label_of(labels_ptr, s + 2, last)
-            skips = (after != BLANK) & (after != label)
-            beta = tl.zeros((STATES,), tl.float32)
-            upcoming = emission(log_probs_ptr, length - 1, vocabulary, label, valid)
-            for back in range(0, length):
-                t = tl.cast(length - 1 - back, tl.int64)
-                emitted = upcoming
-                upcoming = emission(log_probs_ptr, tl.maximum(t - 1, 0), vocabulary, label, valid)
-                now = alpha_ptr + t * width + s
-                one = beside(beta, i, 1, now + width + 1, (s < last) & (back > 0), STATES)
-                two = beside(beta, i, 2, now + width + 2, skips & (s + 2 <= last) & (back > 0), STATES)
-                rest = log_sum(beta, one, two)
-                rest = tl.where(back > 0, rest, tl.where((s <= last) & (s >= last - 1), 0.0, -float("inf")))
-                alpha = tl.load(now, mask=s <= last, other=-float("inf"))
-                posterior = tl.exp(alpha + rest - log_z)
-                beta = emitted + rest
-                tl.store(now, beta, mask=s <= last)
-                grad = grad_ptr + t * vocabulary
-                tl.atomic_add(grad + label, -posterior, mask=valid & (label != BLANK))
-                tl.atomic_add(grad + BLANK, -tl.sum(tl.where(valid & (label == BLANK), posterior, 0.0), 0))
-            tl.debug_barrier()
+        sweep(log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, log_z, vocabulary, width, 1, STATES)
 
 
 @torch.library.custom_op("dynsize::ctc_loss", mutates_args=())
@@ -137,9 +129,9 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel. Arguments as in `kernels.ctc_loss`. Returns the (N,) losses and the (N, T, V) gradients of
     the log-probabilities, both float32; the gradients of no elements unless `with_gradient`."""
+    loss, grad = outputs(log_probs, lengths, labels, label_lengths, with_gradient)
     (n, frames, vocabulary), most = log_probs.shape, labels.shape[1]
-    loss, alpha = (log_probs.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, frames, 2 * most + 1)))
-    grad = log_probs.new_zeros(log_probs.shape if with_gradient else 0, dtype=torch.float32)
+    alpha = log_probs.new_empty(n, frames, 2 * most + 1, dtype=torch.float32)
     states = min(max(32, triton.next_power_of_2(2 * most + 1)), LARGEST_BLOCK)
     arguments = (log_probs, lengths, labels, label_lengths, alpha, loss, grad if with_gradient else None)
     launch(kernel, n, *arguments, frames, vocabulary, most, states, num_warps=max(1, states // 128))
@@ -147,9 +139,9 @@ def loss_and_gradient(
 
 
 @loss_and_gradient.register_fake
-def _(log_probs, lengths, labels, label_lengths, with_gradient):
-    loss = log_probs.new_empty(log_probs.shape[:1], dtype=torch.float32)
-    return loss, log_probs.new_empty(log_probs.shape if with_gradient else (0,), dtype=torch.float32)
+def outputs(log_probs, lengths, labels, label_lengths, with_gradient):
+    loss = log_probs.new_empty(len(log_probs), dtype=torch.float32)
+    return loss, log_probs.new_zeros(log_probs.shape if with_gradient else 0, dtype=torch.float32)
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

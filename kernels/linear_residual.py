@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.residual import gate_gradient, kept, launch, of_row, scalars
+from kernels.residual import dropout, launch, of_row, scalars
 
-# frames and columns of a tile of the result, depth of a step along the sum, warps, steps whose loads are under way
-Tiles = namedtuple("Tiles", "frames columns depth warps stages")
-SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 32, 4, 3), Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 64, 8, 3)
+# frames and columns of a tile of the result, warps, steps along the sum whose loads are under way
+Tiles = namedtuple("Tiles", "frames columns warps stages")
+SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 4)  # three stages there: spills
+DEPTH = 32  # of a step; 64 halves the occupancy
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
 
@@ -38,10 +39,11 @@ def precision() -> str:
 
 
 @triton.jit
-def frames_of(program, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES: tl.constexpr):
-    """The frames of tile `program` of all R T: their numbers (int64) and which exist, (FRAMES, 1) both; the gates and
-    seeds of their rows, (FRAMES, 1), gates 0 where there is no frame; their times in their rows, (FRAMES,)."""
-    frame = program.to(tl.int64) * FRAMES + tl.arange(0, FRAMES)
+def place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES: tl.constexpr):
+    """The frames, of all R T, of a program's tile, where `across` tiles lie side by side: their numbers (int64) and
+    which exist, (FRAMES, 1) both; the gates and seeds of their rows, (FRAMES, 1), gates 0 where there is no frame;
+    their times in their rows, (FRAMES,)."""
+    frame = (tl.program_id(0) // across).to(tl.int64) * FRAMES + tl.arange(0, FRAMES)
     exists = (frame < rows.to(tl.int64) * frames)[:, None]
     row = tl.minimum(frame // frames, rows - 1)[:, None]
     gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
@@ -65,9 +67,7 @@ def forward_kernel(
     across = tl.cdiv(WIDTH, COLUMNS)
     first = tl.program_id(0) % across * COLUMNS
     column, k = (first + tl.arange(0, COLUMNS))[None, :], tl.arange(0, DEPTH)
-    frame, exists, gate, seed, time = frames_of(
-        tl.program_id(0) // across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES
-    )
+    frame, exists, gate, seed, time = place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES)
     product = tl.zeros((FRAMES, COLUMNS), tl.float32)
     if tl.max(tl.abs(gate)) > 0:
         for start in range(0, INNER, DEPTH):
@@ -77,8 +77,7 @@ def forward_kernel(
             weight = tl.load(weight_ptr + column * INNER + deep[:, None], mask=weight_mask, other=0.0)
             product = tl.dot(h, weight, product, input_precision=PRECISION)
     branch = product + tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        branch = tl.where(kept(seed, time, first, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
+    branch = dropout(branch, seed, time, first, P, WIDTH)
     inside = exists & (column < WIDTH)
     x = tl.load(x_ptr + frame * WIDTH + column, mask=inside).to(tl.float32)
     y = tl.where(gate != 0, x + factor * gate * branch, x)
@@ -99,9 +98,7 @@ def hidden_grad_kernel(
     across = tl.cdiv(INNER, COLUMNS)
     part = tl.program_id(0) % across
     k, d = (part * COLUMNS + tl.arange(0, COLUMNS))[None, :], tl.arange(0, DEPTH)
-    frame, exists, gate, seed, time = frames_of(
-        tl.program_id(0) // across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES
-    )
+    frame, exists, gate, seed, time = place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES)
     needed = gate != 0
     if gate_grad_ptr is not None:
         needed = exists
@@ -112,9 +109,7 @@ def hidden_grad_kernel(
             deep = start + d
             grad_mask, weight_mask = needed & (deep < WIDTH)[None, :], (deep < WIDTH)[:, None] & (k < INNER)
             grad = tl.load(grad_ptr + frame * WIDTH + deep[None, :], mask=grad_mask, other=0.0)
-            c = factor * grad.to(tl.float32)
-            if seed_ptr is not None:
-                c = tl.where(kept(seed, time, start, P, WIDTH, FRAMES, DEPTH), c, 0.0)
+            c = dropout(factor * grad.to(tl.float32), seed, time, start, P, WIDTH)
             weight = tl.load(weight_ptr + deep[:, None] * INNER + k, mask=weight_mask, other=0.0)
             product = tl.dot(c.to(weight.dtype), weight, product, input_precision=PRECISION)
             if gate_grad_ptr is not None:  # bias's share, in one program of those across
@@ -154,9 +149,7 @@ def weight_grad_kernel(
                 time = start + tl.arange(0, DEPTH)
                 frame, exists = (row * frames + time)[:, None], (time < frames)[:, None]
                 grad = tl.load(grad_ptr + frame * WIDTH + d[None, :], mask=exists & (d < WIDTH)[None, :], other=0.0)
-                c = factor * gate * grad.to(tl.float32)
-                if seed_ptr is not None:
-                    c = tl.where(kept(seed, time, first, P, WIDTH, DEPTH, COLUMNS), c, 0.0)
+                c = dropout(factor * gate * grad.to(tl.float32), seed, time, first, P, WIDTH)
                 h = tl.load(h_ptr + frame * INNER + k[None, :], mask=exists & (k < INNER)[None, :], other=0.0)
                 product = tl.dot(tl.trans(c.to(h.dtype)), h, product, input_precision=PRECISION)
                 bias_grad += tl.sum(c, 0)
@@ -172,11 +165,12 @@ def linear_gated_residual(
 ) -> Tensor:  # fmt: skip
     """Launches the forward kernel. Arguments as in `kernels.linear_gated_residual`; `seed` None without dropout."""
     (rows, frames, width), tile, seed = x.shape, tiles(x.shape[-1], h.dtype), seed if dropout_p else None
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs = triton.cdiv(rows * frames, tile.frames) * triton.cdiv(width, tile.columns)
-    arguments = (x, h, weight, bias, gate, seed, y, rows, *scalars(gate, scale, dropout_p, seed, frames), width)
-    arguments += (h.shape[-1], tile.frames, tile.columns, tile.depth, precision())
-    launch(forward_kernel, programs, *arguments, num_warps=tile.warps, num_stages=tile.stages)
+    y, across = torch.empty_like(x, memory_format=torch.contiguous_format), triton.cdiv(width, tile.columns)
+    launch(
+        forward_kernel, triton.cdiv(rows * frames, tile.frames) * across, x, h, weight, bias, gate, seed, y,
+        rows, *scalars(gate, scale, dropout_p, seed, frames), width, h.shape[-1],
+        tile.frames, tile.columns, DEPTH, precision(), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return y
 
 
@@ -185,24 +179,23 @@ def linear_gated_residual_backward(
     grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, scale: float, dropout_p: float,
     seed: Tensor | None, for_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches both backward kernels. Returns the gradients of h, weight and bias (both float32) and gate; the gate's
-    of no elements unless `for_gate`."""
+    """Launches both backward kernels. Returns the gradients of h, weight, bias and gate; the gate's of no elements
+    unless `for_gate`."""
+    h_grad, *_, gate_grad = fake_backward(grad, h, weight, bias, gate, scale, dropout_p, seed, for_gate)
     (rows, frames, width), inner, seed = grad.shape, h.shape[-1], seed if dropout_p else None
     tile = tiles(width, h.dtype)
     across, down = triton.cdiv(inner, tile.columns), triton.cdiv(width, tile.columns)
-    h_grad = torch.empty_like(h, memory_format=torch.contiguous_format)
-    shares = grad.new_empty(across, rows * frames, dtype=torch.float32) if for_gate else None
-    weight_grad = grad.new_empty(SPLITS, width, inner, dtype=torch.float32)
-    bias_grad = grad.new_empty(SPLITS, width, dtype=torch.float32)
+    of_gate = grad.new_empty(across, rows, frames, dtype=torch.float32) if for_gate else None
+    of_weight, of_bias = (grad.new_empty(SPLITS, *t.shape, dtype=torch.float32) for t in (weight, bias))
     common = (rows, *scalars(gate, scale, dropout_p, seed, frames), width, inner)
     options = dict(num_warps=tile.warps, num_stages=tile.stages)
-    arguments = (grad, h, weight, bias, gate, seed, h_grad, shares, *common)
-    arguments += (tile.frames, tile.columns, tile.depth, precision())
-    launch(hidden_grad_kernel, triton.cdiv(rows * frames, tile.frames) * across, *arguments, **options)
-    arguments = (grad, h, gate, seed, weight_grad, bias_grad, *common, tile.columns, tile.depth, precision(), SPLITS)
+    arguments = (grad, h, weight, bias, gate, seed, h_grad, of_gate, *common, tile.frames, tile.columns, DEPTH)
+    launch(hidden_grad_kernel, triton.cdiv(rows * frames, tile.frames) * across, *arguments, precision(), **options)
+    arguments = (grad, h, gate, seed, of_weight, of_bias, *common, tile.columns, DEPTH, precision(), SPLITS)
     launch(weight_grad_kernel, SPLITS * down * across, *arguments, **options)
-    shares = shares.sum(0).view(rows, frames) if for_gate else None
-    return h_grad, weight_grad.sum(0), bias_grad.sum(0), gate_gradient(shares, gate, grad)
+    if for_gate:
+        gate_grad = of_gate.sum((0, 2)).sum_to_size(gate.shape).to(gate.dtype)
+    return h_grad, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype), gate_grad
 
 
 @linear_gated_residual.register_fake
@@ -211,25 +204,21 @@ def _(x, h, weight, bias, gate, scale, dropout_p, seed):
 
 
 @linear_gated_residual_backward.register_fake
-def _(grad, h, weight, bias, gate, scale, dropout_p, seed, for_gate):
-    h_grad = torch.empty_like(h, memory_format=torch.contiguous_format)
-    weight_grad, bias_grad = (tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (weight, bias))
-    return h_grad, weight_grad, bias_grad, torch.empty_like(gate) if for_gate else grad.new_empty(0)
+def fake_backward(grad, h, weight, bias, gate, scale, dropout_p, seed, for_gate):
+    like = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, weight, bias))
+    return *like, torch.empty_like(gate) if for_gate else grad.new_empty(0)
 
 
 def save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
-    _, h, weight, bias, gate, ctx.scale, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(h, weight, bias, gate, seed)
+    _, *tensors, ctx.scale, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
 
 
 def backward(ctx, grad: Tensor) -> tuple:
-    h, weight, bias, gate, seed = ctx.saved_tensors
+    *tensors, seed = ctx.saved_tensors
     for_gate = ctx.needs_input_grad[4]
-    h_grad, weight_grad, bias_grad, gate_grad = linear_gated_residual_backward(
-        grad, h, weight, bias, gate, ctx.scale, ctx.dropout_p, seed, for_gate
-    )
-    weight_grad, bias_grad = weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
-    return grad, h_grad, weight_grad, bias_grad, gate_grad if for_gate else None, None, None, None
+    *gradients, gate_grad = linear_gated_residual_backward(grad, *tensors, ctx.scale, ctx.dropout_p, seed, for_gate)
+    return grad, *gradients, gate_grad if for_gate else None, None, None, None
 
 
 linear_gated_residual.register_autograd(backward, setup_context=save_for_backward)

@@ -42,9 +42,8 @@ class Gated(torch.autograd.Function):
         ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, keep)
         ctx.scale, ctx.dtype = scale, branch.dtype
         rows = by_row(gate, x)
-        return torch.where(rows != 0, torch.addcmul(x, branch, rows.to(branch.dtype) * keep, value=scale), x).to(
-            x.dtype
-        )
+        y = torch.addcmul(x, branch, rows.to(branch.dtype) * keep, value=scale)
+        return torch.where(rows != 0, y, x).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -22,39 +22,34 @@ from torch import Tensor
 
 from kernels import reference
 
-WEYL, FIRST, SECOND = (tl.constexpr(number) for number in (reference.WEYL, reference.FIRST, reference.SECOND))
+WEYL, FIRST, SECOND = (tl.constexpr(n) for n in (reference.WEYL, reference.FIRST % 2**64, reference.SECOND % 2**64))
+NONE_DROPPED = tl.constexpr(reference.threshold(0.0))
 WIDEST = 8192  # columns that a program can hold
 CHUNK = 64  # frames of a program: the weights and the shares, once a program, are then a 40th of the traffic
-WARPS, FORWARD, BACKWARD = 8, 4096, 4096  # the tiles' elements; backward, fewer make some machine code spill
+WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements; backward, more halve the occupancy
 
 
 @triton.jit
 def of_row(pointer, index, NEUTRAL: tl.constexpr):
     """The numbers at `index`, int64 of any shape, a scalar as (1, 1); NEUTRAL everywhere where there is no pointer."""
     index = index + tl.zeros((1, 1), tl.int64)
-    if pointer is not None:
-        return tl.load(pointer + index)
-    else:
-        return tl.full(index.shape, NEUTRAL, tl.float32)
+    return tl.full(index.shape, NEUTRAL, tl.float32) if pointer is None else tl.load(pointer + index)
 
 
 @triton.jit
-def shifted(z, PLACES: tl.constexpr):
-    """int64 to the right, zeros shifted in, not the sign."""
-    return (z.to(tl.uint64, bitcast=True) >> PLACES).to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def kept(seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, COLUMNS: tl.constexpr):
-    """What dropout with probability P keeps of COLUMNS columns from `first`, a multiple of 4, in the frames `time`,
-    (FRAMES,): (FRAMES, COLUMNS) bool, as `reference.kept` defines it. `seed`: (1, 1) or (FRAMES, 1) int64."""
-    word = first // 4 + tl.arange(0, COLUMNS // 4)
+def dropout(values, seed, time, first, P: tl.constexpr, WIDTH: tl.constexpr):
+    """`values`, (FRAMES, COLUMNS) from the column `first` on, a multiple of 4, with 0 for what `reference.kept` drops.
+    `seed`: (1, 1) or (FRAMES, 1) int64. `time`: (FRAMES,). `P`: the lowest draw that is kept."""
+    if P == NONE_DROPPED:
+        return values
+    word = first // 4 + tl.arange(0, values.shape[1] // 4)
     z = (time.to(tl.int64)[:, None] * ((WIDTH + 3) // 4) + word[None, :]) * WEYL + seed
-    z = (z ^ shifted(z, 30)) * FIRST
-    z = (z ^ shifted(z, 27)) * SECOND
-    z = z ^ shifted(z, 31)
+    z = z.to(tl.uint64, bitcast=True)  # whose shifts to the right bring zeros
+    z = (z ^ (z >> 30)) * FIRST
+    z = (z ^ (z >> 27)) * SECOND
+    z = z ^ (z >> 31)
     bits = z[:, :, None] >> (16 * tl.arange(0, 4))[None, None, :]
-    return tl.reshape(bits, (FRAMES, COLUMNS)).to(tl.int16) >= P
+    return tl.where(tl.reshape(bits, values.shape).to(tl.int16) >= P, values, 0.0)
 
 
 @triton.jit
@@ -87,20 +82,17 @@ def forward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
+    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     for start in range(first, end, FRAMES):
         time = start + tl.arange(0, FRAMES)
-        frame = row * frames + time
-        at = frame[:, None] * WIDTH + column[None, :]
+        at = (row * frames + time)[:, None] * WIDTH + column[None, :]
         inside = (time < end)[:, None] & (column < WIDTH)[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + at, mask=inside & (gate != 0), other=0.0).to(tl.float32)
-        if seed_ptr is not None:
-            seed = of_row(seed_ptr, row % utterances, 0)
-            branch = tl.where(kept(seed, time, 0, P, WIDTH, FRAMES, COLUMNS), branch, 0.0)
+        branch = dropout(branch, seed, time, 0, P, WIDTH)
         y = tl.where(gate != 0, x + factor * gate * branch, x)  # not x + 0, which is no -0
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at, y, mask=inside)
@@ -125,7 +117,7 @@ def backward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
+    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
     gate_grad = tl.zeros((FRAMES,), tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -133,8 +125,7 @@ def backward_kernel(
         bias_grad = tl.zeros((FRAMES, COLUMNS), tl.float32)
     for start in range(first, end, FRAMES):
         time = start + tl.arange(0, FRAMES)
-        frame = row * frames + time
-        at = frame[:, None] * WIDTH + column[None, :]
+        at = (row * frames + time)[:, None] * WIDTH + column[None, :]
         inside = (time < end)[:, None] & (column < WIDTH)[None, :]
         needed = inside
         if weight_ptr is None and gate_grad_ptr is None:
@@ -150,22 +141,17 @@ def backward_kernel(
             along_z = tl.sum(w * z, 1)[:, None] / WIDTH
             grad += r * (w - tl.sum(w, 1)[:, None] / WIDTH - z * along_z)
             tl.store(x_grad_ptr + at, grad, mask=inside)
-        grad *= factor
-        if seed_ptr is not None:
-            keep = kept(of_row(seed_ptr, row % utterances, 0), time, 0, P, WIDTH, FRAMES, COLUMNS)
-            grad = tl.where(keep, grad, 0.0)
-        tl.store(branch_grad_ptr + at, tl.where(gate != 0, gate * grad, 0.0), mask=inside)
+        grad = dropout(grad, seed, time, 0, P, WIDTH)
+        tl.store(branch_grad_ptr + at, tl.where(gate != 0, factor * gate * grad, 0.0), mask=inside)
         if gate_grad_ptr is not None:
             branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if seed_ptr is not None:
-                branch = tl.where(keep, branch, 0.0)
-            gate_grad += tl.sum(grad * branch, 1)
+            gate_grad += tl.sum(grad * dropout(branch, seed, time, 0, P, WIDTH), 1)
     if weight_ptr is not None:
         share = shares_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + column
         tl.store(share, tl.sum(weight_grad, 0), mask=column < WIDTH)
         tl.store(share + WIDTH, tl.sum(bias_grad, 0), mask=column < WIDTH)
     if gate_grad_ptr is not None:
-        tl.store(gate_grad_ptr + tl.program_id(0), tl.sum(gate_grad))
+        tl.store(gate_grad_ptr + tl.program_id(0), factor * tl.sum(gate_grad))
 
 
 def launch(kernel: triton.runtime.JITFunction, programs: int, *arguments, **options) -> None:
@@ -196,13 +182,6 @@ def scalars(gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | 
     return stride, utterances, frames, scale / (1 - dropout_p), reference.threshold(dropout_p)
 
 
-def gate_gradient(shares: Tensor | None, gate: Tensor | None, like: Tensor) -> Tensor:
-    """The gate's gradient from (R, …) shares; no elements where it needs none."""
-    if shares is None:
-        return like.new_empty(0)
-    return (shares.sum(1) if gate.dim() else shares.sum()).to(gate.dtype)
-
-
 @torch.library.custom_op("dynsize::gated_residual", mutates_args=())
 def gated_residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
@@ -224,7 +203,8 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of branch, of its `dtype`, x, gate, and (2, D) those of weight and bias in float32. With `weight`
     None, there is no n, and x's has no elements; with `branch` None, the gate's has none."""
-    branch_grad, x_grad, *_ = fake_backward(y_grad, None, y, weight, None, gate, seed, scale, dropout_p, eps, dtype)
+    outputs = fake_backward(y_grad, normed_grad, y, weight, branch, gate, seed, scale, dropout_p, eps, dtype)
+    branch_grad, x_grad, gate_grad, _ = outputs
     (rows, frames, width), seed = y_grad.shape, seed if dropout_p else None
     chunks, normed = triton.cdiv(frames, CHUNK), weight is not None
     shares = y_grad.new_empty(rows * chunks if normed else 0, 2, width, dtype=torch.float32)
@@ -233,7 +213,9 @@ def launch_backward(
     arguments += (shares if normed else None, of_gate, eps, *scalars(gate, scale, dropout_p, seed, frames))
     arguments += (width, *tile_of(width, BACKWARD), CHUNK)
     launch(backward_kernel, rows * chunks, *arguments, num_warps=WARPS)
-    return branch_grad, x_grad, gate_gradient(of_gate, gate, y_grad), shares.sum(0)
+    if branch is not None:
+        gate_grad = of_gate.sum(1).sum_to_size(gate.shape).to(gate.dtype)
+    return branch_grad, x_grad, gate_grad, shares.sum(0)
 
 
 @gated_residual_layer_norm.register_fake
@@ -261,13 +243,12 @@ def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 def backward(ctx, y_grad: Tensor, normed_grad: Tensor) -> tuple:
     _, weight, branch, *_ = ctx.saved_tensors
     normed_grad = None if weight is None else normed_grad
-    gradients = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
-    branch_grad, x_grad, gate_grad, (weight_grad, bias_grad) = gradients
+    branch_grad, x_grad, gate_grad, of_weights = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
     gate_grad = None if branch is None else gate_grad
     if weight is None:
         return y_grad, branch_grad, gate_grad, *[None] * 6
-    of_weights = weight_grad.to(weight.dtype), bias_grad.to(ctx.of_bias)
-    return x_grad, branch_grad, gate_grad, None, None, None, *of_weights, None
+    weight_grad, bias_grad = of_weights[0].to(weight.dtype), of_weights[1].to(ctx.of_bias)
+    return x_grad, branch_grad, gate_grad, None, None, None, weight_grad, bias_grad, None
 
 
 gated_residual_layer_norm.register_autograd(backward, setup_context=save_for_backward)
