@@ -193,8 +193,8 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, hop_ms=10.0, vocabulary=32, time_mask_every=100,
-        rotary=False, step1_share=0.6, subnet_loss=0.3, stochastic_depth=0.3, updates=2000, batch_seconds=50.0, peak_learning_rate=1e-3,
-        warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
+        rotary=False, step1_share=0.6, subnet_loss=0.3, stochastic_depth=0.3, updates=2000, batch_seconds=50.0,
+        peak_learning_rate=1e-3, warmup=0.2, cooldown=0.7, validate_every=500, save_every=500,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),
