@@ -96,28 +96,24 @@ def describe(trainer: Trainer) -> None:
     weights = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters")
     print(f"labels     {trainer.tokenizer.labels} with the blank")
-    sizes = configuration.shown(config.sizes)
-    print(f"training   {config.method}, sizes {sizes}, {config.updates} updates → {trainer.run}")
+    sizes = f"sizes {configuration.shown(config.sizes)}, {config.updates} updates"
+    print(f"training   {config.method}, {sizes} → {trainer.run}")
 
 
 def train(trainer: Trainer) -> None:
     """Trains, with a progress bar, to the end or a signal, which saves and ends the program; SIGUSR1 only saves."""
     describe(trainer)
     config, silent = trainer.config, processes.rank() > 0
-
-    def stop(number: int, frame: object) -> None:
-        trainer.stop_soon = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    signal.signal(signal.SIGUSR1, lambda number, frame: setattr(trainer, "save_soon", True))
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(trainer, "save_soon", True))
+    for end in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once
+        signal.signal(end, lambda n, _: setattr(trainer, "stop_soon", n) or signal.signal(n, signal.SIG_DFL))
     with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True, disable=silent) as bar:
         for record in trainer.updates():
             loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
             speed = record["audio_seconds"] / record["seconds"]
-            sizes = " ".join(map(str, record["sizes"]))
-            bar.set_description_str(f"step {record['step']}, sizes {sizes}", refresh=False)
+            bar.set_description_str(
+                f"step {record['step']}, sizes {' '.join(map(str, record['sizes']))}", refresh=False
+            )
             bar.set_postfix_str(f"loss {loss}, lr {record['learning_rate']:.1e}, {speed:.0f} audio s/s", refresh=False)
             bar.update(record["update"] - bar.n)
             for size, result in record.get("dev", {}).items():
@@ -137,6 +133,8 @@ def main() -> None:
         processes.join()
         if processes.rank():
             sys.stdout = io.StringIO()  # one of them speaks
+        if options.study and processes.count() > 1:
+            raise ValueError("--study trains in one process, without torchrun")
         if options.study:
             study(options)
         else:
