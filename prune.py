@@ -64,8 +64,7 @@ def learn(options: argparse.Namespace) -> Path:
     folder = options.output or loaded.path.parent / options.method
     start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)
     check_new(folder, options.overwrite)
-    trainer = Trainer(config, folder, start)
-    trainer.begin()
+    trainer = Trainer(config, folder, start).begin()
     if updates == 0:
         trainer.save()
         print("--updates 0: nothing was learned; the layers are ranked by their place, the first ones kept")

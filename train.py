@@ -74,9 +74,7 @@ def start(options: argparse.Namespace) -> Trainer:
         return Trainer.resume(options.resume)
     config, run = configured(options), options.run or Path("runs") / options.preset
     check_new(run, options.overwrite)
-    trainer = Trainer(config, run)
-    trainer.begin()
-    return trainer
+    return Trainer(config, run).begin()
 
 
 def study(options: argparse.Namespace) -> None:

@@ -27,9 +27,7 @@ def next_training(config: Config, folder: Path) -> Trainer | None:
         run = folder / name
         if not checkpoint.history(run):
             check_new(run, overwrite=True)  # it was stopped before its first checkpoint
-            trainer = Trainer(planned, run)
-            trainer.begin()
-            return trainer
+            return Trainer(planned, run).begin()
         trained = checkpoint.load(run)
         if trained.model.config != planned:
             raise ValueError(f"{run}: was trained with other settings; --run names another folder")

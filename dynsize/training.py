@@ -86,21 +86,21 @@ class Trainer:
         trainer.forget_later_lines()
         return trainer
 
-    def begin(self) -> None:
-        """Makes the run directory; one that is there is replaced, so that `check_new` comes first."""
-        if processes.rank():
-            return
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.lock()
-        for path in self.run.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
-        (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
-        (self.run / "left-out.txt").touch()
-        self.note_left_out(self.corpus.left_out)
+    def begin(self) -> "Trainer":
+        """Makes the run directory; one that is there is replaced, so that `check_new` comes first. Returns itself."""
+        if processes.rank() == 0:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            for path in self.run.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+            (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
+            (self.run / "left-out.txt").touch()
+            self.note_left_out(self.corpus.left_out)
+        return self
 
     def lock(self) -> None:
         """Keeps other trainings out of the run directory while this process lives. ValueError where one is in it."""

@@ -481,8 +481,7 @@ def test_impossible_speeds_are_refused(speeds):
 
 def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path):
     config = dataclasses.replace(tiny(updates=4, speeds=(0.9, 1.1), workers=1), corpus=str(tones))
-    trainer = Trainer(config, tmp_path / "run")
-    trainer.begin()
+    trainer = Trainer(config, tmp_path / "run").begin()
     records = list(trainer.updates())
     assert (tmp_path / "run/corpus.txt").read_text().splitlines()[1].startswith("24 utterances, 0.00 hours, 1 speakers")
     assert all(0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"] for record in records)
@@ -507,8 +506,7 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     for file, how in zip(victims, ways, strict=False):
         spoil(file, how)
     config = dataclasses.replace(tiny(updates=20, batch_seconds=60.0, validate_every=20, workers=1), corpus=str(root))
-    trainer = Trainer(config, tmp_path / "run")
-    trainer.begin()
+    trainer = Trainer(config, tmp_path / "run").begin()
     assert set(trainer.corpus.left_out[UNREADABLE]) == {file.stem for file in victims[1:4]}  # a header can be whole
     for file, how in zip(victims[4:], (*ways, "removed"), strict=True):
         spoil(file, how)

@@ -28,9 +28,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def begun(tones: Path, run: Path, **changes) -> Trainer:
-    trainer = Trainer(tiny(**changes | dict(corpus=str(tones))), run)
-    trainer.begin()
-    return trainer
+    return Trainer(tiny(**changes | dict(corpus=str(tones))), run).begin()
 
 
 def finish(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -15,9 +15,7 @@ from dynsize.training import Trainer
 
 
 def trainer(tones, run, **changes) -> Trainer:
-    made = Trainer(tiny(**changes | dict(corpus=str(tones))), run)
-    made.begin()
-    return made
+    return Trainer(tiny(**changes | dict(corpus=str(tones))), run).begin()
 
 
 def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
