@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # prune.py uses what train.py shows
 SCRIPTS = {name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")}
 TINY = (
-    "--sample-rate 8000 --mel-bins 12 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
+    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
     "--attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --updates 12 --batch-seconds 5 "
     "--log-every 4 --validate-every 6 --save-every 6 --precision float32"
 ).split()
