@@ -19,8 +19,8 @@ from dynsize.training import Trainer
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 TINY = (
-    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 --attention-heads 2 "
-    "--kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --batch-seconds 2 --precision float32"
+    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
+    "--attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --batch-seconds 2 --precision float32"
 ).split()
 CASES = {
     "step 1": (0, dict()),
