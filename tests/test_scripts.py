@@ -166,9 +166,9 @@ def test_compare(work):
 def test_compare_refuses_other_utterances(work, tmp_path, refuse):
     other = write_tones(tmp_path / "other", {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 5})
     shutil.copytree(work / "run", work / "run2")
-    state = torch.load(work / "run2" / "checkpoint.pt", weights_only=True)
-    state["config"]["corpus"] = str(other)
-    torch.save(state, work / "run2" / "checkpoint.pt")
+    copy = checkpoint.load(work / "run2")
+    copy.model.config = dataclasses.replace(copy.model.config, corpus=str(other))
+    checkpoint.save(copy.path, copy.model, copy.tokenizer, copy.training)
     said = refuse("evaluate.py", "--compare", "run", "run2", "--split", "test-clean", cwd=work)
     assert "other utterances" in said and "run2" in said
     assert "two or more" in refuse("evaluate.py", "--compare", "run", cwd=work)
