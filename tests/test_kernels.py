@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -435,7 +436,7 @@ def test_training_gives_the_same_losses(tones, tmp_path, monkeypatch):
         run = tmp_path / mode
         run.mkdir()
         trainer = Trainer(dataclasses.replace(config, corpus=str(tones)), run)
-        records = (trainer.train_on(batch) for batch in trainer.batches())
+        records = (trainer.train_on([batch]) for batch in islice(trainer.batches(), 20))
         losses[mode] = [loss for record in records for loss in record["losses"].values()]
     assert len(losses["torch"]) >= 40
     torch.testing.assert_close(torch.tensor(losses["triton"]), torch.tensor(losses["torch"]), rtol=1e-4, atol=1e-4)
