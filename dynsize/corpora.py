@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice, pairwise
 from multiprocessing.pool import ThreadPool
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
             add(corpus, entry, header, config)
-        corpus.utterances[before:] = sorted(corpus.utterances[before:])
+        corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
             faults = [fault for names in corpus.left_out.values() for fault in names.values()]
             raise ValueError(f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}")
@@ -305,35 +306,35 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
     kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
     paths, *columns = json.loads(cache.read(kept) or "[[]]")  # six long lists are read faster than one for each file
     known = dict(zip(paths, zip(*columns, strict=True), strict=True))
-    found: dict[str, tuple[int, ...] | Exception] = {}
+    opened: list[str] = []
 
     def probe(path: str) -> tuple[int, ...] | Exception:
         try:
             status = os.stat(path)
-            stamp, row = (status.st_size, status.st_mtime_ns), known.get(path, ())
-            if row[:2] == stamp:
+            row = known.get(path)
+            if row and row[0] == status.st_size and row[1] == status.st_mtime_ns:
                 return row
             if not stat.S_ISREG(status.st_mode):
                 return CorruptAudio("not a file")  # opening a pipe would wait
             with soundfile.SoundFile(path) as file:
-                return *stamp, file.frames, file.samplerate, file.channels
+                known[path] = row = status.st_size, status.st_mtime_ns, file.frames, file.samplerate, file.channels
+            opened.append(path)
+            return row
         except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
             return error
 
-    entries = iter(tqdm(entries, "listing", leave=False, unit=" utterances", delay=2))
     try:
-        with ThreadPool(THREADS) as pool:
+        with ThreadPool(THREADS) as pool, tqdm(desc="listing", leave=False, unit=" utterances", delay=2) as bar:
             while some := list(islice(entries, 5000)):  # all entries at once would double the memory
-                new = list({entry.path for entry in some} - found.keys())
-                found.update(zip(new, pool.map(probe, new), strict=True))
-                for entry in some:
-                    yield entry, found[entry.path]
+                files = list({entry.path for entry in some})
+                headers = dict(zip(files, pool.map(probe, files), strict=True))
+                yield from ((entry, headers[entry.path]) for entry in some)
+                bar.update(len(some))
     finally:  # what was read is kept also where a line is refused
         if collecting:
             gc.enable()
-        good = known | {path: row for path, row in found.items() if isinstance(row, tuple)}
-        if good != known:
-            cache.write(kept, json.dumps([list(good), *zip(*good.values(), strict=True)]).encode())
+        if opened:
+            cache.write(kept, json.dumps([list(known), *zip(*known.values(), strict=True)]).encode())
 
 
 def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:

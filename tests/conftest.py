@@ -9,6 +9,10 @@ import hypothesis
 import numpy as np
 import pytest
 import soundfile
+
+# Read when torch is imported. Networks as small as these take longer with more threads, and each core has its process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():  # read when triton is imported, so it comes first
