@@ -192,9 +192,9 @@ PAPER = dict(
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0, vocabulary=32,
-        frequency_mask_bins=4, time_mask_frames=5, dropout=0.05, step1_share=0.4, subnet_loss=0.3,
-        stochastic_depth=0.1, updates=2600, batch_seconds=16.0, peak_learning_rate=1.2e-3,
+        corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0, time_mask_frames=10,
+        vocabulary=32, step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1, updates=4000, batch_seconds=25.0,
+        peak_learning_rate=1.2e-3,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),

@@ -300,7 +300,8 @@ NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower,
 
 def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
     """Each entry with its audio file's size in bytes, time in ns, samples of a channel, rate and channels, or with why
-    they can't be told. What was read for `source` before is read again only from files whose size or time differs."""
+    they can't be told. What was read for `source` before is read again only from files whose size or time differs: one
+    thread asks for these, as with more Python would take longer to hand over than the disk to answer."""
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of objects, all in use: the search for garbage takes a quarter of the time
     kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
@@ -308,12 +309,17 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
     known = dict(zip(paths, zip(*columns, strict=True), strict=True))
     opened: list[str] = []
 
+    def unchanged(path: str) -> tuple[int, ...] | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        row = known.get(path)
+        return row if row and row[0] == status.st_size and row[1] == status.st_mtime_ns else None
+
     def probe(path: str) -> tuple[int, ...] | Exception:
         try:
             status = os.stat(path)
-            row = known.get(path)
-            if row and row[0] == status.st_size and row[1] == status.st_mtime_ns:
-                return row
             if not stat.S_ISREG(status.st_mode):
                 return CorruptAudio("not a file")  # opening a pipe would wait
             with soundfile.SoundFile(path) as file:
@@ -326,8 +332,9 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
     try:
         with ThreadPool(THREADS) as pool, tqdm(desc="listing", leave=False, unit=" utterances", delay=2) as bar:
             while some := list(islice(entries, 5000)):  # all entries at once would double the memory
-                files = list({entry.path for entry in some})
-                headers = dict(zip(files, pool.map(probe, files), strict=True))
+                headers = {path: unchanged(path) for path in {entry.path for entry in some}}
+                new = [path for path, row in headers.items() if row is None]
+                headers.update(zip(new, pool.map(probe, new), strict=True))
                 yield from ((entry, headers[entry.path]) for entry in some)
                 bar.update(len(some))
     finally:  # what was read is kept also where a line is refused
