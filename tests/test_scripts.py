@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,26 @@ TINY = (
 ).split()
 
 
-def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+def started(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     """A script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    """The same in this process, which has imported torch already."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            SCRIPTS[script]["main"]()
+        except SystemExit as stop:
+            code = stop.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -57,7 +75,7 @@ def refuse(monkeypatch, capsys):
 def trained(tones, tmp_path_factory) -> Path:
     """A directory in which `train.py --run run` has run. Not to be changed."""
     folder = tmp_path_factory.mktemp("work")
-    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=folder)
+    done = started("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "train.out").write_text(done.stdout)
     return folder
@@ -87,7 +105,7 @@ def test_train_leaves_and_shows_what_it_promises(trained):
 
 
 def test_prune_then_evaluate(work):
-    pruned = run("prune.py", "run", cwd=work)
+    pruned = started("prune.py", "run", cwd=work)
     assert pruned.returncode == 0, pruned.stderr
     rows = re.findall(
         r"^(supernet|size \d+) +(\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +(\S+)$", pruned.stdout, re.M
@@ -102,7 +120,7 @@ def test_prune_then_evaluate(work):
 
     results = {}
     for network in ("run", "run/size-3.pt"):
-        done = run("evaluate.py", network, "--split", "test-clean", cwd=work)
+        done = started("evaluate.py", network, "--split", "test-clean", cwd=work)
         assert done.returncode == 0, done.stderr
         folder = work / "run" / "evaluation" / ("checkpoint" if network == "run" else "size-3") / "test-clean"
         results[network] = json.loads((folder / "results.json").read_text())["sizes"]
@@ -213,7 +231,7 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
     assert stopped.training["update"] == saved
     stopped.model.config = dataclasses.replace(stopped.model.config, updates=saved + 3)
     checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
-    resumed = run("train.py", "--resume", "run", cwd=tmp_path)
+    resumed = started("train.py", "--resume", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert checkpoint.load(tmp_path / "run").training["update"] == saved + 3
 
@@ -340,7 +358,7 @@ def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
         "--dev-splits",
         "dev-other",
     ]
-    done = run("train.py", *short, cwd=tmp_path)
+    done = started("train.py", *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
     kept = [path.name.partition("-")[0] for path in (tmp_path / "cache" / "dynsize").iterdir()]
