@@ -341,7 +341,8 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
         if collecting:
             gc.enable()
         if opened:
-            cache.write(kept, json.dumps([list(known), *zip(*known.values(), strict=True)]).encode())
+            paths, rows = zip(*sorted(known.items()), strict=True)  # the threads come to them in any order
+            cache.write(kept, json.dumps([paths, *zip(*rows, strict=True)]).encode())
 
 
 def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:
