@@ -6,14 +6,17 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import islice, pairwise
+from itertools import pairwise
+from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
@@ -34,6 +37,7 @@ OVERSHOOT = 0.5  # seconds that a segment may end after its file, at most, where
 UNREADABLE = "audio that can't be read"
 CHANNELS = {"1": 0, "A": 0, "2": 1, "B": 1}  # as STMs name them
 THREADS = 8  # that read headers: most of the time they wait for a disk
+MANY = 1 << 20  # bytes of kept headers, those of some 10,000 files, from which on a process of its own compares them
 SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, math.inf)  # edges of the histogram of durations
 
 
@@ -134,10 +138,11 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     if start > length or (first := round(start * rate)) >= last or (end or 0) > length + OVERSHOOT:
         what = f"{where}: {start} to {end or 'the last'} s, but {path} has {length} s"
         return corpus.leave_out(UNREADABLE, id, what)
-    text = " ".join(NORMALISERS[config.normaliser](raw).split())
+    text = NORMALISERS[config.normaliser](raw)
+    if "  " in text or not text.isprintable():  # which takes half the time of splitting every text
+        text = " ".join(text.split())
     if not text and raw.strip():
         return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
-    text = raw if text == raw else text  # one string in memory, not two
     samples = round((last - first) * config.sample_rate / rate)
     spoken = Utterance(id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker))
     corpus.utterances.append(spoken)
@@ -300,49 +305,76 @@ NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower,
 
 def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
     """Each entry with its audio file's size in bytes, time in ns, samples of a channel, rate and channels, or with why
-    they can't be told. What was read for `source` before is read again only from files whose size or time differs: one
-    thread asks for these, as with more Python would take longer to hand over than the disk to answer."""
+    they can't be told. What was read for `source` before is read again only from files whose size or time differs."""
+    kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of objects, all in use: the search for garbage takes a quarter of the time
-    kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
-    paths, *columns = json.loads(cache.read(kept) or "[[]]")  # six long lists are read faster than one for each file
-    known = dict(zip(paths, zip(*columns, strict=True), strict=True))
-    opened: list[str] = []
+    try:
+        content = cache.read(kept)
+        if len(content) > MANY:
+            beside = ProcessPoolExecutor(1, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        else:
+            beside = ThreadPoolExecutor(1)  # starts at once, but takes longer to get its turn than the disk to answer
+        with beside:
+            outdated = beside.submit(changed, content)
+            headers = kept_headers(content)
+            listed = list(tqdm(entries, "listing", leave=False, unit=" utterances", delay=2))
+            for path in outdated.result():
+                del headers[path]
+        new = dict.fromkeys(entry.path for entry in listed if entry.path not in headers)  # each once, in their order
+        faults = read_headers(list(new), headers, kept)
+        yield from ((entry, headers.get(entry.path) or faults[entry.path]) for entry in listed)
+    finally:
+        if collecting:
+            gc.enable()
 
-    def unchanged(path: str) -> tuple[int, ...] | None:
+
+def kept_headers(content: bytes) -> dict[str, tuple[int, ...]]:
+    """What `read_headers` kept; nothing where it did not."""
+    paths, *columns = json.loads(content or "[[]]")  # six long lists are read faster than one for each file
+    return dict(zip(paths, zip(*columns, strict=True), strict=True))
+
+
+def changed(content: bytes) -> list[str]:
+    """The files that are gone, or no longer of the size and time that were kept."""
+
+    def same(path: str, size: int, time: int) -> bool:
         try:
             status = os.stat(path)
         except OSError:
-            return None
-        row = known.get(path)
-        return row if row and row[0] == status.st_size and row[1] == status.st_mtime_ns else None
+            return False
+        return size == status.st_size and time == status.st_mtime_ns
 
-    def probe(path: str) -> tuple[int, ...] | Exception:
-        try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                return CorruptAudio("not a file")  # opening a pipe would wait
-            with soundfile.SoundFile(path) as file:
-                known[path] = row = status.st_size, status.st_mtime_ns, file.frames, file.samplerate, file.channels
-            opened.append(path)
-            return row
-        except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
-            return error
+    return [path for path, (size, time, *_) in kept_headers(content).items() if not same(path, size, time)]
 
+
+def read_headers(paths: Sequence[str], headers: dict[str, tuple[int, ...]], kept: Path) -> dict[str, Exception]:
+    """Adds to the headers those of some files, and keeps all, also when it is interrupted. Returns which can't be read,
+    and why."""
+    faults: dict[str, Exception] = {}
+    before = len(headers)
     try:
-        with ThreadPool(THREADS) as pool, tqdm(desc="listing", leave=False, unit=" utterances", delay=2) as bar:
-            while some := list(islice(entries, 5000)):  # all entries at once would double the memory
-                headers = {path: unchanged(path) for path in {entry.path for entry in some}}
-                new = [path for path, row in headers.items() if row is None]
-                headers.update(zip(new, pool.map(probe, new), strict=True))
-                yield from ((entry, headers[entry.path]) for entry in some)
-                bar.update(len(some))
-    finally:  # what was read is kept also where a line is refused
-        if collecting:
-            gc.enable()
-        if opened:
-            paths, rows = zip(*sorted(known.items()), strict=True)  # the threads come to them in any order
-            cache.write(kept, json.dumps([paths, *zip(*rows, strict=True)]).encode())
+        with ThreadPool(THREADS) as pool:
+            bar = tqdm(pool.imap(read_header, paths, 100), "headers", len(paths), leave=False, unit=" files", delay=2)
+            for path, found in zip(paths, bar, strict=True):
+                (faults if isinstance(found, Exception) else headers)[path] = found
+    finally:
+        if len(headers) > before:
+            names, rows = zip(*sorted(headers.items()), strict=True)
+            cache.write(kept, json.dumps([names, *zip(*rows, strict=True)]).encode())
+    return faults
+
+
+def read_header(path: str) -> tuple[int, ...] | Exception:
+    """Of an audio file: size in bytes, time in ns, samples of a channel, rate, channels; or why they can't be told."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return CorruptAudio("not a file")  # opening a pipe would wait
+        with soundfile.SoundFile(path) as file:
+            return status.st_size, status.st_mtime_ns, file.frames, file.samplerate, file.channels
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
+        return error
 
 
 def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:

@@ -354,7 +354,9 @@ def opened(monkeypatch) -> list[str]:
     return names
 
 
-def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
+@pytest.mark.parametrize("many", [-1, corpora.MANY])  # compared in a process of their own, in this one
+def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened, monkeypatch, many):
+    monkeypatch.setattr(corpora, "MANY", many)
     root = write_corpus(tmp_path / "corpus", "librispeech")
     first = read(root)
     assert sorted(opened) == ["1-2-0000.flac", "1-2-0001.flac"]
