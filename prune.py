@@ -117,7 +117,7 @@ def show(networks: list[tuple[Path, checkpoint.Checkpoint]], seconds: float) -> 
         print(f"{row} {ms:>13.1f}  {file}")
     for model, size in pairs[1:]:
         print(f"size {size} keeps {' '.join(layer_name(layer) for layer in sorted(model.ranking[:size]))}")
-    print(f"python evaluate.py {networks[0][0].parent} measures the word error rates")
+    print(f"python evaluate.py {networks[0][0].parent} measures their word error rates, or those of a FILE")
 
 
 def main() -> None:
