@@ -138,7 +138,7 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     if start > length or (first := round(start * rate)) >= last or (end or 0) > length + OVERSHOOT:
         what = f"{where}: {start} to {end or 'the last'} s, but {path} has {length} s"
         return corpus.leave_out(UNREADABLE, id, what)
-    text = NORMALISERS[config.normaliser](raw)
+    text = NORMALISERS[config.normaliser](raw).strip()
     if "  " in text or not text.isprintable():  # which takes half the time of splitting every text
         text = " ".join(text.split())
     if not text and raw.strip():

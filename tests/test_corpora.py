@@ -191,6 +191,15 @@ def test_normalisers(tmp_path, name, text):
     assert list(corpus.left_out.get("no words are left", {})) == (["1-2-0001"] if name == "plain" else [])
 
 
+@pytest.mark.parametrize("space", [" ", "  ", "\t", "\n", "\u00a0", "\u2028", "\u3000", "\x1f", " \t "])
+def test_white_space_of_any_kind_is_one_space_between_words(tmp_path, space):
+    root = write_corpus(tmp_path / "c", "manifest")
+    texts = [f"LOW{space}MID", f"{space}LOW MID", f"LOW MID{space}", space]
+    rows = [json.dumps({"audio_filepath": "talk.wav", "text": text}) for text in texts]
+    (root / LISTS["manifest"]).write_text("\n".join(rows))
+    assert [utterance.text for utterance in read(root).utterances] == 3 * ["LOW MID"] + [""]
+
+
 def test_other_sample_rates_are_resampled(tmp_path):
     hz, time = 440, np.arange(48000 * 2) / 48000
     soundfile.write(
