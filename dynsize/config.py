@@ -45,17 +45,17 @@ class Config:
     time_mask_every: int = setting(50, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none")
     time_mask_frames: int = setting(20, "SpecAugment", "width of a time mask, in feature frames, at most")
 
-    blocks: int = setting(6, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
+    blocks: int = setting(5, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS))
     width: int = setting(96, "network", "model width D")
     attention_heads: int = setting(4, "network", "attention heads H; divides the width, rotary an even number of times")
     kernel: int = setting(15, "network", "width K of the depthwise convolution, in encoder frames, 4 hops each; odd")
     front_end: str = setting("conv2d", "network", "conv2d: two convolutions of stride 2; vgg: the paper's")
     front_end_channels: tuple[int, ...] = setting((32, 32), "network", "channels: two for conv2d, four for vgg")
     rotary: bool = setting(True, "network", "rotary positions in the attention")
-    dropout: float = setting(0.1, "network", "share of every layer's output that is dropped in training")
+    dropout: float = setting(0.0, "network", "share of every layer's output that is dropped in training")
     shared_head: bool = setting(False, "network", "one CTC output layer for all sizes instead of one for each")
 
-    sizes: tuple[int, ...] = setting((8, 16, 24), "algorithm", "layers of each network, ascending; the last is all 4 N")
+    sizes: tuple[int, ...] = setting((7, 13, 20), "algorithm", "layers of each network, ascending; the last is all 4 N")
     method: str = setting(
         "simple-top-k",
         "algorithm",
@@ -73,10 +73,10 @@ class Config:
     zero_out_start: float = setting(2.0, "algorithm", "iterative-zero-out: value that every layer score starts with")
     zero_out_rate: float = setting(10.0, "algorithm", "iterative-zero-out: learning rate of the scores likewise")
     layer_drop: float = setting(0.2, "algorithm", "layerdrop: share of utterances that skip a layer")
-    subnet_loss: float = setting(0.5, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
+    subnet_loss: float = setting(1.0, "algorithm", "weight of each subnet's loss, beside the supernet's 1")
     stochastic_depth: float = setting(0.0, "algorithm", "share of utterances that skip a supernet-only layer in step 2")
 
-    updates: int = setting(1600, "training", "updates of the whole training, both steps")
+    updates: int = setting(1500, "training", "updates of the whole training, both steps")
     batch_seconds: float = setting(40.0, "training", "audio of one batch with its padding, in seconds, at most")
     batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
     accumulate: int = setting(1, "training", "batches of each process whose gradients make one update")
@@ -193,8 +193,8 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0, time_mask_frames=10,
-        vocabulary=32, step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1, updates=4000, batch_seconds=25.0,
-        peak_learning_rate=1.2e-3,
+        vocabulary=32, blocks=6, sizes=(8, 16, 24), dropout=0.1, step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1,
+        updates=4000, batch_seconds=25.0, peak_learning_rate=1.2e-3,
     ),
     "librispeech": PAPER | dict(
         corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),
