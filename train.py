@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in ten minutes on two cores."""
+"""Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU."""
 
 import argparse
 import io
