@@ -22,27 +22,58 @@ RANKINGS = ("learned", "first", "random")
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("supernet", type=Path, metavar="RUN", help="run directory of train.py, or its checkpoint")
-    parser.add_argument("--output", type=Path, help="directory for size-K.pt (RUN; with --method RUN/METHOD)")
-    parser.add_argument("--overwrite", action="store_true", help="replace checkpoints that are there")
-    which = parser.add_argument_group("sizes (by default all that were trained, but for the whole supernet)")
-    which.add_argument("--sizes", type=int, nargs="+", help="in layers; of these and the budgets' all are cut")
-    which.add_argument("--max-params", type=int, help="the most layers with so many parameters")
-    which.add_argument("--max-macs", type=int, help="the most layers with so many MACs for 1 s of audio")
-    which.add_argument("--max-latency-ms", type=float, help="the most layers that take so long on this machine ...")
+    parser.add_argument(
+        "supernet", type=Path, metavar="RUN", help="run directory of train.py, or its checkpoint"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="directory for size-K.pt (RUN; with --method RUN/METHOD)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace checkpoints that are there"
+    )
+    which = parser.add_argument_group(
+        "sizes (by default all that were trained, but for the whole supernet)"
+    )
     which.add_argument(
-        "--audio-seconds", type=float, default=10.0, help="... for one utterance of so many seconds (10)"
+        "--sizes", type=int, nargs="+", help="in layers; of these and the budgets' all are cut"
     )
-    which.add_argument("--ranking", choices=RANKINGS, default="learned", help="which layers stay (learned)")
+    which.add_argument("--max-params", type=int, help="the most layers with so many parameters")
+    which.add_argument(
+        "--max-macs", type=int, help="the most layers with so many MACs for 1 s of audio"
+    )
+    which.add_argument(
+        "--max-latency-ms", type=float, help="the most layers that take so long on this machine ..."
+    )
+    which.add_argument(
+        "--audio-seconds",
+        type=float,
+        default=10.0,
+        help="... for one utterance of so many seconds (10)",
+    )
+    which.add_argument(
+        "--ranking", choices=RANKINGS, default="learned", help="which layers stay (learned)"
+    )
     which.add_argument("--seed", type=int, default=0, help="of the random ranking (0)")
     learn = parser.add_argument_group("learning the layers of a full-size model")
-    learn.add_argument("--method", choices=LEARNING_METHODS, help="learn scores, then train the sizes jointly")
-    learn.add_argument("--updates", type=int, help="of both steps (a third of the model's training); 0: learn nothing")
+    learn.add_argument(
+        "--method", choices=LEARNING_METHODS, help="learn scores, then train the sizes jointly"
+    )
+    learn.add_argument(
+        "--updates",
+        type=int,
+        help="of both steps (a third of the model's training); 0: learn nothing",
+    )
     parsed = parser.parse_args(arguments)
-    if parsed.method and (parsed.ranking != "learned" or any(getattr(parsed, budget) for budget in COSTS)):
-        parser.error("--method learns the layers of --sizes; cut its result by budget or ranking afterwards")
+    if parsed.method and (
+        parsed.ranking != "learned" or any(getattr(parsed, budget) for budget in COSTS)
+    ):
+        parser.error(
+            "--method learns the layers of --sizes; cut its result by budget or ranking afterwards"
+        )
     if parsed.updates is not None and not parsed.method:
         parser.error("--updates says how long --method learns: name the method")
     if parsed.audio_seconds <= 0:
@@ -58,8 +89,13 @@ def learn(options: argparse.Namespace) -> Path:
     if updates < 0:
         raise ValueError(f"--updates {updates}: must be 0 or more")
     sizes = tuple(sorted({*(options.sizes or (old.layers // 3, 2 * old.layers // 3)), old.layers}))
-    every = {name: max(1, min(getattr(old, name), updates)) for name in ("log_every", "validate_every", "save_every")}
-    changes = dict(method=options.method, sizes=sizes, size=0, layers_from="", updates=max(1, updates), **every)
+    every = {
+        name: max(1, min(getattr(old, name), updates))
+        for name in ("log_every", "validate_every", "save_every")
+    }
+    changes = dict(
+        method=options.method, sizes=sizes, size=0, layers_from="", updates=max(1, updates), **every
+    )
     config = for_method(dataclasses.replace(old, **changes))
     folder = options.output or loaded.path.parent / options.method
     start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)
@@ -67,7 +103,9 @@ def learn(options: argparse.Namespace) -> Path:
     trainer = Trainer(config, folder, start).begin()
     if updates == 0:
         trainer.save()
-        print("--updates 0: nothing was learned; the layers are ranked by their place, the first ones kept")
+        print(
+            "--updates 0: nothing was learned; the layers are ranked by their place, the first ones kept"
+        )
     else:
         train(trainer)
     return folder
@@ -75,14 +113,21 @@ def learn(options: argparse.Namespace) -> Path:
 
 def chosen(model: checkpoint.Supernet, options: argparse.Namespace) -> list[int]:
     """The sizes to cut, largest first."""
-    budgets = {budget: getattr(options, budget) for budget in COSTS if getattr(options, budget) is not None}
-    within = [largest_within(model, name, limit, options.audio_seconds) for name, limit in budgets.items()]
+    budgets = {
+        budget: getattr(options, budget) for budget in COSTS if getattr(options, budget) is not None
+    }
+    within = [
+        largest_within(model, name, limit, options.audio_seconds) for name, limit in budgets.items()
+    ]
     asked = [*(options.sizes or []), *([min(within)] if within else [])]
     for size in asked:
         if size not in model.sizes and model.size is None:
             near = sorted(sorted(model.sizes, key=lambda trained: abs(trained - size))[:2])
             names = " and ".join(map(str, near))
-            print(f"prune.py: warning: size {size} was never trained; the nearest that were: {names}", file=sys.stderr)
+            print(
+                f"prune.py: warning: size {size} was never trained; the nearest that were: {names}",
+                file=sys.stderr,
+            )
     return sorted(set(asked or model.sizes[:-1]), reverse=True)
 
 
@@ -108,16 +153,24 @@ def prune(options: argparse.Namespace, run: Path) -> list[tuple[Path, checkpoint
 
 def show(networks: list[tuple[Path, checkpoint.Checkpoint]], seconds: float) -> None:
     """Prints the table of costs, then the layers that each size keeps."""
-    pairs = [(loaded.model, loaded.model.size or loaded.model.config.layers) for _, loaded in networks]
+    pairs = [
+        (loaded.model, loaded.model.size or loaded.model.config.layers) for _, loaded in networks
+    ]
     taken = latencies(pairs, seconds)
-    print(f"{'':9} layers  parameters  MACs for 1 s        bytes  {f'ms for {seconds:g} s':>12}  file")
+    print(
+        f"{'':9} layers  parameters  MACs for 1 s        bytes  {f'ms for {seconds:g} s':>12}  file"
+    )
     for (file, loaded), (model, size), ms in zip(networks, pairs, taken, strict=True):
         name = "supernet" if loaded.model.size is None else f"size {size}"
         row = f"{name:9} {size:>6} {parameters(model):>11,} {macs(model, size):>13,} {file.stat().st_size:>12,}"
         print(f"{row} {ms:>13.1f}  {file}")
     for model, size in pairs[1:]:
-        print(f"size {size} keeps {' '.join(layer_name(layer) for layer in sorted(model.ranking[:size]))}")
-    print(f"python evaluate.py {networks[0][0].parent} measures their word error rates, or those of a FILE")
+        print(
+            f"size {size} keeps {' '.join(layer_name(layer) for layer in sorted(model.ranking[:size]))}"
+        )
+    print(
+        f"python evaluate.py {networks[0][0].parent} measures their word error rates, or those of a FILE"
+    )
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from setuptools import setup
 
 DEMO = ["espeakng-loader>=0.2.4"]  # espeak-ng (GPL-3) speaks the embedded corpus
-TRITON = ["triton>=3.4; platform_system == 'Linux'"]  # the GPU kernels; torch's CUDA builds bring it along
+TRITON = [
+    "triton>=3.4; platform_system == 'Linux'"
+]  # the GPU kernels; torch's CUDA builds bring it along
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "ruff>=0.6"]
 
 setup(
@@ -12,7 +14,15 @@ setup(
     description="Dynamic encoder size for speech recognition: one Conformer-CTC supernet, subnets of several sizes",
     license="MIT",
     python_requires=">=3.10",
-    packages=["dynsize", "kernels"],
-    install_requires=["torch>=2.13", "numpy>=1.24", "sentencepiece>=0.2", "soundfile>=0.12", "soxr>=0.3", "tqdm>=4.65"],
+    packages=["dynsize", "dynsize.kernels"],
+    package_dir={"dynsize.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.13",
+        "numpy>=1.24",
+        "sentencepiece>=0.2",
+        "soundfile>=0.12",
+        "soxr>=0.3",
+        "tqdm>=4.65",
+    ],
     extras_require={"demo": DEMO, "triton": TRITON, "test": DEMO + TRITON + TEST},
 )

@@ -30,10 +30,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog=f"Defaults are those of the preset {name}; --preset P --help shows another's.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110),
     )
-    parser.add_argument("--preset", default="demo", choices=configuration.PRESETS, help="table of defaults (demo)")
+    parser.add_argument(
+        "--preset", default="demo", choices=configuration.PRESETS, help="table of defaults (demo)"
+    )
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run directory if it is there")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run directory if it is there"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed"
+    )
     both = f"train by both algorithms and each size alone, for one table in runs/study-{name}; repeated it goes on"
     parser.add_argument("--study", action="store_true", help=both)
     types, groups = typing.get_type_hints(configuration.Config), {}
@@ -43,12 +49,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = flag_options(types[field.name])
         default = configuration.shown(getattr(preset, field.name))
         help_text = f"{field.metadata['help']} ({default})".replace("%", "%%")
-        group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=help_text,
+            **options,
+        )
     parsed = parser.parse_args(arguments)
     if parsed.resume and len(arguments) > 2:
         parser.error("--resume goes on as the run was configured: it stands alone")
     if parsed.study and parsed.overwrite:
-        parser.error("--study goes on where it was stopped and replaces nothing; --run names another folder")
+        parser.error(
+            "--study goes on where it was stopped and replaces nothing; --run names another folder"
+        )
     return parsed
 
 
@@ -57,14 +70,22 @@ def flag_options(kind: type) -> dict:
     if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if typing.get_origin(kind) is tuple:
-        return dict(type=typing.get_args(kind)[0], nargs="+", metavar=typing.get_args(kind)[0].__name__.upper())
+        return dict(
+            type=typing.get_args(kind)[0],
+            nargs="+",
+            metavar=typing.get_args(kind)[0].__name__.upper(),
+        )
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
 def configured(options: argparse.Namespace) -> configuration.Config:
     """The preset with what the command line changes of it."""
-    changes = {f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)}
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    changes = {
+        f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)
+    }
+    changes = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
+    }
     return configuration.preset(options.preset, **changes)
 
 
@@ -92,7 +113,9 @@ def describe(trainer: Trainer) -> None:
     config = trainer.config
     print("corpus     " + summary(trainer.corpus, config).replace("\n", "\n           "))
     weights = sum(weight.numel() for weight in trainer.model.parameters())
-    print(f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters")
+    print(
+        f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters"
+    )
     print(f"labels     {trainer.tokenizer.labels} with the blank")
     sizes = f"sizes {configuration.shown(config.sizes)}, {config.updates} updates"
     print(f"training   {config.method}, {sizes} → {trainer.run}")
@@ -104,15 +127,26 @@ def train(trainer: Trainer) -> None:
     config, silent = trainer.config, processes.rank() > 0
     signal.signal(signal.SIGUSR1, lambda *_: setattr(trainer, "save_soon", True))
     for end in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once
-        signal.signal(end, lambda n, _: setattr(trainer, "stop_soon", n) or signal.signal(n, signal.SIG_DFL))
-    with tqdm(total=config.updates, initial=trainer.update, unit="update", dynamic_ncols=True, disable=silent) as bar:
+        signal.signal(
+            end, lambda n, _: setattr(trainer, "stop_soon", n) or signal.signal(n, signal.SIG_DFL)
+        )
+    with tqdm(
+        total=config.updates,
+        initial=trainer.update,
+        unit="update",
+        dynamic_ncols=True,
+        disable=silent,
+    ) as bar:
         for record in trainer.updates():
             loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
             speed = record["audio_seconds"] / record["seconds"]
             bar.set_description_str(
                 f"step {record['step']}, sizes {' '.join(map(str, record['sizes']))}", refresh=False
             )
-            bar.set_postfix_str(f"loss {loss}, lr {record['learning_rate']:.1e}, {speed:.0f} audio s/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {loss}, lr {record['learning_rate']:.1e}, {speed:.0f} audio s/s",
+                refresh=False,
+            )
             bar.update(record["update"] - bar.n)
             for size, result in record.get("dev", {}).items():
                 kept = "all" if size == config.layers else " ".join(result["layers"])
@@ -121,7 +155,9 @@ def train(trainer: Trainer) -> None:
                 )
             if record["stop"]:
                 bar.close()
-                print(f"stopped and saved at update {trainer.update}; python train.py --resume {trainer.run} goes on")
+                print(
+                    f"stopped and saved at update {trainer.update}; python train.py --resume {trainer.run} goes on"
+                )
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 

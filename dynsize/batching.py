@@ -51,7 +51,11 @@ class Batch:
     @property
     def padding(self) -> float:
         """Share of the frames that is padding."""
-        return 1 - self.lengths.sum().item() / self.features[..., 0].numel() if self.utterances else 0.0
+        return (
+            1 - self.lengths.sum().item() / self.features[..., 0].numel()
+            if self.utterances
+            else 0.0
+        )
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Features, lengths, labels, label lengths, seeds on a device."""
@@ -75,9 +79,13 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
         status = os.stat(utterance.path)
     except OSError as error:
         raise CorruptAudio(f"{utterance.path}: {error.strerror}") from error
-    settings = [getattr(config, field.name) for field in fields() if field.metadata["section"] == "features"]
+    settings = [
+        getattr(config, field.name) for field in fields() if field.metadata["section"] == "features"
+    ]
     stamp = (utterance.path, utterance.span, utterance.channel, status.st_size, status.st_mtime_ns)
-    name = sha256(repr((features.VERSION, settings, stamp, speed)).encode(errors="surrogateescape")).hexdigest()
+    name = sha256(
+        repr((features.VERSION, settings, stamp, speed)).encode(errors="surrogateescape")
+    ).hexdigest()
     path = Path(config.cache_features, name[:2], name[2:])
     if data := cache.read(path):
         return torch.from_numpy(np.load(io.BytesIO(data)))
@@ -95,8 +103,15 @@ class Examples(Dataset):
 
     epoch: int | None = None
 
-    def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool) -> None:
-        self.utterances, self.tokenizer, self.config, self.keep = utterances, tokenizer, config, keep
+    def __init__(
+        self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool
+    ) -> None:
+        self.utterances, self.tokenizer, self.config, self.keep = (
+            utterances,
+            tokenizer,
+            config,
+            keep,
+        )
         self.kept: dict[tuple[int, float], Tensor] = {}
 
     def __len__(self) -> int:
@@ -111,7 +126,9 @@ class Examples(Dataset):
 
     def frames(self) -> list[int]:
         """Feature frames of each utterance."""
-        samples = (round(utterance.samples / self.speed(i)) for i, utterance in enumerate(self.utterances))
+        samples = (
+            round(utterance.samples / self.speed(i)) for i, utterance in enumerate(self.utterances)
+        )
         return [feature_frames(length, self.config) for length in samples]
 
     def __getitem__(self, index: int) -> Example:
@@ -120,7 +137,9 @@ class Examples(Dataset):
         try:
             features = self.features(index, self.speed(index))
         except CorruptAudio as error:
-            return Example(utterance, labels, torch.zeros(1, self.config.mel_bins), seed, str(error))
+            return Example(
+                utterance, labels, torch.zeros(1, self.config.mel_bins), seed, str(error)
+            )
         if self.epoch is not None:
             features = spec_augment(features, self.config, draw)
         return Example(utterance, labels, features, seed)
@@ -140,17 +159,25 @@ def collate(examples: Sequence[Example]) -> Batch:
     good = [example for example in examples if not example.corrupt]
     padded = good or examples[:1]
     features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
-    labels = pad_sequence([torch.tensor(e.labels, dtype=torch.long) for e in padded], batch_first=True)[: len(good)]
+    labels = pad_sequence(
+        [torch.tensor(e.labels, dtype=torch.long) for e in padded], batch_first=True
+    )[: len(good)]
     numbers = [(len(e.features), len(e.labels), e.seed) for e in good]
-    lengths, label_lengths, seeds = torch.tensor(numbers, dtype=torch.long).view(-1, 3).T  # (B,) each
+    lengths, label_lengths, seeds = (
+        torch.tensor(numbers, dtype=torch.long).view(-1, 3).T
+    )  # (B,) each
     corrupt = {example.utterance.id: example.corrupt for example in examples if example.corrupt}
-    return Batch([e.utterance for e in good], features, lengths, labels, label_lengths, seeds, corrupt)
+    return Batch(
+        [e.utterance for e in good], features, lengths, labels, label_lengths, seeds, corrupt
+    )
 
 
 def load(examples: Examples, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
     """Reads batch by batch, with the configuration's number of worker processes."""
     workers = examples.config.workers
-    return iter(DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers))
+    return iter(
+        DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    )
 
 
 def batch_plan(frames: Sequence[int], most_frames: float, most_utterances: int) -> list[list[int]]:
@@ -189,7 +216,9 @@ def usable(
     for utterance in utterances:
         labels = labels_of(utterance, tokenizer)
         repeats = sum(a == b for a, b in pairwise(labels))
-        frames = output_frames(feature_frames(round(utterance.samples / max(config.speeds)), config))
+        frames = output_frames(
+            feature_frames(round(utterance.samples / max(config.speeds)), config)
+        )
         if 1 <= frames >= len(labels) + repeats:
             good.append(utterance)
         else:

@@ -22,7 +22,9 @@ def write(path: Path, data: bytes) -> None:
     """Writes a file that other processes see wholly or not at all. Warns where that can't be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # on the same disk, and gone in any case
+        with tempfile.TemporaryDirectory(
+            dir=path.parent
+        ) as folder:  # on the same disk, and gone in any case
             Path(folder, path.name).write_bytes(zlib.crc32(data).to_bytes(4, "big") + data)
             Path(folder, path.name).replace(path)
     except OSError as error:

@@ -34,7 +34,9 @@ class Checkpoint:
     training: dict | None
 
 
-def save(path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | None = None, keep: int = 1) -> None:
+def save(
+    path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | None = None, keep: int = 1
+) -> None:
     """Writes a checkpoint, and keeps so many, this one among them: `path` as `path`-1, that one as `path`-2, ...
 
     After an interruption at any time, the newest of these files is the old one or the new one, and whole. Raises
@@ -51,7 +53,9 @@ def save(path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | Non
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    body = buffer.getvalue()[:-2] + CHECKSUM.to_bytes(2, "little")  # a zip file ends with its comment's length
+    body = buffer.getvalue()[:-2] + CHECKSUM.to_bytes(
+        2, "little"
+    )  # a zip file ends with its comment's length
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
@@ -60,7 +64,9 @@ def save(path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | Non
             os.fsync(file.fileno())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}; what was saved before is untouched", str(path)) from error
+        raise OSError(
+            error.errno, f"{error.strerror}; what was saved before is untouched", str(path)
+        ) from error
     names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
     for age in range(keep - 1, 0, -1):
         if names[age - 1].exists():
@@ -101,13 +107,17 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: no such checkpoint")
     data = path.read_bytes()
     if sha256(data[:-CHECKSUM]).hexdigest().encode() != data[-CHECKSUM:]:
-        raise ValueError(f"{path}: damaged, or not a checkpoint that dynsize wrote: its checksum is wrong")
+        raise ValueError(
+            f"{path}: damaged, or not a checkpoint that dynsize wrote: its checksum is wrong"
+        )
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         tokenizer = Tokenizer(content["tokenizer"])
-        model = Supernet(from_dict(content["config"]), tokenizer.labels, content["ranking"], content["size"])
+        model = Supernet(
+            from_dict(content["config"]), tokenizer.labels, content["ranking"], content["size"]
+        )
         model.load_state_dict(content["weights"])
         return Checkpoint(path, model.eval(), tokenizer, content["training"])
     except Exception as error:  # torch raises a dozen kinds, according to what is wrong

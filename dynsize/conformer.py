@@ -20,12 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dynsize.config import LAYERS, Config
-from kernels import gated_residual
+from dynsize.kernels import gated_residual
 
 Gates = Sequence[bool | Tensor]
-UTTERANCES_AT_ONCE = (
-    4  # in attention on a CPU: the weights of many, (R, H, T, T), leave its cache between two operations
-)
+UTTERANCES_AT_ONCE = 4  # in attention on a CPU: the weights of many, (R, H, T, T), leave its cache between two operations
 
 
 class FeedForward(nn.Module):
@@ -54,7 +52,11 @@ class Convolution(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.expand = nn.Linear(config.width, 2 * config.width)
         self.depthwise = nn.Conv1d(
-            config.width, config.width, config.kernel, padding=config.kernel // 2, groups=config.width
+            config.width,
+            config.width,
+            config.kernel,
+            padding=config.kernel // 2,
+            groups=config.width,
         )
         self.depthwise_norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, config.width)
@@ -65,13 +67,20 @@ class Convolution(nn.Module):
         return self.project(F.silu(self.depthwise_norm(self.over_time(x))))
 
     def over_time(self, x: Tensor) -> Tensor:
-        """The depthwise convolution, as one over images of height 1 whose channels lie last, as they do in `x`: on a
-        CPU, forward and backward take a quarter of `conv1d`'s time."""
-        if x.shape[-1] <= 16:  # there, oneDNN's bfloat16 kernel for such images never returns (torch 2.13)
+        """The depthwise convolution over time. `x`: (R, T, D). Returns (R, T, D).
+
+        On a CPU, a 2-D convolution over images of height 1 with the channels last, as they lie in
+        `x`, takes a quarter of the time of `conv1d`, forward and backward. It runs in float32:
+        oneDNN's bfloat16 kernel for it never returns for some shapes (torch 2.13, AVX512-BF16).
+        """
+        if x.device.type != "cpu":
             return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        x = x.transpose(1, 2)[:, :, None]  # (R, D, 1, T)
-        weight = self.depthwise.weight[:, :, None].contiguous(memory_format=torch.channels_last)  # (D, 1, 1, K)
-        x = F.conv2d(x, weight, self.depthwise.bias, padding=(0, weight.shape[-1] // 2), groups=len(weight))
+        x = x.to(self.depthwise.weight.dtype).transpose(1, 2)[:, :, None]  # (R, D, 1, T)
+        weight = self.depthwise.weight[:, :, None]  # (D, 1, 1, K)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        padding = (0, weight.shape[-1] // 2)
+        with torch.autocast("cpu", enabled=False):
+            x = F.conv2d(x, weight, self.depthwise.bias, padding=padding, groups=len(weight))
         return x[:, :, 0].transpose(1, 2)  # (R, T, D)
 
 
@@ -91,7 +100,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """`x`: (R, T, D). `inside`: (R, T). Returns (R, T, D)."""
         x = self.query_key_value(self.norm(x))
-        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (R, H, T, D / H)
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # each (R, H, T, D / H)
         if self.rotary:
             q, k = rotate(q), rotate(k)
         x = attention(q, k, v, inside[:, None, None])
@@ -112,9 +123,14 @@ def rotate(x: Tensor) -> Tensor:
     """Rotary positions (RoFormer, Su et al. 2021) of `x`, (R, H, T, d): turns (i, i + d/2) by t / 10000^(2i/d)."""
     frames, half = x.shape[-2], x.shape[-1] // 2
     speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(frames, device=x.device)[:, None] * speed  # (T, d / 2), float32: bfloat16 can't count frames
+    angle = (
+        torch.arange(frames, device=x.device)[:, None] * speed
+    )  # (T, d / 2), float32: bfloat16 can't count frames
     first, second = x.float().chunk(2, dim=-1)
-    turned = (first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos())
+    turned = (
+        first * angle.cos() - second * angle.sin(),
+        first * angle.sin() + second * angle.cos(),
+    )
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
@@ -128,7 +144,8 @@ class Conv2dFrontEnd(nn.Module):
         super().__init__()
         first, second = config.front_end_channels
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in ((1, first), (first, second))
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+            for c_in, c_out in ((1, first), (first, second))
         )
         self.project = nn.Linear(second * -(-config.mel_bins // 4), config.width)
 
@@ -151,7 +168,9 @@ class VggFrontEnd(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = (1, *config.front_end_channels)
-        self.convolutions = nn.ModuleList(nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels)
+        )
         self.project = nn.Linear(channels[-1] * config.mel_bins, config.width)
 
     @staticmethod
@@ -219,7 +238,9 @@ class Encoder(nn.Module):
         Returns (M, B, T', D) with T' about T / 4, and the (B,) encoder frames inside each utterance. Raises ValueError
         for networks that are not nested.
         """
-        x = self.front_end(features, lengths)[None]  # (S, B, T', D): a stack of S distinct streams, one up to now
+        x = self.front_end(features, lengths)[
+            None
+        ]  # (S, B, T', D): a stack of S distinct streams, one up to now
         lengths = self.front_end.output_frames(lengths)
         inside = padding_mask(lengths, x.shape[2])
         streams = [0] * len(gates)  # which stream of the stack each network is
@@ -228,9 +249,13 @@ class Encoder(nn.Module):
                 gate = [network[4 * block + i] for network in gates]
                 kept = sum(g is not False for g in gate)
                 if any(g is False for g in gate[:kept]):
-                    raise ValueError(f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes")
+                    raise ValueError(
+                        f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes"
+                    )
                 if kept:
-                    own = None if seeds is None else seeds + (4 * block + i)  # SplitMix64 tells neighbours apart
+                    own = (
+                        None if seeds is None else seeds + (4 * block + i)
+                    )  # SplitMix64 tells neighbours apart
                     x, streams = self.residual(layers[kind], x, inside, gate, kept, streams, own)
             x = layers["norm"](x)
         return torch.stack([x[stream] for stream in streams]), lengths
@@ -243,18 +268,29 @@ class Encoder(nn.Module):
         stream that serves networks with different gates is computed once, then parted."""
         rows = streams[kept - 1] + 1  # of the stack, in batches
         computing, rest = x.split([rows, len(x) - rows])
-        run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer
-        branch = run(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(0, (rows, inside.shape[0]))
+        run = (
+            partial(checkpoint, layer, use_reentrant=False)
+            if self.recompute and torch.is_grad_enabled()
+            else layer
+        )
+        branch = run(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(
+            0, (rows, inside.shape[0])
+        )
         parted = part(streams, gate)
         if parted[-1] > streams[-1]:
             origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
             rows = parted[kept - 1] + 1
-            x, branch = torch.stack([x[o] for o in origin]), torch.stack([branch[o] for o in origin[:rows]])
+            x, branch = (
+                torch.stack([x[o] for o in origin]),
+                torch.stack([branch[o] for o in origin[:rows]]),
+            )
             computing, rest = x.split([rows, len(x) - rows])
         gates = stacked([gate[parted.index(stream)] for stream in range(rows)], x)
         dropout = 0.0 if seeds is None else self.dropout
         flat = computing.flatten(0, 1), branch.flatten(0, 1)  # (rows · B, T', D) both
-        computing = gated_residual(*flat, gates, layer.scale, dropout, seeds).unflatten(0, (rows, inside.shape[0]))
+        computing = gated_residual(*flat, gates, layer.scale, dropout, seeds).unflatten(
+            0, (rows, inside.shape[0])
+        )
         return torch.cat([computing, rest]) if len(rest) else computing, parted
 
 

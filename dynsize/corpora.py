@@ -37,7 +37,9 @@ OVERSHOOT = 0.5  # seconds that a segment may end after its file, at most, where
 UNREADABLE = "audio that can't be read"
 CHANNELS = {"1": 0, "A": 0, "2": 1, "B": 1}  # as STMs name them
 THREADS = 8  # that read headers: most of the time they wait for a disk
-MANY = 1 << 20  # bytes of kept headers, those of some 10,000 files, from which on a process of its own compares them
+MANY = (
+    1 << 20
+)  # bytes of kept headers, those of some 10,000 files, from which on a process of its own compares them
 SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, math.inf)  # edges of the histogram of durations
 
 
@@ -72,7 +74,9 @@ class Corpus:
     """Some splits of a corpus."""
 
     utterances: list[Utterance] = field(default_factory=list)
-    left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # why → id → what exactly, with the file
+    left_out: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # why → id → what exactly, with the file
     changes: Counter[str] = field(default_factory=Counter)  # what was changed in texts → how often
     kinds: dict[str, str] = field(default_factory=dict)  # split → kind
 
@@ -92,11 +96,16 @@ def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
-        raise ValueError(f"{root}: no such directory; --corpus names the directory of a corpus, or 'spoken'")
+        raise ValueError(
+            f"{root}: no such directory; --corpus names the directory of a corpus, or 'spoken'"
+        )
     corpus = Corpus()
     for split in "+".join(splits).split("+"):
         corpus.kinds[split], source, reader = recognise(root, split, config.corpus_kind)
-        before, seen = len(corpus.utterances), set()  # two splits may have the same ids: clean and noisy, say
+        before, seen = (
+            len(corpus.utterances),
+            set(),
+        )  # two splits may have the same ids: clean and noisy, say
         for entry, header in with_headers(reader(source, corpus), source):
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
@@ -105,7 +114,9 @@ def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
             faults = [fault for names in corpus.left_out.values() for fault in names.values()]
-            raise ValueError(f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}")
+            raise ValueError(
+                f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}"
+            )
     return corpus
 
 
@@ -125,14 +136,20 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     if end is not None and start >= end:
         raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
     if isinstance(header, FileNotFoundError):
-        raise ValueError(f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist")
+        raise ValueError(
+            f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist"
+        )
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
     _, _, samples, rate, channels = header
     if channels > 1 and channel is None:
-        raise ValueError(f"{where}: {path} has {channels} channels; a manifest or an STM can choose one")
+        raise ValueError(
+            f"{where}: {path} has {channels} channels; a manifest or an STM can choose one"
+        )
     if channel is not None and channel not in range(channels):
-        raise ValueError(f"{where}: {path} has no channel {channel!r}: the first of {channels} is 0")
+        raise ValueError(
+            f"{where}: {path} has no channel {channel!r}: the first of {channels} is 0"
+        )
     length = samples / rate
     last = samples if end is None or end > length else round(end * rate)
     if start > length or (first := round(start * rate)) >= last or (end or 0) > length + OVERSHOOT:
@@ -144,7 +161,9 @@ def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, confi
     if not text and raw.strip():
         return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
     samples = round((last - first) * config.sample_rate / rate)
-    spoken = Utterance(id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker))
+    spoken = Utterance(
+        id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker)
+    )
     corpus.utterances.append(spoken)
 
 
@@ -155,7 +174,9 @@ def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
     """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside it."""
     for folder, folders, files in os.walk(split):
         audio = audio_files(folder, folders + files)
-        for where, line in lines(*(f"{folder}/{name}" for name in files if name.endswith(".trans.txt"))):
+        for where, line in lines(
+            *(f"{folder}/{name}" for name in files if name.endswith(".trans.txt"))
+        ):
             name, *text = line.split(maxsplit=1)
             yield Entry(where, name, audio.get(name, ""), "".join(text), name.partition("-")[0])
 
@@ -168,10 +189,16 @@ def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
             continue
         name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
         if channel not in CHANNELS or not end:
-            raise ValueError(f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A, B: {line}")
+            raise ValueError(
+                f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A, B: {line}"
+            )
         text, unknown = re.subn(r"<unk>|<NA>", " ", re.sub(r"^<(?!unk>)[^>]*>(?!\S)", "", raw))
-        text, joined = re.subn(r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text)  # it 's → it's
-        corpus.changes.update({"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined})
+        text, joined = re.subn(
+            r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text
+        )  # it 's → it's
+        corpus.changes.update(
+            {"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined}
+        )
         id = os.path.basename(where)
         if "ignore_time_segment_in_scoring" in text.lower():
             corpus.leave_out("ignore_time_segment_in_scoring", id, where)
@@ -189,7 +216,9 @@ def common_voice(tsv: Path, corpus: Corpus) -> Iterator[Entry]:
         values = line.split("\t")
         row = dict(zip(columns or values, values, strict=False))
         if len(values) != len(columns or values) or not {"path", "sentence"} <= row.keys():
-            raise ValueError(f"{where}: not {columns or 'the columns path and sentence'}, tabs between them: {line}")
+            raise ValueError(
+                f"{where}: not {columns or 'the columns path and sentence'}, tabs between them: {line}"
+            )
         if columns:
             name = row["path"].removesuffix(".mp3")
             yield Entry(where, name, audio.get(name, ""), row["sentence"], row.get("client_id", ""))
@@ -205,27 +234,51 @@ def manifest(file: Path, corpus: Corpus) -> Iterator[Entry]:
             path, text, speaker = row["audio_filepath"], row["text"], str(row.get("speaker") or "")
             (path + text + speaker).encode()  # JSON can hold halves of characters
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON with the strings audio_filepath and text: {error!r}") from error
-        start, length, channel = seconds(row.get("offset") or 0, where), row.get("duration"), row.get("channel")
+            raise ValueError(
+                f"{where}: not JSON with the strings audio_filepath and text: {error!r}"
+            ) from error
+        start, length, channel = (
+            seconds(row.get("offset") or 0, where),
+            row.get("duration"),
+            row.get("channel"),
+        )
         end = None if length is None else start + seconds(length, where)
-        yield Entry(where, os.path.basename(where), placed(file, path, where), text, speaker, start, end, channel)
+        yield Entry(
+            where,
+            os.path.basename(where),
+            placed(file, path, where),
+            text,
+            speaker,
+            start,
+            end,
+            channel,
+        )
 
 
 def kaldi(scp: Path, corpus: Corpus) -> Iterator[Entry]:
     """wav.scp `RECORDING PATH`, text `UTTERANCE WORDS`, and if they are there segments `UTTERANCE RECORDING START END`
     and utt2spk `UTTERANCE SPEAKER`."""
     recordings, texts = table(scp), table(scp.with_name("text"))
-    speakers, segments = (table(path) if path.exists() else {} for path in map(scp.with_name, ("utt2spk", "segments")))
+    speakers, segments = (
+        table(path) if path.exists() else {} for path in map(scp.with_name, ("utt2spk", "segments"))
+    )
     spans = segments or {name: (where, f"{name} 0 inf") for name, (where, _) in recordings.items()}
     for name, (where, text) in texts.items():
         where, segment = spans.get(name, (where, ""))
         if len(columns := segment.split()) != 3 or columns[0] not in recordings:
-            raise ValueError(f"{where}: {name} has no recording of {scp}, or not RECORDING START END: {segment!r}")
-        start, end = seconds(columns[1], where), None if columns[2] == "inf" else seconds(columns[2], where)
+            raise ValueError(
+                f"{where}: {name} has no recording of {scp}, or not RECORDING START END: {segment!r}"
+            )
+        start, end = (
+            seconds(columns[1], where),
+            None if columns[2] == "inf" else seconds(columns[2], where),
+        )
         line, path = recordings[columns[0]]
         if path.endswith("|"):
             raise ValueError(f"{line}: {path} is a command; only paths of audio files are read")
-        yield Entry(where, name, placed(scp, path, line), text, speakers.get(name, ("", ""))[1], start, end)
+        yield Entry(
+            where, name, placed(scp, path, line), text, speakers.get(name, ("", ""))[1], start, end
+        )
     for name in spans.keys() - texts:
         corpus.leave_out("no transcript", name, spans[name][0])
 
@@ -268,7 +321,9 @@ def table(path: Path) -> dict[str, tuple[str, str]]:
 
 def audio_files(folder: Path | str, names: Sequence[str] | None = None) -> dict[str, str]:
     """The audio files in a directory, by their names without ending: no name that a list has can lead out of it."""
-    names = sorted(names or os.listdir(folder), reverse=True)  # of several endings, the last one stays: .flac
+    names = sorted(
+        names or os.listdir(folder), reverse=True
+    )  # of several endings, the last one stays: .flac
     return {name.rpartition(".")[0]: f"{folder}/{name}" for name in names if name.endswith(ENDINGS)}
 
 
@@ -277,7 +332,9 @@ def placed(file: Path, name: str, where: str) -> str:
     folder = os.path.dirname(file)
     path = os.path.normpath(os.path.join(folder, name))
     if "\0" in name or not (os.path.isabs(name) or path.startswith(os.path.join(folder, ""))):
-        raise ValueError(f"{where}: {name!r} is not inside {folder}; write an absolute path if it is meant")
+        raise ValueError(
+            f"{where}: {name!r} is not inside {folder}; write an absolute path if it is meant"
+        )
     return path
 
 
@@ -300,10 +357,17 @@ def plain(text: str) -> str:
     return " ".join(word.strip("'") for word in text.split())
 
 
-NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower, "upper": str.upper, "plain": plain}
+NORMALISERS: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "lower": str.lower,
+    "upper": str.upper,
+    "plain": plain,
+}
 
 
-def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
+def with_headers(
+    entries: Iterator[Entry], source: Path
+) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
     """Each entry with its audio file's size in bytes, time in ns, samples of a channel, rate and channels, or with why
     they can't be told. What was read for `source` before is read again only from files whose size or time differs."""
     kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
@@ -312,16 +376,22 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
     try:
         content = cache.read(kept)
         if len(content) > MANY:
-            beside = ProcessPoolExecutor(1, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            beside = ProcessPoolExecutor(
+                1, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+            )
         else:
-            beside = ThreadPoolExecutor(1)  # starts at once, but takes longer to get its turn than the disk to answer
+            beside = ThreadPoolExecutor(
+                1
+            )  # starts at once, but takes longer to get its turn than the disk to answer
         with beside:
             outdated = beside.submit(changed, content)
             headers = kept_headers(content)
             listed = list(tqdm(entries, "listing", leave=False, unit=" utterances", delay=2))
             for path in outdated.result():
                 del headers[path]
-        new = dict.fromkeys(entry.path for entry in listed if entry.path not in headers)  # each once, in their order
+        new = dict.fromkeys(
+            entry.path for entry in listed if entry.path not in headers
+        )  # each once, in their order
         faults = read_headers(list(new), headers, kept)
         yield from ((entry, headers.get(entry.path) or faults[entry.path]) for entry in listed)
     finally:
@@ -331,7 +401,9 @@ def with_headers(entries: Iterator[Entry], source: Path) -> Iterator[tuple[Entry
 
 def kept_headers(content: bytes) -> dict[str, tuple[int, ...]]:
     """What `read_headers` kept; nothing where it did not."""
-    paths, *columns = json.loads(content or "[[]]")  # six long lists are read faster than one for each file
+    paths, *columns = json.loads(
+        content or "[[]]"
+    )  # six long lists are read faster than one for each file
     return dict(zip(paths, zip(*columns, strict=True), strict=True))
 
 
@@ -345,17 +417,30 @@ def changed(content: bytes) -> list[str]:
             return False
         return size == status.st_size and time == status.st_mtime_ns
 
-    return [path for path, (size, time, *_) in kept_headers(content).items() if not same(path, size, time)]
+    return [
+        path
+        for path, (size, time, *_) in kept_headers(content).items()
+        if not same(path, size, time)
+    ]
 
 
-def read_headers(paths: Sequence[str], headers: dict[str, tuple[int, ...]], kept: Path) -> dict[str, Exception]:
+def read_headers(
+    paths: Sequence[str], headers: dict[str, tuple[int, ...]], kept: Path
+) -> dict[str, Exception]:
     """Adds to the headers those of some files, and keeps all, also when it is interrupted. Returns which can't be read,
     and why."""
     faults: dict[str, Exception] = {}
     before = len(headers)
     try:
         with ThreadPool(THREADS) as pool:
-            bar = tqdm(pool.imap(read_header, paths, 100), "headers", len(paths), leave=False, unit=" files", delay=2)
+            bar = tqdm(
+                pool.imap(read_header, paths, 100),
+                "headers",
+                len(paths),
+                leave=False,
+                unit=" files",
+                delay=2,
+            )
             for path, found in zip(paths, bar, strict=True):
                 (faults if isinstance(found, Exception) else headers)[path] = found
     finally:
@@ -373,7 +458,11 @@ def read_header(path: str) -> tuple[int, ...] | Exception:
             return CorruptAudio("not a file")  # opening a pipe would wait
         with soundfile.SoundFile(path) as file:
             return status.st_size, status.st_mtime_ns, file.frames, file.samplerate, file.channels
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: an ending of files without header
+    except (
+        soundfile.SoundFileError,
+        OSError,
+        TypeError,
+    ) as error:  # TypeError: an ending of files without header
         return error
 
 
@@ -384,7 +473,9 @@ def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Te
     """
     start, stop = utterance.span
     try:
-        audio, rate = soundfile.read(utterance.path, dtype="float32", start=start, stop=stop, always_2d=True)
+        audio, rate = soundfile.read(
+            utterance.path, dtype="float32", start=start, stop=stop, always_2d=True
+        )
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise CorruptAudio(f"{utterance.path}: damaged audio: {error}") from error
     if len(audio) != stop - start or rate != utterance.rate or audio.shape[1] <= utterance.channel:
@@ -404,10 +495,20 @@ def summary(corpus: Corpus, config: Config) -> str:
     speakers = len({utterance.speaker for utterance in corpus.utterances} - {""})
     lost = sum(map(len, corpus.left_out.values()))
     bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
-    rows = [f"{config.corpus}: " + ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())]
-    rows.append(f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {speakers} speakers; {lost} left out")
-    rows.append("seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count))
+    rows = [
+        f"{config.corpus}: "
+        + ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
+    ]
+    rows.append(
+        f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {speakers} speakers; {lost} left out"
+    )
+    rows.append(
+        "seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count)
+    )
     rows += [f"{count} {what}" for what, count in corpus.changes.items() if count]
     for why, names in corpus.left_out.items():
-        rows += [f"left out: {len(names)} × {why}, as {name}: {what}" for name, what in [*names.items()][:1]]
+        rows += [
+            f"left out: {len(names)} × {why}, as {name}: {what}"
+            for name, what in [*names.items()][:1]
+        ]
     return "\n".join(rows)

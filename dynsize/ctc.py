@@ -26,23 +26,38 @@ class CtcLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
+    def forward(
+        ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
+    ) -> Tensor:
         dtype, frames = torch.promote_types(log_probs.dtype, torch.float32), log_probs.shape[1]
-        last, state = 2 * label_lengths[:, None], torch.arange(2 * labels.shape[1] + 1, device=labels.device)
+        last, state = (
+            2 * label_lengths[:, None],
+            torch.arange(2 * labels.shape[1] + 1, device=labels.device),
+        )
         outside = (state > last)[:, None]  # (N, 1, S)
-        extended = with_blanks(labels).masked_fill(outside[:, 0], BLANK)  # the padding may hold anything
-        emitted = log_probs.to(dtype).gather(2, extended[:, None].expand(-1, frames, -1))  # (N, T, S)
+        extended = with_blanks(labels).masked_fill(
+            outside[:, 0], BLANK
+        )  # the padding may hold anything
+        emitted = log_probs.to(dtype).gather(
+            2, extended[:, None].expand(-1, frames, -1)
+        )  # (N, T, S)
         emitted = emitted.masked_fill(outside, -torch.inf)
-        backwards = flipped(flipped(emitted, lengths - 1, 1), last[:, 0], 2).masked_fill(outside, -torch.inf)
+        backwards = flipped(flipped(emitted, lengths - 1, 1), last[:, 0], 2).masked_fill(
+            outside, -torch.inf
+        )
         both_labels = torch.cat([extended, flipped(extended, last[:, 0], 1)])
-        alpha, beta = forward_variables(torch.cat([emitted, backwards]), both_labels).chunk(2)  # (N, T, S) each
+        alpha, beta = forward_variables(torch.cat([emitted, backwards]), both_labels).chunk(
+            2
+        )  # (N, T, S) each
         beta = flipped(flipped(beta, lengths - 1, 1), last[:, 0], 2)
         at_end = alpha[torch.arange(len(alpha), device=alpha.device), lengths - 1]  # (N, S)
         final = (state == last) | (state == last - 1)
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
         # α and β both contain e(t, s), so that one of them must go
         posterior = (alpha + beta - emitted.clamp(min=-1e30) - log_likelihood[:, None, None]).exp()
-        after = torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]  # (N, T, 1)
+        after = (
+            torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]
+        )  # (N, T, 1)
         nowhere = after | outside | ~log_likelihood.isfinite()[:, None, None]
         ctx.save_for_backward(posterior.masked_fill(nowhere, 0), extended)
         ctx.vocabulary, ctx.dtype = log_probs.shape[2], log_probs.dtype
@@ -67,7 +82,12 @@ def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
     """`x` with the entries 0 to `last`, (N,), of a dimension in reverse order; behind them is no matter what."""
     place = torch.arange(x.shape[dim], device=x.device)
     index = (last[:, None] - place).clamp(min=0)  # (N, size of the dimension)
-    return x.gather(dim, index.view(len(x), *(x.shape[d] if d == dim else 1 for d in range(1, x.dim()))).expand_as(x))
+    return x.gather(
+        dim,
+        index.view(len(x), *(x.shape[d] if d == dim else 1 for d in range(1, x.dim()))).expand_as(
+            x
+        ),
+    )
 
 
 def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
@@ -80,7 +100,11 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
     for t in range(1, emitted.shape[1]):
         before = alpha[:, t - 1]
         sources = before.new_full((3, *before.shape), -torch.inf)
-        sources[0], sources[1, :, 1:], sources[2, :, 2:] = before, before[:, :-1], before[:, :-2] + skip_penalty
+        sources[0], sources[1, :, 1:], sources[2, :, 2:] = (
+            before,
+            before[:, :-1],
+            before[:, :-2] + skip_penalty,
+        )
         alpha[:, t] = sources.logsumexp(0) + emitted[:, t]
     return alpha
 
@@ -89,6 +113,7 @@ def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
     """The best label of each frame, repeats joined, blanks removed. `log_probs`: (N, T, V). Returns N lists."""
     best = log_probs.argmax(-1).cpu()
     paths = (
-        torch.unique_consecutive(path[:length]).tolist() for path, length in zip(best, lengths.tolist(), strict=True)
+        torch.unique_consecutive(path[:length]).tolist()
+        for path, length in zip(best, lengths.tolist(), strict=True)
     )
     return [[label for label in path if label != BLANK] for path in paths]

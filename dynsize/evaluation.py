@@ -30,7 +30,9 @@ def read_for_scoring(config: Config, splits: Sequence[str], tokenizer: Tokenizer
     """Splits to decode. Raises ValueError for audio that can't be read and for characters without a label."""
     corpus = read_corpus(corpus_root(config), splits, config)
     if unreadable := corpus.left_out.get(UNREADABLE):
-        raise ValueError(f"{len(unreadable)} utterances can't be read:\n" + "\n".join(unreadable.values()))
+        raise ValueError(
+            f"{len(unreadable)} utterances can't be read:\n" + "\n".join(unreadable.values())
+        )
     for utterance in corpus.utterances:
         labels_of(utterance, tokenizer)
     return corpus
@@ -48,13 +50,17 @@ def device_of(config: Config) -> torch.device:
 
 
 @torch.inference_mode()
-def transcribe(model: Supernet, examples: Examples, sizes: Sequence[int], title: str) -> dict[int, list[str]]:
+def transcribe(
+    model: Supernet, examples: Examples, sizes: Sequence[int], title: str
+) -> dict[int, list[str]]:
     """Size → the greedily decoded text of each example, in their order. Sizes, largest first, share one forward.
 
     Raises ValueError for audio that can't be read.
     """
     config, device = model.config, next(model.parameters()).device
-    plan = batch_plan(examples.frames(), config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances)
+    plan = batch_plan(
+        examples.frames(), config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances
+    )
     texts: dict[int, list[str]] = {size: [""] * len(examples) for size in sizes}
     corrupt: dict[str, str] = {}
     with tqdm(total=len(examples), desc=title, unit="utt", leave=False, delay=1) as bar:
@@ -68,7 +74,9 @@ def transcribe(model: Supernet, examples: Examples, sizes: Sequence[int], title:
                     texts[size][index] = examples.tokenizer.decode(labels)
             bar.update(len(indices))
     if corrupt:
-        raise ValueError(f"{len(corrupt)} utterances can't be read:\n" + "\n".join(corrupt.values()))
+        raise ValueError(
+            f"{len(corrupt)} utterances can't be read:\n" + "\n".join(corrupt.values())
+        )
     return texts
 
 
@@ -91,16 +99,30 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
         errors = errors_of(utterances, texts[size])
         total = sum(errors, Errors())
         rows.append(
-            dict(size=size, wer=total.rate, interval=interval(errors), substitutions=total.substitutions)
+            dict(
+                size=size,
+                wer=total.rate,
+                interval=interval(errors),
+                substitutions=total.substitutions,
+            )
             | dict(deletions=total.deletions, insertions=total.insertions, words=total.words)
-            | dict(utterances=len(utterances), parameters=parameters(subnet), macs=macs(subnet, size))
+            | dict(
+                utterances=len(utterances), parameters=parameters(subnet), macs=macs(subnet, size)
+            )
             | dict(real_time_factor=seconds / audio_seconds, layers=kept_names(model, size))
         )
     output.mkdir(parents=True, exist_ok=True)
     for size, hypotheses in texts.items():
-        lines = [f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)]
+        lines = [
+            f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)
+        ]
         (output / f"size-{size}.txt").write_text("".join(lines), encoding="utf-8")
-    facts = dict(checkpoint=str(checkpoint.path), corpus=config.corpus, split=split, device=str(device_of(config)))
+    facts = dict(
+        checkpoint=str(checkpoint.path),
+        corpus=config.corpus,
+        split=split,
+        device=str(device_of(config)),
+    )
     facts |= dict(sizes=rows, left_out={why: list(names) for why, names in corpus.left_out.items()})
     (output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
     return rows
@@ -113,7 +135,11 @@ def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
 
 
 def decode(
-    network: Supernet, checkpoint: Checkpoint, utterances: Sequence[Utterance], size: int, title: str
+    network: Supernet,
+    checkpoint: Checkpoint,
+    utterances: Sequence[Utterance],
+    size: int,
+    title: str,
 ) -> list[str]:
     """The text of each utterance by the network of one size."""
     examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
@@ -122,7 +148,10 @@ def decode(
 
 def errors_of(utterances: Sequence[Utterance], texts: Sequence[str]) -> list[Errors]:
     """The word errors in each utterance's text."""
-    return [count_errors(utterance.text, text) for utterance, text in zip(utterances, texts, strict=True)]
+    return [
+        count_errors(utterance.text, text)
+        for utterance, text in zip(utterances, texts, strict=True)
+    ]
 
 
 def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[dict]:
@@ -139,7 +168,9 @@ def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[d
         said = [(utterance.id, utterance.text) for utterance in utterances]
         expected = expected or said
         if said != expected:
-            raise ValueError(f"{checkpoint.path}: the {split} of {config.corpus} has other utterances than the first's")
+            raise ValueError(
+                f"{checkpoint.path}: the {split} of {config.corpus} has other utterances than the first's"
+            )
         of_sizes = {}
         for size in checkpoint.model.sizes:
             title = f"{checkpoint.path}, {split}, size {size}"

@@ -22,11 +22,15 @@ def feature_frames(samples: int, config: Config) -> int:
 
 def window_and_hop(config: Config) -> tuple[int, int]:
     """Analysis window and hop in samples."""
-    return round(config.window_ms * config.sample_rate / 1000), round(config.hop_ms * config.sample_rate / 1000)
+    return round(config.window_ms * config.sample_rate / 1000), round(
+        config.hop_ms * config.sample_rate / 1000
+    )
 
 
 @lru_cache(maxsize=4)
-def mel_filters(bins: int, spectrum: int, sample_rate: int, lowest_hz: float, highest_hz: float) -> Tensor:
+def mel_filters(
+    bins: int, spectrum: int, sample_rate: int, lowest_hz: float, highest_hz: float
+) -> Tensor:
     """Triangles of equal width on the mel scale, 2595 log10(1 + f / 700): (spectrum // 2 + 1, bins) float32."""
 
     def mel(hz: float) -> float:
@@ -51,8 +55,12 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     frames = waveform.unfold(0, window, hop)  # (T, window)
     frames = (frames - frames.mean(1, keepdim=True)) * torch.hann_window(window)
     spectrum = 2 ** math.ceil(math.log2(window))
-    power = torch.view_as_real(torch.fft.rfft(frames, n=spectrum)).square().sum(-1)  # (T, spectrum // 2 + 1)
-    filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, config.lowest_hz, config.highest_hz)
+    power = (
+        torch.view_as_real(torch.fft.rfft(frames, n=spectrum)).square().sum(-1)
+    )  # (T, spectrum // 2 + 1)
+    filters = mel_filters(
+        config.mel_bins, spectrum, config.sample_rate, config.lowest_hz, config.highest_hz
+    )
     features = (power @ filters + QUIETEST).log()
     return (features - features.mean(0)) / features.var(0, correction=0).add(1e-5).sqrt()
 

@@ -15,7 +15,9 @@ from dynsize.schedule import size_at, size_before
 SPARSITY_LOSS = 5.0  # weight of the extra loss, the paper's
 
 
-def layer_weights(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[bool | Tensor]:
+def layer_weights(
+    scores: Tensor, ranking: Sequence[int], update: int, config: Config
+) -> list[bool | Tensor]:
     """The L gates of the subnet in an update of step 1: sigmoid(s), and False for a layer that is zeroed out."""
     alive = set(ranking[: size_before(update, config)])
     return [weight if layer in alive else False for layer, weight in enumerate(scores.sigmoid())]
@@ -24,7 +26,11 @@ def layer_weights(scores: Tensor, ranking: Sequence[int], update: int, config: C
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
     """5 · |(L − Σ layer weights) / L − nᵢ / L|, which draws the weights to the sum at which nᵢ layers are lost."""
     alive = torch.as_tensor(ranking[: size_before(update, config)], device=scores.device)
-    return SPARSITY_LOSS * (scores[alive].sigmoid().sum() - size_at(update, config)).abs() / len(scores)
+    return (
+        SPARSITY_LOSS
+        * (scores[alive].sigmoid().sum() - size_at(update, config)).abs()
+        / len(scores)
+    )
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:

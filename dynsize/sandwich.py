@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynsize.config import Config
 from dynsize.conformer import Gates
-from kernels.reference import kept
+from dynsize.kernels.reference import kept
 
 
 def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int, float]:
@@ -19,7 +19,9 @@ def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int,
     return {largest: 1.0} | dict.fromkeys(between + smaller[:1], config.subnet_loss)
 
 
-def stochastic_depth(smallest: Sequence[bool], seeds: Tensor, config: Config) -> list[bool | Tensor]:
+def stochastic_depth(
+    smallest: Sequence[bool], seeds: Tensor, config: Config
+) -> list[bool | Tensor]:
     """The supernet's gates: each of the utterances, given by their seeds, (B,) int64, skips each layer outside the
     smallest subnet, given by its mask, with the configured probability."""
     if config.stochastic_depth == 0:

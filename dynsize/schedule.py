@@ -10,7 +10,11 @@ LAST_LEARNING_RATE = 1e-8
 def learning_rate(update: int, config: Config) -> float:
     """Linear from peak / 100 to the peak, back to peak / 100, then to 1e-8."""
     peak, done = config.peak_learning_rate, (update + 1) / config.updates
-    corners = [(0.0, peak / 100), (config.warmup, peak), (config.warmup + config.cooldown, peak / 100)]
+    corners = [
+        (0.0, peak / 100),
+        (config.warmup, peak),
+        (config.warmup + config.cooldown, peak / 100),
+    ]
     corners.append((1.0, LAST_LEARNING_RATE))
     for (left, low), (right, high) in pairwise(corners):
         if done <= right and left < right:

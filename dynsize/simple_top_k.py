@@ -9,7 +9,9 @@ from dynsize.config import Config
 from dynsize.schedule import size_at
 
 
-def layer_weights(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[bool | Tensor]:
+def layer_weights(
+    scores: Tensor, ranking: Sequence[int], update: int, config: Config
+) -> list[bool | Tensor]:
     """The L gates of the subnet in an update of step 1. `scores`: (L,). `straight-through`: 1 for the k layers of
     highest score and 0 for the others, with the gradient of the relaxed weights. `soft`: the relaxed weights."""
     k = size_at(update, config)

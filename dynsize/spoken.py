@@ -62,16 +62,41 @@ GRAMMAR = {
 }  # fmt: skip
 # espeak-ng's voices: American (en-us) and British (en) English, spoken by variants of different sex, age and timbre
 VOICES = {
-    "train": ["en-us", "en-us+m2", "en-us+m5", "en-us+f2", "en-us+f4", "en", "en+m1", "en+m6", "en+f1", "en+f3"],
+    "train": [
+        "en-us",
+        "en-us+m2",
+        "en-us+m5",
+        "en-us+f2",
+        "en-us+f4",
+        "en",
+        "en+m1",
+        "en+m6",
+        "en+f1",
+        "en+f3",
+    ],
     "dev-other": ["en-us+m4", "en+f5"],
     "test-other": ["en-us+m3", "en-us+f1", "en+m7", "en+f2"],
 }
-MINUTES = {"train": 60, "dev-clean": 4, "dev-other": 3, "test-clean": 15, "test-other": 10}  # of speech in each split
+MINUTES = {
+    "train": 60,
+    "dev-clean": 4,
+    "dev-other": 3,
+    "test-clean": 15,
+    "test-other": 10,
+}  # of speech in each split
 SENTENCES_IN_CHAPTER = 10
 CHOICE = 5  # sentences from which each one is chosen
-RATE = (100, 155)  # of speaking, in words a minute as espeak-ng counts, is drawn between these: 130 to 200 in fact
+RATE = (
+    100,
+    155,
+)  # of speaking, in words a minute as espeak-ng counts, is drawn between these: 130 to 200 in fact
 PITCH = (35, 65)  # of 0 to 99
-ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = 2, 1, 1, 3  # constants of espeak-ng's speak_lib.h
+ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = (
+    2,
+    1,
+    1,
+    3,
+)  # constants of espeak-ng's speak_lib.h
 
 
 def spoken_corpus() -> Path:
@@ -81,7 +106,9 @@ def spoken_corpus() -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # espeak-ng carries random state from one utterance to the next: only a new process always speaks alike
         if subprocess.run([sys.executable, "-m", "dynsize.spoken", str(directory)]).returncode != 0:
-            raise ValueError("the embedded corpus could not be spoken; pip install -e '.[demo]' installs what it needs")
+            raise ValueError(
+                "the embedded corpus could not be spoken; pip install -e '.[demo]' installs what it needs"
+            )
     return directory
 
 
@@ -100,8 +127,12 @@ class Espeak:
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
-        self.library.espeak_ng_SetRandSeed(seed)  # of the voices' breath and jitter; the time of day by default
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self.library.espeak_ng_SetRandSeed(
+            seed
+        )  # of the voices' breath and jitter; the time of day by default
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+        )
         self.callback = callback(self.receive)  # kept alive as long as the library may call it
         self.library.espeak_SetSynthCallback(self.callback)
 
@@ -120,7 +151,9 @@ class Espeak:
         failed = self.library.espeak_Synth(data, len(data) + 1, 0, 0, 0, ESPEAK_UTF8, None, None)
         if failed or not self.pieces:
             raise ValueError(f"espeak-ng could not speak {text!r} with the voice {voice}")
-        return soxr.resample(np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE)
+        return soxr.resample(
+            np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE
+        )
 
 
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
@@ -128,7 +161,9 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
     espeak, draw = Espeak(seed), random.Random(seed)
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
     said: set[str] = set()
-    with tqdm(total=round(sum(minutes.values())), desc="speaking the corpus", unit="min", leave=False) as bar:
+    with tqdm(
+        total=round(sum(minutes.values())), desc="speaking the corpus", unit="min", leave=False
+    ) as bar:
         for split, length in minutes.items():
             for spoken in speak_split(unfinished / split, split, length, espeak, draw, said):
                 bar.update(min(spoken / 60, bar.total - bar.n))
@@ -142,7 +177,10 @@ def speak_split(
     directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: set[str]
 ) -> Iterator[float]:
     """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
-    voices, names = VOICES.get(split, VOICES["train"]), [name for names in VOICES.values() for name in names]
+    voices, names = (
+        VOICES.get(split, VOICES["train"]),
+        [name for names in VOICES.values() for name in names],
+    )
     seconds, number, heard = 0.0, 0, Counter()
     while seconds < 60 * minutes:
         # of a few sentences, the one with the rarest word: no word should be left with two or three examples

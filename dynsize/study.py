@@ -15,7 +15,8 @@ def plan(config: Config) -> dict[str, Config]:
     each size alone, smaller ones as the first blocks."""
     supernets = {method: dataclasses.replace(config, method=method) for method in LEARNING_METHODS}
     alone = {
-        f"alone-{size}": for_method(dataclasses.replace(config, method="none", size=size)) for size in config.sizes
+        f"alone-{size}": for_method(dataclasses.replace(config, method="none", size=size))
+        for size in config.sizes
     }
     return supernets | alone
 
@@ -46,7 +47,9 @@ def results(config: Config, folder: Path) -> str:
             output = folder / name / "evaluation" / loaded.path.stem / split
             if not (output / "results.json").exists():
                 evaluate(loaded, config, split, output)
-            found.setdefault(split, {})[name] = json.loads((output / "results.json").read_text())["sizes"]
+            found.setdefault(split, {})[name] = json.loads((output / "results.json").read_text())[
+                "sizes"
+            ]
     (folder / "study.json").write_text(json.dumps(found, indent=2) + "\n")
     text = "\n".join(table(split, rows, config) for split, rows in found.items())
     (folder / "study.md").write_text(text, encoding="utf-8")
@@ -61,7 +64,9 @@ def table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
         "| ---: | ---: |" + " ---: |" * len(LEARNING_METHODS),
     ]
     for size in reversed(config.sizes):
-        columns = [cells[f"alone-{size}", size]] + [cells[method, size] for method in LEARNING_METHODS]
+        columns = [cells[f"alone-{size}", size]] + [
+            cells[method, size] for method in LEARNING_METHODS
+        ]
         lines.append(f"| {size} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 

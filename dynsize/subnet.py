@@ -21,12 +21,18 @@ def cut(model: Supernet, size: int) -> Supernet:
     Raises ValueError for a network that was cut before, and for a size that the supernet can't have.
     """
     if model.size is not None:
-        raise ValueError(f"this network was cut already, to {model.size} layers; cut the supernet it came from")
+        raise ValueError(
+            f"this network was cut already, to {model.size} layers; cut the supernet it came from"
+        )
     if not 1 <= size <= model.config.layers:
-        raise ValueError(f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers")
+        raise ValueError(
+            f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers"
+        )
     subnet = Supernet(model.config, model.head(size).out_features, model.ranking, size)
     weights = model.state_dict()
-    subnet.encoder.load_state_dict({f: weights[f"encoder.{f}"] for f in subnet.encoder.state_dict()})
+    subnet.encoder.load_state_dict(
+        {f: weights[f"encoder.{f}"] for f in subnet.encoder.state_dict()}
+    )
     subnet.head(size).load_state_dict(model.head(size).state_dict())
     return subnet.eval()
 
@@ -35,7 +41,9 @@ def widened(model: Supernet, config: Config) -> Supernet:
     """A supernet of the sizes and the method of `config`, with the weights of a full-size model; each size's output
     layer begins as that of the full size. Raises ValueError for a network that was cut."""
     if model.size is not None:
-        raise ValueError(f"a cut network, of {model.size} layers: sizes are learned in one that has all of its layers")
+        raise ValueError(
+            f"a cut network, of {model.size} layers: sizes are learned in one that has all of its layers"
+        )
     head = model.head(config.layers)
     supernet = Supernet(config, head.out_features)
     supernet.encoder.load_state_dict(model.encoder.state_dict())
@@ -55,11 +63,15 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
     """The largest number of layers whose subnet costs `limit` or less of one of the `COSTS`, milliseconds for `seconds`
     of audio. Raises ValueError where a single layer costs more."""
     size = bisect_right(
-        range(1, model.config.layers + 1), limit, key=lambda size: COSTS[budget](cut(model, size), size, seconds)
+        range(1, model.config.layers + 1),
+        limit,
+        key=lambda size: COSTS[budget](cut(model, size), size, seconds),
     )
     if size == 0:
         least = COSTS[budget](cut(model, 1), 1, seconds)
-        raise ValueError(f"--{budget.replace('_', '-')} {limit:g}: a subnet of one layer has {least:,.10g} already")
+        raise ValueError(
+            f"--{budget.replace('_', '-')} {limit:g}: a subnet of one layer has {least:,.10g} already"
+        )
     return size
 
 
@@ -83,7 +95,9 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:
     """MACs of one prunable layer: one for each matrix weight in each frame, and frames² D twice in self-attention."""
     total = frames * sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
-    return total + (2 * frames**2 * layer.project.out_features if isinstance(layer, SelfAttention) else 0)
+    return total + (
+        2 * frames**2 * layer.project.out_features if isinstance(layer, SelfAttention) else 0
+    )
 
 
 def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
@@ -99,7 +113,9 @@ def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
 
 
 @torch.inference_mode()
-def latencies(networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0, repeats: int = 15) -> list[float]:
+def latencies(
+    networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0, repeats: int = 15
+) -> list[float]:
     """Milliseconds in which each network, given with the size that runs, turns the features of one utterance of so
     many seconds into log-probabilities: the median of `repeats` rounds in turn, after one to warm up."""
     config = networks[0][0].config

@@ -17,7 +17,13 @@ class Supernet(nn.Module):
     output layer are all that it has.
     """
 
-    def __init__(self, config: Config, labels: int, ranking: Sequence[int] | None = None, size: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        labels: int,
+        ranking: Sequence[int] | None = None,
+        size: int | None = None,
+    ):
         super().__init__()
         self.config, self.size = config, size
         self.ranking = list(range(config.layers)) if ranking is None else list(ranking)
@@ -25,9 +31,14 @@ class Supernet(nn.Module):
         self.encoder = Encoder(config, self.ranking[: self.sizes[-1]])
         shared = config.shared_head
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(config.width, labels) for name in (["shared"] if shared else map(str, self.sizes))}
+            {
+                name: nn.Linear(config.width, labels)
+                for name in (["shared"] if shared else map(str, self.sizes))
+            }
         )
-        start = config.zero_out_start if config.method == "iterative-zero-out" else config.score_start
+        start = (
+            config.zero_out_start if config.method == "iterative-zero-out" else config.score_start
+        )
         self.scores = nn.Parameter(torch.full((config.layers,), start)) if size is None else None
 
     def mask(self, size: int) -> list[bool]:
@@ -44,7 +55,12 @@ class Supernet(nn.Module):
         """The weights that networks of these sizes do not use: the other sizes' output layers and, except in step 1,
         the scores."""
         used = {id(self.head(size)) for size in sizes}
-        weights = [weight for head in self.heads.values() if id(head) not in used for weight in head.parameters()]
+        weights = [
+            weight
+            for head in self.heads.values()
+            if id(head) not in used
+            for weight in head.parameters()
+        ]
         return weights + ([self.scores] if self.scores is not None and not learning else [])
 
     def forward(
@@ -60,7 +76,9 @@ class Supernet(nn.Module):
         gates = [self.mask(size) for size in sizes] if gates is None else gates
         with precision(self.config, features.device):
             x, lengths = self.encoder(features, lengths, gates, seeds)
-            logits = torch.stack([self.head(size)(stream) for size, stream in zip(sizes, x, strict=True)])
+            logits = torch.stack(
+                [self.head(size)(stream) for size, stream in zip(sizes, x, strict=True)]
+            )
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), lengths
 
 

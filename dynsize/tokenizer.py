@@ -25,7 +25,9 @@ class Tokenizer:
         labels = self.pieces.encode(text)
         if 0 in labels:
             unknown = sorted({c for c in text if not c.isspace() and 0 in self.pieces.encode(c)})
-            raise ValueError(f"characters unknown to the tokenizer, {' '.join(map(repr, unknown))}, in {text!r}")
+            raise ValueError(
+                f"characters unknown to the tokenizer, {' '.join(map(repr, unknown))}, in {text!r}"
+            )
         return labels
 
     def decode(self, labels: list[int]) -> str:
@@ -38,12 +40,15 @@ def train_tokenizer(texts: Iterable[str], units: int) -> Tokenizer:
     texts = [text for text in texts if text]
     characters = set().union(*texts)
     if not characters:
-        raise ValueError("the training transcripts are all empty: there is nothing to learn units from")
+        raise ValueError(
+            "the training transcripts are all empty: there is nothing to learn units from"
+        )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        vocab_size=max(units, len(characters) + 1) + 1,  # the mark for a word's beginning, and the blank
+        vocab_size=max(units, len(characters) + 1)
+        + 1,  # the mark for a word's beginning, and the blank
         hard_vocab_limit=False,  # take what there is
         normalization_rule_name="identity",
         character_coverage=1.0,

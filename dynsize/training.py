@@ -22,16 +22,28 @@ from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import UNREADABLE, read_corpus, summary
-from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, read_for_scoring, transcribe
+from dynsize.evaluation import (
+    corpus_root,
+    device_of,
+    errors_of,
+    kept_names,
+    read_for_scoring,
+    transcribe,
+)
 from dynsize.schedule import learning_rate, size_at, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors
-from kernels import ctc_loss
+from dynsize.kernels import ctc_loss
 
-ALGORITHMS = {"simple-top-k": simple_top_k, "iterative-zero-out": iterative_zero_out}  # those that learn in step 1
+ALGORITHMS = {
+    "simple-top-k": simple_top_k,
+    "iterative-zero-out": iterative_zero_out,
+}  # those that learn in step 1
 LOCK = "lock"  # in a run directory, held by the training in it
-MOST_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite, before the training gives up
+MOST_SKIPPED = (
+    10  # updates in a row with a loss or gradient that is not finite, before the training gives up
+)
 
 
 class Trainer:
@@ -43,9 +55,13 @@ class Trainer:
     """
 
     save_soon = False  # set from outside: save behind the next update
-    stop_soon = 0  # not 0, set from outside: save there, and end; all processes do so where one has it set
+    stop_soon = (
+        0  # not 0, set from outside: save there, and end; all processes do so where one has it set
+    )
 
-    def __init__(self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None) -> None:
+    def __init__(
+        self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
+    ) -> None:
         self.config, self.run, self.device = config, run, device_of(config)
         with processes.first_alone():
             self.corpus = read_corpus(corpus_root(config), config.train_splits, config)
@@ -58,14 +74,20 @@ class Trainer:
             )
         self.corpus.left_out["more labels than CTC can align"] = impossible
         dev = read_for_scoring(config, config.dev_splits, self.tokenizer).utterances
-        self.examples = Examples(self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0)
+        self.examples = Examples(
+            self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0
+        )
         own_dev = dev[processes.rank() :: processes.count()]
         self.dev = Examples(own_dev, self.tokenizer, config, keep=config.workers == 0)
         torch.manual_seed(config.seed)
-        self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(self.device)
+        self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(
+            self.device
+        )
         self.network = processes.wrapped(self.model)
         self.optimizer = optimizer_for(self.model, config)
-        self.state = dict(update=0, batches=0, skipped=0, best=math.inf)  # batches: taken from the plans of all epochs
+        self.state = dict(
+            update=0, batches=0, skipped=0, best=math.inf
+        )  # batches: taken from the plans of all epochs
         if loaded and loaded.training:
             self.state = {name: loaded.training[name] for name in self.state}
             self.optimizer.load_state_dict(loaded.training["optimizer"])
@@ -96,7 +118,9 @@ class Trainer:
                     shutil.rmtree(path)
                 elif path.name != LOCK:
                     path.unlink()
-            (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            (self.run / "config.json").write_text(
+                json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
+            )
             (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
             (self.run / "left-out.txt").touch()
             self.note_left_out(self.corpus.left_out)
@@ -132,7 +156,10 @@ class Trainer:
         while self.update < config.updates:
             start = time.perf_counter()
             drawn = list(islice(batches, config.accumulate))
-            waiting, padding = time.perf_counter() - start, sum(batch.padding for batch in drawn) / len(drawn)
+            waiting, padding = (
+                time.perf_counter() - start,
+                sum(batch.padding for batch in drawn) / len(drawn),
+            )
             record = self.train_on(drawn) | dict(waiting=waiting, padding=padding)
             record["seconds"] = time.perf_counter() - start
             logged.append(record)
@@ -153,20 +180,31 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This process's batches from now on, epoch after epoch: of as many as there are processes that follow each
         other in the plan, one."""
-        next_one, first, epoch = self.state["batches"] + processes.rank(), 0, 0  # numbers of batches in all epochs
+        next_one, first, epoch = (
+            self.state["batches"] + processes.rank(),
+            0,
+            0,
+        )  # numbers of batches in all epochs
         while True:
             self.examples.epoch = epoch
             plan = epoch_plan(self.examples.frames(), self.config, epoch)
             own = plan[max(0, next_one - first) :: processes.count()]
             yield from load(self.examples, own)
-            next_one, first, epoch = next_one + len(own) * processes.count(), first + len(plan), epoch + 1
+            next_one, first, epoch = (
+                next_one + len(own) * processes.count(),
+                first + len(plan),
+                epoch + 1,
+            )
 
     def rehearse(self) -> None:
         """Runs the batch with the most padded frames forward and backward, as in both steps, so that memory fails now
         and not after a day. Raises ValueError where it does."""
         self.examples.epoch = 0
         frames = self.examples.frames()
-        worst = max(epoch_plan(frames, self.config, 0), key=lambda batch: len(batch) * max(frames[i] for i in batch))
+        worst = max(
+            epoch_plan(frames, self.config, 0),
+            key=lambda batch: len(batch) * max(frames[i] for i in batch),
+        )
         (batch,) = load(self.examples, [worst])
         try:
             for update in {0, self.config.updates - 1}:
@@ -191,24 +229,35 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         labels = sum(batch.label_lengths.sum() for batch in batches).to(self.device)
         labels = processes.total(labels).clamp(min=1)
-        losses = sum(self.add_gradients(batch, update, labels, sync=batch is batches[-1]) for batch in batches)
+        losses = sum(
+            self.add_gradients(batch, update, labels, sync=batch is batches[-1])
+            for batch in batches
+        )
         seconds = sum(u.samples for batch in batches for u in batch.utterances) / config.sample_rate
         everywhere = torch.cat([losses, losses.new_tensor([seconds, self.stop_soon])])
         *losses, seconds, stop = processes.total(everywhere).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), config.clip or math.inf
+        ).item()
         self.state["update"] += 1
         self.state["batches"] += len(batches) * processes.count()
-        record = dict(update=self.update, step=1 if step1 else 2, sizes=list(self.loss_weights(update)))
+        record = dict(
+            update=self.update, step=1 if step1 else 2, sizes=list(self.loss_weights(update))
+        )
         record |= dict(learning_rate=rate, audio_seconds=seconds, stop=stop > 0)
         if math.isfinite(sum(losses)) and math.isfinite(norm):
             self.state["skipped"] = 0
             self.optimizer.step()
-            record |= dict(losses=dict(zip(record["sizes"], losses, strict=True)), gradient_norm=norm)
+            record |= dict(
+                losses=dict(zip(record["sizes"], losses, strict=True)), gradient_norm=norm
+            )
         else:
             self.skip(batches, sum(losses), norm)
         self.optimizer.zero_grad()
         if step1:
-            self.model.ranking = ALGORITHMS[config.method].rank(self.model.scores, self.model.ranking, update, config)
+            self.model.ranking = ALGORITHMS[config.method].rank(
+                self.model.scores, self.model.ranking, update, config
+            )
         return record
 
     def add_gradients(self, batch: Batch, update: int, labels: Tensor | int, sync: bool) -> Tensor:
@@ -223,11 +272,18 @@ class Trainer:
             drop = seeds if len(seeds) else None  # a batch of which nothing could be read has none
             log_probs, lengths = self.network(features, lengths, list(weights), gates, drop)
             stacked = (lengths.repeat(m), targets.repeat(m, 1), target_lengths.repeat(m))
-            losses = ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, len(seeds))).sum(1) / labels
+            losses = (
+                ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, len(seeds))).sum(1)
+                / labels
+            )
             loss = processes.count() * (losses * losses.new_tensor(list(weights.values()))).sum()
             if step1 and sync:
-                loss = loss + ALGORITHMS[config.method].extra_loss(model.scores, model.ranking, update, config)
-            (loss + 0 * sum(weight.sum() for weight in idle)).backward()  # other processes wait for every gradient
+                loss = loss + ALGORITHMS[config.method].extra_loss(
+                    model.scores, model.ranking, update, config
+                )
+            (
+                loss + 0 * sum(weight.sum() for weight in idle)
+            ).backward()  # other processes wait for every gradient
         for weight in idle:
             weight.grad = None  # a zero would move the optimizer's state
         return losses.detach()
@@ -245,16 +301,22 @@ class Trainer:
         """The gates of these networks, for utterances with these seeds."""
         config, model = self.config, self.model
         if update < step1_updates(config):
-            layer_weights = ALGORITHMS[config.method].layer_weights(model.scores, model.ranking, update, config)
+            layer_weights = ALGORITHMS[config.method].layer_weights(
+                model.scores, model.ranking, update, config
+            )
             return [[True] * config.layers, layer_weights]
         if config.method == "layerdrop":
             return [list(sandwich.layers_kept(seeds, config.layers, config.layer_drop))]
-        return sandwich.gates([model.mask(size) for size in self.loss_weights(update)], seeds, config)
+        return sandwich.gates(
+            [model.mask(size) for size in self.loss_weights(update)], seeds, config
+        )
 
     def skip(self, batches: list[Batch], loss: float, norm: float) -> None:
         """Logs an update that is left out; raises FloatingPointError where too many were in a row."""
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
-        self.log(dict(update=self.update, skipped=f"loss {loss}, gradient norm {norm}", utterances=ids))
+        self.log(
+            dict(update=self.update, skipped=f"loss {loss}, gradient norm {norm}", utterances=ids)
+        )
         self.state["skipped"] += 1
         if self.state["skipped"] >= MOST_SKIPPED:
             raise FloatingPointError(
@@ -269,9 +331,16 @@ class Trainer:
         sizes = list(reversed(self.model.sizes))
         texts = transcribe(self.model, self.dev, sizes, "validating")
         own = [sum(errors_of(self.dev.utterances, texts[size]), Errors()) for size in sizes]
-        counts = processes.total(torch.tensor([(e.total, e.words) for e in own], device=self.device)).tolist()
+        counts = processes.total(
+            torch.tensor([(e.total, e.words) for e in own], device=self.device)
+        ).tolist()
         result = {
-            size: dict(wer=errors / max(1, words), errors=errors, words=words, layers=kept_names(self.model, size))
+            size: dict(
+                wer=errors / max(1, words),
+                errors=errors,
+                words=words,
+                layers=kept_names(self.model, size),
+            )
             for size, (errors, words) in zip(sizes, counts, strict=True)
         }
         self.log(dict(update=self.update, dev=result))
@@ -286,12 +355,18 @@ class Trainer:
         self.write(checkpoint.NAME, self.model, training=state, keep=self.config.keep)
         if processes.rank():
             return
-        scores = [None] * self.config.layers if self.model.scores is None else self.model.scores.tolist()
-        ranked = [dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking]
+        scores = (
+            [None] * self.config.layers if self.model.scores is None else self.model.scores.tolist()
+        )
+        ranked = [
+            dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking
+        ]
         (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
         if self.update == self.config.updates:
             last = checkpoint.whole(self.run)
-            same_masks = [c.model for c in last if c.training["update"] > step1_updates(self.config)]
+            same_masks = [
+                c.model for c in last if c.training["update"] > step1_updates(self.config)
+            ]
             self.write("average.pt", averaged(same_masks or [self.model]))
 
     def write(self, name: str, model: Supernet, **more) -> None:
@@ -310,8 +385,14 @@ class Trainer:
             with open(self.run / "left-out.txt", "a+", errors="surrogateescape") as file:
                 file.seek(0)
                 known = {line.partition("\t")[0] for line in file}
-                rows = ((why, name, what) for why, names in left_out.items() for name, what in names.items())
-                file.writelines(f"{name}\t{why}: {what}\n" for why, name, what in rows if name not in known)
+                rows = (
+                    (why, name, what)
+                    for why, names in left_out.items()
+                    for name, what in names.items()
+                )
+                file.writelines(
+                    f"{name}\t{why}: {what}\n" for why, name, what in rows if name not in known
+                )
 
 
 def averaged(models: list[Supernet]) -> Supernet:
@@ -326,9 +407,13 @@ def averaged(models: list[Supernet]) -> Supernet:
 def check_new(run: Path, overwrite: bool) -> None:
     """Raises ValueError where a new run must not have this directory."""
     if run.exists() and not overwrite:
-        raise ValueError(f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it")
+        raise ValueError(
+            f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it"
+        )
     if run.exists() and not (run / "config.json").is_file():
-        raise ValueError(f"{run}: not a run directory (no config.json in it); --overwrite does not replace it")
+        raise ValueError(
+            f"{run}: not a run directory (no config.json in it); --overwrite does not replace it"
+        )
 
 
 def new_network(config: Config, labels: int) -> Supernet:
@@ -337,10 +422,14 @@ def new_network(config: Config, labels: int) -> Supernet:
     if config.layers_from:
         ranking = checkpoint.load(Path(config.layers_from)).model.ranking
         if len(ranking) != config.layers:
-            raise ValueError(f"{config.layers_from}: has {len(ranking)} layers, this network has {config.layers}")
+            raise ValueError(
+                f"{config.layers_from}: has {len(ranking)} layers, this network has {config.layers}"
+            )
     if config.method == "layerdrop":
         ranking = every_other(config.layers, config.sizes)
-    return Supernet(config, labels, ranking, config.size if 0 < config.size < config.layers else None)
+    return Supernet(
+        config, labels, ranking, config.size if 0 < config.size < config.layers else None
+    )
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
@@ -351,7 +440,9 @@ def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
     if model.scores is not None:
         groups.append(dict(params=[model.scores], factor=rate, weight_decay=0.0))
     betas, decay = (0.9, config.beta2), config.weight_decay
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True
+    )
 
 
 def mean_of(records: list[dict]) -> dict:
@@ -360,7 +451,10 @@ def mean_of(records: list[dict]) -> dict:
     for record in records:
         for size, loss in record.get("losses", {}).items():
             losses[size].append(loss)
-    sums = {name: sum(record[name] for record in records) for name in ("seconds", "audio_seconds", "waiting")}
+    sums = {
+        name: sum(record[name] for record in records)
+        for name in ("seconds", "audio_seconds", "waiting")
+    }
     means = dict(losses={size: fmean(values) for size, values in losses.items()})
     means |= dict(audio_seconds_per_second=sums["audio_seconds"] / sums["seconds"])
     return records[-1] | sums | means | dict(padding=fmean(record["padding"] for record in records))

@@ -18,7 +18,9 @@ class Errors:
     words: int = 0  # of the reference
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return Errors(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
 
     @property
     def total(self) -> int:

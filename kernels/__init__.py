@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels import reference
+from dynsize.kernels import reference
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,23 @@ def decide(device: str) -> bool:
     obstacle = ""
     if importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"
-    elif device != "cuda" and not (device == "cpu" and importlib.import_module("triton").knobs.runtime.interpret):
+    elif device != "cuda" and not (
+        device == "cpu" and importlib.import_module("triton").knobs.runtime.interpret
+    ):
         obstacle = f"there is no Triton for tensors on '{device}', unless TRITON_INTERPRET=1 interprets it on the CPU"
     if mode == "triton" and obstacle:
         raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
     chosen = mode == "triton" or (mode == "auto" and device == "cuda" and not obstacle)
     level = logging.WARNING if mode == "auto" and device == "cuda" and obstacle else logging.INFO
     reason = f" ({obstacle})" if obstacle else ""
-    log.log(level, "kernels on %s: %s, DYNSIZE_KERNELS=%s%s", device, "triton" if chosen else "torch", mode, reason)
+    log.log(
+        level,
+        "kernels on %s: %s, DYNSIZE_KERNELS=%s%s",
+        device,
+        "triton" if chosen else "torch",
+        mode,
+        reason,
+    )
     return chosen
 
 
@@ -50,13 +59,18 @@ def implementation(x: Tensor) -> ModuleType:
     """What computes every op where `x` lies."""
     if not triton_runs(x.device.type):
         return reference
-    from kernels import fused
+    from dynsize.kernels import fused
 
     return fused
 
 
 def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """x + scale · gate · dropout(branch), in the dtype of `x`.
 
@@ -79,9 +93,13 @@ def gated_residual_layer_norm(
 
     `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
     """
-    others = dict(branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
+    others = dict(
+        branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:])
+    )
     check_residual(x, gate, dropout_p, seed, **others)
-    return implementation(x).gated_residual_layer_norm(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
+    return implementation(x).gated_residual_layer_norm(
+        x, branch, gate, scale, dropout_p, seed, weight, bias, eps
+    )
 
 
 def linear_gated_residual(
@@ -94,7 +112,9 @@ def linear_gated_residual(
     rest as in `gated_residual`, but that torch lets NaN in `h` through to the weight's gradient.
     """
     d, k = x.shape[-1:], h.shape[-1:]
-    check_residual(x, gate, dropout_p, seed, h=(h, x.shape[:-1] + k), weight=(weight, d + k), bias=(bias, d))
+    check_residual(
+        x, gate, dropout_p, seed, h=(h, x.shape[:-1] + k), weight=(weight, d + k), bias=(bias, d)
+    )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
@@ -108,17 +128,32 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
     Raises ValueError for shapes, dtypes or devices that don't fit.
     """
-    if log_probs.dim() != 3 or labels.dim() != 2 or not log_probs.is_floating_point() or not log_probs.shape[1]:
-        raise ValueError(f"log_probs {described(log_probs)} must be (N, T, V), labels {described(labels)} (N, U)")
+    if (
+        log_probs.dim() != 3
+        or labels.dim() != 2
+        or not log_probs.is_floating_point()
+        or not log_probs.shape[1]
+    ):
+        raise ValueError(
+            f"log_probs {described(log_probs)} must be (N, T, V), labels {described(labels)} (N, U)"
+        )
     n = log_probs.shape[:1]
-    tensors = dict(lengths=(lengths, n), labels=(labels, (*n, labels.shape[1])), label_lengths=(label_lengths, n))
+    tensors = dict(
+        lengths=(lengths, n),
+        labels=(labels, (*n, labels.shape[1])),
+        label_lengths=(label_lengths, n),
+    )
     for name, (tensor, shape) in tensors.items():
         expect(name, tensor, shape, log_probs, tensor.dtype in (torch.int32, torch.int64))
     return implementation(log_probs).ctc_loss(log_probs, lengths, labels, label_lengths)
 
 
 def check_residual(
-    x: Tensor, gate: Tensor | None, dropout_p: float, seed: Tensor | None, **others: tuple[Tensor, tuple]
+    x: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    **others: tuple[Tensor, tuple],
 ) -> None:
     """Raises ValueError where `x` is not (R, T, D), or where something else, given with the shape that it must have,
     doesn't fit to it."""
@@ -136,7 +171,9 @@ def check_residual(
 def expect(name: str, tensor: Tensor, shape: tuple, like: Tensor, holds: bool) -> None:
     """Raises ValueError for another shape, another device than that of `like`, or where something else doesn't hold."""
     if tensor.shape != shape or tensor.device != like.device or not holds:
-        raise ValueError(f"{name} {described(tensor)} does not fit to {described(like)}: {tuple(shape)} expected")
+        raise ValueError(
+            f"{name} {described(tensor)} does not fit to {described(like)}: {tuple(shape)} expected"
+        )
 
 
 def described(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Times the ops on this machine's GPU beside torch, eager and compiled: `python -m kernels.benchmark [CSV]`.
+"""Times the ops on this machine's GPU beside torch, eager and compiled: `python -m dynsize.kernels.benchmark [CSV]`.
 
 The paper's shapes: 16 utterances of 250 frames, three sizes stacked of which none, one or two don't have the layer;
 bfloat16. A line has milliseconds (median, 20th and 80th percentile), the rate that follows (of the fewest bytes, or of
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 
-from kernels.report import DIRECTIONS, OPS, chain, inputs, least, passes
+from dynsize.kernels.report import DIRECTIONS, OPS, chain, inputs, least, passes
 
 UTTERANCES, FRAMES, SIZES, WIDTHS, DEVICE = 16, 250, 3, (384, 512), "cuda"
 UNITS = {"GB/s": 1e6, "TFLOP/s": 1e9}  # of what is done in a millisecond
-HEADER = "card driver torch triton op width closed runs pass median p20 p80 rate limit unit MB".split()
+HEADER = (
+    "card driver torch triton op width closed runs pass median p20 p80 rate limit unit MB".split()
+)
 
 
 def timed(call: Callable) -> list[float]:
@@ -39,7 +41,10 @@ def limits() -> dict[str, float]:
     """The card's rate of copying, read and written, and of bfloat16 products."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     copied, multiplied = timed(lambda: a.copy_(b))[0], timed(lambda: a @ b)[0]
-    return {"GB/s": 2 * a.nbytes / copied / UNITS["GB/s"], "TFLOP/s": 2 * 8192**3 / multiplied / UNITS["TFLOP/s"]}
+    return {
+        "GB/s": 2 * a.nbytes / copied / UNITS["GB/s"],
+        "TFLOP/s": 2 * 8192**3 / multiplied / UNITS["TFLOP/s"],
+    }
 
 
 def lines(op: str, width: int, closed: int, limit: dict[str, float]) -> Iterator[list]:
@@ -54,11 +59,22 @@ def lines(op: str, width: int, closed: int, limit: dict[str, float]) -> Iterator
             amounts = whole, 2 * whole
         else:
             amounts, unit = least(op, arguments, gate), "GB/s"
-        for direction, call, amount in zip(DIRECTIONS, passes(function, arguments), amounts, strict=True):
+        for direction, call, amount in zip(
+            DIRECTIONS, passes(function, arguments), amounts, strict=True
+        ):
             milliseconds = timed(call)
             rates = amount / milliseconds[0] / UNITS[unit], limit[unit]
             numbers = [f"{number:.4g}" for number in (*milliseconds, *rates)]
-            yield [op, width, f"{closed}/{SIZES}", run, direction, *numbers, unit, f"{peak(call):.4g}"]
+            yield [
+                op,
+                width,
+                f"{closed}/{SIZES}",
+                run,
+                direction,
+                *numbers,
+                unit,
+                f"{peak(call):.4g}",
+            ]
 
 
 def main(path: str = "kernels-benchmark.csv") -> None:
@@ -75,5 +91,7 @@ def main(path: str = "kernels-benchmark.csv") -> None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("kernels.benchmark needs a GPU, and torch sees none here. kernels.report needs none")
+        sys.exit(
+            "dynsize.kernels.benchmark needs a GPU, and torch sees none here. kernels.report needs none"
+        )
     main(*sys.argv[1:])

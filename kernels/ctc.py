@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.residual import launch
+from dynsize.kernels import reference
+from dynsize.kernels.residual import launch
 
 BLANK = tl.constexpr(reference.BLANK)
 LARGEST_BLOCK = 1024  # states
@@ -77,7 +77,9 @@ def sweep(
         for step in range(0, length):
             t = tl.cast(step if SIDE < 0 else end - step, tl.int64)
             emitted = upcoming
-            upcoming = emission(log_probs_ptr, tl.minimum(tl.maximum(t - SIDE, 0), end), vocabulary, label, valid)
+            upcoming = emission(
+                log_probs_ptr, tl.minimum(tl.maximum(t - SIDE, 0), end), vocabulary, label, valid
+            )
             now = alpha_ptr + t * width + s
             exists = (step > 0) & (s + SIDE >= 0) & (s + SIDE <= last)
             one = beside(state, i, SIDE, now + SIDE * (width + 1), exists, STATES)
@@ -88,7 +90,9 @@ def sweep(
                 posterior = tl.exp(alpha + rest - log_z)
                 grad = grad_ptr + t * vocabulary
                 tl.atomic_add(grad + label, -posterior, mask=valid & (label != BLANK))
-                tl.atomic_add(grad + BLANK, -tl.sum(tl.where(valid & (label == BLANK), posterior, 0.0), 0))
+                tl.atomic_add(
+                    grad + BLANK, -tl.sum(tl.where(valid & (label == BLANK), posterior, 0.0), 0)
+                )
             state = emitted + rest
             tl.store(now, state, mask=s <= last)
         tl.debug_barrier()  # the next block, or what comes after, reads what other threads stored
@@ -112,15 +116,41 @@ def kernel(
     log_probs_ptr += utterance * frames * vocabulary
     labels_ptr += utterance * most_labels
     alpha_ptr += utterance * frames * width
-    sweep(log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, 0.0, vocabulary, width, -1, STATES)
+    sweep(
+        log_probs_ptr,
+        labels_ptr,
+        alpha_ptr,
+        grad_ptr,
+        length,
+        last,
+        0.0,
+        vocabulary,
+        width,
+        -1,
+        STATES,
+    )
     end = alpha_ptr + (length - 1).to(tl.int64) * width + last
-    log_z = log_sum(tl.load(end), tl.load(end - 1, mask=last > 0, other=-float("inf")), -float("inf"))
+    log_z = log_sum(
+        tl.load(end), tl.load(end - 1, mask=last > 0, other=-float("inf")), -float("inf")
+    )
     tl.store(loss_ptr + utterance, -log_z)
     if grad_ptr is None:
         return
     if tl.abs(log_z) < float("inf"):  # not so for NaN
         grad_ptr += utterance * frames * vocabulary
-        sweep(log_probs_ptr, labels_ptr, alpha_ptr, grad_ptr, length, last, log_z, vocabulary, width, 1, STATES)
+        sweep(
+            log_probs_ptr,
+            labels_ptr,
+            alpha_ptr,
+            grad_ptr,
+            length,
+            last,
+            log_z,
+            vocabulary,
+            width,
+            1,
+            STATES,
+        )
 
 
 @torch.library.custom_op("dynsize::ctc_loss", mutates_args=())
@@ -133,7 +163,15 @@ def loss_and_gradient(
     (n, frames, vocabulary), most = log_probs.shape, labels.shape[1]
     alpha = log_probs.new_empty(n, frames, 2 * most + 1, dtype=torch.float32)
     states = min(max(32, triton.next_power_of_2(2 * most + 1)), LARGEST_BLOCK)
-    arguments = (log_probs, lengths, labels, label_lengths, alpha, loss, grad if with_gradient else None)
+    arguments = (
+        log_probs,
+        lengths,
+        labels,
+        label_lengths,
+        alpha,
+        loss,
+        grad if with_gradient else None,
+    )
     launch(kernel, n, *arguments, frames, vocabulary, most, states, num_warps=max(1, states // 128))
     return loss, grad
 
@@ -160,4 +198,6 @@ loss_and_gradient.register_autograd(backward, setup_context=save_for_backward)
 
 def ctc_loss(log_probs: Tensor, *others: Tensor) -> Tensor:
     """`kernels.ctc_loss`."""
-    return loss_and_gradient(log_probs, *others, torch.is_grad_enabled() and log_probs.requires_grad)[0]
+    return loss_and_gradient(
+        log_probs, *others, torch.is_grad_enabled() and log_probs.requires_grad
+    )[0]

@@ -19,11 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.residual import dropout, launch, of_row, scalars
+from dynsize.kernels.residual import dropout, launch, of_row, scalars
 
 # frames and columns of a tile of the result, warps, steps along the sum whose loads are under way
 Tiles = namedtuple("Tiles", "frames columns warps stages")
-SINGLE, HALF, WIDE_HALF = Tiles(64, 32, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 4)  # three stages there: spills
+SINGLE, HALF, WIDE_HALF = (
+    Tiles(64, 32, 8, 3),
+    Tiles(64, 64, 4, 3),
+    Tiles(128, 64, 8, 4),
+)  # three stages there: spills
 DEPTH = 32  # of a step; 64 halves the occupancy
 SPLITS = 4  # programs that share the sum over the rows for one tile of the weight's gradient
 
@@ -47,7 +51,13 @@ def place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRA
     exists = (frame < rows.to(tl.int64) * frames)[:, None]
     row = tl.minimum(frame // frames, rows - 1)[:, None]
     gate = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32)
-    return frame[:, None], exists, tl.where(exists, gate, 0.0), of_row(seed_ptr, row % utterances, 0), frame % frames
+    return (
+        frame[:, None],
+        exists,
+        tl.where(exists, gate, 0.0),
+        of_row(seed_ptr, row % utterances, 0),
+        frame % frames,
+    )
 
 
 @triton.jit
@@ -67,14 +77,21 @@ def forward_kernel(
     across = tl.cdiv(WIDTH, COLUMNS)
     first = tl.program_id(0) % across * COLUMNS
     column, k = (first + tl.arange(0, COLUMNS))[None, :], tl.arange(0, DEPTH)
-    frame, exists, gate, seed, time = place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES)
+    frame, exists, gate, seed, time = place(
+        across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES
+    )
     product = tl.zeros((FRAMES, COLUMNS), tl.float32)
     if tl.max(tl.abs(gate)) > 0:
         for start in range(0, INNER, DEPTH):
             deep = start + k
-            h_mask, weight_mask = (gate != 0) & (deep < INNER)[None, :], (column < WIDTH) & (deep < INNER)[:, None]
+            h_mask, weight_mask = (
+                (gate != 0) & (deep < INNER)[None, :],
+                (column < WIDTH) & (deep < INNER)[:, None],
+            )
             h = tl.load(h_ptr + frame * INNER + deep[None, :], mask=h_mask, other=0.0)
-            weight = tl.load(weight_ptr + column * INNER + deep[:, None], mask=weight_mask, other=0.0)
+            weight = tl.load(
+                weight_ptr + column * INNER + deep[:, None], mask=weight_mask, other=0.0
+            )
             product = tl.dot(h, weight, product, input_precision=PRECISION)
     branch = product + tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     branch = dropout(branch, seed, time, first, P, WIDTH)
@@ -98,7 +115,9 @@ def hidden_grad_kernel(
     across = tl.cdiv(INNER, COLUMNS)
     part = tl.program_id(0) % across
     k, d = (part * COLUMNS + tl.arange(0, COLUMNS))[None, :], tl.arange(0, DEPTH)
-    frame, exists, gate, seed, time = place(across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES)
+    frame, exists, gate, seed, time = place(
+        across, rows, frames, gate_ptr, gate_stride, seed_ptr, utterances, FRAMES
+    )
     needed = gate != 0
     if gate_grad_ptr is not None:
         needed = exists
@@ -107,13 +126,18 @@ def hidden_grad_kernel(
     if tl.max(needed.to(tl.int32)) > 0:
         for start in range(0, WIDTH, DEPTH):
             deep = start + d
-            grad_mask, weight_mask = needed & (deep < WIDTH)[None, :], (deep < WIDTH)[:, None] & (k < INNER)
+            grad_mask, weight_mask = (
+                needed & (deep < WIDTH)[None, :],
+                (deep < WIDTH)[:, None] & (k < INNER),
+            )
             grad = tl.load(grad_ptr + frame * WIDTH + deep[None, :], mask=grad_mask, other=0.0)
             c = dropout(factor * grad.to(tl.float32), seed, time, start, P, WIDTH)
             weight = tl.load(weight_ptr + deep[:, None] * INNER + k, mask=weight_mask, other=0.0)
             product = tl.dot(c.to(weight.dtype), weight, product, input_precision=PRECISION)
             if gate_grad_ptr is not None:  # bias's share, in one program of those across
-                bias = tl.load(bias_ptr + deep, mask=(deep < WIDTH) & (part + 0 * d == 0), other=0.0).to(tl.float32)
+                bias = tl.load(
+                    bias_ptr + deep, mask=(deep < WIDTH) & (part + 0 * d == 0), other=0.0
+                ).to(tl.float32)
                 gate_grad += tl.sum(c * bias[None, :], 1)
     inside = exists & (k < INNER)
     tl.store(h_grad_ptr + frame * INNER + k, tl.where(gate != 0, gate * product, 0.0), mask=inside)
@@ -148,9 +172,17 @@ def weight_grad_kernel(
             for start in range(0, frames, DEPTH):
                 time = start + tl.arange(0, DEPTH)
                 frame, exists = (row * frames + time)[:, None], (time < frames)[:, None]
-                grad = tl.load(grad_ptr + frame * WIDTH + d[None, :], mask=exists & (d < WIDTH)[None, :], other=0.0)
+                grad = tl.load(
+                    grad_ptr + frame * WIDTH + d[None, :],
+                    mask=exists & (d < WIDTH)[None, :],
+                    other=0.0,
+                )
                 c = dropout(factor * gate * grad.to(tl.float32), seed, time, first, P, WIDTH)
-                h = tl.load(h_ptr + frame * INNER + k[None, :], mask=exists & (k < INNER)[None, :], other=0.0)
+                h = tl.load(
+                    h_ptr + frame * INNER + k[None, :],
+                    mask=exists & (k < INNER)[None, :],
+                    other=0.0,
+                )
                 product = tl.dot(tl.trans(c.to(h.dtype)), h, product, input_precision=PRECISION)
                 bias_grad += tl.sum(c, 0)
     at, inside = split.to(tl.int64) * WIDTH + d, (d < WIDTH)[:, None] & (k < INNER)[None, :]
@@ -164,8 +196,15 @@ def linear_gated_residual(
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Launches the forward kernel. Arguments as in `kernels.linear_gated_residual`; `seed` None without dropout."""
-    (rows, frames, width), tile, seed = x.shape, tiles(x.shape[-1], h.dtype), seed if dropout_p else None
-    y, across = torch.empty_like(x, memory_format=torch.contiguous_format), triton.cdiv(width, tile.columns)
+    (rows, frames, width), tile, seed = (
+        x.shape,
+        tiles(x.shape[-1], h.dtype),
+        seed if dropout_p else None,
+    )
+    y, across = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        triton.cdiv(width, tile.columns),
+    )
     launch(
         forward_kernel, triton.cdiv(rows * frames, tile.frames) * across, x, h, weight, bias, gate, seed, y,
         rows, *scalars(gate, scale, dropout_p, seed, frames), width, h.shape[-1],
@@ -181,17 +220,52 @@ def linear_gated_residual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches both backward kernels. Returns the gradients of h, weight, bias and gate; the gate's of no elements
     unless `for_gate`."""
-    h_grad, *_, gate_grad = fake_backward(grad, h, weight, bias, gate, scale, dropout_p, seed, for_gate)
+    h_grad, *_, gate_grad = fake_backward(
+        grad, h, weight, bias, gate, scale, dropout_p, seed, for_gate
+    )
     (rows, frames, width), inner, seed = grad.shape, h.shape[-1], seed if dropout_p else None
     tile = tiles(width, h.dtype)
     across, down = triton.cdiv(inner, tile.columns), triton.cdiv(width, tile.columns)
     of_gate = grad.new_empty(across, rows, frames, dtype=torch.float32) if for_gate else None
-    of_weight, of_bias = (grad.new_empty(SPLITS, *t.shape, dtype=torch.float32) for t in (weight, bias))
+    of_weight, of_bias = (
+        grad.new_empty(SPLITS, *t.shape, dtype=torch.float32) for t in (weight, bias)
+    )
     common = (rows, *scalars(gate, scale, dropout_p, seed, frames), width, inner)
     options = dict(num_warps=tile.warps, num_stages=tile.stages)
-    arguments = (grad, h, weight, bias, gate, seed, h_grad, of_gate, *common, tile.frames, tile.columns, DEPTH)
-    launch(hidden_grad_kernel, triton.cdiv(rows * frames, tile.frames) * across, *arguments, precision(), **options)
-    arguments = (grad, h, gate, seed, of_weight, of_bias, *common, tile.columns, DEPTH, precision(), SPLITS)
+    arguments = (
+        grad,
+        h,
+        weight,
+        bias,
+        gate,
+        seed,
+        h_grad,
+        of_gate,
+        *common,
+        tile.frames,
+        tile.columns,
+        DEPTH,
+    )
+    launch(
+        hidden_grad_kernel,
+        triton.cdiv(rows * frames, tile.frames) * across,
+        *arguments,
+        precision(),
+        **options,
+    )
+    arguments = (
+        grad,
+        h,
+        gate,
+        seed,
+        of_weight,
+        of_bias,
+        *common,
+        tile.columns,
+        DEPTH,
+        precision(),
+        SPLITS,
+    )
     launch(weight_grad_kernel, SPLITS * down * across, *arguments, **options)
     if for_gate:
         gate_grad = of_gate.sum((0, 2)).sum_to_size(gate.shape).to(gate.dtype)
@@ -217,7 +291,9 @@ def save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 def backward(ctx, grad: Tensor) -> tuple:
     *tensors, seed = ctx.saved_tensors
     for_gate = ctx.needs_input_grad[4]
-    *gradients, gate_grad = linear_gated_residual_backward(grad, *tensors, ctx.scale, ctx.dropout_p, seed, for_gate)
+    *gradients, gate_grad = linear_gated_residual_backward(
+        grad, *tensors, ctx.scale, ctx.dropout_p, seed, for_gate
+    )
     return grad, *gradients, gate_grad if for_gate else None, None, None, None
 
 

@@ -17,7 +17,12 @@ WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEE
 
 
 def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """x + scale · gate · dropout(branch). See `kernels.gated_residual`."""
     if gate is None and not dropout_p:
@@ -25,7 +30,10 @@ def gated_residual(
     scale, keep = scale / (1 - dropout_p), torch.ones((), dtype=branch.dtype, device=branch.device)
     if dropout_p:
         keep = kept(seed, *branch.shape[1:], dropout_p).to(branch.dtype)
-        x, branch = x.unflatten(0, (-1, len(seed))), branch.unflatten(0, (-1, len(seed)))  # (R / B, B, T, D)
+        x, branch = (
+            x.unflatten(0, (-1, len(seed))),
+            branch.unflatten(0, (-1, len(seed))),
+        )  # (R / B, B, T, D)
     if gate is None:
         y = torch.addcmul(x, branch, keep, value=scale).to(x.dtype)
     else:
@@ -50,10 +58,14 @@ class Gated(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         branch, gate, keep = ctx.saved_tensors
         rows = by_row(gate, grad)
-        branch_grad = torch.where(rows != 0, grad * (ctx.scale * rows).to(grad.dtype) * keep, 0.0).to(ctx.dtype)
+        branch_grad = torch.where(
+            rows != 0, grad * (ctx.scale * rows).to(grad.dtype) * keep, 0.0
+        ).to(ctx.dtype)
         if branch is None:
             return grad, branch_grad, None, None, None
-        products = (grad * keep * branch).sum((-2, -1), dtype=torch.promote_types(gate.dtype, torch.float32))
+        products = (grad * keep * branch).sum(
+            (-2, -1), dtype=torch.promote_types(gate.dtype, torch.float32)
+        )
         gate_grad = ctx.scale * products.flatten()  # (R,)
         return grad, branch_grad, gate_grad.sum_to_size(gate.shape).to(gate.dtype), None, None
 
@@ -94,7 +106,9 @@ def gated_residual_layer_norm(
     """y = x + scale · gate · dropout(branch), and LayerNorm(y). See `kernels.gated_residual_layer_norm`."""
     y = gated_residual(x, branch, gate, scale, dropout_p, seed)
     wide = torch.promote_types(y.dtype, torch.float32)
-    return y, F.layer_norm(y.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(y.dtype)
+    return y, F.layer_norm(y.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(
+        y.dtype
+    )
 
 
 def linear_gated_residual(

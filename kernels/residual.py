@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from dynsize.kernels import reference
 
-WEYL, FIRST, SECOND = (tl.constexpr(n) for n in (reference.WEYL, reference.FIRST % 2**64, reference.SECOND % 2**64))
+WEYL, FIRST, SECOND = (
+    tl.constexpr(n) for n in (reference.WEYL, reference.FIRST % 2**64, reference.SECOND % 2**64)
+)
 NONE_DROPPED = tl.constexpr(reference.threshold(0.0))
 WIDEST = 8192  # columns that a program can hold
 CHUNK = 64  # frames of a program: the weights and the shares, once a program, are then a 40th of the traffic
@@ -33,7 +35,9 @@ WARPS, FORWARD, BACKWARD = 8, 4096, 2048  # the tiles' elements; backward, more 
 def of_row(pointer, index, NEUTRAL: tl.constexpr):
     """The numbers at `index`, int64 of any shape, a scalar as (1, 1); NEUTRAL everywhere where there is no pointer."""
     index = index + tl.zeros((1, 1), tl.int64)
-    return tl.full(index.shape, NEUTRAL, tl.float32) if pointer is None else tl.load(pointer + index)
+    return (
+        tl.full(index.shape, NEUTRAL, tl.float32) if pointer is None else tl.load(pointer + index)
+    )
 
 
 @triton.jit
@@ -82,7 +86,10 @@ def forward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
+    gate, seed = (
+        of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32),
+        of_row(seed_ptr, row % utterances, 0),
+    )
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -117,7 +124,10 @@ def backward_kernel(
 ):  # fmt: skip
     row, first, end = place_of(tl.program_id(0), frames, CHUNK)
     column = tl.arange(0, COLUMNS)
-    gate, seed = of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32), of_row(seed_ptr, row % utterances, 0)
+    gate, seed = (
+        of_row(gate_ptr, row * gate_stride, 1.0).to(tl.float32),
+        of_row(seed_ptr, row % utterances, 0),
+    )
     gate_grad = tl.zeros((FRAMES,), tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -161,7 +171,10 @@ def launch(kernel: triton.runtime.JITFunction, programs: int, *arguments, **opti
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         raise ValueError("Triton's kernels compute in float32: float64 needs DYNSIZE_KERNELS=torch")
     if programs:
-        contiguous = (argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments)
+        contiguous = (
+            argument.contiguous() if isinstance(argument, Tensor) else argument
+            for argument in arguments
+        )
         with torch.cuda.device_of(tensors[0]):
             kernel[(programs,)](*contiguous, **options)
 
@@ -170,12 +183,16 @@ def tile_of(width: int, elements: int) -> tuple[int, int]:
     """A tile of about so many elements for a width D: its frames and its columns, both powers of two. Raises
     ValueError for too wide a D."""
     if width > WIDEST:
-        raise ValueError(f"width {width}: the kernels hold whole frames in registers, {WIDEST} columns at most")
+        raise ValueError(
+            f"width {width}: the kernels hold whole frames in registers, {WIDEST} columns at most"
+        )
     columns = max(16, triton.next_power_of_2(width))
     return min(max(1, elements // columns), 32), columns
 
 
-def scalars(gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None, frames: int) -> tuple:
+def scalars(
+    gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None, frames: int
+) -> tuple:
     """What every kernel takes from the ops' arguments: gate's stride, B, T, f and P."""
     stride = 0 if gate is None else gate.dim()
     utterances = 1 if seed is None else len(seed)
@@ -191,7 +208,12 @@ def gated_residual_layer_norm(
     y, normed = fake_forward(x, branch, gate, scale, dropout_p, seed, weight, bias, eps)
     (rows, frames, width), seed = x.shape, seed if dropout_p else None
     arguments = (x, branch, gate, seed, weight, bias, y, None if weight is None else normed, eps)
-    arguments += (*scalars(gate, scale, dropout_p, seed, frames), width, *tile_of(width, FORWARD), CHUNK)
+    arguments += (
+        *scalars(gate, scale, dropout_p, seed, frames),
+        width,
+        *tile_of(width, FORWARD),
+        CHUNK,
+    )
     launch(forward_kernel, rows * triton.cdiv(frames, CHUNK), *arguments, num_warps=WARPS)
     return y, normed
 
@@ -203,14 +225,31 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of branch, of its `dtype`, x, gate, and (2, D) those of weight and bias in float32. With `weight`
     None, there is no n, and x's has no elements; with `branch` None, the gate's has none."""
-    outputs = fake_backward(y_grad, normed_grad, y, weight, branch, gate, seed, scale, dropout_p, eps, dtype)
+    outputs = fake_backward(
+        y_grad, normed_grad, y, weight, branch, gate, seed, scale, dropout_p, eps, dtype
+    )
     branch_grad, x_grad, gate_grad, _ = outputs
     (rows, frames, width), seed = y_grad.shape, seed if dropout_p else None
     chunks, normed = triton.cdiv(frames, CHUNK), weight is not None
     shares = y_grad.new_empty(rows * chunks if normed else 0, 2, width, dtype=torch.float32)
     of_gate = None if branch is None else y_grad.new_empty(rows, chunks, dtype=torch.float32)
-    arguments = (y_grad, normed_grad, y, weight, branch, gate, seed, x_grad if normed else None, branch_grad)
-    arguments += (shares if normed else None, of_gate, eps, *scalars(gate, scale, dropout_p, seed, frames))
+    arguments = (
+        y_grad,
+        normed_grad,
+        y,
+        weight,
+        branch,
+        gate,
+        seed,
+        x_grad if normed else None,
+        branch_grad,
+    )
+    arguments += (
+        shares if normed else None,
+        of_gate,
+        eps,
+        *scalars(gate, scale, dropout_p, seed, frames),
+    )
     arguments += (width, *tile_of(width, BACKWARD), CHUNK)
     launch(backward_kernel, rows * chunks, *arguments, num_warps=WARPS)
     if branch is not None:
@@ -229,7 +268,12 @@ def fake_backward(y_grad, normed_grad, y, weight, branch, gate, seed, scale, dro
     branch_grad = torch.empty_like(y_grad, dtype=dtype, memory_format=torch.contiguous_format)
     x_grad = y_grad.new_empty(0 if weight is None else y_grad.shape)
     gate_grad = y_grad.new_empty(0) if branch is None else torch.empty_like(gate)
-    return branch_grad, x_grad, gate_grad, y_grad.new_empty(2, y_grad.shape[-1], dtype=torch.float32)
+    return (
+        branch_grad,
+        x_grad,
+        gate_grad,
+        y_grad.new_empty(2, y_grad.shape[-1], dtype=torch.float32),
+    )
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
@@ -243,7 +287,9 @@ def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
 def backward(ctx, y_grad: Tensor, normed_grad: Tensor) -> tuple:
     _, weight, branch, *_ = ctx.saved_tensors
     normed_grad = None if weight is None else normed_grad
-    branch_grad, x_grad, gate_grad, of_weights = launch_backward(y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers)
+    branch_grad, x_grad, gate_grad, of_weights = launch_backward(
+        y_grad, normed_grad, *ctx.saved_tensors, *ctx.numbers
+    )
     gate_grad = None if branch is None else gate_grad
     if weight is None:
         return y_grad, branch_grad, gate_grad, *[None] * 6

@@ -32,7 +32,9 @@ def pytest_configure(config) -> None:
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: Triton's interpreter computes bfloat16 wrong"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU: Triton's interpreter computes bfloat16 wrong")
+            )
 
 
 RATE = 8000  # Hz

@@ -26,14 +26,18 @@ def main(run: Path, batch_seconds: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         together = Trainer(config, Path(folder))
         together.model.ranking = loaded.model.ranking
-        alone = Trainer(replace(config, sizes=config.sizes[-1:], stochastic_depth=0.0), Path(folder))
+        alone = Trainer(
+            replace(config, sizes=config.sizes[-1:], stochastic_depth=0.0), Path(folder)
+        )
         rows, times = {}, {together: [], alone: []}
         for batch, _ in zip(together.batches(), range(ROUNDS + 1), strict=False):
             for trainer, taken in times.items():
                 count = rows[trainer] = [0]
                 hooks = [
                     block[kind].register_forward_pre_hook(
-                        lambda _, inputs, count=count: count.__setitem__(0, count[0] + inputs[0].shape[0])
+                        lambda _, inputs, count=count: count.__setitem__(
+                            0, count[0] + inputs[0].shape[0]
+                        )
                     )
                     for block in trainer.model.encoder.blocks
                     for kind in LAYERS
@@ -44,9 +48,13 @@ def main(run: Path, batch_seconds: str | None = None) -> None:
                 for hook in hooks:
                     hook.remove()
     ratios = [a / b for a, b in zip(times[together][1:], times[alone][1:], strict=True)]
-    print(f"sizes {config.sizes}, batches of {config.batch_seconds:g} s, medians of {ROUNDS} rounds in turn")
+    print(
+        f"sizes {config.sizes}, batches of {config.batch_seconds:g} s, medians of {ROUNDS} rounds in turn"
+    )
     print(f"layer-rows {rows[together][0] / rows[alone][0]:.2f} times those of the full size alone")
-    print(f"time       {statistics.median(ratios):.2f} times ({1000 * statistics.median(times[together][1:]):.0f} ms)")
+    print(
+        f"time       {statistics.median(ratios):.2f} times ({1000 * statistics.median(times[together][1:]):.0f} ms)"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ def first_update_of(k: int, layers: int, **changes):
     return config, update
 
 
-@given(st.lists(st.sampled_from([-1e4, -1.0, 0.5, 0.6, 1e4]), min_size=32, max_size=32), st.integers(1, 31))
+@given(
+    st.lists(st.sampled_from([-1e4, -1.0, 0.5, 0.6, 1e4]), min_size=32, max_size=32),
+    st.integers(1, 31),
+)
 def test_straight_through_weights_are_the_binary_top_k(values, k):
     config, update = first_update_of(k, 32)
     scores = torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -83,7 +86,9 @@ def test_gradients_of_the_relaxed_weights_are_finite_differences(seed, layers):
     generator = torch.Generator().manual_seed(seed)
     scores = 2 * torch.randn(layers, dtype=torch.float64, generator=generator)
     k = 1 + seed % layers
-    assert torch.autograd.gradcheck(lambda s: simple_top_k.relaxed_top_k(s, k), scores.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: simple_top_k.relaxed_top_k(s, k), scores.requires_grad_()
+    )
 
 
 @given(scores_and_k(), st.randoms(use_true_random=False))
@@ -91,10 +96,15 @@ def test_relaxed_weights_permute_with_the_scores(drawn, random):
     scores, k = drawn
     order = random.sample(range(len(scores)), len(scores))
     permuted = simple_top_k.relaxed_top_k(scores[order], k)
-    torch.testing.assert_close(permuted, simple_top_k.relaxed_top_k(scores, k)[order], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        permuted, simple_top_k.relaxed_top_k(scores, k)[order], rtol=1e-9, atol=1e-9
+    )
 
 
-@given(st.lists(st.sampled_from([-math.inf, -1.0, 0.5, 0.5, 2.0, math.inf]), min_size=8, max_size=8), st.booleans())
+@given(
+    st.lists(st.sampled_from([-math.inf, -1.0, 0.5, 0.5, 2.0, math.inf]), min_size=8, max_size=8),
+    st.booleans(),
+)
 def test_masks_keep_exactly_k_layers_and_are_nested(values, zero_out):
     algorithm = iterative_zero_out if zero_out else simple_top_k
     config = tiny(method="iterative-zero-out" if zero_out else "simple-top-k")
@@ -145,7 +155,11 @@ def test_zeroed_out_layers_only_grow_and_agree_with_the_ranking(config, seed):
         scores = 3 * torch.randn(8, generator=generator)  # anything may become of them
         weights = iterative_zero_out.layer_weights(scores, ranking, update, config)
         now = [layer for layer, weight in enumerate(weights) if weight is False]
-        iteration = update * math.ceil((8 - config.sizes[0]) / config.zero_out_delta) // step1_updates(config)
+        iteration = (
+            update
+            * math.ceil((8 - config.sizes[0]) / config.zero_out_delta)
+            // step1_updates(config)
+        )
         assert len(now) == min(config.zero_out_delta * iteration, 8 - config.sizes[0])
         assert set(gone) <= set(now)
         order, gone = [layer for layer in now if layer not in gone] + order, now
@@ -157,7 +171,9 @@ def test_zeroed_out_layers_only_grow_and_agree_with_the_ranking(config, seed):
         alive = ranking[: 8 - len(gone)]
         assert alive == sorted(alive, key=lambda layer: (-scores[layer].item(), layer))
     position = {layer: place for place, layer in enumerate(ranking)}
-    earlier = [layer for layer in order if layer in gone]  # last zeroed-out first, iteration by iteration
+    earlier = [
+        layer for layer in order if layer in gone
+    ]  # last zeroed-out first, iteration by iteration
     for layer in set(range(8)) - set(gone):
         assert all(position[layer] < position[lost] for lost in earlier)
 
@@ -183,10 +199,14 @@ def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
 @pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
 @given(st.integers(20, 500), st.integers(1, 4), st.integers(1, 7), st.floats(0.1, 0.9))
 def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
-    config = tiny(updates=updates, delta=delta, zero_out_delta=delta, sizes=(smallest, 8), step1_share=share)
+    config = tiny(
+        updates=updates, delta=delta, zero_out_delta=delta, sizes=(smallest, 8), step1_share=share
+    )
     config = dataclasses.replace(config, method=method)
     ks = [size_at(update, config) for update in range(step1_updates(config))]
-    expected = [max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))]
+    expected = [
+        max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))
+    ]
     spans = Counter(ks)
     if len(ks) >= len(expected):
         assert ks == sorted(ks, reverse=True) and list(spans) == expected
@@ -201,8 +221,14 @@ def test_every_other_layer_is_kept(blocks, data):
     assert sorted(ranking) == list(range(layers))
     gaps = [b - a for a, b in pairwise(sorted(ranking[: sizes[0]]))]
     assert not gaps or max(gaps) - min(gaps) <= 1
-    assert sorted(baselines.every_other(layers, [layers // 2])[: layers // 2]) == list(range(0, layers, 2))
-    assert sorted(baselines.shuffled(layers, 3)) == list(range(layers)) != baselines.shuffled(layers, 3)
+    assert sorted(baselines.every_other(layers, [layers // 2])[: layers // 2]) == list(
+        range(0, layers, 2)
+    )
+    assert (
+        sorted(baselines.shuffled(layers, 3))
+        == list(range(layers))
+        != baselines.shuffled(layers, 3)
+    )
 
 
 def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
@@ -222,7 +248,9 @@ def test_sandwich_rule():
         assert list(of_update) == sorted(of_update, reverse=True)
         assert len(of_update) == 3 and of_update[8] == 1.0 and of_update[2] == 0.3
     between = Counter(list(of_update)[1] for of_update in drawn)
-    assert set(between) == {3, 5} and abs(between[3] - 2000) < 4 * math.sqrt(1000)  # 4 standard deviations
+    assert set(between) == {3, 5} and abs(between[3] - 2000) < 4 * math.sqrt(
+        1000
+    )  # 4 standard deviations
     assert drawn[17] == weights(17, 2, 3, 5, 8)
     assert drawn != [weights(update, 2, 3, 5, 8, seed=1) for update in range(4000)]
     assert weights(0, 4, 8) == {8: 1.0, 4: 0.3}
@@ -240,7 +268,9 @@ def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
     assert set(stays.unique().tolist()) == {0.0, 1.0}
     assert stays.mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / stays.numel()))
     assert not torch.equal(stays[0], stays[1])
-    half = sandwich.gates(masks, seeds[1500:], tiny(stochastic_depth=0.3))[0]  # an utterance's draw is its own
+    half = sandwich.gates(masks, seeds[1500:], tiny(stochastic_depth=0.3))[
+        0
+    ]  # an utterance's draw is its own
     assert torch.equal(torch.stack([gate for gate in half if gate is not True]), stays[:, 1500:])
     assert sandwich.gates(masks, seeds, tiny(stochastic_depth=0.0)) == masks
 
@@ -248,7 +278,9 @@ def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
 def test_learning_rate():
     config = tiny(updates=1000, peak_learning_rate=1.0, warmup=0.45, cooldown=0.45)
     rates = [learning_rate(update, config) for update in range(1000)]
-    assert rates[0] == pytest.approx(0.01, abs=0.003) and rates[449] == max(rates) == pytest.approx(1.0)
+    assert rates[0] == pytest.approx(0.01, abs=0.003) and rates[449] == max(rates) == pytest.approx(
+        1.0
+    )
     assert rates[224] == pytest.approx(0.505, abs=0.003) and rates[899] == pytest.approx(0.01)
     assert rates[:450] == sorted(rates[:450]) and rates[450:] == sorted(rates[450:], reverse=True)
     assert rates[-1] == pytest.approx(1e-8)

@@ -25,7 +25,9 @@ def network(seed: int = 0, **changes) -> Supernet:
     return model
 
 
-def utterances(model: Supernet, lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def utterances(
+    model: Supernet, lengths: list[int], seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features with noise in the padding too."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths), model.config.mel_bins)
@@ -52,11 +54,15 @@ def drawn(values: dict) -> Supernet:
 def test_one_forward_equals_separate_forwards(values, lengths, data):
     model = drawn(values)
     layers = model.config.layers
-    sizes = sorted(data.draw(st.lists(st.integers(1, layers), min_size=1, max_size=4)), reverse=True)
+    sizes = sorted(
+        data.draw(st.lists(st.integers(1, layers), min_size=1, max_size=4)), reverse=True
+    )
     features, lengths = utterances(model, lengths)
     together, _ = model(features, lengths, sizes)
     for size, output in zip(sizes, together, strict=True):
-        torch.testing.assert_close(output, model(features, lengths, [size])[0][0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            output, model(features, lengths, [size])[0][0], rtol=1e-9, atol=1e-9
+        )
 
 
 @given(networks, st.lists(st.integers(4, 40), min_size=2, max_size=4))
@@ -65,7 +71,9 @@ def test_an_utterance_alone_equals_itself_in_a_batch(values, lengths):
     features, frames = utterances(model, lengths)
     batch, output_frames = model(features, frames, [model.config.layers])
     for row, length in enumerate(lengths):
-        alone, _ = model(features[row : row + 1, :length], frames[row : row + 1], [model.config.layers])
+        alone, _ = model(
+            features[row : row + 1, :length], frames[row : row + 1], [model.config.layers]
+        )
         inside = batch[0, row, : output_frames[row]]
         torch.testing.assert_close(alone[0, 0], inside, rtol=1e-9, atol=1e-9)
 
@@ -77,11 +85,19 @@ def test_gradients_equal_those_of_separate_forwards(seed, data):
     scores = torch.rand(8, dtype=torch.float64, requires_grad=True)
     stays = (torch.rand(8, 2) < 0.5).double()
     mask = model.mask(data.draw(st.integers(1, 8)))
-    gates = [[True if m else stays[i] for i, m in enumerate(mask)], [s if m else False for s, m in zip(scores, mask)]]  # noqa: B905
+    gates = [
+        [True if m else stays[i] for i, m in enumerate(mask)],
+        [s if m else False for s, m in zip(scores, mask)],
+    ]  # noqa: B905
     weights = [*model.parameters(), scores]
     cotangent = torch.randn_like(model(features, lengths, [8, 5], gates)[0])
-    together = torch.autograd.grad(model(features, lengths, [8, 5], gates)[0], weights, cotangent, allow_unused=True)
-    separate = [model(features, lengths, [size], [gate])[0] for size, gate in zip((8, 5), gates, strict=True)]
+    together = torch.autograd.grad(
+        model(features, lengths, [8, 5], gates)[0], weights, cotangent, allow_unused=True
+    )
+    separate = [
+        model(features, lengths, [size], [gate])[0]
+        for size, gate in zip((8, 5), gates, strict=True)
+    ]
     expected = torch.autograd.grad(torch.cat(separate), weights, cotangent, allow_unused=True)
     for ours, theirs in zip(together, expected, strict=True):
         assert (ours is None) == (theirs is None)
@@ -143,7 +159,9 @@ def test_nan_in_a_pruned_layer_reaches_nothing():
     features, lengths = utterances(model, [21, 30])
     before, _ = model(features, lengths, [5, 3])
     for layer in model.ranking[5:]:
-        for weight in model.encoder.blocks[layer // 4][("ff1", "conv", "mhsa", "ff2")[layer % 4]].parameters():
+        for weight in model.encoder.blocks[layer // 4][
+            ("ff1", "conv", "mhsa", "ff2")[layer % 4]
+        ].parameters():
             torch.nn.init.constant_(weight, float("nan"))
     after, _ = model(features, lengths, [5, 3])
     assert torch.equal(before, after)
@@ -167,7 +185,10 @@ def test_a_gate_of_zero_is_a_pruned_layer():
     mask = model.mask(5)
     zeros = [True if kept else torch.zeros(1, dtype=torch.float64) for kept in mask]
     torch.testing.assert_close(
-        model(features, lengths, [8], [zeros])[0], model(features, lengths, [8], [mask])[0], rtol=0, atol=0
+        model(features, lengths, [8], [zeros])[0],
+        model(features, lengths, [8], [mask])[0],
+        rtol=0,
+        atol=0,
     )
 
 
@@ -178,7 +199,9 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
     layer = Convolution(tiny(kernel=kernel, width=width)).double()
     x = torch.randn(3, 11, width, dtype=torch.float64)
     weight, bias = layer.depthwise.weight, layer.depthwise.bias
-    expected = F.conv1d(x.transpose(1, 2), weight, bias, padding=kernel // 2, groups=width).transpose(1, 2)
+    expected = F.conv1d(
+        x.transpose(1, 2), weight, bias, padding=kernel // 2, groups=width
+    ).transpose(1, 2)
     torch.testing.assert_close(layer.over_time(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -219,6 +242,8 @@ def test_dropout_differs_by_layer_and_utterance_and_is_one_for_all_sizes(monkeyp
     assert len(set(seen)) == len(seen) == 2 * 8
     for i, size in enumerate((8, 5, 3)):
         for row in range(2):
-            alone, _ = model(features[row : row + 1], lengths[row : row + 1], [size], seeds=seeds[row : row + 1])
+            alone, _ = model(
+                features[row : row + 1], lengths[row : row + 1], [size], seeds=seeds[row : row + 1]
+            )
             torch.testing.assert_close(alone[0, 0], together[i, row], rtol=0, atol=1e-9)
     assert not torch.equal(together, model(features, lengths, [8, 5, 3])[0])

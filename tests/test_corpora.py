@@ -34,7 +34,9 @@ talk 1 bert 1.75 2.00 <o,f0,male> <unk> <NA>
 call A anna 0.00 1.00 HIGH MID
 call B bert 0.25 1.00 <unk> TOP
 """
-TSV = "client_id\tpath\tsentence\tup_votes\nanna\tone.mp3\tLow, mid!\t2\nbert\ttwo.mp3\tIt’s HIGH\t\n"
+TSV = (
+    "client_id\tpath\tsentence\tup_votes\nanna\tone.mp3\tLow, mid!\t2\nbert\ttwo.mp3\tIt’s HIGH\t\n"
+)
 MANIFEST = """{"audio_filepath": "talk.wav", "text": "LOW", "duration": 1.0, "speaker": "anna"}
 {"audio_filepath": "deep/call.sph", "text": "MID", "offset": 0.5, "duration": 0.25, "channel": 1}
 {"audio_filepath": "ABSOLUTE", "text": "HIGH TOP", "offset": 1}
@@ -46,11 +48,18 @@ KALDI = {
     "utt2spk": "anna-1 anna\nbert-1 bert\n",
 }
 TRANSCRIPT = "1-2-0000 LOW MID\n1-2-0001 TOP\n"
-LISTS = {"stm": "train/stm/talks.stm", "common-voice": "train.tsv", "manifest": "train.jsonl", "kaldi": "train/wav.scp"}
+LISTS = {
+    "stm": "train/stm/talks.stm",
+    "common-voice": "train.tsv",
+    "manifest": "train.jsonl",
+    "kaldi": "train/wav.scp",
+}
 LISTS["librispeech"] = "train/1/2/1-2.trans.txt"
 
 
-def write_audio(path: Path, seconds: float = 2.0, rate: int = RATE, channels: int = 1, **how: str) -> Path:
+def write_audio(
+    path: Path, seconds: float = 2.0, rate: int = RATE, channels: int = 1, **how: str
+) -> Path:
     """A ramp, half as high in the second channel, so that every sample tells its place and its channel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 0.5, round(seconds * rate))
@@ -92,19 +101,28 @@ def read(root: Path, *splits: str, **changes):
 
 
 EXPECTED = {  # id, text, speaker, span in samples of the file, channel
-    "librispeech": [("1-2-0000", "LOW MID", "1", (0, 16000), 0), ("1-2-0001", "TOP", "1", (0, 16000), 0)],
+    "librispeech": [
+        ("1-2-0000", "LOW MID", "1", (0, 16000), 0),
+        ("1-2-0001", "TOP", "1", (0, 16000), 0),
+    ],
     "stm": [
         ("talks.stm:2", "it's LOW 'cause they don't", "anna", (4000, 12000), 0),
         ("talks.stm:5", "HIGH MID", "anna", (0, 8000), 0),
         ("talks.stm:6", "TOP", "bert", (2000, 8000), 1),
     ],
-    "common-voice": [("one", "Low, mid!", "anna", (0, 64000), 0), ("two", "It’s HIGH", "bert", (0, 64000), 0)],
+    "common-voice": [
+        ("one", "Low, mid!", "anna", (0, 64000), 0),
+        ("two", "It’s HIGH", "bert", (0, 64000), 0),
+    ],
     "manifest": [
         ("train.jsonl:1", "LOW", "anna", (0, 8000), 0),
         ("train.jsonl:2", "MID", "", (4000, 6000), 1),
         ("train.jsonl:3", "HIGH TOP", "", (8000, 16000), 0),
     ],
-    "kaldi": [("anna-1", "LOW MID", "anna", (4000, 10000), 0), ("bert-1", "TOP", "bert", (0, 16000), 0)],
+    "kaldi": [
+        ("anna-1", "LOW MID", "anna", (4000, 10000), 0),
+        ("bert-1", "TOP", "bert", (0, 16000), 0),
+    ],
 }
 
 
@@ -114,13 +132,19 @@ def test_each_kind_is_recognised_and_read(tmp_path, kind, how):
     root = write_corpus(tmp_path / "corpus", kind)
     corpus = read(root, corpus_kind="auto" if how == "auto" else kind)
     assert corpus.kinds == {"train": kind}
-    assert [(u.id, u.text, u.speaker, u.span, u.channel) for u in corpus.utterances] == EXPECTED[kind]
+    assert [(u.id, u.text, u.speaker, u.span, u.channel) for u in corpus.utterances] == EXPECTED[
+        kind
+    ]
     for utterance in corpus.utterances:
         audio = read_audio(utterance, RATE)
         assert audio.dtype == torch.float32 and audio.shape == (utterance.samples,)
-        first, last = (place / (2 * utterance.rate) * 0.5 / (1 + utterance.channel) for place in utterance.span)
+        first, last = (
+            place / (2 * utterance.rate) * 0.5 / (1 + utterance.channel) for place in utterance.span
+        )
         if kind != "common-voice":  # MP3 does not keep slow changes
-            torch.testing.assert_close(audio, torch.linspace(first, last, len(audio)), rtol=0, atol=2e-3)
+            torch.testing.assert_close(
+                audio, torch.linspace(first, last, len(audio)), rtol=0, atol=2e-3
+            )
 
 
 def test_kinds_and_normalisers_are_those_of_the_configuration():
@@ -141,7 +165,9 @@ def test_what_is_left_out_and_changed_is_told(tmp_path):
     assert "0 to 1: 1, 1 to 2: 2" in told and "2 × words joined" in told and "4 × <unk>" in told
     assert f"left out: 1 × no words but <unk> or <NA>, as talks.stm:4: {file}:4" in told
     kaldi = read(write_corpus(tmp_path / "k", "kaldi"))
-    assert list(kaldi.left_out) == ["no transcript"] and list(kaldi.left_out["no transcript"]) == ["bert-2"]
+    assert list(kaldi.left_out) == ["no transcript"] and list(kaldi.left_out["no transcript"]) == [
+        "bert-2"
+    ]
 
 
 def test_kaldi_without_segments_and_speakers(tmp_path):
@@ -149,15 +175,21 @@ def test_kaldi_without_segments_and_speakers(tmp_path):
     (root / "train/segments").unlink(), (root / "train/utt2spk").unlink()
     (root / "train/text").write_text("talk\tLOW\n")
     corpus = read(root)
-    assert [(u.id, u.text, u.speaker, u.span) for u in corpus.utterances] == [("talk", "LOW", "", (0, 16000))]
+    assert [(u.id, u.text, u.speaker, u.span) for u in corpus.utterances] == [
+        ("talk", "LOW", "", (0, 16000))
+    ]
 
 
 def test_splits_are_joined(tmp_path):
     root = write_tones(tmp_path, {"train": 3, "dev-clean": 2})
     joined = [u.id for u in read(root, "train+dev-clean").utterances]
-    assert joined == [u.id for u in read(root, "train", "dev-clean").utterances] and len(joined) == 5
+    assert (
+        joined == [u.id for u in read(root, "train", "dev-clean").utterances] and len(joined) == 5
+    )
     (root / "dev-clean").rename(root / "away")
-    shutil.copytree(root / "train", root / "dev-clean")  # the same ids, as where one split is the other with noise
+    shutil.copytree(
+        root / "train", root / "dev-clean"
+    )  # the same ids, as where one split is the other with noise
     assert [u.id for u in read(root, "train+dev-clean").utterances] == 2 * [
         u.id for u in read(root, "train").utterances
     ]
@@ -170,7 +202,11 @@ def test_the_digits_corpus_is_read_as_its_preset_says():
     config = preset("digits", corpus=str(root))
     for splits in (config.train_splits, config.dev_splits, config.test_splits):
         corpus = read_corpus(root, splits, config)
-        assert corpus.utterances and not corpus.left_out and set(corpus.kinds.values()) == {"librispeech"}
+        assert (
+            corpus.utterances
+            and not corpus.left_out
+            and set(corpus.kinds.values()) == {"librispeech"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -188,10 +224,14 @@ def test_normalisers(tmp_path, name, text):
     (root / LISTS["librispeech"]).write_text(line, encoding="utf-8")
     corpus = read(root, normaliser=name)
     assert corpus.utterances[0].text == text.replace("  ", " ")
-    assert list(corpus.left_out.get("no words are left", {})) == (["1-2-0001"] if name == "plain" else [])
+    assert list(corpus.left_out.get("no words are left", {})) == (
+        ["1-2-0001"] if name == "plain" else []
+    )
 
 
-@pytest.mark.parametrize("space", [" ", "  ", "\t", "\n", "\u00a0", "\u2028", "\u3000", "\x1f", " \t "])
+@pytest.mark.parametrize(
+    "space", [" ", "  ", "\t", "\n", "\u00a0", "\u2028", "\u3000", "\x1f", " \t "]
+)
 def test_white_space_of_any_kind_is_one_space_between_words(tmp_path, space):
     root = write_corpus(tmp_path / "c", "manifest")
     texts = [f"LOW{space}MID", f"{space}LOW MID", f"LOW MID{space}", space]
@@ -203,7 +243,9 @@ def test_white_space_of_any_kind_is_one_space_between_words(tmp_path, space):
 def test_other_sample_rates_are_resampled(tmp_path):
     hz, time = 440, np.arange(48000 * 2) / 48000
     soundfile.write(
-        write_corpus(tmp_path / "c", "librispeech") / "train/1/2/1-2-0000.flac", np.sin(time * hz * 6), 48000
+        write_corpus(tmp_path / "c", "librispeech") / "train/1/2/1-2-0000.flac",
+        np.sin(time * hz * 6),
+        48000,
     )
     utterance = read(tmp_path / "c").utterances[0]
     audio = read_audio(utterance, RATE)
@@ -231,7 +273,12 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "-0.5"]),
         ("manifest", '"offset": 0.5', '"offset": 1e999', ["train.jsonl:2", "inf"]),
         ("manifest", '"offset": 0.5', '"offset": [0.5]', ["train.jsonl:2", "[0.5] is not a time"]),
-        ("manifest", '"offset": 0.5', f'"offset": 1{"0" * 400}', ["train.jsonl:2", "00 is not a time"]),
+        (
+            "manifest",
+            '"offset": 0.5',
+            f'"offset": 1{"0" * 400}',
+            ["train.jsonl:2", "00 is not a time"],
+        ),
         ("manifest", '"duration": 0.25', '"duration": "long"', ["train.jsonl:2", "'long'"]),
         ("manifest", ', "channel": 1', "", ["train.jsonl:2", "call.sph", "2 channels"]),
         ("manifest", '"channel": 1', '"channel": 2', ["train.jsonl:2", "call.sph", "no channel 2"]),
@@ -240,7 +287,12 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", "talk.wav", "deep/../../talk.wav", ["train.jsonl:1", "absolute"]),
         ("manifest", "talk.wav", "none.wav", ["train.jsonl:1", "none.wav", "doesn't exist"]),
         ("manifest", MANIFEST[:9], "[" * 99999, ["train.jsonl:1", "JSON"]),
-        ("kaldi", "talk talk.wav", "talk sph2pipe talk.wav |", ["wav.scp:1", "sph2pipe", "command"]),
+        (
+            "kaldi",
+            "talk talk.wav",
+            "talk sph2pipe talk.wav |",
+            ["wav.scp:1", "sph2pipe", "command"],
+        ),
         ("kaldi", "talk talk.wav", "talk ../talk.wav", ["wav.scp:1", "absolute"]),
         ("kaldi", "talk talk.wav", "talk talk.wav\ntalk talk.wav", ["wav.scp:2", "twice"]),
         ("kaldi", "talk talk.wav", "talks talk.wav", ["segments:1", "anna-1", "no recording"]),
@@ -259,7 +311,8 @@ def test_bad_lines_are_named(tmp_path, kind, old, new, words):
 
 
 @pytest.mark.parametrize(
-    ("file", "line"), [("segments", "bert-1 more 0 0.5 1"), ("segments", "bert-1 more 0 x"), ("text", "carl-1 MID")]
+    ("file", "line"),
+    [("segments", "bert-1 more 0 0.5 1"), ("segments", "bert-1 more 0 x"), ("text", "carl-1 MID")],
 )
 def test_bad_lines_of_kaldi_are_named(tmp_path, file, line):
     path = write_corpus(tmp_path / "corpus", "kaldi") / "train" / file
@@ -270,7 +323,9 @@ def test_bad_lines_of_kaldi_are_named(tmp_path, file, line):
 
 def test_segments_beyond_their_file_are_left_out_and_a_little_is_cut(tmp_path):
     file = write_corpus(tmp_path / "corpus", "stm") / LISTS["stm"]
-    file.write_text("talk 1 a 1 2.4 LOW\ntalk 1 a 1 2.6 MID\ntalk 1 a 2 2.1 TOP\ntalk 1 a 1e300 1e301 HIGH\n")
+    file.write_text(
+        "talk 1 a 1 2.4 LOW\ntalk 1 a 1 2.6 MID\ntalk 1 a 2 2.1 TOP\ntalk 1 a 1e300 1e301 HIGH\n"
+    )
     corpus = read(tmp_path / "corpus")
     assert [u.span for u in corpus.utterances] == [(8000, 16000)]
     assert list(corpus.left_out[UNREADABLE]) == ["talks.stm:2", "talks.stm:3", "talks.stm:4"]
@@ -283,7 +338,10 @@ def test_a_directory_or_a_pipe_in_place_of_audio_is_left_out(tmp_path):
     os.mkfifo(folder / "1-2-0003.flac")
     (folder / "1-2.trans.txt").write_text(TRANSCRIPT + "1-2-0002 LOW\n1-2-0003 LOW\n")
     corpus = read(tmp_path / "corpus")
-    assert len(corpus.utterances) == 2 and list(corpus.left_out[UNREADABLE]) == ["1-2-0002", "1-2-0003"]
+    assert len(corpus.utterances) == 2 and list(corpus.left_out[UNREADABLE]) == [
+        "1-2-0002",
+        "1-2-0003",
+    ]
 
 
 @pytest.mark.parametrize("how", ["removed", "shorter", "another rate", "other channels", "empty"])
@@ -295,13 +353,32 @@ def test_audio_that_changes_after_listing_is_corrupt(tmp_path, how):
     if how == "empty":
         file.touch()
     elif how != "removed":
-        changes = {"shorter": dict(seconds=0.6), "another rate": dict(rate=16000), "other channels": dict(channels=1)}
+        changes = {
+            "shorter": dict(seconds=0.6),
+            "another rate": dict(rate=16000),
+            "other channels": dict(channels=1),
+        }
         write_audio(file, **({"channels": 2} | changes[how]), **sphere)
     with pytest.raises(CorruptAudio, match=r"call\.sph"):
         read_audio(utterance, RATE)
 
 
-NASTY = [b"\0", b"\xff", b"\xed\xa0\x80", b"\n", b"\t", b" ", b"|", b'"', b"{", b"[", b"null", b"-1", b"nan", b"1e999"]
+NASTY = [
+    b"\0",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\n",
+    b"\t",
+    b" ",
+    b"|",
+    b'"',
+    b"{",
+    b"[",
+    b"null",
+    b"-1",
+    b"nan",
+    b"1e999",
+]
 NASTY += [
     b"9" * 400,
     b"../../x",
@@ -315,8 +392,20 @@ NASTY += [
     b"1",
     b"B",
 ]
-NASTY += [b"inf", b"true", b"[" * 5000, b"\xef\xbb\xbf", b"\r", b"x" * 300, b"\xd9\xa3", b"1_0", b"\x1c"]
-edits = st.tuples(st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4))
+NASTY += [
+    b"inf",
+    b"true",
+    b"[" * 5000,
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"x" * 300,
+    b"\xd9\xa3",
+    b"1_0",
+    b"\x1c",
+]
+edits = st.tuples(
+    st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4)
+)
 
 
 @pytest.fixture(scope="module")
@@ -329,13 +418,19 @@ def all_kinds(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", CORPUS_KINDS)
 @settings(max_examples=400)
 @given(st.sampled_from(sorted(KALDI)), st.lists(edits, min_size=1, max_size=3), st.booleans())
-def test_mutated_lists_are_read_or_refused_with_file_and_line(all_kinds, kind, name, edits, doubled):
+def test_mutated_lists_are_read_or_refused_with_file_and_line(
+    all_kinds, kind, name, edits, doubled
+):
     root = all_kinds[kind]
     file = root / "train" / name if kind == "kaldi" else root / LISTS[kind]
     whole = file.read_bytes()
     mutated = whole * 2 if doubled else whole
     for start, length, new in edits:
-        mutated = mutated[: start % len(mutated or b"-")] + new + mutated[start % len(mutated or b"-") + length :]
+        mutated = (
+            mutated[: start % len(mutated or b"-")]
+            + new
+            + mutated[start % len(mutated or b"-") + length :]
+        )
     file.write_bytes(mutated)
     try:
         corpus, said = read(root), ""
@@ -363,7 +458,9 @@ def opened(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("many", [-1, corpora.MANY])  # compared in a process of their own, in this one
+@pytest.mark.parametrize(
+    "many", [-1, corpora.MANY]
+)  # compared in a process of their own, in this one
 def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened, monkeypatch, many):
     monkeypatch.setattr(corpora, "MANY", many)
     root = write_corpus(tmp_path / "corpus", "librispeech")
@@ -371,7 +468,9 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened, m
     assert sorted(opened) == ["1-2-0000.flac", "1-2-0001.flac"]
     assert read(root) == first and len(opened) == 2
     write_audio(root / "train/1/2/1-2-0001.flac", seconds=1.0)
-    assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE] and opened[2:] == ["1-2-0001.flac"]
+    assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE] and opened[2:] == [
+        "1-2-0001.flac"
+    ]
     [kept] = [path for path in cache.user_cache().iterdir() if b"1-2-0001.flac" in path.read_bytes() and
               str(root).encode() in path.read_bytes()]  # fmt: skip
     whole = kept.read_bytes()
@@ -388,7 +487,11 @@ def test_headers_are_read_again_from_a_file_of_the_same_size(tmp_path, opened):
     os.utime(file, ns=(0, 1))
     again = read(tmp_path / "corpus").utterances[0]
     assert file.stat().st_size == size and opened.count("talk.wav") == 2
-    assert (first.rate, again.rate) == (RATE, 2 * RATE) and first.span == (0, RATE) and again.span == (0, 2 * RATE)
+    assert (
+        (first.rate, again.rate) == (RATE, 2 * RATE)
+        and first.span == (0, RATE)
+        and again.span == (0, 2 * RATE)
+    )
 
 
 def test_headers_are_kept_where_a_line_is_refused(tmp_path, opened):
@@ -440,7 +543,9 @@ def test_features_are_kept_checked_and_made_again(tones, tmp_path, monkeypatch):
         file = draw.choice(files)
         whole = file.read_bytes()
         place = draw.randrange(len(whole))
-        flipped = whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        flipped = (
+            whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        )
         file.write_bytes(flipped if trial % 3 else whole[:place])
         assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
         assert file.read_bytes() == whole
@@ -449,9 +554,15 @@ def test_features_are_kept_checked_and_made_again(tones, tmp_path, monkeypatch):
     path = Path(kept.utterances[0].path)
     soundfile.write(path, soundfile.read(path)[0][::-1], RATE)
     again = examples(root, cache_features=str(tmp_path / "kept"))
-    assert torch.equal(again[0].features, log_mel(read_audio(again.utterances[0], RATE), again.config))
+    assert torch.equal(
+        again[0].features, log_mel(read_audio(again.utterances[0], RATE), again.config)
+    )
     path.unlink()
-    assert path.name in again[0].corrupt and again[0].features.shape == (1, 12) and not again[0].features.any()
+    assert (
+        path.name in again[0].corrupt
+        and again[0].features.shape == (1, 12)
+        and not again[0].features.any()
+    )
 
 
 def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
@@ -469,7 +580,8 @@ def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
         assert all(abs(len(some[i].features) - frames[i]) <= 1 for i in range(24))
         plain = examples(tones).frames()
         assert all(
-            (a > b) - (a < b) == (s < 1) - (s > 1) for a, b, s in zip(frames, plain, drawn[seed, epoch], strict=True)
+            (a > b) - (a < b) == (s < 1) - (s > 1)
+            for a, b, s in zip(frames, plain, drawn[seed, epoch], strict=True)
         )
     assert len({tuple(speeds) for speeds in drawn.values()}) == 3
     tone = read_audio(some.utterances[0], RATE, 1.1)
@@ -480,7 +592,8 @@ def test_only_the_default_speed_leaves_the_training_as_it_was(tones):
     plain = examples(tones, frequency_masks=0, time_mask_every=0)
     plain.epoch = 3
     assert all(
-        torch.equal(plain[i].features, log_mel(read_audio(plain.utterances[i], RATE), plain.config)) for i in range(3)
+        torch.equal(plain[i].features, log_mel(read_audio(plain.utterances[i], RATE), plain.config))
+        for i in range(3)
     )
 
 
@@ -494,8 +607,16 @@ def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path
     config = dataclasses.replace(tiny(updates=4, speeds=(0.9, 1.1), workers=1), corpus=str(tones))
     trainer = Trainer(config, tmp_path / "run").begin()
     records = list(trainer.updates())
-    assert (tmp_path / "run/corpus.txt").read_text().splitlines()[1].startswith("24 utterances, 0.00 hours, 1 speakers")
-    assert all(0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"] for record in records)
+    assert (
+        (tmp_path / "run/corpus.txt")
+        .read_text()
+        .splitlines()[1]
+        .startswith("24 utterances, 0.00 hours, 1 speakers")
+    )
+    assert all(
+        0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"]
+        for record in records
+    )
     logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert logged["waiting"] == pytest.approx(sum(record["waiting"] for record in records))
     assert logged["padding"] == pytest.approx(sum(record["padding"] for record in records) / 4)
@@ -507,29 +628,42 @@ def spoil(file: Path, how: str) -> None:
     if how == "directory":
         file.mkdir()
     elif how != "removed":
-        file.write_bytes({"truncated": data[:-400], "empty": b"", "noise": random.Random(0).randbytes(2000)}[how])
+        file.write_bytes(
+            {"truncated": data[:-400], "empty": b"", "noise": random.Random(0).randbytes(2000)}[how]
+        )
 
 
 def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     """Each file is named once and counted, whether it was lost before the listing or after; the others all train."""
-    root, ways = write_tones(tmp_path / "corpus", SPLITS | {"train": 450}), ("truncated", "empty", "noise", "directory")
+    root, ways = (
+        write_tones(tmp_path / "corpus", SPLITS | {"train": 450}),
+        ("truncated", "empty", "noise", "directory"),
+    )
     victims = random.Random(0).sample(sorted((root / "train").rglob("*.flac")), 9)
     for file, how in zip(victims, ways, strict=False):
         spoil(file, how)
-    config = dataclasses.replace(tiny(updates=20, batch_seconds=60.0, validate_every=20, workers=1), corpus=str(root))
+    config = dataclasses.replace(
+        tiny(updates=20, batch_seconds=60.0, validate_every=20, workers=1), corpus=str(root)
+    )
     trainer = Trainer(config, tmp_path / "run").begin()
-    assert set(trainer.corpus.left_out[UNREADABLE]) == {file.stem for file in victims[1:4]}  # a header can be whole
+    assert set(trainer.corpus.left_out[UNREADABLE]) == {
+        file.stem for file in victims[1:4]
+    }  # a header can be whole
     for file, how in zip(victims[4:], (*ways, "removed"), strict=True):
         spoil(file, how)
     batches = len(epoch_plan(trainer.examples.frames(), config, 0))
     assert 2 * batches < config.updates  # so that each is met more than once
     records = list(trainer.updates())
-    assert len(records) == 20 and all(np.isfinite(list(record["losses"].values())).all() for record in records)
+    assert len(records) == 20 and all(
+        np.isfinite(list(record["losses"].values())).all() for record in records
+    )
     names = {file.stem for file in victims}
     told = (tmp_path / "run/left-out.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in told) == sorted(names)
     good = sum(u.samples for u in trainer.examples.utterances if u.id not in names)
-    assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(good / RATE)
+    assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(
+        good / RATE
+    )
 
 
 def test_evaluation_stops_with_the_list_of_lost_audio(tmp_path):
@@ -547,7 +681,9 @@ def test_evaluation_stops_with_the_list_of_lost_audio(tmp_path):
     files[4].touch()  # where one is missing, that is all that the listing tells
     with pytest.raises(ValueError, match="can't be read") as error:
         read_for_scoring(config, ["test-clean"], tokenizer)
-    assert [str(file) in str(error.value) for file in files] == [n in (0, 1, 2, 4) for n in range(20)]
+    assert [str(file) in str(error.value) for file in files] == [
+        n in (0, 1, 2, 4) for n in range(20)
+    ]
 
 
 def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:

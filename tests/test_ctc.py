@@ -15,7 +15,12 @@ from dynsize.ctc import ctc_loss, greedy
 @st.composite
 def problems(draw):
     """Log-probabilities in float64, lengths, labels, label lengths: alignable ones, empty targets and one frame too."""
-    n, t, v, u = draw(st.integers(1, 5)), draw(st.integers(1, 20)), draw(st.integers(2, 6)), draw(st.integers(0, 6))
+    n, t, v, u = (
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(2, 6)),
+        draw(st.integers(0, 6)),
+    )
     torch.manual_seed(draw(st.integers(0, 2**20)))
     logits = 3 * torch.randn(n, t, v, dtype=torch.float64)
     lengths = torch.randint(1, t + 1, (n,))
@@ -84,7 +89,9 @@ def test_sums_over_all_alignments():
 def test_impossible_alignment_is_infinite_without_a_gradient():
     log_probs = torch.randn(2, 2, 3).log_softmax(-1).requires_grad_()
     labels, label_lengths = torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
-    loss = ctc_loss(log_probs, torch.tensor([2, 2]), labels, label_lengths)  # 1 1 needs a blank between: 3 frames
+    loss = ctc_loss(
+        log_probs, torch.tensor([2, 2]), labels, label_lengths
+    )  # 1 1 needs a blank between: 3 frames
     assert loss[0] == math.inf and loss[1].isfinite()
     loss.sum().backward()
     assert (log_probs.grad[0] == 0).all() and (log_probs.grad[1] != 0).any()
@@ -94,6 +101,8 @@ def test_impossible_alignment_is_infinite_without_a_gradient():
 def test_greedy_joins_repeats_then_removes_blanks(seed, rows, frames):
     torch.manual_seed(seed)
     log_probs, lengths = torch.randn(rows, frames, 3), torch.randint(1, frames + 1, (rows,))
-    for decoded, of_row, length in zip(greedy(log_probs, lengths), log_probs.tolist(), lengths.tolist(), strict=True):
+    for decoded, of_row, length in zip(
+        greedy(log_probs, lengths), log_probs.tolist(), lengths.tolist(), strict=True
+    ):
         path = [frame.index(max(frame)) for frame in of_row[:length]]
         assert decoded == [label for label, _ in itertools.groupby(path) if label != 0]

@@ -28,7 +28,10 @@ def test_log_mel_of_a_tone_peaks_in_its_filter():
     for hz in (400, 1000, 2500):
         # the tone sounds in the second half alone: normalisation takes away what is the same in all frames
         features = log_mel(quiet + torch.sin(2 * math.pi * hz * time) * (time > 0.5), config)
-        edges = 700 * (10 ** (torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (60, 3900)), 22) / 2595) - 1)
+        edges = 700 * (
+            10 ** (torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (60, 3900)), 22) / 2595)
+            - 1
+        )
         power = (features[60:] - features[:40].mean(0)).mean(0)
         centre = edges[1:-1][power.argmax()]
         assert abs(centre - hz) < 0.2 * hz
@@ -43,11 +46,15 @@ def test_log_mel_by_definition():
     waveform = np.random.default_rng(0).standard_normal(1000)
     window, hop = 200, 80
     frames = np.stack([waveform[i : i + window] for i in range(0, 801, hop)])
-    frames = (frames - frames.mean(1, keepdims=True)) * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window))
+    frames = (frames - frames.mean(1, keepdims=True)) * (
+        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    )
     power = np.abs(np.fft.rfft(frames, 256)) ** 2
     mel = np.log(power @ mel_filters(12, 256, RATE, 60.0, 3900.0).double().numpy() + 1e-10)
     expected = (mel - mel.mean(0)) / np.sqrt(mel.var(0) + 1e-5)
-    np.testing.assert_allclose(log_mel(torch.from_numpy(waveform).float(), config), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        log_mel(torch.from_numpy(waveform).float(), config), expected, atol=1e-3
+    )
 
 
 @given(st.integers(1, 2000))
@@ -58,7 +65,13 @@ def test_any_waveform_has_finite_features(samples):
 
 @given(st.integers(0, 2**20), st.integers(1, 300))
 def test_spec_augment_stays_within_its_bounds(seed, frames):
-    config = tiny(mel_bins=40, frequency_masks=3, frequency_mask_bins=5, time_mask_every=25, time_mask_frames=20)
+    config = tiny(
+        mel_bins=40,
+        frequency_masks=3,
+        frequency_mask_bins=5,
+        time_mask_every=25,
+        time_mask_frames=20,
+    )
     features = torch.ones(frames, 40)
     masked = spec_augment(features, config, random.Random(seed))
     hidden_bins, hidden_frames = (masked == 0).all(0), (masked == 0).all(1)
@@ -72,10 +85,18 @@ def test_spec_augment_off_and_on():
     features, draw = torch.ones(400, 40), random.Random(0)
     off = tiny(mel_bins=40, frequency_masks=0, time_mask_every=0)
     assert torch.equal(spec_augment(features, off, draw), features)
-    on = tiny(mel_bins=40, frequency_masks=2, frequency_mask_bins=8, time_mask_every=25, time_mask_frames=20)
+    on = tiny(
+        mel_bins=40,
+        frequency_masks=2,
+        frequency_mask_bins=8,
+        time_mask_every=25,
+        time_mask_frames=20,
+    )
     hidden = torch.stack([spec_augment(features, on, draw) for _ in range(50)]) == 0
     assert 6 < hidden.all(1).sum(1).float().mean() < 9  # two masks of 4 bins in the mean
-    assert 40 < hidden.all(2).sum(1).float().mean() < 95  # 2 to 16 masks of 10 frames in the mean, which may overlap
+    assert (
+        40 < hidden.all(2).sum(1).float().mean() < 95
+    )  # 2 to 16 masks of 10 frames in the mean, which may overlap
     assert hidden[:, -5:].all(2).any() and hidden[:, :5].all(2).any()  # masks reach both ends
 
 
@@ -83,7 +104,9 @@ def test_what_is_drawn_for_an_utterance_is_its_own(tones):
     config = tiny(corpus=str(tones), speeds=(0.9, 1.0, 1.1))
     utterances = read_corpus(tones, ["train"], config).utterances
     tokenizer = train_tokenizer((utterance.text for utterance in utterances), 12)
-    all_of_them, last = (Examples(u, tokenizer, config, keep=True) for u in (utterances, utterances[-1:]))
+    all_of_them, last = (
+        Examples(u, tokenizer, config, keep=True) for u in (utterances, utterances[-1:])
+    )
 
     def drawn(examples: Examples, epoch: int | None) -> tuple[torch.Tensor, int]:
         examples.epoch = epoch
@@ -94,7 +117,9 @@ def test_what_is_drawn_for_an_utterance_is_its_own(tones):
         alone, among_others = drawn(last, epoch), drawn(all_of_them, epoch)
         assert torch.equal(alone[0], among_others[0]) and alone[1] == among_others[1]
     assert len({drawn(last, epoch)[1] for epoch in range(9)}) == 9
-    assert not torch.equal(drawn(last, 0)[0], drawn(last, None)[0])  # masks are drawn in training alone
+    assert not torch.equal(
+        drawn(last, 0)[0], drawn(last, None)[0]
+    )  # masks are drawn in training alone
     assert {len(drawn(last, epoch)[0]) for epoch in range(20)} == {
         feature_frames(round(utterances[-1].samples / speed), config) for speed in config.speeds
     }
@@ -103,8 +128,17 @@ def test_what_is_drawn_for_an_utterance_is_its_own(tones):
 def test_reads_librispeechs_layout(tones):
     corpus = read_corpus(tones, ["train"], tiny())
     utterances = corpus.utterances
-    assert len(utterances) == SPLITS["train"] and not corpus.left_out and corpus.kinds == {"train": "librispeech"}
-    assert utterances[3].id == "0-7-0003" and set(utterances[3].text.split()) <= {"LOW", "MID", "HIGH", "TOP"}
+    assert (
+        len(utterances) == SPLITS["train"]
+        and not corpus.left_out
+        and corpus.kinds == {"train": "librispeech"}
+    )
+    assert utterances[3].id == "0-7-0003" and set(utterances[3].text.split()) <= {
+        "LOW",
+        "MID",
+        "HIGH",
+        "TOP",
+    }
     audio = read_audio(utterances[3], RATE)
     assert (
         audio.dtype == torch.float32
@@ -115,7 +149,9 @@ def test_reads_librispeechs_layout(tones):
 def broken(path, how):
     """Damages an audio file."""
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 9}[how])
+    path.write_bytes(
+        {"truncated": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 9}[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "noise"])
@@ -130,9 +166,16 @@ def test_corrupt_audio_is_named(tmp_path, how):
             read_audio(utterances[1], RATE)
         tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
         batch = collate([Examples(utterances, tokenizer, tiny(), keep=False)[i] for i in range(3)])
-        assert list(batch.corrupt) == ["0-7-0001"] and len(batch.features) == len(batch.utterances) == 2
+        assert (
+            list(batch.corrupt) == ["0-7-0001"]
+            and len(batch.features) == len(batch.utterances) == 2
+        )
     else:
-        assert list(unreadable) == ["0-7-0001"] and str(victim) in unreadable["0-7-0001"] and len(utterances) == 2
+        assert (
+            list(unreadable) == ["0-7-0001"]
+            and str(victim) in unreadable["0-7-0001"]
+            and len(utterances) == 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +202,9 @@ def write(root, audio):
     return root
 
 
-@pytest.mark.parametrize("texts", [["A"], ["AB BA", "B A"], ["ONE TWO THREE"] * 50, ["ÄÖ ß 你好"], ["X" * 5000]])
+@pytest.mark.parametrize(
+    "texts", [["A"], ["AB BA", "B A"], ["ONE TWO THREE"] * 50, ["ÄÖ ß 你好"], ["X" * 5000]]
+)
 @pytest.mark.parametrize("units", [1, 20, 5000])
 def test_tokenizer_adapts_to_the_text(texts, units):
     tokenizer = train_tokenizer(texts, units)
@@ -179,8 +224,12 @@ def test_unknown_characters_are_named():
         train_tokenizer(["", ""], 20)
 
 
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(1, 2000), st.integers(1, 9))
-def test_batch_plan_holds_every_utterance_once_within_the_limits(frames, most_frames, most_utterances):
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(1, 2000), st.integers(1, 9)
+)
+def test_batch_plan_holds_every_utterance_once_within_the_limits(
+    frames, most_frames, most_utterances
+):
     plan = batch_plan(frames, most_frames, most_utterances)
     assert sorted(index for batch in plan for index in batch) == list(range(len(frames)))
     for batch in plan:
@@ -190,7 +239,10 @@ def test_batch_plan_holds_every_utterance_once_within_the_limits(frames, most_fr
 
 def test_epoch_plan_is_a_function_of_seed_and_epoch():
     frames = [100 + i % 37 for i in range(200)]
-    plans = [epoch_plan(frames, tiny(seed=seed), epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    plans = [
+        epoch_plan(frames, tiny(seed=seed), epoch)
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
     assert plans[0] == plans[1] and plans[0] != plans[2] and plans[0] != plans[3]
     assert {frozenset(batch) for batch in plans[0]} != {frozenset(batch) for batch in plans[2]}
     padded = sum(len(batch) * max(frames[i] for i in batch) for batch in plans[0])
@@ -200,8 +252,13 @@ def test_epoch_plan_is_a_function_of_seed_and_epoch():
 @pytest.mark.parametrize(("front_end", "channels"), [("conv2d", (4, 4)), ("vgg", (2, 2, 2, 2))])
 def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end, channels):
     config = tiny(front_end=front_end, front_end_channels=channels)
-    tokenizer = train_tokenizer(["AAB", "B"], 3)  # single characters; a word begins with a mark of its own
-    utterances = [Utterance(f"u{n}", f"{tmp_path}/u{n}.flac", "AAB", 80 * n, (0, 80 * n), RATE) for n in range(1, 60)]
+    tokenizer = train_tokenizer(
+        ["AAB", "B"], 3
+    )  # single characters; a word begins with a mark of its own
+    utterances = [
+        Utterance(f"u{n}", f"{tmp_path}/u{n}.flac", "AAB", 80 * n, (0, 80 * n), RATE)
+        for n in range(1, 60)
+    ]
     labels = tokenizer.encode("AAB")
     good, left_out = usable(utterances, tokenizer, config)
     for utterance in utterances:
@@ -223,22 +280,43 @@ def test_the_grammar_has_150_to_200_words_and_its_capitals_are_rules():
 
 
 def test_the_spoken_corpus(tmp_path):
-    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'")
-    minutes = {"train": 0.7, "dev-clean": 0.1, "dev-other": 0.1, "test-clean": 0.2, "test-other": 0.2}
+    pytest.importorskip(
+        "espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'"
+    )
+    minutes = {
+        "train": 0.7,
+        "dev-clean": 0.1,
+        "dev-other": 0.1,
+        "test-clean": 0.2,
+        "test-other": 0.2,
+    }
     code = f"from dynsize.spoken import speak_corpus; from pathlib import Path; speak_corpus(Path('DIR'), 3, {minutes})"
     for name in ("one", "two"):
         subprocess.run(
-            [sys.executable, "-c", code.replace("DIR", str(tmp_path / name))], check=True, capture_output=True
+            [sys.executable, "-c", code.replace("DIR", str(tmp_path / name))],
+            check=True,
+            capture_output=True,
         )
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert files and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
-    splits = {split: read_corpus(tmp_path / "one", [split], Config()).utterances for split in minutes}
-    texts = {split: {utterance.text for utterance in utterances} for split, utterances in splits.items()}
-    speakers = {split: {u.id.split("-")[0] for u in utterances} for split, utterances in splits.items()}
+    assert files and all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
+    )
+    splits = {
+        split: read_corpus(tmp_path / "one", [split], Config()).utterances for split in minutes
+    }
+    texts = {
+        split: {utterance.text for utterance in utterances} for split, utterances in splits.items()
+    }
+    speakers = {
+        split: {u.id.split("-")[0] for u in utterances} for split, utterances in splits.items()
+    }
     for split, length in minutes.items():
         seconds = sum(utterance.samples for utterance in splits[split]) / 16000
         assert 60 * length <= seconds < 60 * length + 10
         assert split == "train" or not texts[split] & texts["train"]
-    assert speakers["test-clean"] <= speakers["train"] and not speakers["test-other"] & speakers["train"]
+    assert (
+        speakers["test-clean"] <= speakers["train"]
+        and not speakers["test-other"] & speakers["train"]
+    )
     assert not speakers["test-other"] & speakers["dev-other"]
     assert all(0.02 < read_audio(u, 16000).abs().max() <= 1 for u in splits["train"])

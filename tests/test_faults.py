@@ -66,7 +66,12 @@ def test_killed_50_times_it_ends_in_the_same_weights(tones, tmp_path):
     torch.set_num_threads(1)
     often = dict(updates=250, save_every=1, validate_every=50, log_every=3)
     expected = finish(begun(tones, tmp_path / "unbroken", **often))
-    trainer, run, draw, stops = begun(tones, tmp_path / "run", **often), tmp_path / "run", random.Random(0), []
+    trainer, run, draw, stops = (
+        begun(tones, tmp_path / "run", **often),
+        tmp_path / "run",
+        random.Random(0),
+        [],
+    )
     trainer.save()
     trainer.locked.close()
     for _ in range(50):
@@ -82,8 +87,13 @@ def test_killed_50_times_it_ends_in_the_same_weights(tones, tmp_path):
     resumed = Trainer.resume(run)
     assert same(finish(resumed), expected)
     assert not list(run.glob("*.unfinished"))
-    logged = [(tmp_path / name / "metrics.jsonl").read_text().count('"losses"') for name in ("unbroken", "run")]
-    assert logged[0] - 50 <= logged[1] <= logged[0]  # a line's means need all updates since the last one
+    logged = [
+        (tmp_path / name / "metrics.jsonl").read_text().count('"losses"')
+        for name in ("unbroken", "run")
+    ]
+    assert (
+        logged[0] - 50 <= logged[1] <= logged[0]
+    )  # a line's means need all updates since the last one
 
 
 def test_a_line_of_metrics_that_was_not_finished_is_taken_out(tones, tmp_path):
@@ -94,7 +104,13 @@ def test_a_line_of_metrics_that_was_not_finished_is_taken_out(tones, tmp_path):
     metrics.write_text(whole + whole[: len(whole) // 3].rstrip("\n"))
     finish(Trainer.resume(tmp_path / "run"))
     assert metrics.read_text().startswith(whole)
-    assert [json.loads(line)["update"] for line in metrics.read_text().splitlines()] == [4, 6, 8, 12, 12]
+    assert [json.loads(line)["update"] for line in metrics.read_text().splitlines()] == [
+        4,
+        6,
+        8,
+        12,
+        12,
+    ]
 
 
 @contextmanager
@@ -138,7 +154,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
     assert resumed.update == 8 and same(finish(resumed), expected)
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none that is whole"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="none that is whole"),
+    ):
         checkpoint.load(run)
 
 
@@ -203,7 +222,9 @@ def test_a_damaged_checkpoint_is_an_error(written, tmp_path_factory, kind, seed)
     shutil.rmtree(file.parent)
 
 
-@pytest.mark.parametrize("field", ["format", "config", "weights", "ranking", "tokenizer", "pickle", None])
+@pytest.mark.parametrize(
+    "field", ["format", "config", "weights", "ranking", "tokenizer", "pickle", None]
+)
 def test_a_checkpoint_with_other_content_is_an_error(written, tmp_path, monkeypatch, field):
     """Its checksum is right, and what it holds is not."""
     monkeypatch.chdir(tmp_path)
@@ -254,26 +275,41 @@ def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_pa
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere" / checkpoint.NAME, (4e9, 4e9))
     resumed = Trainer.resume(tmp_path / "elsewhere")
-    assert resumed.update == 5 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
+    assert (
+        resumed.update == 5 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_checkpoint_every_so_many_minutes_and_when_asked(tones, tmp_path, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
     monkeypatch.setattr(training, "time", clock)
-    trainer, run = begun(tones, tmp_path / "run", save_every=100, save_minutes=5.0), tmp_path / "run"
+    trainer, run = (
+        begun(tones, tmp_path / "run", save_every=100, save_minutes=5.0),
+        tmp_path / "run",
+    )
     updates, at = trainer.updates(), []
     for minutes in (0, 4, 6, 7, 11.5, 12, 13):
         now[0] = 60.0 * minutes
         trainer.save_soon = minutes == 13
         next(updates)
-        at.append(checkpoint.load(run).training["update"] if (run / checkpoint.NAME).exists() else 0)
+        at.append(
+            checkpoint.load(run).training["update"] if (run / checkpoint.NAME).exists() else 0
+        )
     assert at == [0, 0, 3, 3, 5, 5, 7]
 
 
 def test_the_best_network_and_the_mean_of_the_last_ones_are_kept(tones, tmp_path):
     run, weights, totals = tmp_path / "run", {}, {}
-    trainer = begun(tones, run, updates=20, step1_share=0.5, save_every=3, validate_every=2, peak_learning_rate=1e-2)
+    trainer = begun(
+        tones,
+        run,
+        updates=20,
+        step1_share=0.5,
+        save_every=3,
+        validate_every=2,
+        peak_learning_rate=1e-2,
+    )
     for record in trainer.updates():
         weights[record["update"]] = {n: w.clone() for n, w in trainer.model.state_dict().items()}
         if "dev" in record:
@@ -291,7 +327,9 @@ def test_the_best_network_and_the_mean_of_the_last_ones_are_kept(tones, tmp_path
 
 def test_only_checkpoints_with_these_masks_are_averaged(tones, tmp_path):
     run = tmp_path / "run"
-    weights = finish(begun(tones, run, updates=6, step1_share=0.8, save_every=1))  # 5 of the 6 are step 1
+    weights = finish(
+        begun(tones, run, updates=6, step1_share=0.8, save_every=1)
+    )  # 5 of the 6 are step 1
     assert same(checkpoint.load(run / "average.pt").model.state_dict(), weights)
 
 
@@ -306,7 +344,10 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
         return run(batch, *arguments, **named)
 
     monkeypatch.setattr(trainer, "add_gradients", full)
-    with pytest.raises(ValueError, match=r"largest batch.*--batch-seconds 3 .*--accumulate.*--checkpoint-activations"):
+    with pytest.raises(
+        ValueError,
+        match=r"largest batch.*--batch-seconds 3 .*--accumulate.*--checkpoint-activations",
+    ):
         next(trainer.updates())
     plans = [training.epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
     most = [max(len(batch) * max(frames[i] for i in batch) for batch in plan) for plan in plans]
@@ -315,12 +356,17 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
 
 
 def test_activations_computed_again_give_the_same_weights(tones, tmp_path):
-    weights = [finish(begun(tones, tmp_path / str(on), checkpoint_activations=on, dropout=0.2)) for on in (False, True)]
+    weights = [
+        finish(begun(tones, tmp_path / str(on), checkpoint_activations=on, dropout=0.2))
+        for on in (False, True)
+    ]
     assert same(*weights)
 
 
 def test_accumulated_batches_make_one_update(tones, tmp_path):
     trainer = begun(tones, tmp_path / "run", accumulate=3, batch_seconds=2.0, updates=4)
     records = list(trainer.updates())
-    assert trainer.state["batches"] == 12 and all(math.isfinite(sum(r["losses"].values())) for r in records)
+    assert trainer.state["batches"] == 12 and all(
+        math.isfinite(sum(r["losses"].values())) for r in records
+    )
     assert sum(record["audio_seconds"] for record in records) > 3 * 4 * 0.8

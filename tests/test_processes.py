@@ -35,7 +35,9 @@ CASES = {
 
 def configured(corpus: str, case: str, batches: int) -> Config:
     """`batches`: of an update, in all processes together."""
-    changes = dict(corpus=corpus, updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2, stochastic_depth=0.3)
+    changes = dict(
+        corpus=corpus, updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2, stochastic_depth=0.3
+    )
     return tiny(**changes | CASES[case][1] | dict(accumulate=batches // processes.count()))
 
 
@@ -43,8 +45,12 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
     """Those of one update, in the middle of a training, as the optimizer gets them; zeros where it gets none."""
     trainer = Trainer(configured(corpus, case, batches), folder)
     trainer.state |= dict(update=CASES[case][0], batches=CASES[case][0])
-    for parameter in trainer.model.parameters():  # so that no layer is nothing, as all are at the start
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    for (
+        parameter
+    ) in trainer.model.parameters():  # so that no layer is nothing, as all are at the start
+        torch.nn.init.normal_(
+            parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
+        )
     seen = {}
 
     def keep() -> None:
@@ -52,12 +58,21 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
             seen[name] = torch.zeros(0) if weight.grad is None else weight.grad.clone()
 
     trainer.optimizer.step = keep
-    trainer.train_on([next(batch) for batch in [trainer.batches()] for _ in range(trainer.config.accumulate)])
+    trainer.train_on(
+        [next(batch) for batch in [trainer.batches()] for _ in range(trainer.config.accumulate)]
+    )
     return seen
 
 
 def torchrun(count: int, *command: object) -> list[str]:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "--",
+    )
     return [*torchrun, *map(str, command)]
 
 
@@ -75,42 +90,76 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
     together = of_two[f"{case} {batches}"]
     alone = gradients(str(tones), case, batches, tmp_path)
     assert together.keys() == alone.keys()
-    assert {name for name in alone if len(alone[name]) == 0} == {n for n in together if len(together[n]) == 0}
-    joined, expected = (torch.cat([grads[name].flatten().double() for name in alone]) for grads in (together, alone))
+    assert {name for name in alone if len(alone[name]) == 0} == {
+        n for n in together if len(together[n]) == 0
+    }
+    joined, expected = (
+        torch.cat([grads[name].flatten().double() for name in alone]) for grads in (together, alone)
+    )
     assert expected.norm() > 0.1 and (joined - expected).norm() <= 1e-6 * expected.norm()
 
 
 def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
     """`train.py`, or another script, in so many processes."""
-    started = torchrun(processes, *command) if processes > 1 else [sys.executable, *map(str, command)]
-    return subprocess.Popen(started, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = (
+        torchrun(processes, *command) if processes > 1 else [sys.executable, *map(str, command)]
+    )
+    return subprocess.Popen(
+        started, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
-    flags = ["--corpus", tones, *TINY, "--updates", "1000", "--validate-every", "500", "--log-every", "1"]
+    flags = [
+        "--corpus",
+        tones,
+        *TINY,
+        "--updates",
+        "1000",
+        "--validate-every",
+        "500",
+        "--log-every",
+        "1",
+    ]
     training = trained(tmp_path, TRAIN, "--run", "run", *flags, processes=2)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() and training.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(training.pid, signal.SIGTERM)
     out, err = training.communicate(timeout=120)
-    assert training.returncode and "stopped and saved at update" in out and out.count("network") == 1, err
+    assert (
+        training.returncode and "stopped and saved at update" in out and out.count("network") == 1
+    ), err
     stopped = checkpoint.load(tmp_path / "run")
     done = stopped.training["update"]
     assert 1 <= done < 1000 and stopped.training["batches"] == 2 * done
-    assert [line["update"] for line in map(json.loads, metrics.read_text().splitlines())] == list(range(1, done + 1))
+    assert [line["update"] for line in map(json.loads, metrics.read_text().splitlines())] == list(
+        range(1, done + 1)
+    )
     shorter = dataclasses.replace(stopped.model.config, updates=done + 3, step1_share=0.0)
     stopped.model.config = shorter
     checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
     out, err = trained(tmp_path, TRAIN, "--resume", "run", processes=1).communicate(timeout=120)
     ended = checkpoint.load(tmp_path / "run").training
-    assert ended["update"] == done + 3 and ended["batches"] == 2 * done + 3 and "done: run" in out, err
+    assert (
+        ended["update"] == done + 3 and ended["batches"] == 2 * done + 3 and "done: run" in out
+    ), err
 
 
 def test_dev_errors_of_two_processes_are_those_of_one(tones, tmp_path):
     results = {}
     for count in (1, 2):
-        flags = ["--corpus", tones, *TINY, "--updates", "2", "--accumulate", str(2 // count), "--validate-every", "1"]
+        flags = [
+            "--corpus",
+            tones,
+            *TINY,
+            "--updates",
+            "2",
+            "--accumulate",
+            str(2 // count),
+            "--validate-every",
+            "1",
+        ]
         training = trained(tmp_path, TRAIN, "--run", f"run{count}", *flags, processes=count)
         out, err = training.communicate(timeout=120)
         assert training.returncode == 0, err
@@ -144,6 +193,10 @@ def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
 
 if __name__ == "__main__":
     processes.join()
-    found = {f"{case} {n}": gradients(sys.argv[1], case, n, Path(sys.argv[2])) for case in CASES for n in (2, 4)}
+    found = {
+        f"{case} {n}": gradients(sys.argv[1], case, n, Path(sys.argv[2]))
+        for case in CASES
+        for n in (2, 4)
+    }
     if not processes.rank():
         torch.save(found, Path(sys.argv[2]) / "gradients.pt")

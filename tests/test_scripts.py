@@ -24,7 +24,9 @@ from dynsize.subnet import cut, parameters
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # prune.py uses what train.py shows
-SCRIPTS = {name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")}
+SCRIPTS = {
+    name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")
+}
 TINY = (
     "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
     "--attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --updates 12 --batch-seconds 5 "
@@ -40,8 +42,15 @@ def started(script: str, *arguments: str | Path, cwd: Path) -> subprocess.Comple
 
 def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     """The same in this process, which has imported torch already."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
@@ -90,7 +99,14 @@ def work(trained, tmp_path) -> Path:
 def test_train_leaves_and_shows_what_it_promises(trained):
     names = {path.name for path in (trained / "run").iterdir()}
     networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt", "average.pt"}
-    assert names - networks == {"config.json", "metrics.jsonl", "ranking.json", "left-out.txt", "corpus.txt", "lock"}
+    assert names - networks == {
+        "config.json",
+        "metrics.jsonl",
+        "ranking.json",
+        "left-out.txt",
+        "corpus.txt",
+        "lock",
+    }
     assert networks < names
     values = json.loads((trained / "run" / "config.json").read_text())
     assert values["sizes"] == [3, 5, 8] and values["updates"] == 12 and values["seed"] == 0
@@ -98,9 +114,13 @@ def test_train_leaves_and_shows_what_it_promises(trained):
     assert "24 utterances" in shown and "0 left out" in shown
     for update in (6, 12):
         for size in (3, 5, 8):
-            line = re.search(rf"^update +{update}  size +{size}  dev WER +[\d.]+%  keeps (.*)$", shown, re.M)
+            line = re.search(
+                rf"^update +{update}  size +{size}  dev WER +[\d.]+%  keeps (.*)$", shown, re.M
+            )
             assert line and (
-                line[1] == "all" if size == 8 else len(re.findall(r"[12]\.(?:ff1|conv|mhsa|ff2)", line[1])) == size
+                line[1] == "all"
+                if size == 8
+                else len(re.findall(r"[12]\.(?:ff1|conv|mhsa|ff2)", line[1])) == size
             )
 
 
@@ -108,7 +128,9 @@ def test_prune_then_evaluate(work):
     pruned = started("prune.py", "run", cwd=work)
     assert pruned.returncode == 0, pruned.stderr
     rows = re.findall(
-        r"^(supernet|size \d+) +(\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +(\S+)$", pruned.stdout, re.M
+        r"^(supernet|size \d+) +(\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +(\S+)$",
+        pruned.stdout,
+        re.M,
     )
     assert [row[:2] for row in rows] == [("supernet", "8"), ("size 5", "5"), ("size 3", "3")]
     for column in (2, 3):  # parameters and MACs
@@ -122,19 +144,32 @@ def test_prune_then_evaluate(work):
     for network in ("run", "run/size-3.pt"):
         done = started("evaluate.py", network, "--split", "test-clean", cwd=work)
         assert done.returncode == 0, done.stderr
-        folder = work / "run" / "evaluation" / ("checkpoint" if network == "run" else "size-3") / "test-clean"
+        folder = (
+            work
+            / "run"
+            / "evaluation"
+            / ("checkpoint" if network == "run" else "size-3")
+            / "test-clean"
+        )
         results[network] = json.loads((folder / "results.json").read_text())["sizes"]
         for row in results[network]:
             hypotheses = (folder / f"size-{row['size']}.txt").read_text().splitlines()
             assert [line.split()[0] for line in hypotheses] == [f"3-7-{n:04}" for n in range(6)]
-            assert f"{100 * row['wer']:.2f}%" in done.stdout and row["interval"][0] <= row["wer"] <= row["interval"][1]
+            assert (
+                f"{100 * row['wer']:.2f}%" in done.stdout
+                and row["interval"][0] <= row["wer"] <= row["interval"][1]
+            )
             errors = row["substitutions"] + row["deletions"] + row["insertions"]
             assert row["wer"] == errors / row["words"] and row["real_time_factor"] > 0
     assert [row["size"] for row in results["run"]] == [8, 5, 3]
     alone, shared = results["run/size-3.pt"][0], results["run"][2]
     assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
     both = run("evaluate.py", "run", "--overwrite", cwd=work)
-    assert both.returncode == 0 and "test-clean: 6 utt" in both.stdout and "test-other: 4 utt" in both.stdout
+    assert (
+        both.returncode == 0
+        and "test-clean: 6 utt" in both.stdout
+        and "test-other: 4 utt" in both.stdout
+    )
 
 
 def test_prune_by_budget_and_by_other_rankings(work):
@@ -146,8 +181,13 @@ def test_prune_by_budget_and_by_other_rankings(work):
     assert "size 4 was never trained; the nearest that were: 3 and 5" in done.stderr
     for ranking, kept in (("first", "1.ff1 1.conv 1.mhsa"), ("random", "")):
         done = run("prune.py", "run", "--sizes", "3", "--ranking", ranking, cwd=work)
-        assert f"size 3 keeps {kept}" in done.stdout and (work / "run" / f"size-3-{ranking}.pt").exists()
-    assert run("prune.py", "run", "--sizes", "3", "--max-latency-ms", "9000", cwd=work).returncode == 0
+        assert (
+            f"size 3 keeps {kept}" in done.stdout
+            and (work / "run" / f"size-3-{ranking}.pt").exists()
+        )
+    assert (
+        run("prune.py", "run", "--sizes", "3", "--max-latency-ms", "9000", cwd=work).returncode == 0
+    )
     assert (work / "run" / "size-3.pt").exists() and (work / "run" / "size-8.pt").exists()
 
 
@@ -156,33 +196,63 @@ def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
     tiny = [flag if flag != "run" else "full" for flag in TINY]
     full = run("train.py", "--corpus", tones, "--run", "full", *tiny, "--method", "none", cwd=work)
     assert full.returncode == 0, full.stderr
-    nothing = run("prune.py", "full", "--method", method, "--updates", "0", "--output", "nothing", cwd=work)
+    nothing = run(
+        "prune.py", "full", "--method", method, "--updates", "0", "--output", "nothing", cwd=work
+    )
     assert nothing.returncode == 0 and "nothing was learned" in nothing.stdout
     assert "size 2 keeps 1.ff1 1.conv\n" in nothing.stdout
-    done = run("prune.py", "full", "--method", method, "--sizes", "3", "5", "--updates", "6", cwd=work)
+    done = run(
+        "prune.py", "full", "--method", method, "--sizes", "3", "5", "--updates", "6", cwd=work
+    )
     assert done.returncode == 0, done.stderr
     folder = work / "full" / method
-    assert all((folder / name).is_file() for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl"))
-    start, learned = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (work / "full", folder))
-    moved = max((start["weights"][n] - learned["weights"][n]).abs().max() for n in start["weights"] if "encoder" in n)
+    assert all(
+        (folder / name).is_file()
+        for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl")
+    )
+    start, learned = (
+        torch.load(f / "checkpoint.pt", weights_only=True) for f in (work / "full", folder)
+    )
+    moved = max(
+        (start["weights"][n] - learned["weights"][n]).abs().max()
+        for n in start["weights"]
+        if "encoder" in n
+    )
     assert 0 < moved < 0.1  # from the model's weights on
     again = run("prune.py", "full", "--method", method, cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
-    refused = run("prune.py", f"full/{method}/size-3.pt", "--method", method, "--output", "x", cwd=work)
+    refused = run(
+        "prune.py", f"full/{method}/size-3.pt", "--method", method, "--output", "x", cwd=work
+    )
     assert refused.returncode == 2 and "cut" in refused.stderr and not (work / "x").exists()
 
 
 def test_compare(work):
     assert run("prune.py", "run", cwd=work).returncode == 0
-    done = run("evaluate.py", "--compare", "run", "run/size-3.pt", "run/size-5.pt", "--split", "test-clean", cwd=work)
+    done = run(
+        "evaluate.py",
+        "--compare",
+        "run",
+        "run/size-3.pt",
+        "run/size-5.pt",
+        "--split",
+        "test-clean",
+        cwd=work,
+    )
     assert done.returncode == 0, done.stderr
-    pairs = re.findall(r"^(\S+), size (\d+) .*%   (\S+), size (\d+) .*\]   (.*)$", done.stdout, re.M)
+    pairs = re.findall(
+        r"^(\S+), size (\d+) .*%   (\S+), size (\d+) .*\]   (.*)$", done.stdout, re.M
+    )
     assert [pair[1::2][:2] for pair in pairs] == [("3", "3"), ("5", "5"), ("3", "5")]
-    assert [pair[4] for pair in pairs[:2]] == ["not told apart"] * 2 and "+0.00 [ +0.00,  +0.00]" in done.stdout
+    assert [pair[4] for pair in pairs[:2]] == [
+        "not told apart"
+    ] * 2 and "+0.00 [ +0.00,  +0.00]" in done.stdout
 
 
 def test_compare_refuses_other_utterances(work, tmp_path, refuse):
-    other = write_tones(tmp_path / "other", {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 5})
+    other = write_tones(
+        tmp_path / "other", {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 5}
+    )
     shutil.copytree(work / "run", work / "run2")
     copy = checkpoint.load(work / "run2")
     copy.model.config = dataclasses.replace(copy.model.config, corpus=str(other))
@@ -193,9 +263,23 @@ def test_compare_refuses_other_utterances(work, tmp_path, refuse):
 
 
 def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
-    command = ["train.py", "--study", "--corpus", tones, "--run", "study", *TINY, "--updates", "6", "--save-every", "3"]
+    command = [
+        "train.py",
+        "--study",
+        "--corpus",
+        tones,
+        "--run",
+        "study",
+        *TINY,
+        "--updates",
+        "6",
+        "--save-every",
+        "3",
+    ]
     with subprocess.Popen(
-        [sys.executable, *map(str, [ROOT / command[0], *command[1:]])], cwd=tmp_path, stdout=subprocess.DEVNULL
+        [sys.executable, *map(str, [ROOT / command[0], *command[1:]])],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
     ) as first:
         while not (tmp_path / "study" / "iterative-zero-out" / "checkpoint.pt").exists():
             assert first.poll() is None
@@ -206,17 +290,37 @@ def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "study" / "simple-top-k" / "checkpoint.pt").stat().st_mtime_ns == before
     text = (tmp_path / "study" / "study.md").read_text()
-    assert text in done.stdout and re.search(r"^\| test-other: size \| alone \| simple-top-k \| iter", text, re.M)
-    assert len(re.findall(r"^\| (?:8|5|3) \|(?: [\d.]+% \[[\d.]+, [\d.]+\] \|){3}$", text, re.M)) == 6
+    assert text in done.stdout and re.search(
+        r"^\| test-other: size \| alone \| simple-top-k \| iter", text, re.M
+    )
+    assert (
+        len(re.findall(r"^\| (?:8|5|3) \|(?: [\d.]+% \[[\d.]+, [\d.]+\] \|){3}$", text, re.M)) == 6
+    )
     found = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert set(found["test-clean"]) == {"simple-top-k", "iterative-zero-out", "alone-3", "alone-5", "alone-8"}
+    assert set(found["test-clean"]) == {
+        "simple-top-k",
+        "iterative-zero-out",
+        "alone-3",
+        "alone-5",
+        "alone-8",
+    }
     other = run(*command, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
-    command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, "--updates", "100000"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--corpus",
+        tones,
+        "--run",
+        "run",
+        *TINY,
+        "--updates",
+        "100000",
+    ]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as training:
@@ -226,7 +330,11 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
         training.send_signal(number)
         output, _ = training.communicate(timeout=60)
     assert training.returncode == 128 + number
-    saved = int(re.search(r"stopped and saved at update (\d+); python train.py --resume run goes on", output)[1])
+    saved = int(
+        re.search(
+            r"stopped and saved at update (\d+); python train.py --resume run goes on", output
+        )[1]
+    )
     stopped = checkpoint.load(tmp_path / "run")
     assert stopped.training["update"] == saved
     stopped.model.config = dataclasses.replace(stopped.model.config, updates=saved + 3)
@@ -237,7 +345,16 @@ def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
 
 
 def test_sigusr1_saves_and_training_goes_on(tones, tmp_path):
-    often = ["--log-every", "1", "--save-every", "100000", "--validate-every", "100000", "--updates", "100000"]
+    often = [
+        "--log-every",
+        "1",
+        "--save-every",
+        "100000",
+        "--validate-every",
+        "100000",
+        "--updates",
+        "100000",
+    ]
     command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, *often]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as training:
         metrics, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint.pt"
@@ -259,7 +376,10 @@ def test_sigusr1_saves_and_training_goes_on(tones, tmp_path):
     ("arguments", "words"),
     [
         ("--corpus nowhere --run new", ["nowhere", "no such directory"]),
-        ("--corpus CORPUS --run new --train-splits train-clean-100", ["train-clean-100", "no such split"]),
+        (
+            "--corpus CORPUS --run new --train-splits train-clean-100",
+            ["train-clean-100", "no such split"],
+        ),
         ("--corpus CORPUS --run run", ["run: exists already", "--overwrite"]),
         ("--corpus CORPUS --run . --overwrite", ["not a run directory"]),
         ("--corpus nowhere --run run --overwrite", ["nowhere"]),
@@ -286,7 +406,18 @@ def test_bad_input_to_train(trained, tones, refuse, arguments, words):
 
 def test_overwrite_replaces_a_run(work, tones):
     (work / "run" / "mark").touch()
-    done = run("train.py", "--corpus", tones, "--run", "run", "--overwrite", *TINY, "--updates", "2", cwd=work)
+    done = run(
+        "train.py",
+        "--corpus",
+        tones,
+        "--run",
+        "run",
+        "--overwrite",
+        *TINY,
+        "--updates",
+        "2",
+        cwd=work,
+    )
     assert done.returncode == 0 and not (work / "run" / "mark").exists()
 
 
@@ -324,7 +455,9 @@ def test_evaluation_stops_at_bad_data(trained, tmp_path, refuse, how):
     elif how == "stereo":
         soundfile.write(victim, torch.zeros(900, 2).numpy(), 8000)
     else:
-        victim.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "noise": b"noise" * 99}[how])
+        victim.write_bytes(
+            {"truncated": data[: len(data) // 2], "empty": b"", "noise": b"noise" * 99}[how]
+        )
     arguments = ("run", "--corpus", root, "--split", "test-clean", "--output", tmp_path / "out")
     said = refuse("evaluate.py", *arguments, cwd=trained)
     assert "1-7-0001.flac" in said
@@ -340,11 +473,16 @@ def test_help_tells_every_flag_with_its_default(preset, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in config.fields():
         assert f"--{field.name.replace('_', '-')} " in text
-        assert f"{field.metadata['help']} ({config.shown(getattr(config.preset(preset), field.name))})" in text
+        assert (
+            f"{field.metadata['help']} ({config.shown(getattr(config.preset(preset), field.name))})"
+            in text
+        )
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
-    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'")
+    pytest.importorskip(
+        "espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     short = [
         "--updates",

@@ -63,7 +63,9 @@ def test_cutting_refuses_other_sizes_and_cut_networks():
 @pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
 def test_macs_are_those_that_torch_counts(front_end, seconds):
     channels = {"conv2d": (8, 16), "vgg": (8, 16, 16, 8)}[front_end]
-    model = supernet(front_end=front_end, front_end_channels=channels, width=48, mel_bins=30, kernel=7)
+    model = supernet(
+        front_end=front_end, front_end_channels=channels, width=48, mel_bins=30, kernel=7
+    )
     frames = feature_frames(round(seconds * 8000), model.config)
     for size in model.sizes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -72,10 +74,18 @@ def test_macs_are_those_that_torch_counts(front_end, seconds):
     assert set(FRONT_ENDS) == {"conv2d", "vgg"}
 
 
-@given(st.integers(0, 2**20), st.sampled_from(["max_params", "max_macs"]), st.floats(0, 1.1), st.booleans())
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from(["max_params", "max_macs"]),
+    st.floats(0, 1.1),
+    st.booleans(),
+)
 def test_budgets_are_never_exceeded_nor_left_unused(seed, budget, share, exactly):
     model = supernet(seed)
-    cost = {"max_params": lambda size: parameters(cut(model, size)), "max_macs": lambda size: macs(model, size)}[budget]
+    cost = {
+        "max_params": lambda size: parameters(cut(model, size)),
+        "max_macs": lambda size: macs(model, size),
+    }[budget]
     limit = cost(1 + seed % 8) if exactly else round(cost(8) * share)
     fitting = [size for size in range(1, 9) if cost(size) <= limit]
     if fitting:
@@ -86,7 +96,9 @@ def test_budgets_are_never_exceeded_nor_left_unused(seed, budget, share, exactly
 
 
 def test_the_latency_budget_is_of_this_machine(monkeypatch):
-    monkeypatch.setattr("dynsize.subnet.latencies", lambda networks, seconds: [seconds * networks[0][1]])
+    monkeypatch.setattr(
+        "dynsize.subnet.latencies", lambda networks, seconds: [seconds * networks[0][1]]
+    )
     assert largest_within(supernet(), "max_latency_ms", 13.0, 2.0) == 6
 
 
@@ -126,11 +138,20 @@ def test_checkpoints_give_back_what_was_saved(tmp_path, size):
     tokenizer = train_tokenizer(["LOW MID"], 12)
     model = supernet(labels=tokenizer.labels)
     saved = model if size is None else cut(model, size)
-    checkpoint.save(tmp_path / "a.pt", saved, tokenizer, training=dict(update=3) if size is None else None)
+    checkpoint.save(
+        tmp_path / "a.pt", saved, tokenizer, training=dict(update=3) if size is None else None
+    )
     loaded = checkpoint.load(tmp_path / "a.pt")
-    assert loaded.model.size == size and loaded.model.config == model.config and loaded.model.ranking == model.ranking
+    assert (
+        loaded.model.size == size
+        and loaded.model.config == model.config
+        and loaded.model.ranking == model.ranking
+    )
     assert loaded.tokenizer.encode("LOW") == tokenizer.encode("LOW")
-    assert all(torch.equal(weight, loaded.model.state_dict()[name]) for name, weight in saved.state_dict().items())
+    assert all(
+        torch.equal(weight, loaded.model.state_dict()[name])
+        for name, weight in saved.state_dict().items()
+    )
     assert (loaded.training == dict(update=3)) == (size is None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -169,7 +190,17 @@ def test_bad_checkpoints_are_named(tmp_path, capsys):
     torch.save(content | {"weights": {}}, tmp_path / "weights.pt")
     torch.save(content | {"config": content["config"] | {"kernel": 4}}, tmp_path / "config.pt")
     torch.save({k: v for k, v in content.items() if k != "ranking"}, tmp_path / "ranking.pt")
-    for name in ("cut", "text", "empty", "other", "code", "weights", "config", "ranking", "missing"):
+    for name in (
+        "cut",
+        "text",
+        "empty",
+        "other",
+        "code",
+        "weights",
+        "config",
+        "ranking",
+        "missing",
+    ):
         with pytest.raises(ValueError, match=f"{name}.pt"):
             checkpoint.load(tmp_path / f"{name}.pt")
     assert "this code ran" not in capsys.readouterr().out

@@ -82,7 +82,14 @@ def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path
 
 
 def test_the_sparsity_loss_alone_lowers_the_weights_of_the_survivors(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", method="iterative-zero-out", zero_out_rate=300.0, subnet_loss=0.0, updates=9)
+    run = trainer(
+        tones,
+        tmp_path / "run",
+        method="iterative-zero-out",
+        zero_out_rate=300.0,
+        subnet_loss=0.0,
+        updates=9,
+    )
     records = run.updates()
     next(records)
     assert (run.model.scores < run.config.zero_out_start).all()
@@ -94,21 +101,41 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     supernet.model.ranking = [6, 2, 0, 1, 3, 4, 5, 7]
     supernet.save()
     source = str(tmp_path / "supernet") if layers_from else ""
-    run = trainer(tones, tmp_path / "run", method="none", sizes=(8,), size=3, layers_from=source, updates=3)
+    run = trainer(
+        tones, tmp_path / "run", method="none", sizes=(8,), size=3, layers_from=source, updates=3
+    )
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[3]] * 3 and list(records[-1]["dev"]) == [3]
     loaded = checkpoint.load(tmp_path / "run").model
-    kept = [4 * b + LAYERS.index(k) for b, block in enumerate(loaded.encoder.blocks) for k in block if k != "norm"]
+    kept = [
+        4 * b + LAYERS.index(k)
+        for b, block in enumerate(loaded.encoder.blocks)
+        for k in block
+        if k != "norm"
+    ]
     assert sorted(kept) == ([0, 2, 6] if layers_from else [0, 1, 2]) and loaded.size == 3
     if layers_from:
         with pytest.raises(ValueError, match="has 8 layers, this network has 4"):
-            trainer(tones, tmp_path / "b", method="none", blocks=1, sizes=(4,), size=3, layers_from=source)
+            trainer(
+                tones,
+                tmp_path / "b",
+                method="none",
+                blocks=1,
+                sizes=(4,),
+                size=3,
+                layers_from=source,
+            )
 
 
 def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", method="layerdrop", shared_head=True, sizes=(4, 8), updates=3)
+    run = trainer(
+        tones, tmp_path / "run", method="layerdrop", shared_head=True, sizes=(4, 8), updates=3
+    )
     records = list(run.updates())
-    assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {4, 8}
+    assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {
+        4,
+        8,
+    }
     assert sorted(run.model.ranking[:4]) == [0, 2, 4, 6]
 
 
@@ -122,7 +149,15 @@ def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
 
 def test_both_steps_train_what_they_should(tones, tmp_path):
     run = tmp_path / "run"
-    trained = trainer(tones, run, updates=20, step1_share=0.5, validate_every=10, save_every=20, sizes=(3, 5, 6, 8))
+    trained = trainer(
+        tones,
+        run,
+        updates=20,
+        step1_share=0.5,
+        validate_every=10,
+        save_every=20,
+        sizes=(3, 5, 6, 8),
+    )
     before = {name: weight.clone() for name, weight in trained.model.state_dict().items()}
     records = []
     for record in trained.updates():
@@ -130,18 +165,24 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
         if record["update"] == 10:
             scores, ranking = trained.model.scores.detach().clone(), list(trained.model.ranking)
     assert [record["step"] for record in records] == [1] * 10 + [2] * 10
-    assert [record["sizes"] for record in records[:10]] == [[8, k] for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)]
+    assert [record["sizes"] for record in records[:10]] == [
+        [8, k] for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)
+    ]
     assert all(record["sizes"] in ([8, 6, 3], [8, 5, 3]) for record in records[10:])
     assert not torch.equal(scores, before["scores"])
     assert torch.equal(trained.model.scores, scores) and trained.model.ranking == ranking
-    assert all(not torch.equal(weight, before[name]) for name, weight in trained.model.state_dict().items())
+    assert all(
+        not torch.equal(weight, before[name]) for name, weight in trained.model.state_dict().items()
+    )
     assert set(records[-1]["dev"]) == {3, 5, 6, 8} and records[-1]["dev"][3]["words"] > 0
     assert len(records[-1]["dev"][5]["layers"]) == 5 and "dev" not in records[-2]
     logged = lines(run)
     assert [line["update"] for line in logged if "losses" in line] == [4, 8, 12, 16, 20]
     assert [line["update"] for line in logged if "dev" in line] == [10, 20]
     ranked = json.loads((run / "ranking.json").read_text())
-    assert len(ranked) == 8 and [r["score"] for r in ranked] == sorted((r["score"] for r in ranked), reverse=True)
+    assert len(ranked) == 8 and [r["score"] for r in ranked] == sorted(
+        (r["score"] for r in ranked), reverse=True
+    )
 
 
 def test_learns_its_training_data(tones, tmp_path):
@@ -206,7 +247,9 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     assert {why: set(names) for why, names in run.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
     report = (tmp_path / "run" / "left-out.txt").read_text()
-    assert sorted(line.partition("\t")[0] for line in report.splitlines()) == [f"0-7-000{n}" for n in (3, 5, 8)]
+    assert sorted(line.partition("\t")[0] for line in report.splitlines()) == [
+        f"0-7-000{n}" for n in (3, 5, 8)
+    ]
     assert "encoder frames" in report and "damaged audio" in report
 
 
@@ -215,13 +258,22 @@ def test_a_batch_of_which_nothing_can_be_read_teaches_nothing(tmp_path, front_en
     root = write_tones(tmp_path / "corpus")
     channels = (4, 4) if front_end == "conv2d" else (4, 4, 4, 4)
     run = trainer(
-        root, tmp_path / "run", batch_utterances=1, updates=30, front_end=front_end, front_end_channels=channels
+        root,
+        tmp_path / "run",
+        batch_utterances=1,
+        updates=30,
+        front_end=front_end,
+        front_end_channels=channels,
     )
     (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
     records = list(run.updates())
-    assert [sum(r["losses"].values()) == 0 and r["audio_seconds"] == 0 for r in records].count(True) in (1, 2)
+    assert [sum(r["losses"].values()) == 0 and r["audio_seconds"] == 0 for r in records].count(
+        True
+    ) in (1, 2)
     assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
-    assert [line.split("\t")[0] for line in (tmp_path / "run" / "left-out.txt").open()] == ["0-7-0003"]
+    assert [line.split("\t")[0] for line in (tmp_path / "run" / "left-out.txt").open()] == [
+        "0-7-0003"
+    ]
 
 
 def test_bad_dev_data_stops_before_training(tmp_path):
@@ -243,7 +295,9 @@ def test_one_size_trains_without_step_1(tones, tmp_path):
 
 
 def test_loader_processes_read_the_same_batches(tones, tmp_path):
-    weights = [weights_after(trainer(tones, tmp_path / f"{n}", workers=n, updates=4)) for n in (0, 2)]
+    weights = [
+        weights_after(trainer(tones, tmp_path / f"{n}", workers=n, updates=4)) for n in (0, 2)
+    ]
     assert same(*weights)
 
 

@@ -18,7 +18,9 @@ def fewest(said: tuple, heard: tuple) -> int:
     if not said or not heard:
         return len(said) + len(heard)
     return min(
-        fewest(said[1:], heard[1:]) + (said[0] != heard[0]), fewest(said[1:], heard) + 1, fewest(said, heard[1:]) + 1
+        fewest(said[1:], heard[1:]) + (said[0] != heard[0]),
+        fewest(said[1:], heard) + 1,
+        fewest(said, heard[1:]) + 1,
     )
 
 
@@ -34,7 +36,9 @@ def test_counts(said, heard):
 def test_known_alignments():
     assert count_errors("one two three", "one too three four") == Errors(1, 0, 1, 3)
     assert count_errors("one two three", "three") == Errors(0, 2, 0, 3)
-    assert count_errors("", "one") == Errors(0, 0, 1, 0) and count_errors("", "one").rate == float("inf")
+    assert count_errors("", "one") == Errors(0, 0, 1, 0) and count_errors("", "one").rate == float(
+        "inf"
+    )
     assert sum([Errors(1, 2, 3, 4), Errors(1, 0, 0, 6)], Errors()) == Errors(2, 2, 3, 10)
     assert Errors(1, 2, 3, 4).rate == 1.5
 
@@ -47,7 +51,9 @@ def test_paired_interval_is_that_of_the_differences():
     gaps = np.array([a.total - b.total for a, b in zip(first, second, strict=True)])
     low, high = paired_interval(first, second)
     half = 1.96 * gaps.std() / 2000**0.5
-    assert low == pytest.approx(gaps.mean() - half, abs=0.003) and high == pytest.approx(gaps.mean() + half, abs=0.003)
+    assert low == pytest.approx(gaps.mean() - half, abs=0.003) and high == pytest.approx(
+        gaps.mean() + half, abs=0.003
+    )
     assert paired_interval(first, first) == (0.0, 0.0)
     assert paired_interval(second, first) == pytest.approx((-high, -low))
     with pytest.raises(ValueError, match="2000 and 1999"):
@@ -60,6 +66,8 @@ def test_interval_of_independent_words_is_the_normal_one():
     rate = sum(errors, Errors()).rate
     half = 1.96 * (rate * (1 - rate) / 2000) ** 0.5
     low, high = interval(errors)
-    assert low == pytest.approx(rate - half, abs=0.003) and high == pytest.approx(rate + half, abs=0.003)
+    assert low == pytest.approx(rate - half, abs=0.003) and high == pytest.approx(
+        rate + half, abs=0.003
+    )
     assert interval(errors) == interval(errors)
     assert interval([Errors(0, 0, 0, 5)] * 3) == (0.0, 0.0)
