@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dynsize.kernels import reference
+from dynsize.kernels.reference import layer_gates as layer_gates
+from dynsize.kernels.reference import layer_seed as layer_seed
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +88,69 @@ def gated_residual(
 
 
 def gated_residual_layer_norm(
-    x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x + scale · gate · dropout(branch), and LayerNorm(y) · weight + bias, both in the dtype of `x`.
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Returns y = x + scale · gate · dropout(branch), and LayerNorm(y[:rows]) · weight + bias.
 
-    `weight`, `bias`: (D,). The rest as in `gated_residual`. Statistics in float32.
+    `x`: (R, T, D) float32 or float64, the stream; y has its shape and dtype. `branch`: (R', T, D)
+    of any float dtype, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None for
+    1. `seed`: (B,) int64, one for each utterance, needed where `dropout_p` is not 0; B divides R
+    and R', and row r drops what row r mod B drops, so that all sizes of an utterance drop the same.
+    `weight`, `bias`: (D,). `rows`: how many rows are normalised, by default all. `dtype`: that of
+    the normalised rows, by default that of `x`.
+
+    Where the gate is 0, y is bitwise `x`, and NaN in the branch reaches neither the results nor
+    any gradient but the gate's, which is right there too. Differentiable once. Nothing waits for
+    the device. Raises ValueError for shapes, dtypes or devices that don't fit.
     """
-    others = dict(
-        branch=(branch, x.shape), weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:])
+    check(x, branch, gate, dropout_p, seed, weight, bias, rows)
+    return reference.gated_residual_layer_norm(
+        x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
     )
-    check_residual(x, gate, dropout_p, seed, **others)
-    return implementation(x).gated_residual_layer_norm(
-        x, branch, gate, scale, dropout_p, seed, weight, bias, eps
-    )
+
+
+def check(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rows: int | None,
+) -> None:
+    """Raises ValueError where an argument of `gated_residual_layer_norm` doesn't fit to `x`."""
+    expect("x", x, x.shape, x, x.dim() == 3 and x.dtype in (torch.float32, torch.float64))
+    prefix = len(branch) if branch.dim() else 0  # R'
+    fits = branch.is_floating_point() and prefix <= len(x)
+    expect("branch", branch, (prefix, *x.shape[1:]), x, fits)
+    if gate is not None:
+        expect("gate", gate, (prefix,), x, gate.is_floating_point())
+    for name, tensor in dict(weight=weight, bias=bias).items():
+        expect(name, tensor, x.shape[2:], x, tensor.is_floating_point())
+    if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
+        raise ValueError(f"dropout_p {dropout_p} must be 0, or below 1 with a seed")
+    if seed is not None:
+        utterances = len(seed) if seed.dim() else 0  # B
+        divides = utterances > 0 and len(x) % utterances == 0 and prefix % utterances == 0
+        expect("seed", seed, (utterances,), x, divides and seed.dtype == torch.int64)
+    if rows is not None and not 0 <= rows <= len(x):
+        raise ValueError(f"rows {rows} must be at least 0 and at most {len(x)}, the rows of x")
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Returns what computes the ops for tensors on `device`: `torch` or `triton`."""
+    return "triton" if triton_runs(device.type) else "torch"
 
 
 def linear_gated_residual(
