@@ -1,0 +1,132 @@
+"""What the commands share: the parser of their flags, what may be shown on a terminal, and how they end."""
+
+import argparse
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dynsize import __version__, kernels
+from dynsize.config import Config
+from dynsize.supernet import precision
+
+LONGEST = 1000  # characters of an error message
+# Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Return the text with each character that a terminal or a list could misread as its escape.
+
+    Use it for ids, names, paths and texts that come from a corpus or a checkpoint. Example: a line
+    break becomes the two characters `\\n`. Letters of every language stay as they are.
+    """
+    return UNSAFE.sub(lambda match: repr(match[0])[1:-1], str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with `--threads` and `--version`, whose errors are one line.
+
+    Only whole flags are accepted, and the width of the help follows the terminal's.
+    """
+
+    def __init__(self, prog: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--version", action="version", version=f"dynsize {__version__}")
+        self.add_argument(
+            "--threads",
+            type=int,
+            default=0,
+            metavar="N",
+            help="threads on the CPU; 0: torch's choice (0)",
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists the flags\n")
+
+
+def use_threads(number: int) -> None:
+    """Let torch compute with `number` threads on the CPU; 0 leaves the number to torch."""
+    most = os.cpu_count() or 1
+    if not 0 <= number <= most:
+        raise ValueError(f"--threads {number}: must be 0 to {most}, the processors here")
+    if number:
+        torch.set_num_threads(number)
+
+
+def hardware(config: Config, device: torch.device) -> str:
+    """Return what computes, for people: device, precision, threads, kernels."""
+    with precision(config, device):
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+    parts = [f"{device.type} {processor(device)}", str(dtype).removeprefix("torch.")]
+    if device.type == "cpu":
+        number = torch.get_num_threads()
+        parts.append(f"{number} thread{'s' if number > 1 else ''}")
+    parts.append(f"kernels: {kernels.describe(device, dtype)}")
+    return ", ".join(parts)
+
+
+def processor(device: torch.device) -> str:
+    """Return the name that the device's maker gave it, as far as it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+@contextmanager
+def reported(prog: str, interrupted: str) -> Iterator[None]:
+    """End the process with one line, not a traceback, for what a user can mend.
+
+    The exit code is 2, after Ctrl-C 130 with the line `interrupted`. Warnings show no line of the
+    source. Characters that the terminal's encoding lacks are shown as escapes.
+    """
+    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {one_line(str(message))}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(130, f"{prog}: {interrupted}")
+    except BrokenPipeError:  # the reader of the output is gone; nothing more can be shown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        stop(2, f"{prog}: {file}{error.strerror or error}")
+    except (ValueError, FloatingPointError) as error:
+        stop(2, f"{prog}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise  # a defect, whose traceback is of use
+        stop(2, f"{prog}: out of memory: {str(error).partition(chr(10))[0]}")
+
+
+def stop(code: int, message: str) -> None:
+    """End the process with an exit code, after one line."""
+    print(one_line(message), file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line that is safe to show, cut where it is too long."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= LONGEST else line[:LONGEST] + " …"
