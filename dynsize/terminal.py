@@ -1,4 +1,4 @@
-"""What the commands share: the parser of their flags, what may be shown on a terminal, and how they end."""
+"""What the commands share: the parser of their flags, what may be shown, and how they end."""
 
 import argparse
 import os
