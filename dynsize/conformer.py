@@ -1,17 +1,18 @@
-"""The Conformer encoder, with one forward for networks of many sizes. It knows gates, and no algorithm.
+"""The Conformer encoder: one forward for networks of several sizes. It knows gates, no algorithms.
 
-Every network of a forward is given by its gates, one for each of the L layers, numbered from the input:
+Each network of a forward is given by its gates, one for each of the L layers, numbered from the
+input. A gate multiplies the output of its layer and is one of:
 
-    False    the layer is pruned: it is not computed
+    False    the layer is pruned: this network does not compute it
     True     the layer is kept
-    Tensor   kept, and its output multiplied by this weight: () for all utterances or (B,) for each
+    Tensor   the layer is kept and its output is multiplied by this weight: () or (B,)
 
 A padding mask, `inside`, is True inside the utterance.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dynsize.config import LAYERS, Config
-from dynsize.kernels import gated_residual
+from dynsize.kernels import gated_residual_layer_norm, layer_seed
 
-Gates = Sequence[bool | Tensor]
-UTTERANCES_AT_ONCE = 4  # in attention on a CPU: the weights of many, (R, H, T, T), leave its cache between two operations
+Gate = bool | Tensor
+Gates = Sequence[Gate]
+
+# Attention on a CPU computes this many utterances at a time. The attention weights of more,
+# (R, H, T, T), leave the CPU's cache between one operation and the next.
+UTTERANCES_AT_ONCE = 4
+
+
+# The prunable layers. Each is a residual layer x + scale · gate · dropout(f(norm(x))). `norm` is
+# its LayerNorm, which the encoder applies; `forward` is f.
 
 
 class FeedForward(nn.Module):
-    """D → 4D, SiLU, → D."""
+    """The feed-forward layer: D → 4D, SiLU, → D."""
 
     scale = 0.5
 
@@ -38,44 +47,43 @@ class FeedForward(nn.Module):
         self.project = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """`x`: (R, T, D). `inside`: (R, T), not needed here. Returns (R, T, D)."""
-        return self.project(F.silu(self.expand(self.norm(x))))
+        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T), unused. Returns (R, T, D)."""
+        x = F.silu(self.expand(x))  # (R, T, 4D)
+        return self.project(x)
 
 
 class Convolution(nn.Module):
-    """Pointwise D → 2D, GLU, depthwise over time, LayerNorm, SiLU, pointwise D → D."""
+    """The convolution layer: D → 2D, GLU, depthwise over time, LayerNorm, SiLU, D → D."""
 
     scale = 1.0
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.width)
-        self.expand = nn.Linear(config.width, 2 * config.width)
-        self.depthwise = nn.Conv1d(
-            config.width,
-            config.width,
-            config.kernel,
-            padding=config.kernel // 2,
-            groups=config.width,
-        )
-        self.depthwise_norm = nn.LayerNorm(config.width)
-        self.project = nn.Linear(config.width, config.width)
+        width, kernel = config.width, config.kernel
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.depthwise_norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """`x`: (R, T, D). `inside`: (R, T). Returns (R, T, D)."""
-        x = F.glu(self.expand(self.norm(x))) * inside[..., None]
-        return self.project(F.silu(self.depthwise_norm(self.over_time(x))))
+        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
+        x = F.glu(self.expand(x))  # (R, T, D)
+        x = self.over_time(x * inside[..., None])
+        x = F.silu(self.depthwise_norm(x))
+        return self.project(x)
 
     def over_time(self, x: Tensor) -> Tensor:
-        """The depthwise convolution over time. `x`: (R, T, D). Returns (R, T, D).
+        """Return the depthwise convolution of `x` over time. `x`: (R, T, D). Returns (R, T, D).
 
-        On a CPU, a 2-D convolution over images of height 1 with the channels last, as they lie in
-        `x`, takes a quarter of the time of `conv1d`, forward and backward. It runs in float32:
-        oneDNN's bfloat16 kernel for it never returns for some shapes (torch 2.13, AVX512-BF16).
+        On a CPU it is a float32 convolution over images of height 1 with the channels last, the
+        memory layout of `x`: a quarter of the time of `conv1d`, forward and backward. In bfloat16,
+        oneDNN's kernel for it never returns for some shapes (torch 2.13, AVX512-BF16).
         """
         if x.device.type != "cpu":
             return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        x = x.to(self.depthwise.weight.dtype).transpose(1, 2)[:, :, None]  # (R, D, 1, T)
+        x = x.to(self.depthwise.weight.dtype)
+        x = x.transpose(1, 2)[:, :, None]  # (R, D, 1, T)
         weight = self.depthwise.weight[:, :, None]  # (D, 1, 1, K)
         weight = weight.contiguous(memory_format=torch.channels_last)
         padding = (0, weight.shape[-1] // 2)
@@ -85,7 +93,7 @@ class Convolution(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the frames of an utterance."""
+    """The multi-head self-attention layer, over the frames of an utterance."""
 
     scale = 1.0
 
@@ -98,72 +106,81 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """`x`: (R, T, D). `inside`: (R, T). Returns (R, T, D)."""
-        x = self.query_key_value(self.norm(x))
-        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # each (R, H, T, D / H)
+        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
+        x = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (R, T, 3, H, D/H)
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # (R, H, T, D/H) each
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        x = attention(q, k, v, inside[:, None, None])
+        x = attention(q, k, v, inside[:, None, None])  # (R, H, T, D/H)
         return self.project(x.transpose(1, 2).flatten(2))  # (R, T, D)
 
 
-def attention(*operands: Tensor) -> Tensor:
-    """Of queries, keys and values, (R, H, T, d) each, and the mask (R, 1, 1, T), as each kind of device likes it. On
-    CPUs flash attention takes 1.5 (float32) to 3 times (bfloat16) as long as plain one, forward and backward."""
-    if operands[0].device.type != "cpu":
-        return F.scaled_dot_product_attention(*operands)
-    parts = zip(*(tensor.split(UTTERANCES_AT_ONCE) for tensor in operands), strict=True)
+def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
+    """Return the attention's output. `q`, `k`, `v`: (R, H, T, d). `inside`: (R, 1, 1, T).
+
+    On a CPU plain attention runs: forward and backward, flash attention takes 1.5 times as long in
+    float32, and 3 times as long in bfloat16.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, inside)
+    parts = zip(*(x.split(UTTERANCES_AT_ONCE) for x in (q, k, v, inside)), strict=True)
     with sdpa_kernel(SDPBackend.MATH):
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (RoFormer, Su et al. 2021) of `x`, (R, H, T, d): turns (i, i + d/2) by t / 10000^(2i/d)."""
+    """Return `x`, (R, H, T, d), with rotary positions (RoFormer, Su et al. 2021).
+
+    The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d), computed in float32:
+    bfloat16 can't count frames.
+    """
     frames, half = x.shape[-2], x.shape[-1] // 2
     speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = (
-        torch.arange(frames, device=x.device)[:, None] * speed
-    )  # (T, d / 2), float32: bfloat16 can't count frames
-    first, second = x.float().chunk(2, dim=-1)
-    turned = (
-        first * angle.cos() - second * angle.sin(),
-        first * angle.sin() + second * angle.cos(),
-    )
+    angle = torch.arange(frames, device=x.device)[:, None] * speed  # (T, d/2)
+    sine, cosine = angle.sin(), angle.cos()
+    first, second = x.float().chunk(2, dim=-1)  # (R, H, T, d/2) each
+    turned = (first * cosine - second * sine, first * sine + second * cosine)
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 LAYER_KINDS = {"ff1": FeedForward, "conv": Convolution, "mhsa": SelfAttention, "ff2": FeedForward}
 
 
+# The front-ends, which lower the frame rate by a factor of 4.
+
+
 class Conv2dFrontEnd(nn.Module):
-    """Two 3×3 convolutions of stride 2, each with ReLU, then a linear layer to D. T frames become ⌈⌈T/2⌉/2⌉."""
+    """Two 3×3 convolutions of stride 2, each with ReLU, then a linear layer to D."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        first, second = config.front_end_channels
+        channels = (1, *config.front_end_channels)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
-            for c_in, c_out in ((1, first), (first, second))
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(channels)
         )
-        self.project = nn.Linear(second * -(-config.mel_bins // 4), config.width)
+        bins = -(-config.mel_bins // 4)
+        self.project = nn.Linear(channels[-1] * bins, config.width)
 
     @staticmethod
     def output_frames(frames: Tensor | int) -> Tensor | int:
+        """Return the number of frames that `frames` feature frames become: ⌈frames / 4⌉."""
         return (frames + 3) // 4
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """`features`: (B, T, F). `lengths`: (B,) frames. Returns (B, ⌈T/4⌉, D)."""
+        """Return (B, ⌈T/4⌉, D). `features`: (B, T, F). `lengths`: (B,) feature frames."""
         x = features[:, None]  # (B, 1, T, F)
         for convolution in self.convolutions:
             x = F.relu(convolution(zero_outside(x, lengths)))
             lengths = (lengths + 1) // 2
-        return self.project(x.transpose(1, 2).flatten(2))
+        x = x.transpose(1, 2).flatten(2)  # (B, ⌈T/4⌉, channels · ⌈F/4⌉)
+        return self.project(x)
 
 
 class VggFrontEnd(nn.Module):
-    """The paper's: four 3×3 convolutions, ReLU and max-pooling over two frames after every second one, linear to D."""
+    """The paper's front-end: four 3×3 convolutions, then a linear layer to D.
+
+    After every second convolution come ReLU and max-pooling over two frames.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -175,36 +192,43 @@ class VggFrontEnd(nn.Module):
 
     @staticmethod
     def output_frames(frames: Tensor | int) -> Tensor | int:
+        """Return the number of frames that `frames` feature frames become: ⌊frames / 4⌋."""
         return frames // 4
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """`features`: (B, T, F). `lengths`: (B,) frames. Returns (B, T // 4, D), or one frame for fewer than 4."""
-        x = F.pad(features, (0, 0, 0, max(0, 4 - features.shape[1])))[:, None]  # (B, 1, T, F)
+        """Return (B, ⌊T/4⌋, D), one frame where T < 4. `features`: (B, T, F). `lengths`: (B,)."""
+        missing = max(0, 4 - features.shape[1])
+        x = F.pad(features, (0, 0, 0, missing))[:, None]  # (B, 1, T, F)
         for number, convolution in enumerate(self.convolutions):
             x = convolution(zero_outside(x, lengths))
             if number % 2 == 1:
                 x = F.max_pool2d(F.relu(x), (2, 1))
                 lengths = lengths // 2
-        return self.project(x.transpose(1, 2).flatten(2))
+        x = x.transpose(1, 2).flatten(2)  # (B, ⌊T/4⌋, channels · F)
+        return self.project(x)
 
 
 FRONT_ENDS = {"conv2d": Conv2dFrontEnd, "vgg": VggFrontEnd}
 
 
 def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """(B,) lengths → (B, frames), True inside the utterance."""
+    """Return the mask (B, frames) of utterances with these `lengths`, (B,): True inside."""
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 def zero_outside(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x`, (B, C, T, F), with zeros in the frames outside each utterance."""
+    """Return `x`, (B, C, T, F), with zeros in the frames outside each utterance."""
     return x * padding_mask(lengths, x.shape[2])[:, None, :, None]
 
 
-def start(module: nn.Module) -> None:
-    """Weights to start with. Every layer starts as nothing, so that a deep encoder learns as soon as a shallow one:
-    as PyTorch starts them, the frames of an utterance look alike behind 6 blocks, and CTC stays at its plateau of
-    blanks for hundreds of updates."""
+def initialise(module: nn.Module) -> None:
+    """Set a module's initial weights.
+
+    Each layer's last projection starts at zero, so the layer starts as the identity and a deep
+    encoder learns as soon as a shallow one. With PyTorch's initial weights, the frames of an
+    utterance look alike after 6 blocks, and CTC stays at its plateau of blanks for hundreds of
+    updates.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
@@ -214,7 +238,7 @@ def start(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """Front-end and N blocks of four layers, of which `layers` (numbers from the input) exist."""
+    """Front-end and N blocks of four layers, of which those in `layers` (their numbers) exist."""
 
     def __init__(self, config: Config, layers: Sequence[int]) -> None:
         super().__init__()
@@ -225,87 +249,177 @@ class Encoder(nn.Module):
             modules = nn.ModuleDict({kind: LAYER_KINDS[kind](config) for kind in kinds})
             modules["norm"] = nn.LayerNorm(config.width)
             self.blocks.append(modules)
-        self.dropout, self.recompute = config.dropout, config.checkpoint_activations
-        self.apply(start)
+        self.dropout = config.dropout
+        self.recompute = config.checkpoint_activations
+        self.apply(initialise)
 
     def forward(
-        self, features: Tensor, lengths: Tensor, gates: Sequence[Gates], seeds: Tensor | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        gates: Sequence[Gates],
+        seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the M networks given by their gates, nested and largest first, on the same utterances at once.
+        """Run M networks, nested and largest first, on the same utterances at once.
 
-        `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L. `seeds`: (B,) int64, of the
-        dropout, the same for all networks; without them nothing is dropped.
-        Returns (M, B, T', D) with T' about T / 4, and the (B,) encoder frames inside each utterance. Raises ValueError
-        for networks that are not nested.
+        `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L. `seeds`:
+        (B,) int64, from which dropout is drawn, the same for all networks; None: no dropout.
+
+        Returns (M, B, T', D) float32, with T' about T / 4, and the (B,) encoder frames inside each
+        utterance. Raises ValueError where the networks are not nested.
         """
-        x = self.front_end(features, lengths)[
-            None
-        ]  # (S, B, T', D): a stack of S distinct streams, one up to now
+        x = self.front_end(features, lengths)  # (B, T', D)
         lengths = self.front_end.output_frames(lengths)
-        inside = padding_mask(lengths, x.shape[2])
-        streams = [0] * len(gates)  # which stream of the stack each network is
+        inside = padding_mask(lengths, x.shape[1]).repeat(len(gates), 1)  # (M·B, T')
+        stack = Stack(x, networks=len(gates), dropout=0.0 if seeds is None else self.dropout)
         for block, layers in enumerate(self.blocks):
             for i, kind in enumerate(LAYERS):
-                gate = [network[4 * block + i] for network in gates]
-                kept = sum(g is not False for g in gate)
-                if any(g is False for g in gate[:kept]):
-                    raise ValueError(
-                        f"layer {kind} of block {block + 1}: a network keeps it that a larger one prunes"
-                    )
+                number = 4 * block + i
+                gate = [network[number] for network in gates]
+                kept = networks_that_keep(gate, number)
                 if kept:
-                    own = (
-                        None if seeds is None else seeds + (4 * block + i)
-                    )  # SplitMix64 tells neighbours apart
-                    x, streams = self.residual(layers[kind], x, inside, gate, kept, streams, own)
-            x = layers["norm"](x)
-        return torch.stack([x[stream] for stream in streams]), lengths
+                    layer = layers[kind]
+                    normed = stack.normalise(layer.norm, kept)  # (R, T', D)
+                    branch = self.run(layer, normed, inside[: len(normed)])  # (R, T', D)
+                    seed = None if seeds is None else layer_seed(seeds, number)
+                    stack.leave_pending(branch, gate, layer.scale, seed)
+            stack.end_block(layers["norm"])
+        return stack.outputs(), lengths
 
-    def residual(
-        self, layer: nn.Module, x: Tensor, inside: Tensor, gate: Gates, kept: int, streams: list[int],
-        seeds: Tensor | None,
-    ) -> tuple[Tensor, list[int]]:  # fmt: skip
-        """x + scale · gate · layer(x) for the `kept` first networks, which keep the layer: a prefix of the stack. A
-        stream that serves networks with different gates is computed once, then parted."""
-        rows = streams[kept - 1] + 1  # of the stack, in batches
-        computing, rest = x.split([rows, len(x) - rows])
-        run = (
-            partial(checkpoint, layer, use_reentrant=False)
-            if self.recompute and torch.is_grad_enabled()
-            else layer
-        )
-        branch = run(computing.flatten(0, 1), inside.repeat(rows, 1)).unflatten(
-            0, (rows, inside.shape[0])
-        )
-        parted = part(streams, gate)
-        if parted[-1] > streams[-1]:
-            origin = [streams[parted.index(stream)] for stream in range(parted[-1] + 1)]
-            rows = parted[kept - 1] + 1
-            x, branch = (
-                torch.stack([x[o] for o in origin]),
-                torch.stack([branch[o] for o in origin[:rows]]),
-            )
-            computing, rest = x.split([rows, len(x) - rows])
-        gates = stacked([gate[parted.index(stream)] for stream in range(rows)], x)
-        dropout = 0.0 if seeds is None else self.dropout
-        flat = computing.flatten(0, 1), branch.flatten(0, 1)  # (rows · B, T', D) both
-        computing = gated_residual(*flat, gates, layer.scale, dropout, seeds).unflatten(
-            0, (rows, inside.shape[0])
-        )
-        return torch.cat([computing, rest]) if len(rest) else computing, parted
+    def run(self, layer: nn.Module, normed: Tensor, inside: Tensor) -> Tensor:
+        """Return `layer(normed, inside)`; where activations are checkpointed, nothing is kept."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, normed, inside, use_reentrant=False)
+        return layer(normed, inside)
 
 
-def part(streams: list[int], gate: Gates) -> list[int]:
-    """The streams behind a layer: two networks stay one where they were one and their gates are the same object."""
+class Pending(NamedTuple):
+    """A layer's output that is not added yet: scale · gate · dropout(branch)."""
+
+    branch: Tensor  # (R', T', D): the first R' rows of the stack; the other rows have gate 0
+    gate: Tensor | None  # (R',); None: 1 for each of these rows
+    scale: float
+    seed: Tensor | None  # (B,) int64: what dropout is drawn from
+
+
+class Stack:
+    """The activations of all networks of one forward, stacked along the batch, largest first.
+
+    Two networks are one *stream* up to the first layer whose gates differ, and only then two: the
+    stack has S streams of B rows. Because the networks are nested, those that keep a layer are the
+    first ones, so their streams are the first rows of the stack: a slice, without a gather.
+
+    A layer does not add its own output. It leaves it *pending*, and the next LayerNorm adds it and
+    normalises the sum in one pass over memory.
+
+    Example: three networks of one block, with 4, 2, and 1 of its four layers. The streams are a, b,
+    and c, written with the sizes that they serve.
+
+        layer   gates of 4, 2, 1       stack before         computed for   stack after
+        ff1     True  True   True      a: 4 2 1             a              a: 4 2 1
+        conv    True  False  False     a: 4 2 1             a              a: 4   b: 2 1
+        mhsa    True  True   False     a: 4   b: 2 1        a b            a: 4   b: 2   c: 1
+        ff2     True  False  False     a: 4   b: 2   c: 1   a              a: 4   b: 2   c: 1
+
+    At conv, the sizes 2 and 1 go on together without the layer. At mhsa they part: the layer was
+    computed for both as b; the output is pending for b alone, and c begins as b was before. Four
+    layers of three networks take 5 computations of a layer for B rows instead of 7.
+    """
+
+    def __init__(self, x: Tensor, networks: int, dropout: float) -> None:
+        self.utterances = len(x)
+        self.dropout = dropout
+        self.x = x.to(torch.promote_types(x.dtype, torch.float32))  # (S·B, T', D), S = 1 here
+        self.streams = [0] * networks  # the stream of each network, from 0, not falling
+        self.pending: Pending | None = None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        self.branch_dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.x.dtype
+
+    def rows(self, networks: int) -> int:
+        """Return the number of rows of the stack that the first `networks` networks need."""
+        return (self.streams[networks - 1] + 1) * self.utterances
+
+    def normalise(self, norm: nn.LayerNorm, networks: int) -> Tensor:
+        """Add what is pending, and return LayerNorm of the rows that a layer is computed for."""
+        return self.add_and_normalise(norm, self.rows(networks), self.branch_dtype)
+
+    def end_block(self, norm: nn.LayerNorm) -> None:
+        """Add what is pending, and replace all rows by their LayerNorm, which ends a block."""
+        self.x = self.add_and_normalise(norm, len(self.x), self.x.dtype)
+
+    def add_and_normalise(self, norm: nn.LayerNorm, rows: int, dtype: torch.dtype) -> Tensor:
+        """Add what is pending to `x`; return LayerNorm of the first `rows` rows, in `dtype`."""
+        affine = (norm.weight, norm.bias)
+        if self.pending is None:
+            return F.layer_norm(self.x[:rows], norm.normalized_shape, *affine, norm.eps).to(dtype)
+        branch, gate, scale, seed = self.pending
+        self.pending = None
+        self.x, normed = gated_residual_layer_norm(
+            self.x, branch, gate, scale, self.dropout, seed, *affine, rows, dtype, norm.eps
+        )
+        return normed
+
+    def leave_pending(self, branch: Tensor, gate: Gates, scale: float, seed: Tensor | None) -> None:
+        """Leave a layer's output pending, and part the streams of networks whose gates differ.
+
+        `branch`: (R, T', D), the layer's output for the streams of the networks that keep it.
+        `gate`: the gates of all M networks in this layer.
+        """
+        before, self.streams = self.streams, part(self.streams, gate)
+        first = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
+        kept = [network for network in first if gate[network] is not False]
+        if self.streams != before:
+            self.x = self.repeated(self.x, [before[network] for network in first])
+            branch = self.repeated(branch, [before[network] for network in kept])
+        weights = self.by_row([gate[network] for network in kept])
+        self.pending = Pending(branch, weights, scale, seed)
+
+    @staticmethod
+    def repeated(x: Tensor, streams: Sequence[int]) -> Tensor:
+        """Return the rows of these streams, in which every stream of `x` occurs, in order."""
+        parts = x.chunk(streams[-1] + 1)  # (B, T', D) each
+        return torch.cat([parts[stream] for stream in streams])
+
+    def by_row(self, weights: Gates) -> Tensor | None:
+        """Return the gates of several streams as those of their rows, (R,); None if all are 1."""
+        if all(isinstance(weight, bool) for weight in weights):
+            return None
+        ones = self.x.new_ones(self.utterances)
+        rows = [ones if isinstance(weight, bool) else weight * ones for weight in weights]
+        return torch.cat(rows)
+
+    def outputs(self) -> Tensor:
+        """Return the activations of each network, (M, B, T', D)."""
+        streams = self.x.chunk(self.streams[-1] + 1)  # (B, T', D) each
+        return torch.stack([streams[stream] for stream in self.streams])
+
+
+def networks_that_keep(gate: Gates, layer: int) -> int:
+    """Return how many networks keep a layer; with nested masks they are the first ones.
+
+    Raises ValueError where the networks are not nested.
+    """
+    kept = sum(weight is not False for weight in gate)
+    if any(weight is False for weight in gate[:kept]):
+        raise ValueError(f"layer {layer}: a network keeps it that a larger network prunes")
+    return kept
+
+
+def part(streams: Sequence[int], gate: Gates) -> list[int]:
+    """Return the stream of each network after a layer with these gates.
+
+    Two networks stay one stream where they were one and have the same gate.
+    """
     parted = [0]
-    for m in range(1, len(streams)):
-        same = streams[m] == streams[m - 1] and gate[m] is gate[m - 1]
-        parted.append(parted[-1] + (not same))
+    for i in range(1, len(streams)):
+        together = streams[i] == streams[i - 1] and same(gate[i], gate[i - 1])
+        parted.append(parted[-1] if together else parted[-1] + 1)
     return parted
 
 
-def stacked(weights: Gates, x: Tensor) -> Tensor | None:
-    """Gates of several streams of the stack `x` as those of its rows, (streams · B,); None where all are 1."""
-    if all(weight is True for weight in weights):
-        return None
-    like = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.cat([torch.as_tensor(weight, **like).expand(x.shape[1]) for weight in weights])
+def same(first: Gate, second: Gate) -> bool:
+    """Return whether two gates are known to be equal: both True, or both False.
+
+    The values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
+    """
+    return isinstance(first, bool) and isinstance(second, bool) and first == second

@@ -1,6 +1,10 @@
-"""The one forward for all sizes against separate forwards; padding; what is computed and what is not."""
+"""The encoder: one forward for all sizes against separate forwards, padding, what is computed."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from dynsize.supernet import Supernet
 
 
 def network(seed: int = 0, **changes) -> Supernet:
-    """A supernet in float64 whose layers all matter: a new one's start as nothing."""
+    """A supernet in float64 with random weights: the layers of a new one are the identity."""
     torch.manual_seed(seed)
     model = Supernet(tiny(dropout=0.0, **changes), labels=7).double().eval()
     with torch.no_grad():
@@ -87,8 +91,8 @@ def test_gradients_equal_those_of_separate_forwards(seed, data):
     mask = model.mask(data.draw(st.integers(1, 8)))
     gates = [
         [True if m else stays[i] for i, m in enumerate(mask)],
-        [s if m else False for s, m in zip(scores, mask)],
-    ]  # noqa: B905
+        [s if m else False for s, m in zip(scores, mask, strict=True)],
+    ]
     weights = [*model.parameters(), scores]
     cotangent = torch.randn_like(model(features, lengths, [8, 5], gates)[0])
     together = torch.autograd.grad(
@@ -106,7 +110,7 @@ def test_gradients_equal_those_of_separate_forwards(seed, data):
 
 
 def computed_rows(model: Supernet, gates: list, utterances_: int = 2) -> list[int]:
-    """Rows of the stack that each of the L layers computes in one forward, in utterances; 0: never called."""
+    """Count the streams for which each of the L layers is computed in one forward."""
     rows = [0] * model.config.layers
 
     def count(layer: int):
@@ -130,12 +134,12 @@ def computed_rows(model: Supernet, gates: list, utterances_: int = 2) -> list[in
 def test_each_layer_is_computed_for_the_fewest_rows(seed, sizes):
     model = network(seed)
     masks = [model.mask(size) for size in sorted(sizes, reverse=True)]
-    # what enters a layer differs where the masks below it do: as many rows as different masks so far keep the layer
-    fewest = [len({tuple(mask[:layer]) for mask in masks if mask[layer]}) for layer in range(8)]
+    # what enters a layer differs where the masks of the layers before it do
+    fewest = [len({tuple(m[:layer]) for m in masks if m[layer]}) for layer in range(8)]
     assert computed_rows(model, masks) == fewest
 
 
-def test_weights_of_their_own_part_two_networks_behind_the_layer():
+def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
     model, half = network(), torch.tensor(0.5, dtype=torch.float64)
     first, second = [True] * 8, [True] * 3 + [half] + [True] * 4
     assert computed_rows(model, [first, second]) == [1, 1, 1, 1, 2, 2, 2, 2]
@@ -150,7 +154,7 @@ def test_pruned_layers_are_never_called():
 @pytest.mark.parametrize("sizes", [(3, 5), (8, 3, 5)])
 def test_networks_that_are_not_nested_are_refused(sizes):
     model = network()
-    with pytest.raises(ValueError, match="a larger one prunes"):
+    with pytest.raises(ValueError, match="a larger network prunes"):
         model(*utterances(model, [9]), sizes)
 
 
@@ -205,6 +209,56 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
     torch.testing.assert_close(layer.over_time(x), expected, rtol=1e-12, atol=1e-12)
 
 
+# Every width, kernel, and batch × frames that training may meet, of which 14 once never returned.
+SHAPES = """
+import itertools, torch
+from conftest import tiny
+from dynsize.conformer import Convolution
+torch.set_num_threads(2)
+widths = (24, 32, 48, 64, 80, 96, 128, 144, 192, 256, 384, 512)
+inputs = [(3, 62), (1, 97), (5, 41), (7, 23), (2, 151), (3, 125), (4, 63), (9, 31), (6, 87), (11, 50)]
+for width, kernel in itertools.product(widths, (15, 31)):
+    layer = Convolution(tiny(width=width, kernel=kernel))
+    for rows, frames in inputs:
+        x = torch.randn(rows, frames, width, requires_grad=True)
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                layer.over_time(x.bfloat16() if enabled else x).sum().backward()
+        print(width, kernel, rows, frames, flush=True)
+"""
+
+
+def test_the_depthwise_convolution_returns_for_every_shape():
+    """A child process computes 240 shapes in both precisions, and is killed if it hangs."""
+    command = [sys.executable, "-c", SHAPES]
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    environment = os.environ | dict(OMP_NUM_THREADS="2", PYTHONPATH=path)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            output, _ = child.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, _ = child.communicate()
+    assert child.returncode == 0 and len(output.splitlines()) == 240, output[-100:]
+
+
+def test_the_stream_is_float32_under_autocast(monkeypatch):
+    """The sum of the layers' outputs never has fewer bits than float32, whatever the branches."""
+    model = network(precision="bfloat16").float()
+    streams, branches, op = [], [], conformer.gated_residual_layer_norm
+
+    def recorded(x, branch, *others):
+        streams.append(x.dtype)
+        branches.append(branch.dtype)
+        return op(x, branch, *others)
+
+    monkeypatch.setattr(conformer, "gated_residual_layer_norm", recorded)
+    features, lengths = utterances(model, [40, 33])
+    model(features.float(), lengths, [8, 3])
+    assert set(streams) == {torch.float32} and set(branches) == {torch.bfloat16}
+
+
 def test_rotary_products_depend_on_the_distance_only():
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 9, 8)
@@ -228,14 +282,14 @@ def test_bfloat16_is_near_float32():
 
 
 def test_dropout_differs_by_layer_and_utterance_and_is_one_for_all_sizes(monkeypatch):
-    model, seen, op = network(), [], conformer.gated_residual
+    model, seen, op = network(), [], conformer.gated_residual_layer_norm
     model.encoder.dropout = 0.3
 
-    def recorded(x, branch, gates, scale, dropout, seed):
+    def recorded(x, branch, gates, scale, dropout, seed, *others):
         seen.extend([] if seed is None else seed.tolist())
-        return op(x, branch, gates, scale, dropout, seed)
+        return op(x, branch, gates, scale, dropout, seed, *others)
 
-    monkeypatch.setattr(conformer, "gated_residual", recorded)
+    monkeypatch.setattr(conformer, "gated_residual_layer_norm", recorded)
     features, lengths = utterances(model, [40, 40])
     seeds = torch.tensor([5, 2**40])
     together, _ = model(features, lengths, [8, 5, 3], seeds=seeds)
