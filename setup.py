@@ -6,7 +6,7 @@ DEMO = ["espeakng-loader>=0.2.4"]  # espeak-ng (GPL-3) speaks the embedded corpu
 TRITON = [
     "triton>=3.4; platform_system == 'Linux'"
 ]  # the GPU kernels; torch's CUDA builds bring it along
-TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "ruff>=0.6"]
+TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ruff>=0.6"]
 
 setup(
     name="dynsize",

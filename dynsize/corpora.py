@@ -54,6 +54,7 @@ class Utterance(NamedTuple):
     rate: int  # of the file, in Hz
     channel: int = 0
     speaker: str = ""
+    reference: str = ""  # what is scored, in sclite's notation, where it is not just the text
 
 
 class Entry(NamedTuple):

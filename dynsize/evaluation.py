@@ -18,7 +18,16 @@ from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import Tokenizer
-from dynsize.wer import Errors, count_errors, interval, paired_interval
+from dynsize.wer import (
+    Errors,
+    Reference,
+    align,
+    errors_in,
+    interval,
+    paired_interval,
+    plain_reference,
+    sclite_reference,
+)
 
 
 def corpus_root(config: Config) -> Path:
@@ -149,9 +158,16 @@ def decode(
 def errors_of(utterances: Sequence[Utterance], texts: Sequence[str]) -> list[Errors]:
     """The word errors in each utterance's text."""
     return [
-        count_errors(utterance.text, text)
+        errors_in(align(reference_of(utterance), text.split()))
         for utterance, text in zip(utterances, texts, strict=True)
     ]
+
+
+def reference_of(utterance: Utterance) -> Reference:
+    """What an utterance is scored against, with the alternatives that its corpus allows."""
+    if utterance.reference:
+        return sclite_reference(utterance.reference)
+    return plain_reference(utterance.text)
 
 
 def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[dict]:
@@ -185,7 +201,8 @@ def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[d
             wer = [sum(e, Errors()).rate for e in errors]
             names = [(str(networks[i][0].path), size) for i, size in zip((a, b), pair, strict=True)]
             row = dict(first=names[0], second=names[1], wer=wer, difference=wer[0] - wer[1])
-            rows.append(row | dict(interval=paired_interval(*errors)))
+            first_errors, second_errors = errors
+            rows.append(row | dict(interval=paired_interval([first_errors], [second_errors])))
     return rows
 
 

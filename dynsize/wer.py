@@ -1,16 +1,32 @@
-"""Word error rates: alignment of words, counts, and the interval that a test set of this size allows."""
+"""Word and character error rates: alignment, counts, and the interval that a test set allows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from functools import reduce
+from itertools import accumulate
 
 import numpy as np
 
+# A reference is a list of slots, a slot a list of alternatives, an alternative a list of words:
+# `a (b)` is [[["a"]], [["b"], []]].
+Reference = Sequence[Sequence[Sequence[str]]]
+Pair = tuple[str | None, str | None]  # word of the reference, word of the hypothesis
+
 DRAWS = 1000  # of the bootstrap
+# The cost of an alignment is one integer: errors, then gaps (deletions and insertions), then
+# deletions, 21 bits each. So the smallest cost has the fewest errors, and of these the fewest gaps.
+GAP = 1 << 21
+SUBSTITUTION = GAP * GAP
+INSERTION = SUBSTITUTION + GAP
+DELETION = SUBSTITUTION + GAP + 1
+NO_BLANKS = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()  # Unicode's names
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Counts of one utterance or of many."""
+    """Counts of one utterance or of many, in words or in characters."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -18,9 +34,7 @@ class Errors:
     words: int = 0  # of the reference
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(
-            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
-        )
+        return Errors(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def total(self) -> int:
@@ -28,49 +42,155 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """Errors for each word of the reference; infinite where only the hypothesis has words."""
-        return self.total / self.words if self.words else (float("inf") if self.total else 0.0)
+        """Errors per word of the reference; for a reference without words, the errors."""
+        return self.total / max(1, self.words)
 
 
-def count_errors(reference: str, hypothesis: str) -> Errors:
-    """The fewest substitutions, deletions and insertions that turn the reference's words into the hypothesis's; of
-    several ways the one with the fewest deletions and insertions."""
-    said, heard = reference.split(), hypothesis.split()
-    # for each prefix of `heard`: (errors, deletions + insertions, deletions) against the words of `said` so far
-    row = [(j, j, 0) for j in range(len(heard) + 1)]
-    for i, word in enumerate(said, start=1):
-        above, row = row, [(i, i, i)]
-        for j, other in enumerate(heard, start=1):
-            errors, gaps, deletions = above[j - 1]
-            same = (errors + (word != other), gaps, deletions)
-            errors, gaps, deletions = above[j]
-            deleted = (errors + 1, gaps + 1, deletions + 1)
-            errors, gaps, deletions = row[j - 1]
-            row.append(min(same, deleted, (errors + 1, gaps + 1, deletions)))
-    errors, gaps, deletions = row[-1]
+def plain_reference(text: str) -> Reference:
+    """The reference in which each word of a text is the only alternative."""
+    return [[[word]] for word in text.split()]
+
+
+def sclite_reference(text: str) -> Reference:
+    """The reference that a text in sclite's notation stands for.
+
+    `{ a / b c / @ }` is one of the alternatives `a`, `b c` and nothing; `(a)` is `a` or nothing.
+    Raises ValueError for braces that are not in pairs, or inside each other.
+    """
+    slots: list[list[list[str]]] = []
+    for braces, optional, word in re.findall(r"\{([^{}]+)\}|\((\S+)\)(?!\S)|(\S+)", text):
+        if braces:
+            alternatives = re.split(r"(?<!\S)/(?!\S)", braces)
+            slots.append([[w for w in a.split() if w != "@"] for a in alternatives])
+        elif optional:
+            slots.append([[optional], []])
+        elif {"{", "}"} & set(word):
+            raise ValueError(f"{word!r}: alternatives are written {{ a / b / @ }}, in {text!r}")
+        else:
+            slots.append([[word]])
+    return slots
+
+
+def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
+    """The words of the reference beside those of a hypothesis, with the fewest errors.
+
+    A deleted word stands beside None, and None beside an inserted one. Of each slot it is the
+    alternative with the fewest errors; of alignments with equally many errors, one with the fewest
+    deletions and insertions. Takes 8 bytes of memory for each pair of words.
+    """
+    row, after = first_row_and_step(heard)
+    table = []  # slot → alternative → rows: before its first word, then after each word
+    for slot in reference:
+        rows = [list(accumulate(words, after, initial=row)) for words in slot]
+        row = np.min([of_words[-1] for of_words in rows], axis=0)
+        table.append(rows)
+    pairs: list[Pair] = []
+    j = len(heard)
+    for slot, rows in zip(reversed(reference), reversed(table), strict=True):
+        best = min(range(len(slot)), key=lambda n: rows[n][-1][j])
+        words, costs = slot[best], rows[best]
+        i = len(words)
+        while i > 0:
+            same = j > 0 and words[i - 1] == heard[j - 1]
+            if j > 0 and costs[i][j] == costs[i - 1][j - 1] + (0 if same else SUBSTITUTION):
+                pairs.append((words[i - 1], heard[j - 1]))
+                i, j = i - 1, j - 1
+            elif costs[i][j] == costs[i - 1][j] + DELETION:
+                pairs.append((words[i - 1], None))
+                i -= 1
+            else:
+                pairs.append((None, heard[j - 1]))
+                j -= 1
+    pairs += [(None, word) for word in reversed(heard[:j])]
+    return pairs[::-1]
+
+
+def first_row_and_step(heard: Sequence[str]) -> tuple[np.ndarray, Callable]:
+    """What the search for the cheapest alignment (Wagner and Fischer 1974) starts with and repeats.
+
+    Row i holds, for each j, the smallest cost of turning the reference's first i words into the
+    hypothesis's first j. The step takes a row and the reference's next word, and returns the next.
+    """
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(heard))}
+    codes = np.array([numbers[word] for word in heard], dtype=np.int64)
+    insertions = INSERTION * np.arange(len(heard) + 1)  # row 0
+
+    def after(row: np.ndarray, word: str) -> np.ndarray:
+        costs = row + DELETION
+        differs = codes != numbers.get(word, -1)
+        costs[1:] = np.minimum(costs[1:], row[:-1] + SUBSTITUTION * differs)
+        return np.minimum.accumulate(costs - insertions) + insertions
+
+    return insertions, after
+
+
+def errors_in(pairs: Iterable[Pair]) -> Errors:
+    """The errors of an alignment; `words` are those of the alternatives that it has."""
+    pairs = list(pairs)
+    deletions = sum(heard is None for _, heard in pairs)
+    insertions = sum(said is None for said, _ in pairs)
+    different = sum(said != heard for said, heard in pairs)
+    substitutions = different - deletions - insertions
+    return Errors(substitutions, deletions, insertions, len(pairs) - insertions)
+
+
+def count_errors(said: Sequence[str], heard: Sequence[str]) -> Errors:
+    """The errors of `align`, for one reference: a list of words, or a string of characters.
+
+    Keeps one row, so memory grows with the length and not with its square.
+    """
+    row, after = first_row_and_step(heard)
+    cost = int(reduce(after, said, row)[-1])
+    errors, gaps, deletions = cost // SUBSTITUTION, cost // GAP % GAP, cost % GAP
     return Errors(errors - gaps, deletions, gaps - deletions, len(said))
 
 
+def writes_blanks(texts: Iterable[str]) -> bool:
+    """Whether most letters are of scripts that write blanks between words."""
+    letters = [c for text in texts for c in text if c.isalpha()]
+    without = sum(unicodedata.name(c, "").startswith(tuple(NO_BLANKS)) for c in letters)
+    return 2 * without <= len(letters)
+
+
 def interval(errors: Sequence[Errors]) -> tuple[float, float]:
-    """95% bootstrap interval of the word error rate (Bisani and Ney 2004): utterances drawn anew, with replacement."""
-    low, high = np.quantile(redrawn_rates(errors), [0.025, 0.975])
+    """The 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances."""
+    low, high = np.quantile(redrawn_rates([errors])[:, 0], [0.025, 0.975])
     return float(low), float(high)
 
 
-def paired_interval(first: Sequence[Errors], second: Sequence[Errors]) -> tuple[float, float]:
-    """95% bootstrap interval of the first's word error rate minus the second's, on the same utterances: both rates of
-    a draw are those of the same utterances. Raises ValueError for different numbers of utterances."""
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} utterances can't be compared in pairs")
-    low, high = np.quantile(redrawn_rates(first) - redrawn_rates(second), [0.025, 0.975])
+def paired_interval(
+    first: Sequence[Sequence[Errors]], second: Sequence[Sequence[Errors]]
+) -> tuple[float, float]:
+    """The 95% bootstrap interval of the first error rate minus the second, on the same utterances.
+
+    Each side has one run or more: the errors of each utterance, for each seed. The rate of a side
+    is the mean over its runs. Each draw takes utterances with replacement, the same ones for all
+    runs, and as many runs as a side has, with replacement. So the interval covers other utterances
+    and other seeds. It is too narrow for a few seeds: with n runs the variance between seeds counts
+    as (n − 1) / n of itself, and with one run not at all.
+
+    Raises ValueError for different numbers of utterances.
+    """
+    lengths = {len(run) for run in [*first, *second]}
+    if len(lengths) > 1:
+        numbers = " and ".join(map(str, sorted(lengths, reverse=True)))
+        raise ValueError(f"{numbers} utterances can't be compared in pairs")
+    rates = redrawn_rates(first, second)
+    low, high = np.quantile(rates[:, 0] - rates[:, 1], [0.025, 0.975])
     return float(low), float(high)
 
 
-def redrawn_rates(errors: Sequence[Errors]) -> np.ndarray:
-    """Word error rates of `DRAWS` draws of utterances, with replacement; the n-th draw of two systems is the same."""
-    counts = np.array([(e.total, e.words) for e in errors], dtype=float)
-    draw, rates = np.random.default_rng(0), np.empty(DRAWS)
+def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
+    """(draws, sides) error rates of utterances and runs that are drawn with replacement."""
+    draw = np.random.default_rng(0)
+    counts = [
+        np.array([[(e.total, e.words) for e in run] for run in side], dtype=float) for side in sides
+    ]  # (runs, utterances, 2) each
+    rates = np.empty((DRAWS, len(sides)))
     for i in range(DRAWS):
-        total, words = counts[draw.integers(len(errors), size=len(errors))].sum(0)
-        rates[i] = total / max(words, 1)
+        utterances = draw.integers(counts[0].shape[1], size=counts[0].shape[1])
+        for side, of_side in enumerate(counts):
+            runs = draw.integers(len(of_side), size=len(of_side))
+            total, words = of_side[:, utterances].sum(1)[runs].T  # (runs,) each
+            rates[i, side] = (total / np.maximum(words, 1)).mean()
     return rates

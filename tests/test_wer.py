@@ -1,15 +1,29 @@
-"""Word errors against brute force, and their interval."""
+"""Word errors against brute force and jiwer; references with alternatives; intervals."""
 
 import functools
+import itertools
 
+import jiwer
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.wer import Errors, count_errors, interval, paired_interval
+from dynsize.wer import (
+    Errors,
+    align,
+    count_errors,
+    errors_in,
+    interval,
+    paired_interval,
+    plain_reference,
+    sclite_reference,
+    writes_blanks,
+)
 
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6)
+alternatives = st.lists(st.lists(st.sampled_from(["a", "b"]), max_size=2), min_size=1, max_size=3)
+references = st.lists(alternatives, max_size=4)
 
 
 @functools.cache
@@ -24,23 +38,110 @@ def fewest(said: tuple, heard: tuple) -> int:
     )
 
 
+@functools.cache
+def fewest_gaps(said: tuple, heard: tuple) -> tuple[int, int]:
+    """Errors, and deletions and insertions among them, of the best alignment by definition."""
+    if not said or not heard:
+        return len(said) + len(heard), len(said) + len(heard)
+    errors, gaps = fewest_gaps(said[1:], heard[1:])
+    found = [(errors + (said[0] != heard[0]), gaps)]
+    for rest in (fewest_gaps(said[1:], heard), fewest_gaps(said, heard[1:])):
+        found.append((rest[0] + 1, rest[1] + 1))
+    return min(found)
+
+
 @given(words, words)
 def test_counts(said, heard):
-    errors = count_errors(" ".join(said), " ".join(heard))
-    assert errors.total == fewest(tuple(said), tuple(heard))
+    errors = count_errors(said, heard)
+    total, gaps = fewest_gaps(tuple(said), tuple(heard))
+    assert (errors.total, errors.deletions + errors.insertions) == (total, gaps)
     assert min(errors.substitutions, errors.deletions, errors.insertions) >= 0
     assert errors.insertions - errors.deletions == len(heard) - len(said)
-    assert errors.words == len(said) and errors.substitutions + errors.deletions <= len(said)
+    assert errors.words == len(said)
+
+
+@given(st.lists(st.tuples(words.filter(len), words), min_size=1, max_size=4))
+def test_rates_are_those_of_jiwer(pairs):
+    said, heard = ([" ".join(side) for side in sides] for sides in zip(*pairs, strict=True))
+    errors = [count_errors(s, h) for s, h in pairs]
+    assert sum(errors, Errors()).rate == pytest.approx(jiwer.wer(said, heard))
+    letters = [count_errors(s, h) for s, h in zip(said, heard, strict=True)]
+    assert sum(letters, Errors()).rate == pytest.approx(jiwer.cer(said, heard))
+    for (s, h), ours in zip(pairs, errors, strict=True):
+        theirs = jiwer.process_words(" ".join(s), " ".join(h))
+        total = theirs.substitutions + theirs.deletions + theirs.insertions
+        assert ours.total == total  # jiwer's alignment may have more gaps: "a b" against "b a"
+        assert ours.substitutions >= theirs.substitutions
+
+
+@given(references, words)
+def test_alternatives_are_those_with_the_fewest_errors(reference, heard):
+    pairs = align(reference, heard)
+    said = [word for word, _ in pairs if word is not None]
+    choices = [list(itertools.chain(*choice)) for choice in itertools.product(*reference)]
+    assert said in choices
+    assert [word for _, word in pairs if word is not None] == heard
+    assert (None, None) not in pairs
+    errors = errors_in(pairs)
+    assert errors == count_errors(said, heard)
+    assert errors.total == min(fewest(tuple(choice), tuple(heard)) for choice in choices)
+
+
+@given(words, words)
+def test_an_alignment_has_the_counted_errors(said, heard):
+    pairs = align(plain_reference(" ".join(said)), heard)
+    assert [word for word, _ in pairs if word is not None] == said
+    assert errors_in(pairs) == count_errors(said, heard)
 
 
 def test_known_alignments():
-    assert count_errors("one two three", "one too three four") == Errors(1, 0, 1, 3)
-    assert count_errors("one two three", "three") == Errors(0, 2, 0, 3)
-    assert count_errors("", "one") == Errors(0, 0, 1, 0) and count_errors("", "one").rate == float(
-        "inf"
-    )
+    said = "one two three".split()
+    assert count_errors(said, "one too three four".split()) == Errors(1, 0, 1, 3)
+    assert count_errors(said, ["three"]) == Errors(0, 2, 0, 3)
+    assert count_errors([], ["one"]) == Errors(0, 0, 1, 0)
+    assert count_errors("abc", "abd") == Errors(1, 0, 0, 3)
+    assert align(plain_reference("one two"), ["two", "six"]) == [("one", "two"), ("two", "six")]
     assert sum([Errors(1, 2, 3, 4), Errors(1, 0, 0, 6)], Errors()) == Errors(2, 2, 3, 10)
     assert Errors(1, 2, 3, 4).rate == 1.5
+    assert Errors(0, 0, 2, 0).rate == 2  # finite, so that a report stays valid JSON
+
+
+@pytest.mark.parametrize(
+    ("heard", "errors"),
+    [
+        ("i've as far as", Errors(0, 0, 0, 4)),
+        ("i've um as far as well", Errors(0, 0, 0, 6)),
+        ("i've a half as far as well", Errors(0, 0, 0, 7)),
+        ("i've oh as far as", Errors(1, 0, 0, 5)),
+        ("i've as far", Errors(0, 1, 0, 4)),
+    ],
+)
+def test_scoring_of_alternatives_and_optional_words(heard, errors):
+    reference = sclite_reference("i've { um / uh / a half / @ } as far as (well)")
+    assert errors_in(align(reference, heard.split())) == errors
+
+
+@pytest.mark.parametrize("text", ["{ a / b", "a } b", "{ a / { b / c } }", "{a/b} {", "{}"])
+def test_alternatives_that_are_not_understood(text):
+    with pytest.raises(ValueError, match="alternatives are written"):
+        sclite_reference(text)
+
+
+def test_notation_leaves_other_words_alone():
+    plain = "a/b w(2) @home 3 / 4"
+    assert sclite_reference(plain) == plain_reference(plain)
+
+
+def test_characters_of_a_long_utterance_need_little_memory():
+    text = "abcdefghij" * 1500  # 20 minutes of speech; a table of all pairs would take 1.8 GB
+    assert count_errors(text, text[:-3] + "xy") == Errors(2, 1, 0, 15000)
+
+
+def test_which_languages_write_blanks():
+    assert writes_blanks(["LOW HIGH", "für 2"]) and writes_blanks(["안녕하세요 여러분"])
+    assert writes_blanks([]) and writes_blanks(["42"])
+    assert not writes_blanks(["今天天气很好", "OK"]) and not writes_blanks(["สวัสดีครับ"])
+    assert not writes_blanks(["きょうはいい天気"])
 
 
 def test_paired_interval_is_that_of_the_differences():
@@ -49,15 +150,27 @@ def test_paired_interval_is_that_of_the_differences():
     # the second makes the first's errors and, for a tenth of the words, others beside
     second = [Errors(min(1, e.substitutions + int(draw.random() < 0.1)), 0, 0, 1) for e in first]
     gaps = np.array([a.total - b.total for a, b in zip(first, second, strict=True)])
-    low, high = paired_interval(first, second)
+    low, high = paired_interval([first], [second])
     half = 1.96 * gaps.std() / 2000**0.5
-    assert low == pytest.approx(gaps.mean() - half, abs=0.003) and high == pytest.approx(
-        gaps.mean() + half, abs=0.003
-    )
-    assert paired_interval(first, first) == (0.0, 0.0)
-    assert paired_interval(second, first) == pytest.approx((-high, -low))
+    assert low == pytest.approx(gaps.mean() - half, abs=0.003)
+    assert high == pytest.approx(gaps.mean() + half, abs=0.003)
+    assert paired_interval([first], [first]) == (0.0, 0.0)
+    assert paired_interval([second], [first]) == pytest.approx((-high, -low))
     with pytest.raises(ValueError, match="2000 and 1999"):
-        paired_interval(first, second[1:])
+        paired_interval([first], [second[1:]])
+
+
+def test_paired_interval_over_seeds_covers_their_spread():
+    def run(errors: int) -> list[Errors]:
+        return [Errors(errors, 0, 0, 100)] * 50  # utterances that are all alike
+
+    seeds = [run(errors) for errors in (10, 14, 18, 22)]
+    low, high = paired_interval(seeds, [run(5)])
+    # all means of 4 draws out of 4 runs: what the bootstrap draws from
+    means = [np.mean(d) / 100 - 0.05 for d in itertools.product((10, 14, 18, 22), repeat=4)]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.011)
+    assert low < 0.11 - 0.025 and high > 0.11 + 0.025
 
 
 def test_interval_of_independent_words_is_the_normal_one():
@@ -66,8 +179,7 @@ def test_interval_of_independent_words_is_the_normal_one():
     rate = sum(errors, Errors()).rate
     half = 1.96 * (rate * (1 - rate) / 2000) ** 0.5
     low, high = interval(errors)
-    assert low == pytest.approx(rate - half, abs=0.003) and high == pytest.approx(
-        rate + half, abs=0.003
-    )
+    assert low == pytest.approx(rate - half, abs=0.003)
+    assert high == pytest.approx(rate + half, abs=0.003)
     assert interval(errors) == interval(errors)
     assert interval([Errors(0, 0, 0, 5)] * 3) == (0.0, 0.0)
