@@ -1,0 +1,234 @@
+"""The corpus of connected digits: recordings of the Free Spoken Digit Dataset, joined to strings.
+
+`python -m dynsize.digits FSDD_CHECKOUT OUTPUT` writes it in LibriSpeech's layout. The dataset
+(FSDD) is the Git repository https://github.com/Jakobovski/free-spoken-digit-dataset. Its licence
+is CC BY-SA 4.0, and the joined corpus has the same licence.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+SAMPLE_RATE = 8000  # Hz, of every recording of the dataset
+WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
+SPEAKERS = ("george", "jackson", "nicolas", "theo", "yweweler")
+UNSEEN = "lucas"  # no other split has this speaker; older versions of the dataset lack him
+LEVEL = 0.06  # root mean square of each recording before the gain; full scale is 1
+GAIN_DB = (-6, 6)  # of a whole utterance
+NOISE_DB = (-62, -46)  # white noise, relative to full scale
+DIGITS = (3, 8)  # in one string
+PAUSE_MS = (20, 250)  # between two words
+EDGE_MS = (50, 300)  # before the first word and after the last
+TALKERS = 3  # in the background
+UTTERANCES_IN_CHAPTER = 25
+
+
+class Split(NamedTuple):
+    """How one split is made."""
+
+    utterances: int
+    indices: range  # of the recordings that it takes: FSDD's DIGIT_SPEAKER_INDEX.wav
+    noisy: float = 0.0  # share of the utterances with people talking in the background
+    snr_db: tuple[float, float] = (0, 10)  # the speaker's level above the background's
+    speakers: tuple[str, ...] = SPEAKERS
+
+
+SPLITS = {
+    "train": Split(2000, range(8, 50), noisy=0.7, snr_db=(0, 20)),
+    "dev-clean": Split(120, range(5, 8)),
+    "dev-other": Split(120, range(5, 8), noisy=1.0),
+    "test-clean": Split(300, range(5)),  # 0 to 4 are FSDD's test part
+    "test-other": Split(300, range(5), noisy=1.0),
+    "test-unseen": Split(300, range(50), speakers=(UNSEEN,)),
+}
+NUMBERS = {speaker: 100 + place for place, speaker in enumerate((*SPEAKERS, UNSEEN))}
+ABOUT = """\
+Connected digits, joined by `python -m dynsize.digits --seed {seed}` from the recordings of
+the Free Spoken Digit Dataset, https://github.com/Jakobovski/free-spoken-digit-dataset.
+Its licence is CC BY-SA 4.0, and this corpus has the same licence.
+Speakers: {speakers}
+SPLIT.ctm has the times of the words: utterance, channel, start and duration in seconds, word.
+"""
+Recordings = dict[tuple[int, str, int], np.ndarray]  # (digit, speaker, index) → (samples,)
+
+
+def read_recordings(checkout: Path) -> Recordings:
+    """Read a checkout of the dataset, or its folder `recordings`.
+
+    Each recording is float64 with the root mean square `LEVEL`. Raises ValueError, with the path,
+    for another directory, for missing recordings and for unusable ones.
+    """
+    folder = checkout / "recordings" if (checkout / "recordings").is_dir() else checkout
+    names = {path.name for path in folder.glob("[0-9]_*_*.wav")}
+    if not names:
+        raise ValueError(
+            f"{checkout}: no recordings DIGIT_SPEAKER_INDEX.wav in it; it must be a checkout of "
+            "https://github.com/Jakobovski/free-spoken-digit-dataset, or its folder recordings"
+        )
+    unseen_is_there = any(name.split("_")[1] == UNSEEN for name in names)
+    speakers = (*SPEAKERS, UNSEEN) if unseen_is_there else SPEAKERS
+    keys = [(d, s, i) for s in speakers for d in range(10) for i in range(50)]
+    missing = [name_of(*key) for key in keys if name_of(*key) not in names]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{folder}: without {', '.join(missing[:5])}{more}")
+    return {key: read_recording(folder / name_of(*key)) for key in keys}
+
+
+def name_of(digit: int, speaker: str, index: int) -> str:
+    """Return the file name of a recording in FSDD."""
+    return f"{digit}_{speaker}_{index}.wav"
+
+
+def read_recording(path: Path) -> np.ndarray:
+    """Read one digit and scale it to `LEVEL`. Raises ValueError where it is unusable."""
+    try:
+        audio, rate = soundfile.read(path)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from error
+    if rate != SAMPLE_RATE or audio.ndim != 1:
+        raise ValueError(f"{path}: must have one channel of {SAMPLE_RATE} Hz")
+    level = np.sqrt(np.mean(audio**2)) if len(audio) else 0.0
+    if not level > 0:
+        raise ValueError(f"{path}: silent")
+    return audio * (LEVEL / level)
+
+
+def join_corpus(
+    checkout: Path, output: Path, seed: int = 0, splits: dict[str, Split] = SPLITS
+) -> None:
+    """Write all splits; `test-unseen` only where the dataset has its speaker.
+
+    The same seed gives the same files. `output` appears when it is complete. Raises ValueError,
+    before anything is written, for an output that is not empty and for unusable recordings.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not an empty directory; name another OUTPUT")
+    recordings = read_recordings(checkout)
+    speakers = {speaker for _, speaker, _ in recordings}
+    splits = {name: split for name, split in splits.items() if speakers.issuperset(split.speakers)}
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        total = sum(split.utterances for split in splits.values())
+        with tqdm(total=total, desc="joining digits", unit="utt") as bar:
+            for number, (name, split) in enumerate(splits.items()):
+                for _ in write_split(unfinished, name, split, recordings, [seed, number]):
+                    bar.update()
+        names = ", ".join(f"{NUMBERS[speaker]} {speaker}" for speaker in sorted(speakers))
+        (unfinished / "README.txt").write_text(ABOUT.format(seed=seed, speakers=names))
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_split(
+    root: Path, name: str, split: Split, recordings: Recordings, seed: list[int]
+) -> Iterator[str]:
+    """Write a split and its CTM; yield the id of each utterance. The speakers take turns."""
+    with open(root / f"{name}.ctm", "w") as ctm:
+        for number in range(split.utterances):
+            turn, place = divmod(number, len(split.speakers))
+            speaker = split.speakers[place]
+            chapter, line = divmod(turn, UTTERANCES_IN_CHAPTER)
+            folder = root / name / f"{NUMBERS[speaker]}" / f"{1000 + chapter}"
+            folder.mkdir(parents=True, exist_ok=True)
+            prefix = f"{NUMBERS[speaker]}-{1000 + chapter}"
+            id = f"{prefix}-{line:04}"
+            draw = np.random.default_rng([*seed, number])
+            audio, words = join(speaker, split, recordings, draw)
+            soundfile.write(folder / f"{id}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
+            with open(folder / f"{prefix}.trans.txt", "a") as transcripts:
+                transcripts.write(f"{id} {' '.join(word for word, _, _ in words)}\n")
+            for word, start, end in words:
+                seconds = f"{start / SAMPLE_RATE:.3f} {(end - start) / SAMPLE_RATE:.3f}"
+                ctm.write(f"{id} 1 {seconds} {word}\n")
+            yield id
+
+
+def join(
+    speaker: str, split: Split, recordings: Recordings, draw: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+    """Return the audio of one utterance, (samples,) in [-1, 1], and its words.
+
+    A word comes with its first sample and the one after its last.
+    """
+    pieces = [silence(EDGE_MS, draw)]
+    words = []
+    for place in range(draw.integers(*DIGITS, endpoint=True)):
+        if place:
+            pieces.append(silence(PAUSE_MS, draw))
+        start = sum(map(len, pieces))
+        word, audio = recording(speaker, split, recordings, draw)
+        pieces.append(audio)
+        words.append((word, start, start + len(audio)))
+    pieces.append(silence(EDGE_MS, draw))
+    speech = np.concatenate(pieces)
+    if draw.random() < split.noisy:
+        snr = decibels(split.snr_db, draw)
+        speech = speech + background(speaker, split, recordings, len(speech), draw) / snr
+    noise = decibels(NOISE_DB, draw) * draw.standard_normal(len(speech))
+    return (decibels(GAIN_DB, draw) * speech + noise).clip(-1, 1), words
+
+
+def recording(
+    speaker: str, split: Split, recordings: Recordings, draw: np.random.Generator
+) -> tuple[str, np.ndarray]:
+    """Draw a digit of a speaker; return the word and its audio."""
+    digit = int(draw.integers(10))
+    index = int(draw.choice(split.indices))
+    return WORDS[digit], recordings[digit, speaker, index]
+
+
+def background(
+    speaker: str, split: Split, recordings: Recordings, samples: int, draw: np.random.Generator
+) -> np.ndarray:
+    """Return `TALKERS` other speakers who say digits at once, (samples,), scaled to `LEVEL`."""
+    others = [other for other in split.speakers if other != speaker]
+    mixed = np.zeros(samples)
+    for other in draw.choice(others, TALKERS, replace=False):
+        pieces: list[np.ndarray] = []
+        while sum(map(len, pieces)) < samples:
+            pieces += [silence(PAUSE_MS, draw), recording(other, split, recordings, draw)[1]]
+        mixed += np.concatenate(pieces)[:samples]
+    return mixed * (LEVEL / np.sqrt(np.mean(mixed**2)))
+
+
+def silence(bounds_ms: tuple[float, float], draw: np.random.Generator) -> np.ndarray:
+    """Return zeros, (samples,), with a random duration between these bounds in ms."""
+    return np.zeros(round(draw.uniform(*bounds_ms) * SAMPLE_RATE / 1000))
+
+
+def decibels(bounds: tuple[float, float], draw: np.random.Generator) -> float:
+    """Draw a gain between these bounds in dB; return the factor of the amplitude."""
+    return 10 ** (draw.uniform(*bounds) / 20)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 2 and one line for unusable input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dynsize.digits",
+        description="Joins recordings of the Free Spoken Digit Dataset to connected digits.",
+    )
+    parser.add_argument("checkout", type=Path, metavar="FSDD_CHECKOUT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new or empty directory")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: must be 0 or more")
+    try:
+        join_corpus(options.checkout, options.output, options.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"dynsize.digits: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

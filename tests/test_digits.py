@@ -1,0 +1,263 @@
+"""The corpus of connected digits: its layout, its repeatability, its levels, its errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import tiny
+
+from dynsize import digits
+from dynsize.corpora import read_corpus
+
+FSDD = Path(__file__).parents[2] / "shared" / "fsdd"
+SMALL = {
+    "train": digits.Split(15, range(8, 50), noisy=0.5, snr_db=(0, 20)),
+    "dev-clean": digits.Split(10, range(5, 8)),
+    "test-other": digits.Split(10, range(5), noisy=1.0),
+    "test-unseen": digits.Split(5, range(50), speakers=(digits.UNSEEN,)),
+}
+
+
+def write_recording(path: Path, frequency: float, index: int) -> None:
+    """Write a tone whose duration, in ms, is 50 plus the index."""
+    time = np.arange((50 + index) * 8) / digits.SAMPLE_RATE
+    soundfile.write(path, 0.1 * np.sin(2 * np.pi * frequency * time), digits.SAMPLE_RATE)
+
+
+def write_fsdd(folder: Path, speakers: tuple[str, ...]) -> Path:
+    """Write recordings named as in FSDD, each digit of each speaker a tone of its frequency."""
+    folder.mkdir(parents=True)
+    for place, speaker in enumerate(speakers):
+        for digit in range(10):
+            for index in range(50):
+                path = folder / f"{digit}_{speaker}_{index}.wav"
+                write_recording(path, 300 + 250 * digit + 20 * place, index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdd(tmp_path_factory) -> Path:
+    """Return a checkout with all six speakers; tests must not change it."""
+    checkout = tmp_path_factory.mktemp("fsdd")
+    write_fsdd(checkout / "recordings", (*digits.SPEAKERS, digits.UNSEEN))
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def corpus(fsdd, tmp_path_factory) -> Path:
+    """Return the small corpus of seed 0."""
+    output = tmp_path_factory.mktemp("joined") / "corpus"
+    digits.join_corpus(fsdd, output, 0, SMALL)
+    return output
+
+
+def content(root: Path) -> dict[str, bytes]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def words_of(corpus: Path, split: str) -> dict[str, list[tuple[float, float, str]]]:
+    """Return id → (start, duration, word) of each line of the split's CTM."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    for line in (corpus / f"{split}.ctm").read_text().splitlines():
+        id, channel, start, duration, word = line.split()
+        assert channel == "1"
+        found.setdefault(id, []).append((float(start), float(duration), word))
+    return found
+
+
+def test_the_corpus_is_read_as_librispeech(corpus):
+    for split, made in SMALL.items():
+        read = read_corpus(corpus, [split], tiny(corpus=str(corpus)))
+        assert read.kinds == {split: "librispeech"}
+        assert len(read.utterances) == made.utterances
+        assert not read.left_out
+        numbers = {str(digits.NUMBERS[speaker]) for speaker in made.speakers}
+        assert {utterance.speaker for utterance in read.utterances} == numbers
+        words = words_of(corpus, split)
+        for utterance in read.utterances:
+            said = utterance.text.split()
+            assert 3 <= len(said) <= 8
+            assert said == [word for _, _, word in words[utterance.id]]
+
+
+@pytest.mark.parametrize("split", SMALL)
+def test_pauses_and_recordings_are_those_of_the_split(corpus, split):
+    for id, words in words_of(corpus, split).items():
+        (path,) = (corpus / split).rglob(f"{id}.flac")
+        seconds = soundfile.info(path).duration
+        ends = [start + duration for start, duration, _ in words]
+        pauses = [after[0] - end for end, after in zip(ends, words[1:], strict=False)]
+        assert all(0.0185 <= pause <= 0.2515 for pause in pauses)  # times have three decimals
+        assert 0.049 <= words[0][0] <= 0.301
+        assert 0.049 <= seconds - ends[-1] <= 0.301
+        for _, duration, _ in words:  # a recording's duration tells its index
+            assert round(1000 * duration) - 50 in SMALL[split].indices
+
+
+def test_the_ctm_has_the_true_times(corpus):
+    for id, words in words_of(corpus, "dev-clean").items():
+        (path,) = (corpus / "dev-clean").rglob(f"{id}.flac")
+        audio, rate = soundfile.read(path)
+        place = int(id[:3]) - 100
+        for start, duration, word in words:
+            span = audio[round(start * rate) : round((start + duration) * rate)]
+            spectrum = np.abs(np.fft.rfft(span, rate))  # one bin for each Hz
+            expected = 300 + 250 * digits.WORDS.index(word) + 20 * place
+            assert abs(int(spectrum.argmax()) - expected) <= 10
+
+
+def test_the_gain_is_at_most_6_db(corpus):
+    for id, words in words_of(corpus, "dev-clean").items():
+        (path,) = (corpus / "dev-clean").rglob(f"{id}.flac")
+        audio, rate = soundfile.read(path)
+        spans = [audio[round(s * rate) : round((s + d) * rate)] for s, d, _ in words]
+        level = 20 * np.log10(np.concatenate(spans).std() / digits.LEVEL)
+        assert -6.2 <= level <= 6.2
+        assert 20 * np.log10(audio[:400].std()) < -45  # the first 50 ms are faint noise
+
+
+def tones_of_speakers() -> tuple[dict[str, int], digits.Recordings]:
+    """Return each speaker's frequency in Hz, and recordings of 0.25 s that are these tones."""
+    time = np.arange(2000) / digits.SAMPLE_RATE
+    tones = {speaker: 500 * (place + 1) for place, speaker in enumerate(digits.SPEAKERS)}
+    recordings = {
+        (digit, speaker, index): digits.LEVEL * np.sqrt(2) * np.sin(2 * np.pi * hz * time)
+        for speaker, hz in tones.items()
+        for digit in range(10)
+        for index in range(50)
+    }
+    return tones, recordings
+
+
+def test_the_background_is_three_others():
+    tones, recordings = tones_of_speakers()
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        mixed = digits.background("theo", SMALL["test-other"], recordings, 8000, draw)
+        assert np.sqrt(np.mean(mixed**2)) == pytest.approx(digits.LEVEL)
+        spectrum = np.abs(np.fft.rfft(mixed))
+        heard = [name for name, hz in tones.items() if spectrum[hz] > 0.1 * spectrum.max()]
+        assert len(heard) == 3
+        assert "theo" not in heard
+
+
+@pytest.mark.parametrize("name", ["train", "test-other"])
+def test_the_speaker_is_above_the_background_by_what_the_split_says(name):
+    tones, recordings = tones_of_speakers()
+    split = SMALL[name]._replace(noisy=1.0)
+    found = []
+    for seed in range(60):
+        audio, words = digits.join("theo", split, recordings, np.random.default_rng(seed))
+        spectra = [np.abs(np.fft.rfft(audio[start:end])) ** 2 for _, start, end in words]
+        power = np.sum(spectra, axis=0)  # one bin for each 4 Hz
+        speech = power[tones["theo"] // 4]
+        found.append(10 * np.log10(speech / (power.sum() - speech)))
+    low, high = split.snr_db
+    assert low - 1.5 < min(found) < low + 2.5  # the background's pauses are a part of its level
+    assert high - 2.5 < max(found) < high + 1.5
+
+
+def test_the_same_seed_gives_the_same_bytes(fsdd, corpus, tmp_path):
+    digits.join_corpus(fsdd / "recordings", tmp_path / "again", 0, SMALL)  # the folder of WAVs
+    digits.join_corpus(fsdd, tmp_path / "other", 1, SMALL)
+    assert content(tmp_path / "again") == content(corpus)
+    assert content(tmp_path / "other") != content(corpus)
+
+
+def linked(fsdd: Path, folder: Path, speakers: tuple[str, ...]) -> Path:
+    """Make a folder with links to the recordings of these speakers."""
+    folder.mkdir()
+    for path in (fsdd / "recordings").iterdir():
+        if path.name.split("_")[1] in speakers:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_without_the_unseen_speaker_there_is_no_split_of_him(fsdd, tmp_path):
+    folder = linked(fsdd, tmp_path / "fsdd", digits.SPEAKERS)
+    digits.join_corpus(folder, tmp_path / "corpus", 0, SMALL)
+    made = {path.name for path in (tmp_path / "corpus").iterdir() if path.is_dir()}
+    assert made == {"train", "dev-clean", "test-other"}
+    assert digits.UNSEEN not in (tmp_path / "corpus" / "README.txt").read_text()
+
+
+def test_the_sizes_are_those_of_the_documented_corpus():
+    sizes = {name: split.utterances for name, split in digits.SPLITS.items()}
+    expected = {"train": 2000, "dev-clean": 120, "dev-other": 120}
+    expected |= {"test-clean": 300, "test-other": 300, "test-unseen": 300}
+    assert sizes == expected
+    parts = [set(digits.SPLITS[name].indices) for name in ("train", "dev-other", "test-other")]
+    assert sorted(index for part in parts for index in part) == list(range(50))
+
+
+def run(*arguments: Path | str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dynsize.digits", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_another_directory_is_refused_with_one_line(tmp_path):
+    (tmp_path / "songs").mkdir()
+    result = run(tmp_path / "songs", tmp_path / "corpus")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "songs: no recordings" in result.stderr
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_missing_and_unusable_recordings_are_named(fsdd, tmp_path):
+    copy = linked(fsdd, tmp_path / "fsdd", digits.SPEAKERS)
+    (copy / "3_theo_17.wav").unlink()
+    with pytest.raises(ValueError, match=r"without 3_theo_17\.wav$"):
+        digits.read_recordings(copy)
+    soundfile.write(copy / "3_theo_17.wav", np.zeros(800), digits.SAMPLE_RATE)
+    with pytest.raises(ValueError, match=r"3_theo_17\.wav: silent"):
+        digits.read_recordings(copy)
+    soundfile.write(copy / "3_theo_17.wav", np.ones(800) / 2, 16000)
+    with pytest.raises(ValueError, match=r"3_theo_17\.wav: must have one channel of 8000 Hz"):
+        digits.read_recordings(copy)
+    (copy / "3_theo_17.wav").write_text("no audio")
+    with pytest.raises(ValueError, match=r"3_theo_17\.wav: can't be read"):
+        digits.read_recordings(copy)
+
+
+def test_an_output_that_is_not_empty_stays_as_it_is(fsdd, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty directory"):
+        digits.join_corpus(fsdd, tmp_path, 0, SMALL)
+    with pytest.raises(ValueError, match="not an empty directory"):
+        digits.join_corpus(fsdd, tmp_path / "notes", 0, SMALL)
+    assert content(tmp_path) == {"notes": b"mine"}
+
+
+def test_an_empty_output_is_filled(fsdd, tmp_path):
+    digits.join_corpus(fsdd, tmp_path, 0, {"dev-clean": SMALL["dev-clean"]})
+    assert (tmp_path / "dev-clean").is_dir()
+
+
+def test_an_interrupted_run_leaves_nothing(fsdd, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not FSDD.is_dir(), reason=f"{FSDD} is missing")
+def test_recordings_of_people_become_a_corpus(tmp_path):
+    splits = {"test-other": SMALL["test-other"], "test-unseen": SMALL["test-unseen"]}
+    digits.join_corpus(FSDD, tmp_path / "corpus", 0, splits)
+    read = read_corpus(tmp_path / "corpus", ["test-other"], tiny(corpus="corpus"))
+    assert len(read.utterances) == 10
+    for utterance in read.utterances:
+        audio, rate = soundfile.read(utterance.path)
+        assert rate == 8000
+        assert 1 < len(audio) / rate < 15
+        assert 0.01 < audio.std() < 0.3
