@@ -1,4 +1,4 @@
-"""Cutting a standalone subnet out of a supernet, and what a network costs: parameters, MACs, milliseconds."""
+"""Cutting a subnet out of a supernet, and what a network costs: parameters, MACs, milliseconds."""
 
 import statistics
 import time
@@ -15,10 +15,11 @@ from dynsize.supernet import Supernet
 
 
 def cut(model: Supernet, size: int) -> Supernet:
-    """A network that has only the `size` first layers of the ranking and their output layer, with copies of their
-    weights. A size that was not trained gets the output layer of the largest trained one below it.
+    """Return a network that has only the first `size` layers of the ranking, with their weights.
 
-    Raises ValueError for a network that was cut before, and for a size that the supernet can't have.
+    The weights are copies. A size that was not trained gets the output layer of the largest
+    trained size below it. Raises ValueError for a network that was cut already, and for a size that
+    the supernet can't have.
     """
     if model.size is not None:
         raise ValueError(
@@ -29,29 +30,32 @@ def cut(model: Supernet, size: int) -> Supernet:
             f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers"
         )
     subnet = Supernet(model.config, model.head(size).out_features, model.ranking, size)
-    weights = model.state_dict()
-    subnet.encoder.load_state_dict(
-        {f: weights[f"encoder.{f}"] for f in subnet.encoder.state_dict()}
-    )
+    weights = model.encoder.state_dict()
+    kept = {name: weights[name] for name in subnet.encoder.state_dict()}
+    subnet.encoder.load_state_dict(kept)
     subnet.head(size).load_state_dict(model.head(size).state_dict())
     return subnet.eval()
 
 
 def widened(model: Supernet, config: Config) -> Supernet:
-    """A supernet of the sizes and the method of `config`, with the weights of a full-size model; each size's output
-    layer begins as that of the full size. Raises ValueError for a network that was cut."""
+    """Return a supernet with the sizes and the method of `config` and the weights of `model`.
+
+    `model` has all its layers; each size's output layer begins as that of the full size. Raises
+    ValueError for a network that was cut.
+    """
     if model.size is not None:
         raise ValueError(
-            f"a cut network, of {model.size} layers: sizes are learned in one that has all of its layers"
+            f"this network was cut to {model.size} layers; sizes are learned in one that has all"
         )
     head = model.head(config.layers)
     supernet = Supernet(config, head.out_features)
     supernet.encoder.load_state_dict(model.encoder.state_dict())
-    for own in supernet.heads.values():
-        own.load_state_dict(head.state_dict())
+    for output_layer in supernet.heads.values():
+        output_layer.load_state_dict(head.state_dict())
     return supernet
 
 
+# Budget → the cost of a cut subnet of some size, for so many seconds of audio.
 COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
     "max_params": lambda subnet, size, seconds: parameters(subnet),
     "max_macs": lambda subnet, size, seconds: macs(subnet, size),
@@ -60,71 +64,85 @@ COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
 
 
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
-    """The largest number of layers whose subnet costs `limit` or less of one of the `COSTS`, milliseconds for `seconds`
-    of audio. Raises ValueError where a single layer costs more."""
-    size = bisect_right(
-        range(1, model.config.layers + 1),
-        limit,
-        key=lambda size: COSTS[budget](cut(model, size), size, seconds),
-    )
+    """Return the largest size whose cost is at most `limit`.
+
+    `budget`: one of `COSTS`; milliseconds are those for `seconds` of audio. Raises ValueError where
+    a single layer costs more.
+    """
+
+    def cost(size: int) -> float:
+        return COSTS[budget](cut(model, size), size, seconds)
+
+    size = bisect_right(range(1, model.config.layers + 1), limit, key=cost)
     if size == 0:
-        least = COSTS[budget](cut(model, 1), 1, seconds)
-        raise ValueError(
-            f"--{budget.replace('_', '-')} {limit:g}: a subnet of one layer has {least:,.10g} already"
-        )
+        flag = budget.replace("_", "-")
+        raise ValueError(f"--{flag} {limit:g}: a subnet of one layer has {cost(1):,.10g} already")
     return size
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of weights that the network computes with; layer scores are none of them."""
+    """Return the number of weights that the network computes with; layer scores do not count."""
     return sum(weight.numel() for name, weight in model.named_parameters() if name != "scores")
 
 
 def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
-    """Multiply-accumulates of the network of `size` layers for `seconds` of audio, attention products included."""
-    frames = feature_frames(round(seconds * model.config.sample_rate), model.config)
-    total = front_end_macs(model.encoder.front_end, frames, model.config.mel_bins)
-    frames = model.encoder.front_end.output_frames(frames)
-    mask = model.mask(size)
-    for block, layers in enumerate(model.encoder.blocks):
-        kept = [layers[kind] for i, kind in enumerate(LAYERS) if mask[4 * block + i]]
-        total += sum(layer_macs(layer, frames) for layer in kept)
+    """Return the multiply-accumulates of the network of `size` layers for `seconds` of audio.
+
+    Products of the attention are included.
+    """
+    config, encoder = model.config, model.encoder
+    feature_count = feature_frames(round(seconds * config.sample_rate), config)
+    total = front_end_macs(encoder.front_end, feature_count, config.mel_bins)
+    frames = encoder.front_end.output_frames(feature_count)
+    for layer, kept in enumerate(model.mask(size)):
+        if kept:
+            module = encoder.blocks[layer // 4][LAYERS[layer % 4]]
+            total += layer_macs(module, frames)
     return total + frames * model.head(size).weight.numel()
 
 
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:
-    """MACs of one prunable layer: one for each matrix weight in each frame, and frames² D twice in self-attention."""
+    """Return the MACs of one layer: one for each matrix weight and frame.
+
+    Self-attention has 2 · frames² · D more: queries with keys, and weights with values.
+    """
     total = frames * sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
-    return total + (
-        2 * frames**2 * layer.project.out_features if isinstance(layer, SelfAttention) else 0
-    )
+    if isinstance(layer, SelfAttention):
+        total += 2 * frames**2 * layer.project.out_features
+    return total
 
 
 def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
-    """MACs of a front-end for feature frames of so many mel bins."""
-    total, output_frames = 0, front_end.output_frames(frames)
+    """Return the MACs of a front-end for `frames` feature frames of `bins` mel bins."""
+    total = front_end.output_frames(frames) * front_end.project.weight.numel()
     for number, convolution in enumerate(front_end.convolutions):
         if convolution.stride[0] == 2:
             frames, bins = (frames + 1) // 2, (bins + 1) // 2
-        elif number == 2:  # behind the first max-pooling of the VGG front-end
+        elif number == 2:  # after the first max-pooling of the VGG front-end
             frames //= 2
         total += frames * bins * convolution.weight.numel()
-    return total + output_frames * front_end.project.weight.numel()
+    return total
 
 
 @torch.inference_mode()
 def latencies(
     networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0, repeats: int = 15
 ) -> list[float]:
-    """Milliseconds in which each network, given with the size that runs, turns the features of one utterance of so
-    many seconds into log-probabilities: the median of `repeats` rounds in turn, after one to warm up."""
+    """Return the milliseconds that each network takes for one utterance of `seconds`.
+
+    `networks`: pairs of a network, on one device, and the size that runs. Measured from features to
+    log-probabilities: the median of `repeats` rounds in turn, after one round to warm up.
+    """
     config = networks[0][0].config
+    device = next(networks[0][0].parameters()).device
     frames = feature_frames(round(seconds * config.sample_rate), config)
-    features, lengths = torch.randn(1, frames, config.mel_bins), torch.tensor([frames])
+    features = torch.randn(1, frames, config.mel_bins, device=device)
+    lengths = torch.tensor([frames], device=device)
     times: list[list[float]] = [[] for _ in networks]
     for _ in range(repeats + 1):
         for (network, size), taken in zip(networks, times, strict=True):
             start = time.perf_counter()
-            network(features, lengths, [size])
+            log_probs, _ = network(features, lengths, [size])
+            log_probs[0, 0, 0, 0].item()  # wait for the device
             taken.append(time.perf_counter() - start)
     return [1000 * statistics.median(taken[1:]) for taken in times]
