@@ -120,7 +120,7 @@ def test_a_widened_model_computes_what_it_did_in_every_output_layer():
     after, _ = supernet_of(features, lengths, [8, 5, 2], every)
     assert all(torch.equal(before[0], of_size) for of_size in after)
     assert (supernet_of.scores == config.zero_out_start).all() and supernet_of.sizes == (2, 5, 8)
-    with pytest.raises(ValueError, match="a cut network, of 3 layers"):
+    with pytest.raises(ValueError, match="was cut to 3 layers"):
         widened(cut(supernet(), 3), config)
 
 
