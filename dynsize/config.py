@@ -1,36 +1,61 @@
 """The configuration of a training: one frozen dataclass, its checks, and the table of presets."""
 
 import dataclasses
+import os
+import re
 import typing
 from dataclasses import dataclass, field
 
-CORPUS_KINDS = (
-    "librispeech",
-    "stm",
-    "common-voice",
-    "manifest",
-    "kaldi",
-)  # stm: TED-LIUM 2, Switchboard
+# stm: TED-LIUM 2, Switchboard
+CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
 LEARNING_METHODS = ("simple-top-k", "iterative-zero-out")
 METHODS = (*LEARNING_METHODS, "none", "layerdrop", "aux-loss")
+HIGHEST = 2**31 - 1  # of settings that have no other limit
+CHANNELS = {"conv2d": 2, "vgg": 4}  # convolutions of each front-end
 
 
-def setting(default: object, section: str, help: str) -> typing.Any:
-    """A field of `Config` with the words that `train.py --help` says about it."""
-    return field(default=default, metadata={"section": section, "help": help})
+def setting(
+    default: object,
+    section: str,
+    help: str,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> typing.Any:
+    """Return a field of `Config` with the words that `train.py --help` says about it.
+
+    A number, or each number of a tuple, lies from `least` to `most`, or below `below`. Every
+    setting that is a number has these limits, so it is finite. `choices`: all values of a text.
+    """
+    limits = dict(least=least, most=most, below=below, choices=choices)
+    return field(default=default, metadata=dict(section=section, help=help) | limits)
+
+
+def share(default: float, section: str, help: str) -> typing.Any:
+    """Return a field of `Config` for a number from 0 to below 1."""
+    return setting(default, section, help, least=0, below=1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides a training. The defaults are the preset `demo`; `PRESETS` lists what the others change."""
+    """All that decides a training.
+
+    The defaults are the preset `demo`; `PRESETS` lists what the others change.
+    """
 
     corpus: str = setting(
-        "spoken", "corpus", "directory of a corpus, or 'spoken': the embedded one"
+        "spoken", "corpus", "directory of a corpus, or spoken: sentences that espeak-ng speaks"
     )
-    corpus_kind: str = setting("auto", "corpus", "auto: recognised; or " + ", ".join(CORPUS_KINDS))
+    corpus_kind: str = setting(
+        "auto",
+        "corpus",
+        "form of the corpus; auto: recognised by its files",
+        choices=("auto", *CORPUS_KINDS),
+    )
     train_splits: tuple[str, ...] = setting(
-        ("train",), "corpus", "splits to train on; A+B: A and B"
+        ("train",), "corpus", "splits to train on; A+B is A and B"
     )
     dev_splits: tuple[str, ...] = setting(
         ("dev-clean", "dev-other"), "corpus", "splits to validate on"
@@ -41,157 +66,271 @@ class Config:
     normaliser: str = setting(
         "none",
         "corpus",
-        "of the text: none, lower, upper, or plain: lower case without punctuation",
+        "change of every text; plain: lower case without punctuation",
+        choices=("none", "lower", "upper", "plain"),
     )
     speeds: tuple[float, ...] = setting(
-        (1.0,), "corpus", "of speech in training; each epoch draws one an utterance"
+        (1.0,),
+        "corpus",
+        "speeds of speech; one is drawn for each utterance in each epoch",
+        least=0.5,
+        most=2,
     )
     cache_features: str = setting(
-        "", "corpus", "directory where features are kept between runs; none if empty"
+        "", "corpus", "directory that keeps features between trainings; empty: none"
     )
     vocabulary: int = setting(
-        48, "corpus", "SentencePiece units, blank not counted; fewer if the text is too small"
+        48,
+        "corpus",
+        "SentencePiece units without the blank; fewer where the text is small",
+        least=1,
+        most=100_000,
     )
 
-    sample_rate: int = setting(16000, "features", "of the audio, in Hz")
-    mel_bins: int = setting(40, "features", "mel filters")
-    lowest_hz: float = setting(60.0, "features", "lower edge of the mel filters, in Hz")
-    highest_hz: float = setting(7600.0, "features", "upper edge of the mel filters, in Hz")
-    window_ms: float = setting(25.0, "features", "analysis window, in ms")
-    hop_ms: float = setting(12.5, "features", "from one feature frame to the next, in ms")
+    sample_rate: int = setting(
+        16000, "features", "rate to which audio is resampled, in Hz", least=1000, most=192_000
+    )
+    mel_bins: int = setting(40, "features", "mel filters", least=1, most=1024)
+    lowest_hz: float = setting(
+        60.0, "features", "lower edge of the mel filters, in Hz", least=0, most=96_000
+    )
+    highest_hz: float = setting(
+        7600.0, "features", "upper edge of the mel filters, in Hz", least=1, most=96_000
+    )
+    window_ms: float = setting(25.0, "features", "analysis window, in ms", least=1, most=1000)
+    hop_ms: float = setting(
+        12.5, "features", "step from one feature frame to the next, in ms", least=1, most=1000
+    )
 
     frequency_masks: int = setting(
-        2, "SpecAugment", "frequency masks of an utterance, at most (2 or fewer: always so many)"
+        2,
+        "SpecAugment",
+        "most frequency masks of an utterance; their number is drawn from 2 to this",
+        least=0,
+        most=1000,
     )
     frequency_mask_bins: int = setting(
-        8, "SpecAugment", "width of a frequency mask, in mel bins, at most"
+        8, "SpecAugment", "widest frequency mask, in mel bins", least=0, most=HIGHEST
     )
     time_mask_every: int = setting(
-        50, "SpecAugment", "an utterance of T frames gets 2 to T / this time masks; 0: none"
+        50,
+        "SpecAugment",
+        "an utterance of T frames gets 2 to T / this time masks; 0: none",
+        least=0,
+        most=HIGHEST,
     )
     time_mask_frames: int = setting(
-        20, "SpecAugment", "width of a time mask, in feature frames, at most"
+        20, "SpecAugment", "widest time mask, in feature frames", least=0, most=HIGHEST
     )
 
     blocks: int = setting(
-        5, "network", "Conformer blocks N; each has the four layers " + ", ".join(LAYERS)
+        5,
+        "network",
+        "Conformer blocks N; each has the four layers " + ", ".join(LAYERS),
+        least=1,
+        most=256,
     )
-    width: int = setting(96, "network", "model width D")
+    width: int = setting(96, "network", "model width D", least=1, most=8192)
     attention_heads: int = setting(
-        4, "network", "attention heads H; divides the width, rotary an even number of times"
+        4,
+        "network",
+        "attention heads H; the width of a head, D / H, is whole, and even with --rotary",
+        least=1,
+        most=8192,
     )
     kernel: int = setting(
-        15, "network", "width K of the depthwise convolution, in encoder frames, 4 hops each; odd"
+        15,
+        "network",
+        "odd width K of the depthwise convolution, in encoder frames of 4 hops",
+        least=1,
+        most=1023,
     )
     front_end: str = setting(
-        "conv2d", "network", "conv2d: two convolutions of stride 2; vgg: the paper's"
+        "conv2d",
+        "network",
+        "conv2d: two convolutions of stride 2; vgg: the paper's",
+        choices=tuple(CHANNELS),
     )
     front_end_channels: tuple[int, ...] = setting(
-        (32, 32), "network", "channels: two for conv2d, four for vgg"
+        (32, 32),
+        "network",
+        "channels of its convolutions: two for conv2d, four for vgg",
+        least=1,
+        most=1024,
     )
     rotary: bool = setting(True, "network", "rotary positions in the attention")
-    dropout: float = setting(
-        0.0, "network", "share of every layer's output that is dropped in training"
+    dropout: float = share(
+        0.0, "network", "share of each layer's output that is dropped in training"
     )
     shared_head: bool = setting(
         False, "network", "one CTC output layer for all sizes instead of one for each"
     )
 
     sizes: tuple[int, ...] = setting(
-        (7, 13, 20), "algorithm", "layers of each network, ascending; the last is all 4 N"
+        (7, 13, 20),
+        "algorithm",
+        "layers of each network, ascending; the last is all 4 N",
+        least=1,
+        most=1024,
     )
     method: str = setting(
         "simple-top-k",
         "algorithm",
-        "how layers are chosen: simple-top-k, iterative-zero-out; or, to compare with: none (one size trained alone), "
-        "layerdrop (random layers dropped, every other one kept), aux-loss (every size is the first layers)",
+        "how layers are chosen. To compare with: none (one size trained alone), layerdrop (layers "
+        "dropped at random, then every other one pruned), aux-loss (each size is the first layers)",
+        choices=METHODS,
     )
     size: int = setting(
-        0, "algorithm", "method none: the number of layers that are trained alone; 0: all"
+        0, "algorithm", "method none: layers of the network; 0: all", least=0, most=1024
     )
     layers_from: str = setting(
-        "", "algorithm", "method none: a run whose ranking names these layers, else the first"
+        "",
+        "algorithm",
+        "method none: a run whose ranking chooses the layers; empty: the first ones",
     )
     relaxation: str = setting(
-        "straight-through", "algorithm", "layer weights of step 1: straight-through or soft"
+        "straight-through",
+        "algorithm",
+        "simple-top-k: layer weights of step 1",
+        choices=("straight-through", "soft"),
     )
-    step1_share: float = setting(
+    step1_share: float = share(
         0.25, "algorithm", "share of the updates that are step 1, which learns the scores"
     )
-    delta: int = setting(1, "algorithm", "simple-top-k: layers that k falls at a time in step 1")
+    delta: int = setting(
+        1, "algorithm", "simple-top-k: layers that k falls at a time in step 1", least=1, most=1024
+    )
     score_start: float = setting(
-        0.5, "algorithm", "simple-top-k: value that every layer score starts with"
+        0.5, "algorithm", "simple-top-k: initial layer scores", least=-1000, most=1000
     )
     score_rate: float = setting(
-        1.0, "algorithm", "simple-top-k: learning rate of the scores over the weights'"
+        1.0,
+        "algorithm",
+        "simple-top-k: learning rate of the scores, as a multiple of the weights'",
+        least=0,
+        most=1e6,
     )
     zero_out_delta: int = setting(
-        4, "algorithm", "iterative-zero-out: layers zeroed out at the end of an iteration"
+        4,
+        "algorithm",
+        "iterative-zero-out: layers zeroed out at the end of an iteration",
+        least=1,
+        most=1024,
     )
     zero_out_start: float = setting(
-        2.0, "algorithm", "iterative-zero-out: value that every layer score starts with"
+        2.0, "algorithm", "iterative-zero-out: initial layer scores", least=-1000, most=1000
     )
     zero_out_rate: float = setting(
-        10.0, "algorithm", "iterative-zero-out: learning rate of the scores likewise"
+        10.0,
+        "algorithm",
+        "iterative-zero-out: learning rate of the scores, as a multiple of the weights'",
+        least=0,
+        most=1e6,
     )
-    layer_drop: float = setting(
-        0.2, "algorithm", "layerdrop: share of utterances that skip a layer"
+    layer_drop: float = share(
+        0.2, "algorithm", "layerdrop: share of the utterances that skip a layer"
     )
     subnet_loss: float = setting(
-        1.0, "algorithm", "weight of each subnet's loss, beside the supernet's 1"
+        1.0,
+        "algorithm",
+        "weight of each subnet's loss; the supernet's is 1",
+        least=0,
+        most=1000,
     )
-    stochastic_depth: float = setting(
-        0.0, "algorithm", "share of utterances that skip a supernet-only layer in step 2"
+    stochastic_depth: float = share(
+        0.0,
+        "algorithm",
+        "share of the utterances for which the supernet skips a layer in step 2; "
+        "layers of the smallest size are never skipped",
     )
 
-    updates: int = setting(1500, "training", "updates of the whole training, both steps")
-    batch_seconds: float = setting(
-        40.0, "training", "audio of one batch with its padding, in seconds, at most"
+    updates: int = setting(
+        1500, "training", "updates of the whole training, both steps", least=1, most=HIGHEST
     )
-    batch_utterances: int = setting(60, "training", "utterances of one batch, at most")
+    batch_seconds: float = setting(
+        40.0,
+        "training",
+        "most audio in a batch with its padding, in seconds; a longer utterance is alone",
+        least=0.01,
+        most=1e6,
+    )
+    batch_utterances: int = setting(
+        60, "training", "most utterances in a batch", least=1, most=HIGHEST
+    )
     accumulate: int = setting(
-        1, "training", "batches of each process whose gradients make one update"
+        1, "training", "batches of each process in one update", least=1, most=10_000
     )
     checkpoint_activations: bool = setting(
-        False, "training", "compute layers again in the backward pass: less memory"
+        False, "training", "save memory: compute each layer again in the backward pass"
     )
     peak_learning_rate: float = setting(
-        4e-3, "training", "highest learning rate; it starts at 1/100 of it"
+        4e-3, "training", "highest learning rate; the first is 1/100 of it", least=1e-12, most=1
     )
-    warmup: float = setting(
-        0.1, "training", "share of the updates in which the learning rate rises"
-    )
+    warmup: float = share(0.1, "training", "share of the updates in which the learning rate rises")
     cooldown: float = setting(
-        0.8, "training", "share in which it falls back; then on to 1e-8 in what is left"
+        0.8,
+        "training",
+        "share of the updates in which it falls to 1/100; the rest goes on to 1e-8",
+        least=0,
+        most=1,
     )
-    weight_decay: float = setting(1e-3, "training", "AdamW's weight decay")
-    epsilon: float = setting(1e-8, "training", "AdamW's epsilon")
-    beta2: float = setting(0.98, "training", "AdamW's decay of the squared gradient")
-    clip: float = setting(1.0, "training", "largest norm of the gradient; 0: no clipping")
+    weight_decay: float = share(1e-3, "training", "AdamW's weight decay")
+    epsilon: float = setting(1e-8, "training", "AdamW's epsilon", least=1e-30, most=1)
+    beta2: float = share(0.98, "training", "AdamW's decay of the squared gradient")
+    clip: float = setting(
+        1.0, "training", "largest norm of the gradient; 0: no clipping", least=0, most=1e9
+    )
     precision: str = setting(
-        "auto", "training", "bfloat16 (autocast), float32, or auto: bfloat16 where hardware has it"
+        "auto",
+        "training",
+        "of the layers; auto: bfloat16 where the hardware computes it, else float32",
+        choices=("auto", "bfloat16", "float32"),
     )
-    device: str = setting("auto", "training", "cpu, cuda, or auto: cuda where there is one")
+    device: str = setting(
+        "auto", "training", "cpu, cuda, cuda:N, or auto: cuda where there is a GPU"
+    )
     workers: int = setting(
-        0, "training", "loader processes; 0: none, and features stay in memory (115 MB an hour)"
+        0,
+        "training",
+        "processes that read audio; 0: none, and features stay in memory (115 MB an hour)",
+        least=0,
+        most=64,
     )
-    seed: int = setting(0, "training", "of everything that is drawn")
-    log_every: int = setting(20, "training", "updates from one line of metrics.jsonl to the next")
+    seed: int = setting(0, "training", "seed of everything that is drawn", least=0, most=HIGHEST)
+    log_every: int = setting(
+        20, "training", "updates from one line of the log to the next", least=1, most=HIGHEST
+    )
     validate_every: int = setting(
-        500, "training", "updates from one validation to the next; one more at the end"
+        500,
+        "training",
+        "updates from one validation to the next; one more at the end",
+        least=1,
+        most=HIGHEST,
     )
     save_every: int = setting(
-        500, "training", "updates from one checkpoint to the next; one more at the end"
+        500,
+        "training",
+        "updates from one checkpoint to the next; one more at the end",
+        least=1,
+        most=HIGHEST,
     )
     save_minutes: float = setting(
-        10.0, "training", "minutes after which there is a checkpoint in any case"
+        10.0, "training", "most minutes between two checkpoints", least=0.01, most=1e6
     )
-    keep: int = setting(3, "training", "checkpoints that are kept; average.pt is the mean of these")
+    keep: int = setting(3, "training", "checkpoints that stay, newest first", least=1, most=10)
 
     def __post_init__(self) -> None:
+        for setting in fields():
+            if rule := fault(setting, getattr(self, setting.name)):
+                self.refuse(setting.name, rule)
         for name, (holds, rule) in self.rules().items():
             if not holds:
-                raise ValueError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: {rule}")
+                self.refuse(name, rule)
+
+    def refuse(self, name: str, rule: str) -> typing.NoReturn:
+        """Raise ValueError for the value of a setting that breaks a rule."""
+        flag, value = name.replace("_", "-"), shown(getattr(self, name))
+        raise ValueError(f"--{flag} {value or repr(value)}: {rule}")
 
     @property
     def layers(self) -> int:
@@ -199,88 +338,97 @@ class Config:
         return 4 * self.blocks
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        """For each field that has one: whether its rule holds, and the rule."""
-        rules = {name: (getattr(self, name) >= 1, "must be 1 or more") for name in POSITIVE}
-        rules |= {name: (getattr(self, name) >= 0, "must be 0 or more") for name in NOT_NEGATIVE}
-        rules |= {
-            name: (0 <= getattr(self, name) < 1, "must be 0 or more and below 1") for name in SHARES
+        """Return, for each setting that depends on others: whether its rule holds, and the rule."""
+        head_width, rest = divmod(self.width, self.attention_heads)
+        channels = CHANNELS[self.front_end]
+        nyquist = self.sample_rate / 2
+        splits = {
+            name: (are_splits(getattr(self, name)), "must be names inside the corpus; A+B: A and B")
+            for name in ("train_splits", "dev_splits", "test_splits")
         }
-        rules |= {
-            name: (getattr(self, name) in words, "must be " + " or ".join(words))
-            for name, words in WORDS.items()
+        return splits | {
+            "speeds": (bool(self.speeds), "must be one or more"),
+            "attention_heads": (
+                rest == 0 and not (self.rotary and head_width % 2),
+                f"must divide --width {self.width}"
+                + (" an even number of times (--rotary)" if self.rotary else ""),
+            ),
+            "kernel": (self.kernel % 2 == 1, "must be odd"),
+            "front_end_channels": (
+                len(self.front_end_channels) == channels,
+                f"the front-end {self.front_end} needs {channels} numbers",
+            ),
+            "sizes": (
+                list(self.sizes) == sorted(set(self.sizes)) and self.layers in self.sizes[-1:],
+                f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks",
+            ),
+            "size": (
+                self.size <= self.layers and (self.size == 0 or self.method == "none"),
+                f"must be 0 to {self.layers}, and needs --method none",
+            ),
+            "layers_from": (
+                not self.layers_from or self.method == "none",
+                "needs --method none",
+            ),
+            "highest_hz": (
+                self.lowest_hz + self.mel_bins <= self.highest_hz <= nyquist,
+                f"must be at most {nyquist:g}, half the sample rate, and at least 1 Hz for each of "
+                f"the {self.mel_bins} mel bins above --lowest-hz {self.lowest_hz:g}",
+            ),
+            "window_ms": (
+                self.window_ms * self.sample_rate >= 2000,
+                "must be two samples or more",
+            ),
+            "hop_ms": (
+                self.hop_ms <= self.window_ms and self.hop_ms * self.sample_rate >= 1000,
+                f"must be a sample or more and at most --window-ms {self.window_ms:g}",
+            ),
+            "cooldown": (
+                self.cooldown <= 1 - self.warmup,
+                f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
+            ),
+            "device": (
+                re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
+                "must be auto, cpu, cuda or cuda:N",
+            ),
         }
-        head_width = self.width // self.attention_heads if self.attention_heads > 0 else 0
-        sizes, largest = self.sizes, self.sizes[-1] if self.sizes else 0
-        rules["attention_heads"] = (
-            head_width * self.attention_heads == self.width > 0
-            and not (self.rotary and head_width % 2),
-            f"must divide the width {self.width}"
-            + (" an even number of times (rotary)" if self.rotary else ""),
-        )
-        rules["size"] = (
-            0 <= self.size <= self.layers and (self.size == 0 or self.method == "none"),
-            f"must be 0 to {self.layers}, and needs --method none",
-        )
-        rules["layers_from"] = (
-            not self.layers_from or self.method == "none",
-            "needs --method none",
-        )
-        rules["kernel"] = (self.kernel > 0 and self.kernel % 2 == 1, "must be odd")
-        rules["sizes"] = (
-            list(sizes) == sorted(set(sizes))
-            and min(sizes, default=0) >= 1
-            and largest == self.layers,
-            f"must be ascending numbers of layers, from 1 up; the last: all {self.layers} of the {self.blocks} blocks",
-        )
-        channels = {"conv2d": 2, "vgg": 4}.get(self.front_end, 0)
-        rules["front_end_channels"] = (
-            len(self.front_end_channels) == channels and min(self.front_end_channels) >= 1,
-            f"the front-end {self.front_end} needs {channels} numbers of 1 or more",
-        )
-        rules["highest_hz"] = (
-            0 <= self.lowest_hz < self.highest_hz <= self.sample_rate / 2,
-            f"must lie above --lowest-hz {self.lowest_hz} and not above half the sample rate {self.sample_rate}",
-        )
-        rules["cooldown"] = (
-            0 <= self.cooldown <= 1 - self.warmup,
-            f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
-        )
-        rules["hop_ms"] = (
-            0 < self.hop_ms <= self.window_ms,
-            f"must be above 0 and at most --window-ms {self.window_ms}",
-        )
-        rules["window_ms"] = (
-            self.window_ms * self.sample_rate >= 2000,
-            "must be two samples or more",
-        )
-        rules["seed"] = (0 <= self.seed < 2**31, "must be 0 or more and below 2^31")
-        rules["speeds"] = (
-            bool(self.speeds) and all(0.5 <= s <= 2 for s in self.speeds),
-            "must be from 0.5 to 2",
-        )
-        rules["keep"] = (1 <= self.keep <= 10, "must be 1 to 10")
-        rules |= {name: (getattr(self, name) > 0, "must be above 0") for name in ABOVE_0}
-        return rules
 
 
-POSITIVE = (
-    "vocabulary sample_rate mel_bins blocks width attention_heads delta zero_out_delta updates batch_utterances "
-    "accumulate log_every validate_every save_every"
-).split()
-NOT_NEGATIVE = (
-    "frequency_masks frequency_mask_bins time_mask_every time_mask_frames score_rate zero_out_rate subnet_loss "
-    "weight_decay epsilon clip workers"
-).split()
-ABOVE_0 = ("batch_seconds", "peak_learning_rate", "save_minutes")
-SHARES = ("dropout", "beta2", "step1_share", "stochastic_depth", "layer_drop", "warmup")
-WORDS = {
-    "front_end": ("conv2d", "vgg"),
-    "method": METHODS,
-    "relaxation": ("straight-through", "soft"),
-    "corpus_kind": ("auto", *CORPUS_KINDS),
-    "normaliser": ("none", "lower", "upper", "plain"),
-    "precision": ("auto", "bfloat16", "float32"),
-}
+def are_splits(names: tuple[str, ...]) -> bool:
+    """Whether there are names, and each part of a name `A+B` stays inside the corpus."""
+    parts = [part for name in names for part in name.split("+")]
+    return bool(parts) and all(
+        part.strip()
+        and part.isprintable()
+        and not os.path.isabs(part)
+        and ".." not in part.split("/")
+        for part in parts
+    )
+
+
+def limits(setting: dataclasses.Field) -> str:
+    """Return what the numbers of a setting must be, for people; empty for other settings."""
+    least, most, below = (setting.metadata[name] for name in ("least", "most", "below"))
+    if below is not None:
+        return f"must be {least:g} or more and below {below:g}"
+    if most == HIGHEST:
+        return f"must be {least:g} or more and below 2^31"
+    return "" if least is None else f"must be {least:g} to {most:g}"
+
+
+def fault(setting: dataclasses.Field, value: object) -> str:
+    """Return what a setting must be where this value is not within its limits, or an empty text."""
+    least, most, below, choices = (
+        setting.metadata[name] for name in ("least", "most", "below", "choices")
+    )
+    if choices and value not in choices:
+        return "must be " + " or ".join(choices)
+    numbers = value if isinstance(value, tuple) else (value,)
+    within = least is None or all(
+        least <= number and (number <= most if below is None else number < below)
+        for number in numbers
+    )
+    return "" if within else limits(setting)
 
 
 def shown(value: object) -> str:
@@ -290,42 +438,51 @@ def shown(value: object) -> str:
 
 # What the paper's two setups share, read from the authors' published configurations.
 PAPER = dict(
-    vocabulary=512, mel_bins=80, hop_ms=10.0, time_mask_every=25, time_mask_frames=20, front_end="vgg",
-    front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False, sizes=(16, 32, 48), subnet_loss=0.3,
-    stochastic_depth=0.3, zero_out_start=10.0, zero_out_rate=1.0,
-    warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16, beta2=0.999, clip=0.0,
+    vocabulary=512, mel_bins=80, hop_ms=10.0, time_mask_every=25, time_mask_frames=20,
+    front_end="vgg", front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False,
+    sizes=(16, 32, 48), subnet_loss=0.3, stochastic_depth=0.3,
+    zero_out_start=10.0, zero_out_rate=1.0,
+    warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16,
+    beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     "digits": dict(
-        corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0, time_mask_frames=10,
-        vocabulary=32, blocks=6, sizes=(8, 16, 24), dropout=0.1, step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1,
+        corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0,
+        time_mask_frames=10, vocabulary=32, blocks=6, sizes=(8, 16, 24), dropout=0.1,
+        step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1,
         updates=4000, batch_seconds=25.0, peak_learning_rate=1.2e-3,
     ),
     "librispeech": PAPER | dict(
-        corpus="LibriSpeech", train_splits=("train-clean-100", "train-clean-360", "train-other-500"),
-        width=512, attention_heads=8, dropout=0.1, updates=732_000, step1_share=0.64, delta=1, batch_utterances=60,
-        frequency_masks=5, frequency_mask_bins=8,
+        corpus="LibriSpeech",
+        train_splits=("train-clean-100", "train-clean-360", "train-other-500"),
+        width=512, attention_heads=8, dropout=0.1, updates=732_000, step1_share=0.64, delta=1,
+        batch_utterances=60, frequency_masks=5, frequency_mask_bins=8,
     ),
     "tedlium2": PAPER | dict(
         corpus="TEDLIUM_release2", dev_splits=("dev",), test_splits=("test",),
-        width=384, attention_heads=6, dropout=0.2, updates=350_000, step1_share=0.61, delta=4, batch_utterances=128,
-        frequency_masks=10, frequency_mask_bins=5,
+        width=384, attention_heads=6, dropout=0.2, updates=350_000, step1_share=0.61, delta=4,
+        batch_utterances=128, frequency_masks=10, frequency_mask_bins=5,
     ),
 }  # fmt: skip
 
 
 def preset(name: str, **changes: typing.Any) -> Config:
-    """The preset `name` with some fields changed. Raises ValueError for an unknown preset or an impossible value."""
+    """Return the preset `name` with some settings changed.
+
+    Raises ValueError for an unknown preset or an impossible value.
+    """
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: must be {' or '.join(PRESETS)}")
     return for_method(Config(**(PRESETS[name] | changes)))
 
 
 def for_method(config: Config) -> Config:
-    """The configuration with what its method asks for: `none` has one size, LayerDrop's sizes share their output
-    layer, and with auxiliary losses no layer is dropped."""
+    """Return the configuration with what its method asks for.
+
+    `none` has one size. LayerDrop's sizes share their output layer. Auxiliary losses drop no layer.
+    """
     changes: dict[str, dict] = {
         "none": dict(sizes=config.sizes[-1:]),
         "layerdrop": dict(shared_head=True),
