@@ -24,5 +24,6 @@ setup(
         "soxr>=0.3",
         "tqdm>=4.65",
     ],
+    entry_points={"console_scripts": ["dynsize = dynsize.__main__:main"]},
     extras_require={"demo": DEMO, "triton": TRITON, "test": DEMO + TRITON + TEST},
 )

@@ -1,3 +1,19 @@
 """Dynamic encoder size: one Conformer-CTC supernet whose subnets share all its weights."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynsize.recogniser import Recogniser
+
 __version__ = "0.1.0"
+
+
+def load(path: str | Path) -> "Recogniser":
+    """Returns the recogniser of a run directory, of a supernet's checkpoint or of a cut size.
+
+    Raises ValueError where `path` is none of these.
+    """
+    from dynsize import recogniser  # here, so that `import dynsize` does not import torch
+
+    return recogniser.load(path)

@@ -117,3 +117,11 @@ def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         for path, length in zip(best, lengths.tolist(), strict=True)
     )
     return [[label for label in path if label != BLANK] for path in paths]
+
+
+def label_frames(path: Tensor) -> list[tuple[int, int]]:
+    """Returns the labels of a best path, (T,), each with the first frame in which it is emitted."""
+    labels, counts = torch.unique_consecutive(path, return_counts=True)
+    first = counts.cumsum(0) - counts
+    pairs = zip(labels.tolist(), first.tolist(), strict=True)
+    return [(label, frame) for label, frame in pairs if label != BLANK]

@@ -1,0 +1,172 @@
+"""The command `dynsize`: text, with times, from audio files. `python -m dynsize` is the same."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+import dynsize
+from dynsize.recogniser import Recogniser, Transcript, Word
+from dynsize.terminal import Parser, one_line, printable, reported, use_threads
+
+DESCRIPTION = "Turns audio files into text with a trained network, at a size that can be chosen."
+EXAMPLES = """  dynsize talk.flac --model runs/demo
+  dynsize calls/*.wav --model runs/demo --size 7 --format srt --output captions
+  arecord -f S16_LE -r 16000 -d 5 | dynsize - --model runs/demo"""
+CAPTION_PAUSE = 1.0  # seconds without a word, after which a new caption begins
+CAPTION_CHARACTERS = 60  # at most, in one caption
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("dynsize", DESCRIPTION, EXAMPLES)
+    add = parser.add_argument
+    add("audio", nargs="+", metavar="FILE", help="what soundfile reads; -: a WAV on stdin")
+    add("--model", required=True, metavar="PATH", help="a run of train.py, or one network's file")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", type=int, help="in layers (the largest)")
+    size.add_argument(
+        "--max-latency-ms", type=float, help="the largest size as fast as this for 10 s of audio"
+    )
+    add("--format", choices=FORMATS, default="txt", help="json, srt, vtt, ctm have times (txt)")
+    add("--output", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT for each file")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--channel", type=int, help="of the audio; 1 is the first (the mean of all channels)")
+    parsed = parser.parse_args(arguments)
+    if parsed.channel is not None and parsed.channel < 1:
+        parser.error(f"--channel {parsed.channel}: the first channel is 1")
+    if parsed.format in ("srt", "vtt") and len(parsed.audio) > 1 and not parsed.output:
+        parser.error(f"{parsed.format} of several files needs --output: one file for each")
+    return parsed
+
+
+def captions(transcript: Transcript) -> list[list[Word]]:
+    """Returns the words in captions: at most 60 characters each, and no pause of 1 s in them."""
+    lines: list[list[Word]] = []
+    for word in transcript.words:
+        line = lines[-1] if lines else []
+        characters = sum(len(other.text) + 1 for other in line) + len(word.text)
+        if line and characters <= CAPTION_CHARACTERS and word.start < line[-1].end + CAPTION_PAUSE:
+            line.append(word)
+        else:
+            lines.append([word])
+    return lines
+
+
+def clock(seconds: float, point: str) -> str:
+    """Returns a time as captions write it: 01:02:03.456, with a comma for the point in SRT."""
+    total = round(1000 * seconds)
+    minutes, milliseconds = divmod(total, 60_000)
+    second, milliseconds = divmod(milliseconds, 1000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{second:02}{point}{milliseconds:03}"
+
+
+def txt(transcript: Transcript, name: str) -> str:
+    return transcript.text + "\n"
+
+
+def json_line(transcript: Transcript, name: str) -> str:
+    words = [dict(word=w.text, start=w.start, end=w.end) for w in transcript.words]
+    row = dict(file=name, seconds=transcript.seconds, text=transcript.text, words=words)
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def srt(transcript: Transcript, name: str) -> str:
+    blocks = [
+        f"{number}\n{clock(line[0].start, ',')} --> {clock(line[-1].end, ',')}\n{joined(line)}\n"
+        for number, line in enumerate(captions(transcript), start=1)
+    ]
+    return "\n".join(blocks)
+
+
+def vtt(transcript: Transcript, name: str) -> str:
+    blocks = [
+        f"{clock(line[0].start, '.')} --> {clock(line[-1].end, '.')}\n{joined(line)}\n"
+        for line in captions(transcript)
+    ]
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+def ctm(transcript: Transcript, name: str) -> str:
+    """Returns NIST's format: recording, channel, start, duration, word."""
+    recording = "_".join(stem(name).split())  # the fields are separated by spaces
+    return "".join(
+        f"{recording} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}\n"
+        for word in transcript.words
+    )
+
+
+def joined(words: list[Word]) -> str:
+    return " ".join(word.text for word in words)
+
+
+def stem(name: str) -> str:
+    return "stdin" if name == "-" else Path(name).stem
+
+
+FORMATS: dict[str, Callable[[Transcript, str], str]] = {
+    "txt": txt, "json": json_line, "srt": srt, "vtt": vtt, "ctm": ctm,
+}  # fmt: skip
+
+
+def outputs(options: argparse.Namespace) -> list[Path | None]:
+    """Returns the file to write for each audio file; None: standard output.
+
+    Raises ValueError where one is there already, or would be written twice.
+    """
+    if not options.output:
+        return [None] * len(options.audio)
+    files = [options.output / f"{stem(name)}.{options.format}" for name in options.audio]
+    for i, file in enumerate(files):
+        if file in files[:i]:
+            raise ValueError(f"{options.audio[i]}: another file's text would be {file} too")
+        if file.exists() and not options.overwrite:
+            raise ValueError(f"{file}: exists already; --overwrite replaces it")
+    return files
+
+
+def transcribe(recogniser: Recogniser, name: str, size: int, channel: int | None) -> Transcript:
+    """Returns the text of a file; a long one has a progress bar on standard error."""
+    with tqdm(desc=printable(name), unit=" s", delay=2, leave=False, unit_scale=True) as bar:
+        return recogniser.transcribe(name, size=size, channel=channel, progress=bar.update)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Transcribes file after file. Returns the exit code: 2 where some file could not be read."""
+    use_threads(options.threads)
+    files = outputs(options)
+    recogniser = dynsize.load(options.model)
+    size = recogniser.sizes[-1] if options.size is None else options.size
+    recogniser.check_size(size)
+    if options.max_latency_ms is not None:
+        size = recogniser.size_within(options.max_latency_ms)
+        taken = recogniser.latencies[size]
+        print(f"dynsize: size {size} takes {taken:.1f} ms for 10 s of audio", file=sys.stderr)
+    channel = None if options.channel is None else options.channel - 1
+    code = 0
+    for name, file in zip(options.audio, files, strict=True):
+        try:
+            text = FORMATS[options.format](transcribe(recogniser, name, size, channel), name)
+        except ValueError as error:
+            print(one_line(f"dynsize: {error}"), file=sys.stderr)
+            code = 2
+            continue
+        if file is None:
+            print(text, end="", flush=True)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+    return code
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    with reported("dynsize", "stopped; files that were written are whole"):
+        code = run(options)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Text, with the time of each word, from audio of any length."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+
+from dynsize import checkpoint
+from dynsize.checkpoint import Checkpoint
+from dynsize.ctc import label_frames
+from dynsize.features import log_mel, window_and_hop
+from dynsize.supernet import Supernet
+
+SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
+CONTEXT = 6  # a window's context on each side is its length divided by this
+WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
+LEAD = 0.08  # seconds by which a word starts before its first label's frame
+TAIL = 0.2  # seconds by which a word ends after its last label's frame
+BLOCK = 10  # seconds of audio that are read at once
+LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
+
+Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding needs to know of a network, besides the network."""
+
+    sample_rate: int  # Hz
+    window: int  # analysis window, in samples
+    hop: int  # from one feature frame to the next, in samples
+    labels: tuple[str, ...]  # V SentencePiece units; the first one is the blank
+    sizes: tuple[int, ...]  # in layers, ascending
+    longest_seconds: float  # of training's longest utterance
+
+    @property
+    def step(self) -> int:
+        """Samples from one encoder frame to the next."""
+        return SUBSAMPLING * self.hop
+
+    @property
+    def window_frames(self) -> int:
+        """Encoder frames of one window of long audio, its context included."""
+        return max(CONTEXT, round(self.longest_seconds * self.sample_rate / self.step))
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    start: float  # seconds
+    end: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    words: list[Word]
+    seconds: float  # of the audio
+
+    @property
+    def text(self) -> str:
+        return " ".join(word.text for word in self.words)
+
+
+class Recogniser:
+    """Turns audio into text with a network of one size, or with any size of a supernet."""
+
+    def __init__(self, network: Network, facts: Facts) -> None:
+        self.network, self.facts = network, facts
+        self.latencies: dict[int, float] = {}  # size → milliseconds, once measured
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes that can be chosen, in layers, ascending."""
+        return self.facts.sizes
+
+    def transcribe(
+        self,
+        audio: str | Path | np.ndarray,
+        size: int | None = None,
+        sample_rate: int | None = None,
+        channel: int | None = None,
+        progress: Callable[[float], None] = lambda seconds: None,
+    ) -> Transcript:
+        """Returns the text of `audio` with the times of its words.
+
+        `audio`: a file that soundfile reads, `-` for a WAV on standard input, or a float array,
+        (samples,) or (samples, channels), with its `sample_rate` in Hz. `size`: in layers, by
+        default the largest. `channel`: 0 is the first; by default the mean of all channels.
+        `progress` is called with the seconds of audio that were read since its last call.
+        Raises ValueError for a size that the network lacks and for audio that can't be read.
+        """
+        size = self.sizes[-1] if size is None else size
+        self.check_size(size)
+        read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
+        samples = 0
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal samples
+            for block in read(audio, self.facts.sample_rate, sample_rate, channel):
+                samples += len(block)
+                progress(len(block) / self.facts.sample_rate)
+                yield block
+
+        network = partial(self.network, size=size)
+        parts = windowed_log_probs(network, counted(), self.facts)
+        path = torch.cat([log_probs.argmax(-1) for log_probs in parts])
+        seconds = samples / self.facts.sample_rate
+        return Transcript(words_of(label_frames(path), self.facts, seconds), seconds)
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError for a size that the network lacks."""
+        if size not in self.sizes:
+            raise ValueError(f"size {size}: the sizes are {', '.join(map(str, self.sizes))}")
+
+    def size_within(self, milliseconds: float) -> int:
+        """Returns the largest size that takes at most so long for 10 s of audio on this machine.
+
+        Each size is measured once. Raises ValueError where the smallest one takes longer.
+        """
+        self.latencies = self.latencies or {size: self.latency(size) for size in self.sizes}
+        within = [size for size in self.sizes if self.latencies[size] <= milliseconds]
+        if not within:
+            least = min(self.latencies.values())
+            raise ValueError(
+                f"{milliseconds:g} ms for {LATENCY_SECONDS:g} s of audio: the fastest size takes "
+                f"{least:.1f} ms on this machine"
+            )
+        return max(within)
+
+    def latency(self, size: int) -> float:
+        """Returns the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
+        generator = torch.Generator().manual_seed(0)
+        audio = torch.randn(round(LATENCY_SECONDS * self.facts.sample_rate), generator=generator)
+        taken = []
+        for _ in range(8):
+            start = time.perf_counter()
+            self.network(audio, size=size)
+            taken.append(1000 * (time.perf_counter() - start))
+        return median(taken[1:])
+
+
+def load(path: str | Path) -> Recogniser:
+    """Returns the recogniser of a run directory, of a supernet's checkpoint or of a cut size.
+
+    Raises ValueError where `path` is none of these.
+    """
+    loaded = checkpoint.load(Path(path))
+    return Recogniser(network_of(loaded.model), facts_of(loaded))
+
+
+def facts_of(loaded: Checkpoint) -> Facts:
+    """Returns what decoding needs to know of a checkpoint's network."""
+    config, pieces = loaded.model.config, loaded.tokenizer.pieces
+    window, hop = window_and_hop(config)
+    labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
+    longest = getattr(loaded, "longest_seconds", 15.0)
+    return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
+
+
+def network_of(model: Supernet) -> Network:
+    """Returns a function that runs one size of a network on audio; pruned layers do not run."""
+
+    @torch.inference_mode()
+    def log_probs(audio: Tensor, size: int) -> Tensor:
+        device = next(model.parameters()).device
+        features = log_mel(audio, model.config)[None].to(device)  # (1, T, F)
+        lengths = torch.tensor([features.shape[1]], device=device)
+        result, lengths = model(features, lengths, [size])
+        return result[0, 0, : lengths[0]].cpu()  # (T', V)
+
+    return log_probs
+
+
+def windowed_log_probs(
+    network: Callable[[Tensor], Tensor], blocks: Iterable[np.ndarray], facts: Facts
+) -> Iterator[Tensor]:
+    """Yields the log-probabilities of audio of any length, in parts that follow each other.
+
+    `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
+    The network sees windows about as long as training's longest utterance, each with a sixth of
+    its length as context on both sides, whose frames are dropped. The last window is as long as
+    the others, so its context before is longer. Audio of at most one window is seen whole.
+    Memory holds two windows and a block, whatever the length of the audio.
+    """
+    step, window = facts.step, facts.window_frames
+    context = window // CONTEXT
+    audio = np.zeros(0, np.float32)  # what was read and is still needed ...
+    first = 0  # ... and the encoder frame at which it begins
+    done = 0  # encoder frames that were yielded
+    for block in blocks:
+        audio = np.concatenate([audio, block]) if len(audio) else block
+        while True:
+            start = max(0, done - context)
+            stop = (start + window - first) * step + facts.window - facts.hop
+            if len(audio) <= stop:
+                break
+            log_probs = network(torch.from_numpy(audio[(start - first) * step : stop]))
+            yield log_probs[done - start : window - context]
+            done = start + window - context
+            outdated = max(0, done - window) - first
+            audio = audio[outdated * step :]
+            first += outdated
+    start = max(0, min(done - context, first + len(audio) // step - window))
+    yield network(torch.from_numpy(audio[(start - first) * step :]))[done - start :]
+
+
+def file_blocks(
+    path: str | Path, to_rate: int, sample_rate: int | None, channel: int | None
+) -> Iterator[np.ndarray]:
+    """Yields the audio of a file, or of a WAV on standard input, resampled to `to_rate`.
+
+    Raises ValueError for what can't be read, is truncated, or has no such channel.
+    """
+    name = "standard input" if path == "-" else str(path)
+    if sample_rate is not None:
+        raise ValueError(f"{name}: a file has a sample rate; sample_rate is for arrays")
+    try:
+        source = sys.stdin.fileno() if path == "-" else path
+        with soundfile.SoundFile(source, closefd=path != "-") as file:
+            yield from resampled(blocks_of(file), file.samplerate, to_rate, channel, name)
+            if file.seekable() and file.tell() != file.frames:
+                found = f"{file.tell()} of {file.frames} samples can be read"
+                raise ValueError(f"{name}: truncated: {found}")
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise ValueError(f"{name}: not audio that can be read: {error}") from error
+
+
+def blocks_of(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """Yields (samples, channels) float32 until the file ends. It may be a pipe."""
+    while len(block := file.read(BLOCK * file.samplerate, dtype="float32", always_2d=True)):
+        yield block
+
+
+def array_blocks(
+    audio: np.ndarray, to_rate: int, sample_rate: int | None, channel: int | None
+) -> Iterator[np.ndarray]:
+    """Yields an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
+    if sample_rate is None:
+        raise ValueError("an array of samples needs its sample_rate")
+    if audio.ndim not in (1, 2) or not np.issubdtype(audio.dtype, np.floating):
+        found = f"{audio.dtype} of shape {audio.shape}"
+        raise ValueError(f"audio must be floats, (samples,) or (samples, channels), not {found}")
+    audio = audio[:, None] if audio.ndim == 1 else audio  # (samples, channels)
+    audio = audio.astype(np.float32, copy=False)
+    parts = (audio[i : i + BLOCK * sample_rate] for i in range(0, len(audio), BLOCK * sample_rate))
+    yield from resampled(parts, sample_rate, to_rate, channel, "the array")
+
+
+def resampled(
+    blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, channel: int | None, name: str
+) -> Iterator[np.ndarray]:
+    """Yields one channel, (samples,) float32 at `to_rate`, of blocks of (samples, channels)."""
+    stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
+    for block in blocks:
+        if channel is not None and not 0 <= channel < block.shape[1]:
+            raise ValueError(f"{name}: has no channel {channel}; it has {block.shape[1]}")
+        mono = block.mean(1) if channel is None else np.ascontiguousarray(block[:, channel])
+        if not np.isfinite(mono).all():
+            raise ValueError(f"{name}: samples that are no numbers")
+        yield mono if from_rate == to_rate else stream.resample_chunk(mono)
+    if from_rate != to_rate:
+        yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def words_of(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> list[Word]:
+    """Returns the words of labels given with the encoder frame of each.
+
+    CTC's labels are short peaks inside a word. So a word starts some time before its first label
+    and ends some time after its last one, but words do not overlap and stay inside the audio.
+    """
+    spans: list[tuple[str, int, int]] = []  # text, first frame, last frame
+    for label, frame in labels:
+        piece = facts.labels[label]
+        if piece.startswith(WORD) or not spans:
+            spans.append(("", frame, frame))
+        text, first, _ = spans[-1]
+        spans[-1] = (text + piece.removeprefix(WORD), first, frame)
+    spans = [span for span in spans if span[0]]  # the mark alone is no word
+    frame_seconds = facts.step / facts.sample_rate
+    starts, earliest = [], 0.0
+    for _, first, last in spans:
+        starts.append(min(max(first * frame_seconds - LEAD, earliest), seconds))
+        earliest = last * frame_seconds
+    words = []
+    limits = [*starts[1:], seconds]
+    for (text, _, last), start, limit in zip(spans, starts, limits, strict=False):
+        end = min((last + 1) * frame_seconds + TAIL, limit)
+        words.append(Word(text, round(start, 3), round(end, 3)))
+    return words

@@ -1,0 +1,360 @@
+"""Text from audio: a detector of tones as the network, then the command with networks of ours."""
+
+import json
+import re
+import subprocess
+import sys
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+import torch.nn.functional as F
+from conftest import RATE, TONES, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dynsize
+from dynsize import __main__ as command
+from dynsize import checkpoint
+from dynsize.ctc import label_frames
+from dynsize.recogniser import (
+    Facts,
+    Recogniser,
+    Transcript,
+    Word,
+    file_blocks,
+    windowed_log_probs,
+    words_of,
+)
+from dynsize.subnet import cut
+from dynsize.supernet import Supernet
+from dynsize.tokenizer import train_tokenizer
+
+WINDOW, HOP = 200, 80  # samples
+STEP = 4 * HOP
+TONE = 0.2  # seconds
+WORDS = tuple(TONES)
+
+
+def facts(longest_seconds: float = 3.0) -> Facts:
+    labels = ("<unk>", *(f"▁{word}" for word in WORDS))
+    return Facts(RATE, WINDOW, HOP, labels, (1, 2), longest_seconds)
+
+
+def detect(audio: Tensor, size: int = 1) -> Tensor:
+    """Log-probabilities of the tones in each encoder frame, from it and one frame on each side."""
+    frames = (1 + max(0, len(audio) - WINDOW) // HOP + 3) // 4
+    audio = F.pad(audio, (0, max(0, frames * STEP - len(audio))))[: frames * STEP]
+    spectrum = torch.fft.rfft(audio.view(frames, STEP)).abs()  # bins of 25 Hz
+    power = torch.stack([spectrum[:, tone // 25] for tone in TONES.values()], 1)  # (T', 4)
+    power = F.avg_pool1d(power.T[None], 3, stride=1, padding=1, count_include_pad=False)[0].T
+    quiet = torch.full((frames, 1), 12.0)
+    return torch.cat([quiet, power], 1).log_softmax(-1)
+
+
+def speech(words: list[str], pauses: list[float], rate: int = RATE) -> np.ndarray:
+    """Tones of 0.2 s with a pause before each, and 0.3 s of silence at the end."""
+    time = np.arange(round(TONE * rate)) / rate
+    parts = []
+    for word, pause in zip(words, pauses, strict=True):
+        parts += [np.zeros(round(pause * rate)), 0.4 * np.sin(2 * np.pi * TONES[word] * time)]
+    return np.concatenate([*parts, np.zeros(round(0.3 * rate))]).astype(np.float32)
+
+
+sentences = st.lists(
+    st.tuples(st.sampled_from(WORDS), st.floats(0.15, 2.0)), min_size=1, max_size=12
+)
+
+
+def split(audio: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    return np.split(audio, np.cumsum(lengths))
+
+
+@given(sentences, st.floats(0.3, 4.0), st.lists(st.integers(0, 9000), max_size=8))
+@settings(max_examples=60)
+def test_windows_give_what_the_whole_gives_at_every_cut(sentence, longest_seconds, lengths):
+    audio = speech(*map(list, zip(*sentence, strict=True)))
+    blocks = split(audio, lengths)
+    parts = list(windowed_log_probs(detect, blocks, facts(longest_seconds)))
+    torch.testing.assert_close(torch.cat(parts), detect(torch.from_numpy(audio)))
+    frames = facts(longest_seconds).window_frames
+    assert max(map(len, parts)) <= frames
+
+
+def test_every_length_around_a_window_has_every_frame_once():
+    shape = facts(0.5)
+    window = shape.window_frames * STEP + WINDOW - HOP
+    generator = np.random.default_rng(0)
+    for samples in [0, 1, WINDOW, *range(window - 2 * STEP, window + 9 * STEP, 61)]:
+        audio = generator.standard_normal(samples).astype(np.float32)
+        parts = list(windowed_log_probs(detect, [audio], shape))
+        assert sum(map(len, parts)) == len(detect(torch.from_numpy(audio)))
+
+
+def test_each_window_but_the_first_is_a_full_one_with_context_on_both_sides():
+    seen = []
+
+    def network(audio: Tensor) -> Tensor:
+        seen.append(len(audio))
+        return detect(audio)
+
+    parts = list(windowed_log_probs(network, [np.zeros(20 * RATE, np.float32)], facts()))
+    full = facts().window_frames * STEP + WINDOW - HOP
+    assert len(parts) > 5 and set(seen[:-1]) == {full} and full - STEP < seen[-1] < full + STEP
+    assert facts().window_frames * STEP == pytest.approx(3.0 * RATE, abs=STEP)
+
+
+def test_memory_does_not_grow_with_the_audio():
+    def peak(seconds: int) -> int:
+        blocks = (np.zeros(RATE, np.float32) for _ in range(seconds))
+        tracemalloc.start()
+        for _ in windowed_log_probs(lambda audio: torch.zeros(1000, 1), blocks, facts()):
+            pass
+        largest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return largest
+
+    assert peak(400) < 1.1 * peak(40) < 1e6
+
+
+@given(sentences, st.floats(0.5, 3.0))
+def test_words_and_times_are_those_of_the_tones(sentence, longest_seconds):
+    words, pauses = map(list, zip(*sentence, strict=True))
+    audio = speech(words, pauses)
+    result = Recogniser(detect, facts(longest_seconds)).transcribe(audio, sample_rate=RATE)
+    assert result.text == " ".join(words)
+    assert result.seconds == pytest.approx(len(audio) / RATE)
+    start = 0.0
+    for word, pause in zip(result.words, pauses, strict=True):
+        start += pause
+        assert word.start == pytest.approx(start, abs=0.08 + 2 * STEP / RATE)
+        start += TONE
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), max_size=20), st.floats(0, 1))
+def test_times_are_ordered_and_inside_the_audio(steps, share):
+    pieces = Facts(RATE, WINDOW, HOP, ("<unk>", "▁a", "b", "▁", "▁cd", "e"), (1,), 5.0)
+    labels, frame = [], -1
+    for label, gap in steps:
+        frame += 1 + gap
+        labels.append((label, frame))
+    seconds = (frame + share) * STEP / RATE if steps else share
+    words = words_of(labels, pieces, seconds)
+    times = [time for word in words for time in (word.start, word.end)]
+    assert times == sorted(times) and all(0 <= time <= seconds + 5e-4 for time in times)
+    text = "".join(pieces.labels[label] for label, _ in labels).replace("▁", " ")
+    assert [word.text for word in words] == text.split()
+
+
+def test_label_frames_are_where_each_label_of_the_best_path_begins():
+    path = torch.tensor([0, 3, 3, 0, 3, 2, 2, 0, 0, 1])
+    assert label_frames(path) == [(3, 1), (3, 4), (2, 5), (1, 9)]
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
+def test_files_of_any_rate_and_format(tmp_path, rate, ending):
+    words = ["LOW", "TOP", "TOP", "HIGH", "MID"]
+    path = tmp_path / f"tones.{ending}"
+    soundfile.write(path, speech(words, [0.5] * 5, rate), rate)
+    assert Recogniser(detect, facts(1.0)).transcribe(path).text == " ".join(words)
+
+
+def test_resampling_in_blocks_is_resampling_at_once(tmp_path):
+    audio = np.random.default_rng(0).standard_normal(25 * 11025).astype(np.float32) / 10
+    soundfile.write(tmp_path / "noise.wav", audio, 11025, subtype="FLOAT")
+    blocks = list(file_blocks(tmp_path / "noise.wav", RATE, None, None))
+    assert len(blocks) > 2 and len(np.concatenate(blocks)) == round(25 * RATE)
+    expected = soxr.resample(audio, 11025, RATE)
+    np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-4)
+
+
+def test_channels_are_averaged_or_chosen(tmp_path):
+    both = np.stack([speech(["LOW"], [0.3]), speech(["TOP"], [0.3])], 1)
+    soundfile.write(tmp_path / "two.wav", both, RATE)
+    recogniser = Recogniser(detect, facts())
+    assert recogniser.transcribe(tmp_path / "two.wav", channel=0).text == "LOW"
+    assert recogniser.transcribe(both, sample_rate=RATE, channel=1).text == "TOP"
+    with pytest.raises(ValueError, match=r"two\.wav: has no channel 2; it has 2"):
+        recogniser.transcribe(tmp_path / "two.wav", channel=2)
+    same = np.stack([speech(["MID"], [0.3])] * 2, 1)
+    assert recogniser.transcribe(same, sample_rate=RATE).text == "MID"
+
+
+def test_refuses_what_is_no_audio(tmp_path):
+    recogniser = Recogniser(detect, facts())
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-1, 1, 30_000), RATE)
+    data = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(data[: len(data) // 2])
+    for name in ("text.wav", "cut.flac", "missing.wav"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            recogniser.transcribe(tmp_path / name)
+    wrong = np.full(RATE, np.nan, np.float32)
+    for audio, rate, why in (
+        (np.zeros(9, np.float32), None, "needs its sample_rate"),
+        (np.zeros(9, np.int16), RATE, "must be floats"),
+        (wrong, RATE, "samples that are no numbers"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            recogniser.transcribe(audio, sample_rate=rate)
+    with pytest.raises(ValueError, match="size 3: the sizes are 1, 2"):
+        recogniser.transcribe(np.zeros(9, np.float32), size=3, sample_rate=RATE)
+    assert recogniser.transcribe(np.zeros(0, np.float32), sample_rate=RATE).text == ""
+
+
+def test_the_size_within_a_latency_is_the_largest_that_is_fast_enough():
+    recogniser = Recogniser(detect, facts())
+    recogniser.latencies = {1: 5.0, 2: 9.0}
+    assert [recogniser.size_within(limit) for limit in (5, 8.9, 9, 1e6)] == [1, 1, 2, 2]
+    with pytest.raises(ValueError, match=r"the fastest size takes 5\.0 ms"):
+        recogniser.size_within(4.9)
+    assert Recogniser(detect, facts()).size_within(1e6) == 2
+
+
+def network(seed: int = 0) -> tuple[Supernet, object]:
+    """A supernet whose layers and outputs are random, and a tokenizer for it."""
+    tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
+    torch.manual_seed(seed)
+    model = Supernet(tiny(), tokenizer.labels, [5, 2, 7, 0, 1, 3, 6, 4]).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run directory with the checkpoint of a supernet and one cut size. Not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    model, tokenizer = network()
+    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
+    checkpoint.save(folder / "size-3.pt", cut(model, 3), tokenizer)
+    return folder
+
+
+@pytest.fixture
+def noise(tmp_path) -> Path:
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.3, 0.3, 3 * RATE), RATE)
+    return path
+
+
+def test_loads_a_run_a_checkpoint_and_a_cut_size(run, noise):
+    whole, cut_size = dynsize.load(run), dynsize.load(str(run / "size-3.pt"))
+    assert whole.sizes == (3, 5, 8) and cut_size.sizes == (3,)
+    texts = [whole.transcribe(noise, size=size).text for size in (3, 5, 8)]
+    assert texts[0] == cut_size.transcribe(noise).text and len(set(texts)) == 3
+    assert dynsize.load(run / "checkpoint.pt").transcribe(str(noise)).text == texts[2]
+
+
+def test_pruned_layers_do_not_run(run, noise):
+    loaded = checkpoint.load(run)
+    ran = []
+    for block, layers in enumerate(loaded.model.encoder.blocks):
+        for i, kind in enumerate(("ff1", "conv", "mhsa", "ff2")):
+            layers[kind].register_forward_hook(partial(lambda n, *_: ran.append(n), 4 * block + i))
+    from dynsize.recogniser import facts_of, network_of
+
+    recogniser = Recogniser(network_of(loaded.model), facts_of(loaded))
+    for size in (3, 8, 5):
+        ran.clear()
+        recogniser.transcribe(noise, size=size)
+        assert ran == sorted(loaded.model.ranking[:size])
+
+
+def dynsize_says(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The exit code, the output and the errors of the command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dynsize", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_the_command_writes_text_of_a_size(run, noise, tmp_path, capsys):
+    expected = dynsize.load(run).transcribe(noise, size=5)
+    assert dynsize_says(capsys, noise, "--model", run, "--size", 5) == (0, f"{expected.text}\n", "")
+    folder = tmp_path / "new" / "texts"
+    arguments = (noise, "--model", run, "--size", 5, "--format", "json", "--output", folder)
+    assert dynsize_says(capsys, *arguments) == (0, "", "")
+    written = json.loads((folder / "noise.json").read_text())
+    assert written["text"] == expected.text and written["seconds"] == 3.0
+    assert [Word(*word.values()) for word in written["words"]] == expected.words
+    code, _, error = dynsize_says(capsys, *arguments)
+    assert code == 2 and "noise.json: exists already; --overwrite replaces it" in error
+    assert dynsize_says(capsys, *arguments, "--overwrite") == (0, "", "")
+    code, _, error = dynsize_says(capsys, noise, "--model", run, "--max-latency-ms", 1e6)
+    assert code == 0 and "size 8 takes" in error
+
+
+def test_the_command_goes_on_after_a_file_that_cannot_be_read(run, noise, tmp_path, capsys):
+    missing = tmp_path / "missing.wav"
+    code, text, error = dynsize_says(capsys, missing, noise, "--model", run)
+    assert code == 2 and text.count("\n") == 1 and error.count("\n") == 1 and str(missing) in error
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (("a.wav", "--model", "no-run"), "no-run: no such checkpoint"),
+        (("a.wav",), "--model"),
+        (("a.wav", "--model", "RUN", "--size", "4"), "size 4: the sizes are 3, 5, 8"),
+        (("a.wav", "--model", "RUN", "--max-latency-ms", "0"), "the fastest size takes"),
+        (("a.wav", "--model", "RUN", "--channel", "0"), "the first channel is 1"),
+        (("a.wav", "b.wav", "--model", "RUN", "--format", "srt"), "srt of several files needs"),
+        (("a.wav", "x/a.flac", "--model", "RUN", "--output", "."), "would be a.txt too"),
+    ],
+)
+def test_the_command_refuses_in_one_line(run, capsys, arguments, why):
+    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    code, text, error = dynsize_says(capsys, *arguments)
+    assert code == 2 and not text and why in error and error.count("\n") == 1
+
+
+def test_standard_input_is_a_wav_even_one_of_unknown_length(run, noise):
+    expected = dynsize.load(run).transcribe(noise).text + "\n"
+    data = bytearray(noise.read_bytes())
+    place = data.index(b"data") + 4
+    unknown = data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]  # as ffmpeg writes to a pipe
+    for stream in (data, unknown):
+        done = subprocess.run(
+            [sys.executable, "-m", "dynsize", "-", "--model", str(run)],
+            input=bytes(stream), capture_output=True, timeout=120, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode() == expected
+
+
+TALK = Transcript(
+    [Word("ONE", 0.5, 0.9), Word("TWO", 0.9, 1.25), Word("THREE", 3661.0, 3661.5)], 3662.0
+)
+
+
+def test_formats():
+    written = {name: write(TALK, "x/my talk.wav") for name, write in command.FORMATS.items()}
+    assert written["txt"] == "ONE TWO THREE\n"
+    assert written["srt"] == (
+        "1\n00:00:00,500 --> 00:00:01,250\nONE TWO\n\n"
+        "2\n01:01:01,000 --> 01:01:01,500\nTHREE\n"
+    )  # fmt: skip
+    assert written["vtt"] == (
+        "WEBVTT\n\n00:00:00.500 --> 00:00:01.250\nONE TWO\n\n01:01:01.000 --> 01:01:01.500\nTHREE\n"
+    )
+    assert written["ctm"].splitlines() == [
+        "my_talk 1 0.500 0.400 ONE", "my_talk 1 0.900 0.350 TWO", "my_talk 1 3661.000 0.500 THREE",
+    ]  # fmt: skip
+    assert json.loads(written["json"])["words"][1] == dict(word="TWO", start=0.9, end=1.25)
+
+
+def test_captions_are_short():
+    words = [Word("word", i / 2, i / 2 + 0.4) for i in range(50)]
+    lines = command.captions(Transcript(words, 30.0))
+    assert [word for line in lines for word in line] == words
+    assert max(len(command.joined(line)) for line in lines) <= 60
