@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from dynsize import checkpoint
+from dynsize.algorithms import ALGORITHMS
 from dynsize.baselines import shuffled
-from dynsize.config import LEARNING_METHODS, for_method
+from dynsize.config import with_method
 from dynsize.subnet import COSTS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import layer_name
 from dynsize.training import Trainer, check_new
@@ -60,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--seed", type=int, default=0, help="of the random ranking (0)")
     learn = parser.add_argument_group("learning the layers of a full-size model")
     learn.add_argument(
-        "--method", choices=LEARNING_METHODS, help="learn scores, then train the sizes jointly"
+        "--method", choices=list(ALGORITHMS), help="learn scores, then train the sizes jointly"
     )
     learn.add_argument(
         "--updates",
@@ -93,10 +94,8 @@ def learn(options: argparse.Namespace) -> Path:
         name: max(1, min(getattr(old, name), updates))
         for name in ("log_every", "validate_every", "save_every")
     }
-    changes = dict(
-        method=options.method, sizes=sizes, size=0, layers_from="", updates=max(1, updates), **every
-    )
-    config = for_method(dataclasses.replace(old, **changes))
+    changes = dict(sizes=sizes, size=0, layers_from="", updates=max(1, updates))
+    config = with_method(old, options.method, **changes | every)
     folder = options.output or loaded.path.parent / options.method
     start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)
     check_new(folder, options.overwrite)

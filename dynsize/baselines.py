@@ -1,12 +1,16 @@
-"""Layers chosen without learning, to compare with: LayerDrop's, the first ones, random ones."""
+"""Rankings that are not learned, to compare with: LayerDrop's and random ones."""
 
 import random
 from collections.abc import Sequence
 
 
 def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
-    """A ranking of which each of the sizes, ascending, keeps layers in equal distances, as LayerDrop does when it
-    prunes (Fan et al. 2020)."""
+    """Return a ranking of which each size keeps layers at equal distances, as LayerDrop does.
+
+    Example: of 8 layers, sizes 4 and 8, the size 4 keeps layers 0, 2, 4, 6. `sizes`: ascending.
+    Each size keeps the layers of the smaller ones and takes the further ones at equal distances
+    from the rest. (Fan et al. 2020.)
+    """
     ranking: list[int] = []
     for size in [*sizes, layers]:
         rest = [layer for layer in range(layers) if layer not in ranking]
@@ -16,5 +20,5 @@ def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
 
 
 def shuffled(layers: int, seed: int) -> list[int]:
-    """A random ranking."""
+    """Return a random ranking."""
     return random.Random(f"ranking {seed}").sample(range(layers), layers)

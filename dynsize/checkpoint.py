@@ -18,7 +18,7 @@ from dynsize.config import from_dict
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer
 
-FORMAT = "dynsize checkpoint 2"
+FORMAT = "dynsize checkpoint 3"
 NAME = "checkpoint.pt"  # of the supernet in a run directory; the ones before are checkpoint-1.pt, checkpoint-2.pt, ...
 CHECKSUM = 64  # characters: SHA-256 in hexadecimal digits
 
@@ -46,7 +46,6 @@ def save(
         "format": FORMAT,
         "config": dataclasses.asdict(model.config),
         "weights": model.state_dict(),
-        "ranking": model.ranking,
         "size": model.size,
         "tokenizer": tokenizer.model,
         "training": training,
@@ -115,9 +114,9 @@ def read(path: Path) -> Checkpoint:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         tokenizer = Tokenizer(content["tokenizer"])
-        model = Supernet(
-            from_dict(content["config"]), tokenizer.labels, content["ranking"], content["size"]
-        )
+        ranking = content["weights"]["_extra_state"]
+        config = from_dict(content["config"])
+        model = Supernet(config, tokenizer.labels, ranking, content["size"])
         model.load_state_dict(content["weights"])
         return Checkpoint(path, model.eval(), tokenizer, content["training"])
     except Exception as error:  # torch raises a dozen kinds, according to what is wrong

@@ -6,11 +6,14 @@ import re
 import typing
 from dataclasses import dataclass, field
 
+from dynsize.algorithms import ALGORITHMS
+
 # stm: TED-LIUM 2, Switchboard
 CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
-LEARNING_METHODS = ("simple-top-k", "iterative-zero-out")
-METHODS = (*LEARNING_METHODS, "none", "layerdrop", "aux-loss")
+METHODS = (*ALGORITHMS, "none", "layerdrop", "aux-loss")
+# The settings for which each algorithm has defaults, and their values where it has none.
+METHOD_SETTINGS = dict(delta=1, initial_score=0.0, score_rate=1.0)
 HIGHEST = 2**31 - 1  # of settings that have no other limit
 CHANNELS = {"conv2d": 2, "vgg": 4}  # convolutions of each front-end
 
@@ -197,33 +200,25 @@ class Config:
     step1_share: float = share(
         0.25, "algorithm", "share of the updates that are step 1, which learns the scores"
     )
+    # None stands for the method's value in the preset: `__post_init__` puts it there.
     delta: int = setting(
-        1, "algorithm", "simple-top-k: layers that k falls at a time in step 1", least=1, most=1024
-    )
-    score_start: float = setting(
-        0.5, "algorithm", "simple-top-k: initial layer scores", least=-1000, most=1000
-    )
-    score_rate: float = setting(
-        1.0,
+        None,
         "algorithm",
-        "simple-top-k: learning rate of the scores, as a multiple of the weights'",
-        least=0,
-        most=1e6,
-    )
-    zero_out_delta: int = setting(
-        4,
-        "algorithm",
-        "iterative-zero-out: layers zeroed out at the end of an iteration",
+        "layers by which the subnet of step 1 shrinks at a time; by default the method's",
         least=1,
         most=1024,
     )
-    zero_out_start: float = setting(
-        2.0, "algorithm", "iterative-zero-out: initial layer scores", least=-1000, most=1000
-    )
-    zero_out_rate: float = setting(
-        10.0,
+    initial_score: float = setting(
+        None,
         "algorithm",
-        "iterative-zero-out: learning rate of the scores, as a multiple of the weights'",
+        "initial value of the layer scores; by default the method's",
+        least=-1000,
+        most=1000,
+    )
+    score_rate: float = setting(
+        None,
+        "algorithm",
+        "learning rate of the scores, as a multiple of the weights'; by default the method's",
         least=0,
         most=1e6,
     )
@@ -319,7 +314,12 @@ class Config:
     )
     keep: int = setting(3, "training", "checkpoints that stay, newest first", least=1, most=10)
 
+    preset: str = "demo"  # where the method's settings come from; it has no flag among these
+
     def __post_init__(self) -> None:
+        for name, value in method_settings(self.preset, self.method).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for setting in fields():
             if rule := fault(setting, getattr(self, setting.name)):
                 self.refuse(setting.name, rule)
@@ -336,6 +336,11 @@ class Config:
     def layers(self) -> int:
         """L, the number of prunable layers."""
         return 4 * self.blocks
+
+    @property
+    def learns(self) -> bool:
+        """Whether the training has a step 1, in which layer scores are learned."""
+        return self.method in ALGORITHMS and len(self.sizes) > 1
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Return, for each setting that depends on others: whether its rule holds, and the rule."""
@@ -441,7 +446,6 @@ PAPER = dict(
     vocabulary=512, mel_bins=80, hop_ms=10.0, time_mask_every=25, time_mask_frames=20,
     front_end="vgg", front_end_channels=(32, 64, 64, 32), blocks=12, kernel=31, rotary=False,
     sizes=(16, 32, 48), subnet_loss=0.3, stochastic_depth=0.3,
-    zero_out_start=10.0, zero_out_rate=1.0,
     warmup=0.45, cooldown=0.45, peak_learning_rate=4e-4, weight_decay=1e-3, epsilon=1e-16,
     beta2=0.999, clip=0.0,
     batch_seconds=150.0, workers=4, log_every=100, validate_every=5000, save_every=1000,
@@ -457,15 +461,28 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "librispeech": PAPER | dict(
         corpus="LibriSpeech",
         train_splits=("train-clean-100", "train-clean-360", "train-other-500"),
-        width=512, attention_heads=8, dropout=0.1, updates=732_000, step1_share=0.64, delta=1,
+        width=512, attention_heads=8, dropout=0.1, updates=732_000, step1_share=0.64,
         batch_utterances=60, frequency_masks=5, frequency_mask_bins=8,
     ),
     "tedlium2": PAPER | dict(
         corpus="TEDLIUM_release2", dev_splits=("dev",), test_splits=("test",),
-        width=384, attention_heads=6, dropout=0.2, updates=350_000, step1_share=0.61, delta=4,
+        width=384, attention_heads=6, dropout=0.2, updates=350_000, step1_share=0.61,
         batch_utterances=128, frequency_masks=10, frequency_mask_bins=5,
     ),
 }  # fmt: skip
+
+PAPER_ZERO_OUT = dict(initial_score=10.0, score_rate=1.0)
+# Preset → method → settings, where they differ from the method's defaults.
+METHOD_PRESETS: dict[str, dict[str, dict[str, typing.Any]]] = {
+    "librispeech": {"iterative-zero-out": PAPER_ZERO_OUT},
+    "tedlium2": {"iterative-zero-out": PAPER_ZERO_OUT, "simple-top-k": dict(delta=4)},
+}
+
+
+def method_settings(preset: str, method: str) -> dict[str, typing.Any]:
+    """Return a method's values of the `METHOD_SETTINGS` in a preset."""
+    defaults = ALGORITHMS[method].DEFAULTS if method in ALGORITHMS else {}
+    return METHOD_SETTINGS | defaults | METHOD_PRESETS.get(preset, {}).get(method, {})
 
 
 def preset(name: str, **changes: typing.Any) -> Config:
@@ -475,7 +492,17 @@ def preset(name: str, **changes: typing.Any) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: must be {' or '.join(PRESETS)}")
-    return for_method(Config(**(PRESETS[name] | changes)))
+    return for_method(Config(preset=name, **(PRESETS[name] | changes)))
+
+
+def with_method(config: Config, method: str, **changes: typing.Any) -> Config:
+    """Return the configuration with another method and some settings changed.
+
+    Of the `METHOD_SETTINGS`, those that have the old method's values take the new method's.
+    """
+    old = method_settings(config.preset, config.method)
+    unset = {name: None for name, value in old.items() if getattr(config, name) == value}
+    return for_method(dataclasses.replace(config, method=method, **unset | changes))
 
 
 def for_method(config: Config) -> Config:
@@ -502,5 +529,5 @@ def from_dict(values: dict) -> Config:
 
 
 def fields() -> tuple[dataclasses.Field, ...]:
-    """All settings, in the order in which they are shown."""
-    return dataclasses.fields(Config)
+    """Return all settings that have a flag, in the order in which they are shown."""
+    return tuple(field for field in dataclasses.fields(Config) if field.metadata)

@@ -1,40 +1,78 @@
-"""Iterative-Zero-Out (the paper's second algorithm): each iteration of step 1 zeroes out the layers of least weight.
+"""Iterative-Zero-Out, the paper's second algorithm.
 
-The end of the ranking holds the layers that are zeroed out. How many they are is a function of the update, so that an
-iteration ends when that number grows, and nothing but the ranking needs to be kept.
+Step 1 has iterations. The i-th one ends when the nᵢ layers of smallest weight are zeroed out, Δ
+layers more than before it. In the subnet of step 1 a layer that is zeroed out is not computed, and
+it never comes back; the supernet computes all layers throughout.
+
+The zeroed-out layers are the end of the ranking, and their number follows from the update, so the
+ranking is all that has to be stored.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dynsize.config import Config
-from dynsize.schedule import size_at, size_before
+from dynsize.schedule import size_after, size_before
 
+if TYPE_CHECKING:
+    from dynsize.config import Config
+
+DEFAULTS = dict(delta=4, initial_score=2.0, score_rate=10.0)
 SPARSITY_LOSS = 5.0  # weight of the extra loss, the paper's
+
+
+def initial_scores(config: Config) -> Tensor:
+    """Return (L,) equal scores."""
+    return torch.full((config.layers,), config.initial_score)
+
+
+def size_at(update: int, config: Config) -> int:
+    """Return the target of this update's iteration: L − nᵢ, the layers left at its end.
+
+    Logs show this size. Until the iteration ends, the subnet still runs all layers that the
+    iterations before it have left, up to Δ more, with weights that the extra loss lowers.
+    """
+    return size_after(update, config)
 
 
 def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
 ) -> list[bool | Tensor]:
-    """The L gates of the subnet in an update of step 1: sigmoid(s), and False for a layer that is zeroed out."""
+    """Return the L gates of the subnet: sigmoid(s), () each, or False if zeroed out.
+
+    `scores`: (L,).
+    """
     alive = set(ranking[: size_before(update, config)])
-    return [weight if layer in alive else False for layer, weight in enumerate(scores.sigmoid())]
+    weights = enumerate(scores.sigmoid().unbind())
+    return [weight if layer in alive else False for layer, weight in weights]
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
-    """5 · |(L − Σ layer weights) / L − nᵢ / L|, which draws the weights to the sum at which nᵢ layers are lost."""
-    alive = torch.as_tensor(ranking[: size_before(update, config)], device=scores.device)
-    return (
-        SPARSITY_LOSS
-        * (scores[alive].sigmoid().sum() - size_at(update, config)).abs()
-        / len(scores)
-    )
+    """Return 5 · |(L − Σ layer weights) / L − nᵢ / L|.
+
+    It is 0 where the layer weights sum to L − nᵢ, the number of layers left at the end of the
+    iteration.
+    """
+    gates = layer_weights(scores, ranking, update, config)
+    total = torch.stack([gate for gate in gates if gate is not False]).sum()
+    return SPARSITY_LOSS * (total - size_at(update, config)).abs() / len(scores)
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
-    """The survivors by falling score, equal ones by their number, then the layers zeroed out, the last ones first."""
-    survivors = sorted(ranking[: size_before(update, config)])
-    order = scores.detach()[survivors].sort(descending=True, stable=True).indices.tolist()
-    return [survivors[i] for i in order] + list(ranking[len(survivors) :])
+    """Return the layers that are left by falling score, then the zeroed-out ones, latest first.
+
+    Of equal scores the lower layer comes first. Note: this waits for the device.
+    """
+    left = size_before(update, config)
+    survivors = sorted(ranking[:left])
+    order = scores.detach().sort(descending=True, stable=True).indices.tolist()
+    return [layer for layer in order if layer in survivors] + list(ranking[left:])
+
+
+def needs_ranking(update: int, config: Config) -> bool:
+    """Return whether this update ends an iteration: then the ranking says what is zeroed out."""
+    return size_before(update + 1, config) < size_before(update, config)

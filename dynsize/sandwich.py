@@ -1,18 +1,25 @@
-"""The paper's step 2: which sizes train in an update, with which loss weights, and stochastic depth."""
+"""The paper's step 2: which sizes train in an update, with which loss weights; stochastic depth."""
+
+from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dynsize.config import Config
-from dynsize.conformer import Gates
-from dynsize.kernels.reference import kept
+from dynsize.kernels import layer_gates
+
+if TYPE_CHECKING:
+    from dynsize.config import Config
 
 
 def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int, float]:
-    """Size → weight of its loss, largest first, by the sandwich rule: the largest, one between that is drawn from
-    (seed, update), and the smallest. `sizes`: ascending."""
+    """Return size → weight of its loss, largest size first, by the sandwich rule.
+
+    The largest size trains with weight 1. The smallest one and one between, drawn from
+    (seed, update), train with the weight `subnet_loss`. `sizes`: ascending.
+    """
     *smaller, largest = sizes
     draw = random.Random(f"sandwich {config.seed} {update}")
     between = [draw.choice(smaller[1:])] if smaller[1:] else []
@@ -22,22 +29,27 @@ def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int,
 def stochastic_depth(
     smallest: Sequence[bool], seeds: Tensor, config: Config
 ) -> list[bool | Tensor]:
-    """The supernet's gates: each of the utterances, given by their seeds, (B,) int64, skips each layer outside the
-    smallest subnet, given by its mask, with the configured probability."""
+    """Return the supernet's L gates: True inside the smallest subnet's mask, else (B,) float32.
+
+    In the supernet each utterance skips each layer outside the smallest subnet with the
+    probability `stochastic_depth`, layers that middle sizes keep among them.
+
+    `smallest`: the mask of the smallest subnet. `seeds`: (B,) int64, one for each utterance.
+    """
     if config.stochastic_depth == 0:
         return [True] * len(smallest)
-    stays = layers_kept(seeds, len(smallest), config.stochastic_depth)
+    stays = layer_gates(seeds, len(smallest), config.stochastic_depth)  # (L, B)
     return [True if always else stay for always, stay in zip(smallest, stays, strict=True)]
 
 
-def layers_kept(seeds: Tensor, layers: int, dropped: float) -> Tensor:
-    """1 where an utterance keeps a layer, 0 where it skips it: (L, B) float32. The draw beside those of the layers'
-    dropout, which have the next L seeds."""
-    return kept(seeds - 1, 1, layers, dropped)[:, 0].T.float()
+def gates(
+    masks: Sequence[Sequence[bool]], seeds: Tensor, config: Config
+) -> list[Sequence[bool | Tensor]]:
+    """Return the gates of the networks of one update from their masks, largest first.
 
-
-def gates(masks: Sequence[Gates], seeds: Tensor, config: Config) -> list[Gates]:
-    """The gates of one update from its masks, largest first."""
+    The largest network has stochastic depth. The gates of the others are their masks: they
+    compute the same with stochastic depth as without. A network that trains alone keeps its mask.
+    """
     if len(masks) == 1:
         return [masks[0]]
     return [stochastic_depth(masks[-1], seeds, config), *masks[1:]]

@@ -1,44 +1,83 @@
-"""Simple-Top-k (the paper's first algorithm): the subnet of step 1 keeps the k layers of highest score, and k falls."""
+"""Simple-Top-k, the paper's first algorithm.
+
+In step 1 the subnet keeps the k layers of highest score. k falls, Δ layers at a time, from L − Δ
+to the smallest size. The scores learn through the relaxed weights of `relaxed_top_k`.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dynsize.config import Config
-from dynsize.schedule import size_at
+from dynsize.schedule import size_after
+
+if TYPE_CHECKING:
+    from dynsize.config import Config
+
+DEFAULTS = dict(delta=1, initial_score=0.5, score_rate=1.0)
+
+
+def initial_scores(config: Config) -> Tensor:
+    """Return (L,) equal scores."""
+    return torch.full((config.layers,), config.initial_score)
+
+
+def size_at(update: int, config: Config) -> int:
+    """Return k, the size of the subnet in an update of step 1."""
+    return size_after(update, config)
 
 
 def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
-) -> list[bool | Tensor]:
-    """The L gates of the subnet in an update of step 1. `scores`: (L,). `straight-through`: 1 for the k layers of
-    highest score and 0 for the others, with the gradient of the relaxed weights. `soft`: the relaxed weights."""
+) -> list[Tensor]:
+    """Return the L gates of the subnet in an update of step 1, each ().
+
+    `scores`: (L,). `straight-through`: the gates are 1 for the k layers of highest score and 0
+    for the others, and have the gradient of the relaxed weights. `soft`: the relaxed weights.
+    """
     k = size_at(update, config)
     relaxed = relaxed_top_k(scores, k)
     if config.relaxation == "soft":
-        return list(relaxed)
-    binary = torch.zeros_like(scores)
-    binary[rank(scores, ranking, update, config)[:k]] = 1
-    return list(binary + (relaxed - relaxed.detach()))
+        return list(relaxed.unbind())
+    binary = torch.zeros_like(scores).index_fill(0, by_score(scores)[:k], 1.0)
+    return list((binary + (relaxed - relaxed.detach())).unbind())
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
-    """None: 0."""
+    """Return 0: this algorithm has no extra loss."""
     return scores.new_zeros(())
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
-    """The layers by falling score, equal ones by their number. A subnet of size k keeps the first k."""
-    return scores.detach().sort(descending=True, stable=True).indices.tolist()
+    """Return the layers by falling score; of equal scores the lower layer comes first.
+
+    Note: this waits for the device.
+    """
+    return by_score(scores).tolist()
+
+
+def needs_ranking(update: int, config: Config) -> bool:
+    """Return False: the layer weights follow from the scores alone."""
+    return False
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """Return (L,) int64, the layers by falling score, on the scores' device."""
+    return scores.detach().sort(descending=True, stable=True).indices
 
 
 def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
-    """The sum of k softmaxes, each with what the ones before it took removed: not negative, sums to k.
+    """Return the relaxed weights r = p₁ + … + pₖ, (L,), of `scores` s, (L,).
 
-    `scores`: (L,). a₁ = s; pᵢ = softmax(aᵢ); aᵢ₊₁ = aᵢ + log(1 − pᵢ); returns r = p₁ + … + pₖ, (L,).
-    log(1 − p) is the log-sum-exp of the other scores minus that of all, which is right for scores of any size.
+    a₁ = s; pᵢ = softmax(aᵢ); aᵢ₊₁ = aᵢ + log(1 − pᵢ). Each softmax down-weights what the earlier
+    ones selected. The weights are not negative, sum to k, keep the order of the scores, and may
+    exceed 1.
     """
+    # log(1 − p) is the log-sum-exp of all other scores minus that of all scores: in this form it
+    # stays finite where p is 1 to rounding.
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     relaxed, a = torch.zeros_like(scores), scores
     for _ in range(k):

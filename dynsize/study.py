@@ -1,23 +1,22 @@
 """The paper's main result on one corpus: both algorithms' supernets against each size trained alone."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 from dynsize import checkpoint
-from dynsize.config import LEARNING_METHODS, Config, for_method
+from dynsize.algorithms import ALGORITHMS
+from dynsize.config import Config, with_method
 from dynsize.evaluation import evaluate
 from dynsize.training import Trainer, check_new
+
+SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
 
 
 def plan(config: Config) -> dict[str, Config]:
     """Name → configuration of each training, all with the same number of updates: a supernet by each algorithm, and
     each size alone, smaller ones as the first blocks."""
-    supernets = {method: dataclasses.replace(config, method=method) for method in LEARNING_METHODS}
-    alone = {
-        f"alone-{size}": for_method(dataclasses.replace(config, method="none", size=size))
-        for size in config.sizes
-    }
+    supernets = {method: with_method(config, method) for method in SHARED}
+    alone = {f"alone-{size}": with_method(config, "none", size=size) for size in config.sizes}
     return supernets | alone
 
 
@@ -60,13 +59,11 @@ def table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
     """One split in Markdown: a line for each size, largest first; word error rates in percent with 95% intervals."""
     cells = {(name, row["size"]): shown(row) for name, of_sizes in rows.items() for row in of_sizes}
     lines = [
-        f"| {split}: size | alone | {' | '.join(LEARNING_METHODS)} |",
-        "| ---: | ---: |" + " ---: |" * len(LEARNING_METHODS),
+        f"| {split}: size | alone | {' | '.join(SHARED)} |",
+        "| ---: | ---: |" + " ---: |" * len(SHARED),
     ]
     for size in reversed(config.sizes):
-        columns = [cells[f"alone-{size}", size]] + [
-            cells[method, size] for method in LEARNING_METHODS
-        ]
+        columns = [cells[f"alone-{size}", size]] + [cells[method, size] for method in SHARED]
         lines.append(f"| {size} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dynsize.algorithms import ALGORITHMS
 from dynsize.config import LAYERS, Config
 from dynsize.conformer import Encoder, Gates
 
@@ -36,10 +37,35 @@ class Supernet(nn.Module):
                 for name in (["shared"] if shared else map(str, self.sizes))
             }
         )
-        start = (
-            config.zero_out_start if config.method == "iterative-zero-out" else config.score_start
-        )
-        self.scores = nn.Parameter(torch.full((config.layers,), start)) if size is None else None
+        learns = size is None and config.method in ALGORITHMS
+        scores = ALGORITHMS[config.method].initial_scores(config) if learns else None
+        self.scores = None if scores is None else nn.Parameter(scores)
+
+    def get_extra_state(self) -> list[int]:
+        """Return the ranking, which is part of `state_dict`."""
+        return list(self.ranking)
+
+    def set_extra_state(self, state: list[int]) -> None:
+        """Take the ranking of a `state_dict`.
+
+        Raises ValueError where it does not rank the layers, or where this is a cut subnet that
+        has other layers.
+        """
+        if not isinstance(state, list) or sorted(state) != list(range(self.config.layers)):
+            raise ValueError(f"not a ranking of {self.config.layers} layers: {state}")
+        if self.size is not None and set(state[: self.size]) != set(self.ranking[: self.size]):
+            raise ValueError(f"the weights of a subnet with other layers: {state[: self.size]}")
+        self.ranking = list(state)
+
+    def ranked_scores(self) -> list[float | None]:
+        """Return the score of each layer in the order of the ranking; None where none is learned.
+
+        Where the scores are a matrix, the n-th layer's is the one in row n.
+        """
+        if self.scores is None:
+            return [None] * len(self.ranking)
+        rows = self.scores.detach().expand(len(self.ranking), -1).tolist()
+        return [row[layer] for row, layer in zip(rows, self.ranking, strict=True)]
 
     def mask(self, size: int) -> list[bool]:
         """The binary mask of the subnet of `size` layers: the first ones of the ranking."""

@@ -16,7 +16,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from dynsize import checkpoint, iterative_zero_out, processes, sandwich, simple_top_k
+from dynsize import checkpoint, processes, sandwich
+from dynsize.algorithms import ALGORITHMS
 from dynsize.baselines import every_other
 from dynsize.batching import Batch, Examples, epoch_plan, load, usable
 from dynsize.config import Config
@@ -30,16 +31,12 @@ from dynsize.evaluation import (
     read_for_scoring,
     transcribe,
 )
-from dynsize.schedule import learning_rate, size_at, step1_updates
+from dynsize.kernels import ctc_loss, layer_gates
+from dynsize.schedule import learning_rate, step1_updates
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors
-from dynsize.kernels import ctc_loss
 
-ALGORITHMS = {
-    "simple-top-k": simple_top_k,
-    "iterative-zero-out": iterative_zero_out,
-}  # those that learn in step 1
 LOCK = "lock"  # in a run directory, held by the training in it
 MOST_SKIPPED = (
     10  # updates in a row with a loss or gradient that is not finite, before the training gives up
@@ -254,11 +251,20 @@ class Trainer:
         else:
             self.skip(batches, sum(losses), norm)
         self.optimizer.zero_grad()
-        if step1:
-            self.model.ranking = ALGORITHMS[config.method].rank(
-                self.model.scores, self.model.ranking, update, config
-            )
+        last = update + 1 == step1_updates(config)
+        if step1 and (last or ALGORITHMS[config.method].needs_ranking(update, config)):
+            self.rank_layers()
         return record
+
+    def rank_layers(self) -> None:
+        """Set the model's ranking from its scores, where the last update was one of step 1.
+
+        Note: this waits for the device.
+        """
+        last, model = self.update - 1, self.model
+        if 0 <= last < step1_updates(self.config):
+            algorithm = ALGORITHMS[self.config.method]
+            model.ranking = algorithm.rank(model.scores, model.ranking, last, self.config)
 
     def add_gradients(self, batch: Batch, update: int, labels: Tensor | int, sync: bool) -> Tensor:
         """Adds the gradient of a batch's losses, in nats for each of the `labels` that the update has in all processes.
@@ -292,7 +298,8 @@ class Trainer:
         """The networks that an update trains, largest first: size → weight of its loss."""
         config = self.config
         if update < step1_updates(config):
-            return {config.layers: 1.0, size_at(update, config): config.subnet_loss}
+            size = ALGORITHMS[config.method].size_at(update, config)
+            return {config.layers: 1.0, size: config.subnet_loss}
         if config.method == "layerdrop":
             return {config.layers: 1.0}
         return sandwich.loss_weights(update, self.model.sizes, config)
@@ -306,7 +313,7 @@ class Trainer:
             )
             return [[True] * config.layers, layer_weights]
         if config.method == "layerdrop":
-            return [list(sandwich.layers_kept(seeds, config.layers, config.layer_drop))]
+            return [list(layer_gates(seeds, config.layers, config.layer_drop))]
         return sandwich.gates(
             [model.mask(size) for size in self.loss_weights(update)], seeds, config
         )
@@ -328,6 +335,7 @@ class Trainer:
     def validate(self) -> dict[int, dict]:
         """Decodes the dev splits with every size at once, each process its share; keeps the network that has the fewest
         errors in best.pt. Returns size → word error rate, counts, layers kept."""
+        self.rank_layers()
         sizes = list(reversed(self.model.sizes))
         texts = transcribe(self.model, self.dev, sizes, "validating")
         own = [sum(errors_of(self.dev.utterances, texts[size]), Errors()) for size in sizes]
@@ -351,15 +359,14 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint and, for people, the ranking of the layers; at the end also average.pt."""
+        self.rank_layers()
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         self.write(checkpoint.NAME, self.model, training=state, keep=self.config.keep)
         if processes.rank():
             return
-        scores = (
-            [None] * self.config.layers if self.model.scores is None else self.model.scores.tolist()
-        )
         ranked = [
-            dict(layer=layer_name(layer), score=scores[layer]) for layer in self.model.ranking
+            dict(layer=layer_name(layer), score=score)
+            for layer, score in zip(self.model.ranking, self.model.ranked_scores(), strict=True)
         ]
         (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
         if self.update == self.config.updates:
@@ -399,7 +406,7 @@ def averaged(models: list[Supernet]) -> Supernet:
     """The first one, with the mean of all their weights."""
     states = [model.state_dict() for model in models]
     with torch.no_grad():
-        for name, weight in states[0].items():
+        for name, weight in models[0].named_parameters():
             weight.copy_(torch.stack([state[name] for state in states]).mean(0))
     return models[0]
 
@@ -433,12 +440,11 @@ def new_network(config: Config, labels: int) -> Supernet:
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
-    """AdamW; the layer scores have a learning rate of their own and no weight decay."""
-    rate = config.zero_out_rate if config.method == "iterative-zero-out" else config.score_rate
+    """Return AdamW, in which the layer scores have another learning rate and no weight decay."""
     weights = [weight for name, weight in model.named_parameters() if name != "scores"]
     groups = [dict(params=weights, factor=1.0)]
     if model.scores is not None:
-        groups.append(dict(params=[model.scores], factor=rate, weight_decay=0.0))
+        groups.append(dict(params=[model.scores], factor=config.score_rate, weight_decay=0.0))
     betas, decay = (0.9, config.beta2), config.weight_decay
     return torch.optim.AdamW(
         groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from dynsize import baselines, iterative_zero_out, sandwich, simple_top_k
 from dynsize.config import LAYERS
-from dynsize.schedule import learning_rate, size_at, size_before, step1_updates
+from dynsize.kernels import layer_gates
+from dynsize.schedule import learning_rate, size_before, step1_updates
+from dynsize.schedule import size_after as size_at
 from dynsize.supernet import Supernet
 
 
@@ -141,7 +143,7 @@ def test_a_layer_outside_the_subnet_gives_its_score_a_gradient_and_its_weights_n
 
 zero_out_configs = st.builds(
     lambda delta, smallest, updates, share: tiny(
-        method="iterative-zero-out", zero_out_delta=delta, sizes=(smallest, 8), updates=updates, step1_share=share
+        method="iterative-zero-out", delta=delta, sizes=(smallest, 8), updates=updates, step1_share=share
     ),
     st.integers(1, 5), st.integers(1, 7), st.integers(20, 80), st.floats(0.3, 1, exclude_max=True),
 )  # fmt: skip
@@ -156,11 +158,9 @@ def test_zeroed_out_layers_only_grow_and_agree_with_the_ranking(config, seed):
         weights = iterative_zero_out.layer_weights(scores, ranking, update, config)
         now = [layer for layer, weight in enumerate(weights) if weight is False]
         iteration = (
-            update
-            * math.ceil((8 - config.sizes[0]) / config.zero_out_delta)
-            // step1_updates(config)
+            update * math.ceil((8 - config.sizes[0]) / config.delta) // step1_updates(config)
         )
-        assert len(now) == min(config.zero_out_delta * iteration, 8 - config.sizes[0])
+        assert len(now) == min(config.delta * iteration, 8 - config.sizes[0])
         assert set(gone) <= set(now)
         order, gone = [layer for layer in now if layer not in gone] + order, now
         for layer, weight in enumerate(weights):
@@ -199,9 +199,7 @@ def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
 @pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
 @given(st.integers(20, 500), st.integers(1, 4), st.integers(1, 7), st.floats(0.1, 0.9))
 def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
-    config = tiny(
-        updates=updates, delta=delta, zero_out_delta=delta, sizes=(smallest, 8), step1_share=share
-    )
+    config = tiny(updates=updates, delta=delta, sizes=(smallest, 8), step1_share=share)
     config = dataclasses.replace(config, method=method)
     ks = [size_at(update, config) for update in range(step1_updates(config))]
     expected = [
@@ -233,7 +231,7 @@ def test_every_other_layer_is_kept(blocks, data):
 
 def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
     seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
-    gates = sandwich.layers_kept(seeds, 8, 0.2)
+    gates = layer_gates(seeds, 8, 0.2)
     assert gates.shape == (8, 3000) and set(gates.unique().tolist()) == {0.0, 1.0}
     assert gates.mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / gates.numel()))
     assert not torch.equal(gates[0], gates[1])

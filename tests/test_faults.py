@@ -35,7 +35,7 @@ def begun(tones: Path, run: Path, **changes) -> Trainer:
 def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
     for _ in trainer.updates():
         pass
-    return trainer.model.state_dict()
+    return dict(trainer.model.named_parameters())
 
 
 def same(a: dict, b: dict) -> bool:
@@ -231,10 +231,12 @@ def test_a_checkpoint_with_other_content_is_an_error(written, tmp_path, monkeypa
     content = torch.load(written, weights_only=True)
     save = torch.save
     wrong = dict(
-        format="other", config=content["config"] | dict(width=18), weights=content["config"], ranking=[0, 0, 1],
+        format="other", config=content["config"] | dict(width=18), weights=content["config"],
         tokenizer=torch.zeros(9, dtype=torch.uint8), pickle=Payload(),
     )  # fmt: skip
-    changed = content | {field: wrong[field]} if field else [content]
+    wrong["ranking"] = content["weights"] | dict(_extra_state=[0, 0, 1])
+    key = "weights" if field == "ranking" else field
+    changed = content | {key: wrong[field]} if field else [content]
     monkeypatch.setattr(torch, "save", lambda _, file: save(changed, file))
     model = checkpoint.load(written)
     checkpoint.save(tmp_path / "other.pt", model.model, model.tokenizer)
@@ -311,13 +313,13 @@ def test_the_best_network_and_the_mean_of_the_last_ones_are_kept(tones, tmp_path
         peak_learning_rate=1e-2,
     )
     for record in trainer.updates():
-        weights[record["update"]] = {n: w.clone() for n, w in trainer.model.state_dict().items()}
+        weights[record["update"]] = {n: w.clone() for n, w in trainer.model.named_parameters()}
         if "dev" in record:
             totals[record["update"]] = sum(result["errors"] for result in record["dev"].values())
     assert len(set(totals.values())) > 1
     best = min(totals, key=totals.get)
-    assert same(checkpoint.load(run / "best.pt").model.state_dict(), weights[best])
-    mean = checkpoint.load(run / "average.pt").model.state_dict()
+    assert same(dict(checkpoint.load(run / "best.pt").model.named_parameters()), weights[best])
+    mean = dict(checkpoint.load(run / "average.pt").model.named_parameters())
     for name, weight in mean.items():  # the last three checkpoints
         expected = torch.stack([weights[update][name].double() for update in (15, 18, 20)]).mean(0)
         torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-7)
@@ -330,7 +332,7 @@ def test_only_checkpoints_with_these_masks_are_averaged(tones, tmp_path):
     weights = finish(
         begun(tones, run, updates=6, step1_share=0.8, save_every=1)
     )  # 5 of the 6 are step 1
-    assert same(checkpoint.load(run / "average.pt").model.state_dict(), weights)
+    assert same(dict(checkpoint.load(run / "average.pt").model.named_parameters()), weights)
 
 
 def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_a_widened_model_computes_what_it_did_in_every_output_layer():
     every = [[True] * 8] * 3
     after, _ = supernet_of(features, lengths, [8, 5, 2], every)
     assert all(torch.equal(before[0], of_size) for of_size in after)
-    assert (supernet_of.scores == config.zero_out_start).all() and supernet_of.sizes == (2, 5, 8)
+    assert (supernet_of.scores == config.initial_score).all() and supernet_of.sizes == (2, 5, 8)
     with pytest.raises(ValueError, match="was cut to 3 layers"):
         widened(cut(supernet(), 3), config)
 
@@ -149,8 +149,8 @@ def test_checkpoints_give_back_what_was_saved(tmp_path, size):
     )
     assert loaded.tokenizer.encode("LOW") == tokenizer.encode("LOW")
     assert all(
-        torch.equal(weight, loaded.model.state_dict()[name])
-        for name, weight in saved.state_dict().items()
+        torch.equal(weight, loaded.model.get_parameter(name))
+        for name, weight in saved.named_parameters()
     )
     assert (loaded.training == dict(update=3)) == (size is None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
@@ -189,7 +189,8 @@ def test_bad_checkpoints_are_named(tmp_path, capsys):
     content = torch.load(good, weights_only=True)
     torch.save(content | {"weights": {}}, tmp_path / "weights.pt")
     torch.save(content | {"config": content["config"] | {"kernel": 4}}, tmp_path / "config.pt")
-    torch.save({k: v for k, v in content.items() if k != "ranking"}, tmp_path / "ranking.pt")
+    weights = {name: w for name, w in content["weights"].items() if name != "_extra_state"}
+    torch.save(content | {"weights": weights}, tmp_path / "ranking.pt")
     for name in (
         "cut",
         "text",

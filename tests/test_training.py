@@ -21,7 +21,7 @@ def trainer(tones, run, **changes) -> Trainer:
 def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
     for _ in trainer.updates():
         pass
-    return trainer.model.state_dict()
+    return dict(trainer.model.named_parameters())
 
 
 def same(a: dict, b: dict) -> bool:
@@ -37,7 +37,7 @@ def lines(run) -> list[dict]:
     [
         dict(relaxation="straight-through"),
         dict(relaxation="soft"),
-        dict(method="iterative-zero-out", zero_out_delta=2, zero_out_rate=500.0),
+        dict(method="iterative-zero-out", delta=2, score_rate=500.0),
         dict(method="layerdrop", shared_head=True),
         dict(method="none", sizes=(8,), size=5),
     ],
@@ -67,7 +67,7 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method
 
 def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
     run = trainer(
-        tones, tmp_path / "run", method="iterative-zero-out", zero_out_delta=2, zero_out_rate=300.0, updates=20,
+        tones, tmp_path / "run", method="iterative-zero-out", delta=2, score_rate=300.0, updates=20,
         step1_share=0.6, validate_every=20, save_every=20,
     )  # fmt: skip
     start, survivors, computed = run.model.scores.detach().clone(), [], []
@@ -86,13 +86,13 @@ def test_the_sparsity_loss_alone_lowers_the_weights_of_the_survivors(tones, tmp_
         tones,
         tmp_path / "run",
         method="iterative-zero-out",
-        zero_out_rate=300.0,
+        score_rate=300.0,
         subnet_loss=0.0,
         updates=9,
     )
     records = run.updates()
     next(records)
-    assert (run.model.scores < run.config.zero_out_start).all()
+    assert (run.model.scores < run.config.initial_score).all()
 
 
 @pytest.mark.parametrize("layers_from", [False, True])
@@ -158,7 +158,7 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
         save_every=20,
         sizes=(3, 5, 6, 8),
     )
-    before = {name: weight.clone() for name, weight in trained.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in trained.model.named_parameters()}
     records = []
     for record in trained.updates():
         records.append(record)
@@ -172,7 +172,7 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
     assert not torch.equal(scores, before["scores"])
     assert torch.equal(trained.model.scores, scores) and trained.model.ranking == ranking
     assert all(
-        not torch.equal(weight, before[name]) for name, weight in trained.model.state_dict().items()
+        not torch.equal(weight, before[name]) for name, weight in trained.model.named_parameters()
     )
     assert set(records[-1]["dev"]) == {3, 5, 6, 8} and records[-1]["dev"][3]["words"] > 0
     assert len(records[-1]["dev"][5]["layers"]) == 5 and "dev" not in records[-2]
@@ -196,7 +196,7 @@ def test_learns_its_training_data(tones, tmp_path):
 
 def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(tones, tmp_path):
     run = trainer(tones, tmp_path / "run", sizes=(3, 5, 6, 8), step1_share=0.0, updates=8)
-    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     used: set[int] = set()
     for record in run.updates():
         used |= set(record["sizes"])
@@ -218,11 +218,11 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     next(updates)
     monkeypatch.setattr(training, "ctc_loss", sometimes)
     next(updates)
-    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     next(updates)
-    assert same(run.model.state_dict(), before)
+    assert same(dict(run.model.named_parameters()), before)
     next(updates)
-    assert not same(run.model.state_dict(), before) and run.state["skipped"] == 0
+    assert not same(dict(run.model.named_parameters()), before) and run.state["skipped"] == 0
     with pytest.raises(FloatingPointError, match=r"10 updates in a row.*metrics\.jsonl"):
         list(updates)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -231,7 +231,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert [line["update"] for line in skipped] == [3, *range(8, 18)]
     known = {utterance.id for utterance in run.examples.utterances}
     assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
-    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+    assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
 
 
 def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
@@ -270,7 +270,7 @@ def test_a_batch_of_which_nothing_can_be_read_teaches_nothing(tmp_path, front_en
     assert [sum(r["losses"].values()) == 0 and r["audio_seconds"] == 0 for r in records].count(
         True
     ) in (1, 2)
-    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+    assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
     assert [line.split("\t")[0] for line in (tmp_path / "run" / "left-out.txt").open()] == [
         "0-7-0003"
     ]
@@ -304,4 +304,4 @@ def test_loader_processes_read_the_same_batches(tones, tmp_path):
 def test_checkpoints_of_a_run_can_be_loaded(tones, tmp_path):
     run = trainer(tones, tmp_path / "run", updates=3)
     weights = weights_after(run)
-    assert same(checkpoint.load(tmp_path / "run").model.state_dict(), weights)
+    assert same(dict(checkpoint.load(tmp_path / "run").model.named_parameters()), weights)

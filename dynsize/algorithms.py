@@ -1,0 +1,25 @@
+"""The table of the algorithms that learn in step 1 which layers a subnet keeps.
+
+A new algorithm is one module and one entry here. Its module has:
+
+    DEFAULTS                  its values of the settings `delta`, `initial_score` and `score_rate`
+    initial_scores(config)    the layer scores before the first update
+    size_at(update, config)   the size that trains beside the supernet
+    layer_weights(scores, ranking, update, config)   the L gates of that subnet
+    extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
+    rank(scores, ranking, update, config)            the layers, most important first
+    needs_ranking(update, config)                    whether the next update reads the ranking
+
+`update` is the number of an update of step 1, from 0. `ranking` is the last one that `rank`
+returned, at first the layers in their order. No function but `rank` waits for the device.
+"""
+
+from types import ModuleType
+
+from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
+
+ALGORITHMS: dict[str, ModuleType] = {
+    "simple-top-k": simple_top_k,
+    "iterative-zero-out": iterative_zero_out,
+    "ortho-softmax": ortho_softmax,
+}

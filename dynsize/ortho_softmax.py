@@ -1,0 +1,98 @@
+"""OrthoSoftmax, in its layer-wise form.
+
+Xu, Beck, Yang, Schlüter: Efficient Supernet Training with Orthogonal Softmax for Scalable ASR
+Model Compression, ICASSP 2025, arXiv 2501.18895.
+
+The scores S are an L × L matrix. Row i, Pᵢ = softmax(Sᵢ / τ), is a distribution over the layers:
+which of them is the i-th most important. A subnet of size k has the layer weights P₁ + … + Pₖ.
+The extra loss makes the first k rows orthogonal and one-hot, so that they choose k different
+layers, and the temperature τ falls, so that the layer weights become 0 or 1.
+
+Rows that are equal get equal gradients and would stay equal. So the scores start with a little
+noise, drawn from the seed: the extra loss and the falling temperature make its differences grow.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynsize.schedule import step1_updates
+
+if TYPE_CHECKING:
+    from dynsize.config import Config
+
+DEFAULTS = dict(initial_score=0.0, score_rate=1.0)
+NOISE = 1e-3  # standard deviation of the initial scores
+LAST_TEMPERATURE = 0.01  # τ in the last update of step 1; in the first one it is 1
+RISE = 0.5  # share of step 1 in which the weight of the extra loss grows from 0 to 1
+
+
+def initial_scores(config: Config) -> Tensor:
+    """Return (L, L) scores: the initial score with noise that is drawn from the seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(config.layers, config.layers, generator=generator)
+    return config.initial_score + NOISE * noise
+
+
+def size_at(update: int, config: Config) -> int:
+    """Return the size of the subnet, drawn from all but the largest by (seed, update)."""
+    draw = random.Random(f"ortho-softmax {config.seed} {update}")
+    return draw.choice(config.sizes[:-1])
+
+
+def layer_weights(
+    scores: Tensor, ranking: Sequence[int], update: int, config: Config
+) -> list[Tensor]:
+    """Return the L gates of the subnet of size k, () each: P₁ + … + Pₖ. `scores`: (L, L)."""
+    chosen = choices(scores, update, config)[: size_at(update, config)]  # (k, L)
+    return list(chosen.sum(0).unbind())
+
+
+def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
+    """Return the weighted orthogonality loss of the first k rows.
+
+    It is Σ_{i<j≤k} (Pᵢ · Pⱼ)² + Σ_{i≤k} (Pᵢ · Pᵢ − 1)²: 0 where the rows are one-hot and differ.
+    """
+    chosen = choices(scores, update, config)[: size_at(update, config)]
+    products = chosen @ chosen.T  # (k, k)
+    between = products.triu(diagonal=1).square().sum()
+    within = (products.diagonal() - 1).square().sum()
+    return loss_weight(update, config) * (between + within)
+
+
+def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
+    """Return the layers in the order of the rows: from each row its largest that is not taken.
+
+    Of equal scores the lower layer comes first. Note: this waits for the device.
+    """
+    ranked: list[int] = []
+    for row in scores.detach().sort(descending=True, stable=True).indices.tolist():
+        ranked.append(next(layer for layer in row if layer not in ranked))
+    return ranked
+
+
+def needs_ranking(update: int, config: Config) -> bool:
+    """Return False: the layer weights follow from the scores alone."""
+    return False
+
+
+def choices(scores: Tensor, update: int, config: Config) -> Tensor:
+    """Return the distributions Pᵢ = softmax(Sᵢ / τ) of all rows, (L, L)."""
+    return (scores / temperature(update, config)).softmax(1)
+
+
+def temperature(update: int, config: Config) -> float:
+    """Return τ, which is multiplied by one constant each update, from 1 to 0.01 in step 1."""
+    last = max(1, step1_updates(config) - 1)
+    return LAST_TEMPERATURE ** min(1.0, update / last)
+
+
+def loss_weight(update: int, config: Config) -> float:
+    """Return the weight of the extra loss: it grows linearly from 0 to 1, then stays 1."""
+    rise = RISE * step1_updates(config)
+    return min(1.0, update / max(1.0, rise))
