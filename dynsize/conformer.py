@@ -42,13 +42,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.width)
-        self.expand = nn.Linear(config.width, 4 * config.width)
-        self.project = nn.Linear(4 * config.width, config.width)
+        width = config.width
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T), unused. Returns (R, T, D)."""
-        x = F.silu(self.expand(x))  # (R, T, 4D)
+        x = self.expand(x)  # (R, T, 4D)
+        x = F.silu(x)
         return self.project(x)
 
 
@@ -59,18 +61,27 @@ class Convolution(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        width, kernel = config.width, config.kernel
+        width = config.width
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.depthwise = nn.Conv1d(
+            width,
+            width,
+            config.kernel,
+            padding=config.kernel // 2,
+            groups=width,
+        )
         self.depthwise_norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
-        x = F.glu(self.expand(x))  # (R, T, D)
-        x = self.over_time(x * inside[..., None])
-        x = F.silu(self.depthwise_norm(x))
+        x = self.expand(x)  # (R, T, 2D)
+        x = F.glu(x)  # (R, T, D)
+        x = x * inside[..., None]
+        x = self.over_time(x)
+        x = self.depthwise_norm(x)
+        x = F.silu(x)
         return self.project(x)
 
     def over_time(self, x: Tensor) -> Tensor:
@@ -107,12 +118,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
-        x = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (R, T, 3, H, D/H)
+        x = self.query_key_value(x)  # (R, T, 3D)
+        x = x.unflatten(-1, (3, self.heads, -1))  # (R, T, 3, H, D/H)
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (R, H, T, D/H) each
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q = rotate(q)
+            k = rotate(k)
         x = attention(q, k, v, inside[:, None, None])  # (R, H, T, D/H)
-        return self.project(x.transpose(1, 2).flatten(2))  # (R, T, D)
+        x = x.transpose(1, 2).flatten(2)  # (R, T, D)
+        return self.project(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
@@ -123,7 +137,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, inside)
-    parts = zip(*(x.split(UTTERANCES_AT_ONCE) for x in (q, k, v, inside)), strict=True)
+    parts = zip(
+        q.split(UTTERANCES_AT_ONCE),
+        k.split(UTTERANCES_AT_ONCE),
+        v.split(UTTERANCES_AT_ONCE),
+        inside.split(UTTERANCES_AT_ONCE),
+        strict=True,
+    )
     with sdpa_kernel(SDPBackend.MATH):
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
@@ -139,8 +159,9 @@ def rotate(x: Tensor) -> Tensor:
     angle = torch.arange(frames, device=x.device)[:, None] * speed  # (T, d/2)
     sine, cosine = angle.sin(), angle.cos()
     first, second = x.float().chunk(2, dim=-1)  # (R, H, T, d/2) each
-    turned = (first * cosine - second * sine, first * sine + second * cosine)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    first_turned = first * cosine - second * sine
+    second_turned = first * sine + second * cosine
+    return torch.cat([first_turned, second_turned], dim=-1).to(x.dtype)
 
 
 LAYER_KINDS = {"ff1": FeedForward, "conv": Convolution, "mhsa": SelfAttention, "ff2": FeedForward}
@@ -170,7 +191,8 @@ class Conv2dFrontEnd(nn.Module):
         """Return (B, ⌈T/4⌉, D). `features`: (B, T, F). `lengths`: (B,) feature frames."""
         x = features[:, None]  # (B, 1, T, F)
         for convolution in self.convolutions:
-            x = F.relu(convolution(zero_outside(x, lengths)))
+            x = zero_outside(x, lengths)
+            x = F.relu(convolution(x))
             lengths = (lengths + 1) // 2
         x = x.transpose(1, 2).flatten(2)  # (B, ⌈T/4⌉, channels · ⌈F/4⌉)
         return self.project(x)
@@ -200,7 +222,8 @@ class VggFrontEnd(nn.Module):
         missing = max(0, 4 - features.shape[1])
         x = F.pad(features, (0, 0, 0, missing))[:, None]  # (B, 1, T, F)
         for number, convolution in enumerate(self.convolutions):
-            x = convolution(zero_outside(x, lengths))
+            x = zero_outside(x, lengths)
+            x = convolution(x)
             if number % 2 == 1:
                 x = F.max_pool2d(F.relu(x), (2, 1))
                 lengths = lengths // 2
@@ -245,8 +268,10 @@ class Encoder(nn.Module):
         self.front_end = FRONT_ENDS[config.front_end](config)
         self.blocks = nn.ModuleList()
         for block in range(config.blocks):
-            kinds = [kind for i, kind in enumerate(LAYERS) if 4 * block + i in layers]
-            modules = nn.ModuleDict({kind: LAYER_KINDS[kind](config) for kind in kinds})
+            modules = nn.ModuleDict()
+            for i, kind in enumerate(LAYERS):
+                if 4 * block + i in layers:
+                    modules[kind] = LAYER_KINDS[kind](config)
             modules["norm"] = nn.LayerNorm(config.width)
             self.blocks.append(modules)
         self.dropout = config.dropout
@@ -349,14 +374,23 @@ class Stack:
 
     def add_and_normalise(self, norm: nn.LayerNorm, rows: int, dtype: torch.dtype) -> Tensor:
         """Add what is pending to `x`; return LayerNorm of the first `rows` rows, in `dtype`."""
-        affine = (norm.weight, norm.bias)
         if self.pending is None:
-            return F.layer_norm(self.x[:rows], norm.normalized_shape, *affine, norm.eps).to(dtype)
+            return norm(self.x[:rows]).to(dtype)
         branch, gate, scale, seed = self.pending
-        self.pending = None
         self.x, normed = gated_residual_layer_norm(
-            self.x, branch, gate, scale, self.dropout, seed, *affine, rows, dtype, norm.eps
+            self.x,
+            branch,
+            gate,
+            scale,
+            self.dropout,
+            seed,
+            norm.weight,
+            norm.bias,
+            rows,
+            dtype,
+            norm.eps,
         )
+        self.pending = None
         return normed
 
     def leave_pending(self, branch: Tensor, gate: Gates, scale: float, seed: Tensor | None) -> None:
@@ -365,13 +399,14 @@ class Stack:
         `branch`: (R, T', D), the layer's output for the streams of the networks that keep it.
         `gate`: the gates of all M networks in this layer.
         """
-        before, self.streams = self.streams, part(self.streams, gate)
-        first = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
-        kept = [network for network in first if gate[network] is not False]
+        before = self.streams
+        self.streams = part(before, gate)
+        firsts = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
+        keeping = [network for network in firsts if gate[network] is not False]
         if self.streams != before:
-            self.x = self.repeated(self.x, [before[network] for network in first])
-            branch = self.repeated(branch, [before[network] for network in kept])
-        weights = self.by_row([gate[network] for network in kept])
+            self.x = self.repeated(self.x, [before[network] for network in firsts])
+            branch = self.repeated(branch, [before[network] for network in keeping])
+        weights = self.by_row([gate[network] for network in keeping])
         self.pending = Pending(branch, weights, scale, seed)
 
     @staticmethod
@@ -384,9 +419,8 @@ class Stack:
         """Return the gates of several streams as those of their rows, (R,); None if all are 1."""
         if all(isinstance(weight, bool) for weight in weights):
             return None
-        ones = self.x.new_ones(self.utterances)
-        rows = [ones if isinstance(weight, bool) else weight * ones for weight in weights]
-        return torch.cat(rows)
+        ones = self.x.new_ones(self.utterances)  # on the device: nothing is copied to it
+        return torch.cat([weight * ones for weight in weights])
 
     def outputs(self) -> Tensor:
         """Return the activations of each network, (M, B, T', D)."""
