@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 import dynsize
+from dynsize.language_model import LM_WEIGHT
 from dynsize.recogniser import Recogniser, Transcript, Word
 from dynsize.terminal import Parser, one_line, printable, reported, use_threads
 
@@ -16,6 +18,7 @@ DESCRIPTION = "Turns audio files into text with a trained network, at a size tha
 EXAMPLES = """  dynsize talk.flac --model runs/demo
   dynsize calls/*.wav --model runs/demo --size 7 --format srt --output captions
   arecord -f S16_LE -r 16000 -d 5 | dynsize - --model runs/demo"""
+LM_BEAM = 16
 CAPTION_PAUSE = 1.0  # seconds without a word, after which a new caption begins
 CAPTION_CHARACTERS = 60  # at most, in one caption
 
@@ -34,7 +37,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT for each file")
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--channel", type=int, help="of the audio; 1 is the first (the mean of all channels)")
+    add("--beam", type=int, help="prefixes that beam search keeps (1; 16 with --lm)")
+    add("--lm", type=Path, metavar="FILE", help="language model of words: an n-gram ARPA file")
+    add("--lm-weight", type=float, default=LM_WEIGHT, help=f"of the language model ({LM_WEIGHT})")
+    add("--word-bonus", type=float, default=0.0, help="added to a text's score for each word (0)")
     parsed = parser.parse_args(arguments)
+    parsed.beam = parsed.beam or (LM_BEAM if parsed.lm else 1)
     if parsed.channel is not None and parsed.channel < 1:
         parser.error(f"--channel {parsed.channel}: the first channel is 1")
     if parsed.format in ("srt", "vtt") and len(parsed.audio) > 1 and not parsed.output:
@@ -127,38 +135,56 @@ def outputs(options: argparse.Namespace) -> list[Path | None]:
     return files
 
 
-def transcribe(recogniser: Recogniser, name: str, size: int, channel: int | None) -> Transcript:
-    """Returns the text of a file; a long one has a progress bar on standard error."""
-    with tqdm(desc=printable(name), unit=" s", delay=2, leave=False, unit_scale=True) as bar:
-        return recogniser.transcribe(name, size=size, channel=channel, progress=bar.update)
-
-
 def run(options: argparse.Namespace) -> int:
     """Transcribes file after file. Returns the exit code: 2 where some file could not be read."""
     use_threads(options.threads)
     files = outputs(options)
     recogniser = dynsize.load(options.model)
-    size = recogniser.sizes[-1] if options.size is None else options.size
-    recogniser.check_size(size)
-    if options.max_latency_ms is not None:
-        size = recogniser.size_within(options.max_latency_ms)
-        taken = recogniser.latencies[size]
-        print(f"dynsize: size {size} takes {taken:.1f} ms for 10 s of audio", file=sys.stderr)
-    channel = None if options.channel is None else options.channel - 1
-    code = 0
+    asked: dict[str, Any] = dict(size=chosen_size(recogniser, options), beam=options.beam)
+    asked["channel"] = None if options.channel is None else options.channel - 1
+    if options.lm:
+        values = options.lm, options.lm_weight, options.word_bonus
+        asked["language_model"] = recogniser.language_model(*values)
+    code, texts = 0, []
     for name, file in zip(options.audio, files, strict=True):
         try:
-            text = FORMATS[options.format](transcribe(recogniser, name, size, channel), name)
+            transcript = transcribe(recogniser, name, asked)
         except ValueError as error:
             print(one_line(f"dynsize: {error}"), file=sys.stderr)
             code = 2
             continue
-        if file is None:
-            print(text, end="", flush=True)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+        texts.append(transcript.text)
+        write(FORMATS[options.format](transcript, name), file)
+    if options.lm:
+        print(f"dynsize: {asked['language_model'].missing(texts)}", file=sys.stderr)
     return code
+
+
+def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
+    """Returns the size that is asked for, or the largest one that is fast enough."""
+    if options.max_latency_ms is None:
+        size = recogniser.sizes[-1] if options.size is None else options.size
+        recogniser.check_size(size)
+        return size
+    size = recogniser.size_within(options.max_latency_ms)
+    taken = recogniser.latencies[size]
+    print(f"dynsize: size {size} takes {taken:.1f} ms for 10 s of audio", file=sys.stderr)
+    return size
+
+
+def transcribe(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
+    """Returns the text of a file; a long one has a progress bar on standard error."""
+    with tqdm(desc=printable(name), unit=" s", delay=2, leave=False, unit_scale=True) as bar:
+        return recogniser.transcribe(name, progress=bar.update, **asked)
+
+
+def write(text: str, file: Path | None) -> None:
+    """Writes a text to a file, or to standard output."""
+    if file is None:
+        print(text, end="", flush=True)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -1,9 +1,15 @@
 """CTC (Graves et al. 2006): the loss with its analytic gradient, and greedy decoding. Label 0 is the blank."""
 
+from collections.abc import Sequence
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
 import torch
 from torch import Tensor
 
 BLANK = 0
+WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
@@ -125,3 +131,178 @@ def label_frames(path: Tensor) -> list[tuple[int, int]]:
     first = counts.cumsum(0) - counts
     pairs = zip(labels.tolist(), first.tolist(), strict=True)
     return [(label, frame) for label, frame in pairs if label != BLANK]
+
+
+class WordScorer(Protocol):
+    """What the beam search asks of a language model. Scores are weighted natural logarithms."""
+
+    def start(self) -> object: ...  # the state at the beginning of an utterance
+
+    def score(self, state: object, word: str) -> tuple[object, float]: ...
+
+    def finish(self, state: object) -> float: ...  # of the utterance's end
+
+
+class Prefix:
+    """The labels of an utterance up to now, as the last one and the prefix before it."""
+
+    __slots__ = (
+        "__weakref__",
+        "after",
+        "before",
+        "ended",
+        "frame",
+        "label",
+        "score",
+        "state",
+        "word",
+    )
+
+    def __init__(self, before: "Prefix | None", label: int, frame: int) -> None:
+        self.before, self.label, self.frame = before, label, frame
+        self.word = ""  # the unfinished word at its end
+        self.score, self.state = 0.0, None  # language model: of the finished words
+        self.ended, self.after = 0.0, None  # the same, with the unfinished word as if it ended here
+
+
+class BeamSearch:
+    """Prefix beam search (Hannun et al. 2014), whose frames can be given in parts.
+
+    The score of a prefix is the log-probability of its labels, summed over all alignments, plus the
+    scores of its words. `beam`: how many prefixes are kept after each frame. `labels`: the V units;
+    only a language model needs them.
+
+    Each prefix has two log-probabilities, of the alignments that end with a blank and of those that
+    end with its last label, because a repeated label is a new one only after a blank.
+    """
+
+    def __init__(
+        self, beam: int, labels: Sequence[str] = (), words: WordScorer | None = None
+    ) -> None:
+        if beam < 1:
+            raise ValueError(f"beam {beam}: must be 1 or more")
+        self.beam, self.labels, self.words = beam, labels, words
+        self.begins = np.array([label.startswith(WORD) for label in labels], dtype=float)  # (V,)
+        root = Prefix(None, BLANK, 0)
+        if words is not None:
+            root.state = root.after = words.start()
+        self.prefixes = [root]
+        self.blank, self.label = np.zeros(1), np.full(1, -np.inf)  # (P,) each
+        self.frame = 0
+        self.known: WeakValueDictionary[tuple[Prefix, int], Prefix] = WeakValueDictionary()
+
+    def advance(self, log_probs: Tensor) -> None:
+        """Goes on by the frames of `log_probs`, (T, V)."""
+        with np.errstate(invalid="ignore"):  # of −inf − −inf in logaddexp
+            for frame in log_probs.double().cpu().numpy():
+                self.step(frame)
+
+    def step(self, frame: np.ndarray) -> None:
+        """Goes on by one frame, (V,) log-probabilities."""
+        last = np.array([prefix.label for prefix in self.prefixes])  # (P,)
+        total = np.logaddexp(self.blank, self.label)
+        longer = total[:, None] + frame  # (P, V): prefixes with one more label
+        longer[np.arange(len(last)), last] = self.blank + frame[last]
+        longer[:, BLANK] = -np.inf
+        blank, label = total + frame[BLANK], self.label + frame[last]  # the same prefixes
+        self.merge(blank, label, longer)
+        same = np.logaddexp(blank, label)
+        ranked = np.concatenate([same, longer.ravel()])
+        if self.words is not None:
+            ranked = ranked + self.word_scores()
+        best = largest(ranked, self.beam)
+        old, new = best[best < len(last)], best[best >= len(last)] - len(last)
+        parents, added = np.divmod(new, len(frame))
+        grown = [
+            self.grown(self.prefixes[p], c) for p, c in zip(parents, added.tolist(), strict=True)
+        ]
+        self.prefixes = [self.prefixes[i] for i in old] + grown
+        self.blank = np.concatenate([blank[old], np.full(len(new), -np.inf)])
+        self.label = np.concatenate([label[old], longer.ravel()[new]])
+        self.frame += 1
+
+    def merge(self, blank: np.ndarray, label: np.ndarray, longer: np.ndarray) -> None:
+        """Moves to a prefix of the beam what `longer` gives to it from the prefix before it."""
+        place = {prefix: i for i, prefix in enumerate(self.prefixes)}
+        for i, prefix in enumerate(self.prefixes):
+            parent = place.get(prefix.before)
+            if parent is not None:
+                entering = longer[parent, prefix.label]
+                if entering > np.logaddexp(blank[i], label[i]):
+                    prefix.frame = self.frame  # most alignments emit its label only now
+                label[i] = np.logaddexp(label[i], entering)
+                longer[parent, prefix.label] = -np.inf
+
+    def word_scores(self) -> np.ndarray:
+        """Returns the scores of the finished words of P prefixes, then of P · V longer ones."""
+        score = np.array([prefix.score for prefix in self.prefixes])
+        ended = np.array([prefix.ended for prefix in self.prefixes])
+        longer = score[:, None] + (ended - score)[:, None] * self.begins  # (P, V)
+        return np.concatenate([score, longer.ravel()])
+
+    def grown(self, before: Prefix, label: int) -> Prefix:
+        """Returns the prefix with one more label: the one that exists, or else a new one."""
+        prefix = self.known.get((before, label))
+        if prefix is not None:
+            prefix.frame = self.frame
+            return prefix
+        prefix = Prefix(before, label, self.frame)
+        self.known[before, label] = prefix
+        if self.words is not None:
+            piece = self.labels[label]
+            begins = piece.startswith(WORD)
+            prefix.word = piece.removeprefix(WORD) if begins else before.word + piece
+            prefix.score, prefix.state = (
+                (before.ended, before.after) if begins else (before.score, before.state)
+            )
+            prefix.ended, prefix.after = prefix.score, prefix.state
+            if prefix.word:
+                prefix.after, gain = self.words.score(prefix.state, prefix.word)
+                prefix.ended += gain
+        return prefix
+
+    def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
+        """Returns the score and the labels of each prefix of the beam, the best one first.
+
+        The labels are pairs of a label and the frame in which it is emitted.
+        """
+        scores = np.logaddexp(self.blank, self.label)
+        if self.words is not None:
+            scores = scores + [p.ended + self.words.finish(p.after) for p in self.prefixes]
+        order = largest(scores, self.beam)
+        return [(float(scores[i]), labels_of(self.prefixes[i])) for i in order]
+
+
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of the `count` largest scores, in falling order, without those of −inf."""
+    best = (
+        np.argpartition(-scores, count)[:count] if count < len(scores) else np.arange(len(scores))
+    )
+    best = best[np.argsort(-scores[best], kind="stable")]
+    return best[scores[best] > -np.inf]
+
+
+def labels_of(prefix: Prefix) -> list[tuple[int, int]]:
+    """Returns the labels of a prefix, each with its frame; frames never fall."""
+    pairs, frame = [], prefix.frame
+    while prefix.before is not None:
+        frame = min(frame, prefix.frame)
+        pairs.append((prefix.label, frame))
+        prefix = prefix.before
+    return pairs[::-1]
+
+
+def beam_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam: int,
+    labels: Sequence[str] = (),
+    words: WordScorer | None = None,
+) -> list[list[int]]:
+    """Returns the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
+    found = []
+    for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
+        search = BeamSearch(beam, labels, words)
+        search.advance(of_utterance[:length])
+        found.append([label for label, _ in search.results()[0][1]])
+    return found

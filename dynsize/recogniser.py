@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dynsize import checkpoint
 from dynsize.checkpoint import Checkpoint
-from dynsize.ctc import label_frames
+from dynsize.ctc import WORD, BeamSearch, label_frames
 from dynsize.features import log_mel, window_and_hop
+from dynsize.language_model import LM_WEIGHT, LanguageModel
 from dynsize.supernet import Supernet
 
 SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
 CONTEXT = 6  # a window's context on each side is its length divided by this
-WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 LEAD = 0.08  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 BLOCK = 10  # seconds of audio that are read at once
@@ -88,6 +88,8 @@ class Recogniser:
         size: int | None = None,
         sample_rate: int | None = None,
         channel: int | None = None,
+        beam: int = 1,
+        language_model: LanguageModel | None = None,
         progress: Callable[[float], None] = lambda seconds: None,
     ) -> Transcript:
         """Returns the text of `audio` with the times of its words.
@@ -95,8 +97,10 @@ class Recogniser:
         `audio`: a file that soundfile reads, `-` for a WAV on standard input, or a float array,
         (samples,) or (samples, channels), with its `sample_rate` in Hz. `size`: in layers, by
         default the largest. `channel`: 0 is the first; by default the mean of all channels.
-        `progress` is called with the seconds of audio that were read since its last call.
-        Raises ValueError for a size that the network lacks and for audio that can't be read.
+        `beam`: prefixes that the beam search keeps; with 1 and without a `language_model`, the best
+        label of each frame is taken instead. `progress` is called with the seconds of audio that
+        were read since its last call. Raises ValueError for a size that the network lacks and for
+        audio that can't be read.
         """
         size = self.sizes[-1] if size is None else size
         self.check_size(size)
@@ -112,9 +116,24 @@ class Recogniser:
 
         network = partial(self.network, size=size)
         parts = windowed_log_probs(network, counted(), self.facts)
-        path = torch.cat([log_probs.argmax(-1) for log_probs in parts])
+        if beam == 1 and language_model is None:
+            labels = label_frames(torch.cat([log_probs.argmax(-1) for log_probs in parts]))
+        else:
+            search = BeamSearch(beam, self.facts.labels, language_model)
+            for log_probs in parts:
+                search.advance(log_probs)
+            labels = search.results()[0][1]
         seconds = samples / self.facts.sample_rate
-        return Transcript(words_of(label_frames(path), self.facts, seconds), seconds)
+        return Transcript(words_of(labels, self.facts, seconds), seconds)
+
+    def language_model(
+        self, path: str | Path, weight: float = LM_WEIGHT, bonus: float = 0.0
+    ) -> LanguageModel:
+        """Returns the n-gram model of an ARPA file for `transcribe`.
+
+        Each word adds weight · ln P(word | words before) + bonus to the score of a text.
+        """
+        return LanguageModel(Path(path), self.facts.labels, weight, bonus)
 
     def check_size(self, size: int) -> None:
         """Raises ValueError for a size that the network lacks."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.ctc import ctc_loss, greedy
+from dynsize.ctc import BeamSearch, beam_search, ctc_loss, greedy
+from dynsize.language_model import LanguageModel
 
 
 @st.composite
@@ -106,3 +108,159 @@ def test_greedy_joins_repeats_then_removes_blanks(seed, rows, frames):
     ):
         path = [frame.index(max(frame)) for frame in of_row[:length]]
         assert decoded == [label for label, _ in itertools.groupby(path) if label != 0]
+
+
+def all_sums(log_probs: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """Labels → log-probability, summed over all V^T alignments."""
+    frames, labels = log_probs.shape
+    sums: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(labels), repeat=frames):
+        joined = tuple(label for label, _ in itertools.groupby(path) if label)
+        score = sum(log_probs[t, label].item() for t, label in enumerate(path))
+        sums[joined] = sums.get(joined, 0.0) + math.exp(score)
+    return {joined: math.log(total) for joined, total in sums.items()}
+
+
+def random_log_probs(seed: int, frames: int, labels: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return (2 * torch.randn(frames, labels, dtype=torch.float64)).log_softmax(-1)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 5), st.integers(2, 4), st.integers(0, 5))
+def test_beam_search_sums_over_all_alignments(seed, frames, labels, part):
+    log_probs = random_log_probs(seed, frames, labels)
+    search = BeamSearch(beam=10**6)
+    search.advance(log_probs[:part])
+    search.advance(log_probs[part:])
+    found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
+    assert found == pytest.approx(all_sums(log_probs), abs=1e-12)
+    scores = [score for score, _ in search.results()]
+    assert scores == sorted(scores, reverse=True)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 6))
+def test_beam_search_is_not_worse_than_greedy_by_the_loss(seed, frames):
+    log_probs = random_log_probs(seed, frames, 4)[None]
+    lengths = torch.tensor([frames])
+    losses = []
+    for labels in (beam_search(log_probs, lengths, 10**6)[0], greedy(log_probs, lengths)[0]):
+        target = torch.tensor([labels], dtype=torch.long)
+        losses.append(ctc_loss(log_probs, lengths, target, torch.tensor([len(labels)])).item())
+    assert losses[0] <= losses[1] + 1e-9
+
+
+@given(st.integers(0, 2**20), st.integers(1, 40), st.sampled_from([1, 2, 5]))
+def test_a_small_beam_never_holds_labels_twice_and_claims_no_more_than_all(seed, frames, beam):
+    log_probs = random_log_probs(seed, frames, 3)
+    search = BeamSearch(beam)
+    for frame in log_probs:
+        search.advance(frame[None])
+        found = [tuple(label for label, _ in pairs) for _, pairs in search.results()]
+        assert len(set(found)) == len(found) <= beam
+    for score, pairs in search.results():
+        target = torch.tensor([[label for label, _ in pairs]], dtype=torch.long)
+        lengths = torch.tensor([frames]), target, torch.tensor([target.shape[1]])
+        assert score <= -ctc_loss(log_probs[None], *lengths).item() + 1e-9
+        emitted = [frame for _, frame in pairs]
+        assert emitted == sorted(emitted) and all(0 <= frame < frames for frame in emitted)
+
+
+def test_beam_search_emits_a_label_where_the_best_path_does():
+    path = [0, 0, 2, 2, 0, 0, 1, 0, 1, 1, 2, 0]
+    log_probs = F.one_hot(torch.tensor(path), 3).mul(9.0).log_softmax(-1)
+    search = BeamSearch(8)
+    search.advance(log_probs)
+    assert search.results()[0][1] == [(2, 2), (1, 6), (1, 8), (2, 10)]
+
+
+def test_a_beam_has_a_prefix_at_least():
+    with pytest.raises(ValueError, match="beam 0: must be 1 or more"):
+        BeamSearch(0)
+
+
+ARPA = """\\data\\
+ngram 1=5
+ngram 2=4
+
+\\1-grams:
+-1.1\t<unk>
+-99\t<s>\t-0.3
+-0.7\t</s>
+-0.5\tAB\t-0.2
+-0.9\tB\t-0.15
+
+\\2-grams:
+-0.2\t<s> AB
+-0.4\tAB B
+-0.6\tB </s>
+-0.35\tB AB
+
+\\end\\
+"""
+LABELS = ("<unk>", "▁A", "B", "▁B")
+
+
+@pytest.fixture
+def arpa(tmp_path) -> Path:
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    (tmp_path / "bigram.arpa").write_text(ARPA)
+    return tmp_path / "bigram.arpa"
+
+
+def by_hand(words: list[str]) -> float:
+    """log10 P of a sentence by the bigrams above, with back-off."""
+    bigrams = {("<s>", "AB"): -0.2, ("AB", "B"): -0.4, ("B", "</s>"): -0.6, ("B", "AB"): -0.35}
+    back_off = {"<s>": -0.3, "AB": -0.2, "B": -0.15}
+    unigrams = {"AB": -0.5, "B": -0.9, "</s>": -0.7}
+    total = 0.0
+    for before, word in itertools.pairwise(["<s>", *words, "</s>"]):
+        backed_off = back_off.get(before, 0.0) + unigrams.get(word, -1.1)
+        total += bigrams.get((before, word), backed_off)
+    return total
+
+
+@pytest.mark.parametrize("text", ["", "AB", "B", "AB B", "B AB", "AB AB B", "A B", "AB A A B"])
+def test_a_language_model_scores_as_by_hand(arpa, text):
+    model = LanguageModel(arpa, LABELS, weight=0.7, bonus=0.25)
+    state, total = model.start(), 0.0
+    for word in text.split():
+        state, score = model.score(state, word)
+        total += score
+    total += model.finish(state)
+    expected = 0.7 * math.log(10) * by_hand(text.split()) + 0.25 * len(text.split())
+    assert total == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_beam_search_adds_the_language_models_scores(arpa, seed):
+    log_probs = random_log_probs(seed, 6, 4)
+    search = BeamSearch(10**6, LABELS, LanguageModel(arpa, LABELS, weight=0.8, bonus=0.4))
+    search.advance(log_probs)
+    found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
+    expected = {}
+    for labels, score in all_sums(log_probs).items():
+        words = "".join(LABELS[label] for label in labels).replace("▁", " ").split()
+        expected[labels] = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_language_model_counts_missing_words(arpa):
+    model = LanguageModel(arpa, LABELS, weight=1.0, bonus=0.0)
+    assert model.missing(["AB B", "B AB"]).endswith("lacks 0 of 4 words")
+    assert model.missing(["AB C", "C B D"]).endswith("lacks 3 of 5 words, most often C D")
+    with pytest.raises(ValueError, match=r"lacks 3 of 5 words.*; at most 50% may be missing"):
+        model.missing(["AB C", "C B D"], most=0.5)
+
+
+def test_a_language_model_refuses_the_other_case_and_no_arpa_file(arpa, tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"not in the network's case; write them in lower case"):
+        LanguageModel(arpa, ("<unk>", "▁a", "b"), 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"labels cannot spell its words"):
+        LanguageModel(arpa, ("<unk>", "▁x", "y"), 1.0, 0.0)
+    for content in (b"no model", b"\xff\xfe", ARPA[:90].encode()):
+        (tmp_path / "bad.arpa").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.arpa: "):
+            LanguageModel(tmp_path / "bad.arpa", LABELS, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"missing\.arpa: No such file"):
+        LanguageModel(tmp_path / "missing.arpa", LABELS, 1.0, 0.0)
+    assert capfd.readouterr() == ("", "")

@@ -1,6 +1,7 @@
 """Text from audio: a detector of tones as the network, then the command with networks of ours."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -318,18 +319,32 @@ def test_the_command_refuses_in_one_line(run, capsys, arguments, why):
     assert code == 2 and not text and why in error and error.count("\n") == 1
 
 
-def test_standard_input_is_a_wav_even_one_of_unknown_length(run, noise):
-    expected = dynsize.load(run).transcribe(noise).text + "\n"
-    data = bytearray(noise.read_bytes())
+@pytest.fixture
+def of_unknown_length(noise) -> bytes:
+    """The WAV file as ffmpeg writes it to a pipe, before it knows the length."""
+    data = noise.read_bytes()
     place = data.index(b"data") + 4
-    unknown = data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]  # as ffmpeg writes to a pipe
-    for stream in (data, unknown):
-        done = subprocess.run(
-            [sys.executable, "-m", "dynsize", "-", "--model", str(run)],
-            input=bytes(stream), capture_output=True, timeout=120, cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.decode() == expected
+    return data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]
+
+
+def test_standard_input_is_a_wav_even_one_of_unknown_length(run, noise, of_unknown_length):
+    recogniser = dynsize.load(run)
+    for stream in (noise.read_bytes(), of_unknown_length):
+        read_end, write_end = os.pipe()
+        with open(read_end) as pipe, pytest.MonkeyPatch.context() as patch:
+            with open(write_end, "wb") as other:
+                assert other.write(stream) < 65536  # what a pipe holds without a reader
+            patch.setattr(sys, "stdin", pipe)
+            assert recogniser.transcribe("-") == recogniser.transcribe(noise)
+
+
+def test_the_command_is_a_module_too(run, noise, of_unknown_length):
+    done = subprocess.run(
+        [sys.executable, "-m", "dynsize", "-", "--model", str(run)],
+        input=of_unknown_length, capture_output=True, timeout=120, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == dynsize.load(run).transcribe(noise).text + "\n"
 
 
 TALK = Transcript(
