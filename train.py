@@ -1,11 +1,18 @@
 #!/usr/bin/env python
-"""Trains a supernet. Without arguments: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU."""
+"""Train a supernet, from which prune.py cuts subnets of several sizes.
+
+Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU.
+"""
 
 import argparse
 import io
+import shutil
 import signal
 import sys
+import time
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,171 +22,259 @@ from dynsize import processes
 from dynsize.checkpoint import NAME
 from dynsize.corpora import summary
 from dynsize.study import next_training, results
-from dynsize.training import Trainer, check_new
+from dynsize.subnet import cut, parameters
+from dynsize.supernet import LAYER_MAP, layer_map
+from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.training import Trainer, check_new, mean_of
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
+WIDEST = 80  # columns of the progress bar
+EXAMPLES = """\
+  python train.py                                     the demo, in runs/demo
+  python train.py --preset librispeech --help         another preset's settings
+  python train.py --preset librispeech --corpus /data/LibriSpeech --run runs/mine
+  python train.py --corpus mine --train-splits train --dev-splits dev --test-splits test
+  python train.py --resume runs/mine --threads 4      go on after a stop
+  torchrun --nproc-per-node 4 train.py --preset tedlium2"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. The defaults shown are those of the preset that it names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo", choices=configuration.PRESETS)
+    """Return the command line, in which only the settings that it names are attributes.
+
+    The defaults shown are those of the preset that it names.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?", default="demo")
     name = first.parse_known_args(arguments)[0].preset
-    preset = configuration.preset(name)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        epilog=f"Defaults are those of the preset {name}; --preset P --help shows another's.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110),
-    )
-    parser.add_argument(
-        "--preset", default="demo", choices=configuration.PRESETS, help="table of defaults (demo)"
-    )
-    parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{name})")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run directory if it is there"
-    )
-    parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with a training; no other flag is allowed"
-    )
-    both = f"train by both algorithms and each size alone, for one table in runs/study-{name}; repeated it goes on"
-    parser.add_argument("--study", action="store_true", help=both)
-    types, groups = typing.get_type_hints(configuration.Config), {}
-    for field in configuration.fields():
-        section = field.metadata["section"]
-        group = groups[section] = groups.get(section) or parser.add_argument_group(section)
-        options = flag_options(types[field.name])
-        default = configuration.shown(getattr(preset, field.name))
-        help_text = f"{field.metadata['help']} ({default})".replace("%", "%%")
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=help_text,
-            **options,
-        )
+    parser = flags_parser(name if name in configuration.PRESETS else "demo")
     parsed = parser.parse_args(arguments)
-    if parsed.resume and len(arguments) > 2:
+    alone = {"--preset": parsed.preset, "--run": parsed.run, "--study": parsed.study}
+    alone["--overwrite"] = parsed.overwrite
+    given = [flag for flag, value in alone.items() if value]
+    if parsed.resume and given:
+        parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
+    if parsed.resume and changes(parsed):
         parser.error("--resume goes on as the run was configured: it stands alone")
     if parsed.study and parsed.overwrite:
-        parser.error(
-            "--study goes on where it was stopped and replaces nothing; --run names another folder"
-        )
+        parser.error("--overwrite with --study: a study replaces nothing; name another --run")
+    parsed.preset = parsed.preset or "demo"
     return parsed
 
 
-def flag_options(kind: type) -> dict:
-    """What argparse needs to know to read a value of a configuration field's type."""
+def flags_parser(preset: str) -> Parser:
+    """Return the parser of all flags, whose help shows the defaults of a preset."""
+    parser = Parser("train.py", __doc__, EXAMPLES)
+    parser.add_argument(
+        "--preset",
+        choices=list(configuration.PRESETS),
+        help=f"table of defaults (demo); those below are of {preset}",
+    )
+    parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{preset})")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run directory if it exists"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with a run; other flags are allowed where they do not change what is learned",
+    )
+    parser.add_argument(
+        "--study",
+        action="store_true",
+        help="train by each algorithm and each size alone, for one table in "
+        f"runs/study-{preset}; the same command goes on after a stop",
+    )
+    types = typing.get_type_hints(configuration.Config)
+    values = configuration.preset(preset)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in configuration.fields():
+        section = field.metadata["section"]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        default = configuration.shown(getattr(values, field.name)) or "none"
+        groups[section].add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} ({default})".replace("%", "%%"),
+            **flag_options(types[field.name], field.metadata["choices"]),
+        )
+    return parser
+
+
+def flag_options(kind: type, choices: tuple[str, ...]) -> dict:
+    """Return what argparse needs to read a setting of this type."""
     if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
+    if choices:
+        return dict(choices=choices)
     if typing.get_origin(kind) is tuple:
-        return dict(
-            type=typing.get_args(kind)[0],
-            nargs="+",
-            metavar=typing.get_args(kind)[0].__name__.upper(),
-        )
+        item = typing.get_args(kind)[0]
+        return dict(type=item, nargs="+", metavar=item.__name__.upper())
     return dict(type=kind, metavar=kind.__name__.upper())
 
 
-def configured(options: argparse.Namespace) -> configuration.Config:
-    """The preset with what the command line changes of it."""
-    changes = {
-        f.name: getattr(options, f.name) for f in configuration.fields() if hasattr(options, f.name)
-    }
-    changes = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
-    }
-    return configuration.preset(options.preset, **changes)
+def changes(options: argparse.Namespace) -> dict[str, typing.Any]:
+    """Return the settings that the command line names."""
+    names = (field.name for field in configuration.fields())
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def start(options: argparse.Namespace) -> Trainer:
-    """The trainer in its run directory, new or resumed. Raises ValueError for bad input; then nothing was changed."""
+    """Return the trainer in its run directory, new or resumed.
+
+    Raises ValueError for bad input; then nothing was changed.
+    """
     if options.resume:
         return Trainer.resume(options.resume)
-    config, run = configured(options), options.run or Path("runs") / options.preset
+    config = configuration.preset(options.preset, **changes(options))
+    run = options.run or Path("runs") / options.preset
     check_new(run, options.overwrite)
     return Trainer(config, run).begin()
 
 
 def study(options: argparse.Namespace) -> None:
-    """Runs or continues all trainings of a study, then shows its table."""
-    config, folder = configured(options), options.run or Path("runs") / f"study-{options.preset}"
+    """Run or continue all trainings of a study, then show its table."""
+    if processes.count() > 1:
+        raise ValueError("--study trains in one process, without torchrun")
+    config = configuration.preset(options.preset, **changes(options))
+    folder = options.run or Path("runs") / f"study-{options.preset}"
     while trainer := next_training(config, folder):
         train(trainer)
         del trainer  # before the next one reads its corpus
     print(results(config, folder))
-    print(f"done: {folder / 'study.md'}, {folder / 'study.json'}")
+    print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")
 
 
 def describe(trainer: Trainer) -> None:
-    """Prints what is about to be trained, on what."""
-    config = trainer.config
-    print("corpus     " + summary(trainer.corpus, config).replace("\n", "\n           "))
-    weights = sum(weight.numel() for weight in trainer.model.parameters())
+    """Print what is about to be trained, on what."""
+    config, model = trainer.config, trainer.model
+    network = cut(model, config.layers) if model.size is None else model
+    about = [printable(line) for line in summary(trainer.corpus, config).splitlines()]
+    print("corpus     " + "\n           ".join(about))
     print(
-        f"network    {config.blocks} blocks, {config.layers} layers of width {config.width}, {weights:,} parameters"
+        f"network    {config.blocks} blocks, {network.size} layers of width {config.width}, "
+        f"{parameters(network):,} parameters, {trainer.tokenizer.labels} labels with the blank"
     )
-    print(f"labels     {trainer.tokenizer.labels} with the blank")
+    print(f"device     {hardware(config, trainer.device)}")
     sizes = f"sizes {configuration.shown(config.sizes)}, {config.updates} updates"
-    print(f"training   {config.method}, {sizes} → {trainer.run}")
+    print(f"training   {config.method}, {sizes}, in {printable(trainer.run)}")
+    print(f"layers     {LAYER_MAP}", flush=True)
+
+
+class Progress:
+    """What is shown of the updates: a bar on a terminal, elsewhere a line each logging interval."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.total = trainer, trainer.config.updates
+        self.first, self.began = trainer.update, time.monotonic()
+        self.recent: list[dict] = []  # records of the logging interval
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.first,
+            ncols=min(WIDEST, shutil.get_terminal_size().columns),
+            bar_format=BAR,
+            disable=processes.rank() > 0 or not sys.stderr.isatty(),
+        )
+
+    def show(self, record: dict) -> None:
+        """Show an update."""
+        self.recent.append(record)
+        self.bar.set_description_str(losses(record), refresh=False)
+        self.bar.update(record["update"] - self.bar.n)
+        ends = record["update"] % self.trainer.config.log_every == 0
+        if ends or record["update"] == self.total:
+            if self.bar.disable:
+                print(self.line(mean_of(self.recent)), flush=True)
+            self.recent = []
+        if "dev" in record:
+            self.bar.write(self.validation(record))
+            sys.stdout.flush()
+
+    def line(self, record: dict) -> str:
+        """Return the line of a logging interval, given its mean record."""
+        done = record["update"] - self.first
+        left = (time.monotonic() - self.began) / done * (self.total - record["update"])
+        parts = [losses(record), f"lr {record['learning_rate']:.1e}"]
+        parts.append(f"{record['audio_seconds_per_second']:.0f} audio s/s")
+        parts.append(f"{tqdm.format_interval(left)} left")
+        return f"update {record['update']}/{self.total}  {', '.join(parts)}"
+
+    def validation(self, record: dict) -> str:
+        """Return the lines of a validation: word error rate and layers of each size."""
+        lines = [f"update {record['update']}, word error rate on dev:"]
+        for size, result in record["dev"].items():
+            mask = self.trainer.model.mask(size)
+            lines.append(f"  size {size:>3} {100 * result['wer']:6.2f}%  {layer_map(mask)}")
+        return "\n".join(lines)
+
+
+def losses(record: dict) -> str:
+    """Return the losses of the networks that an update trained, and what the update left out.
+
+    In step 1 the smaller network is named by the size that its layer weights have as their target.
+    """
+    target = "target " if record["step"] == 1 else ""
+    names = [f"{target if i else ''}{size}" for i, size in enumerate(record.get("losses", {}))]
+    values = [f"{loss:.2f}" for loss in record.get("losses", {}).values()]
+    shown = " ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+    lost = f", {record['left_out']} left out" if record.get("left_out") else ""
+    return f"loss {shown or 'skipped'}, step {record['step']}{lost}"
+
+
+@contextmanager
+def signals(trainer: Trainer) -> Iterator[None]:
+    """Let SIGINT and SIGTERM save and end the training; a second one ends at once.
+
+    SIGUSR1 saves, and the training goes on.
+    """
+
+    def save(number: int, frame: object) -> None:
+        trainer.save_soon = True
+
+    def end(number: int, frame: object) -> None:
+        trainer.stop_soon = number
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {signal.SIGUSR1: save, signal.SIGINT: end, signal.SIGTERM: end}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(trainer: Trainer) -> None:
-    """Trains, with a progress bar, to the end or a signal, which saves and ends the program; SIGUSR1 only saves."""
+    """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
-    config, silent = trainer.config, processes.rank() > 0
-    signal.signal(signal.SIGUSR1, lambda *_: setattr(trainer, "save_soon", True))
-    for end in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once
-        signal.signal(
-            end, lambda n, _: setattr(trainer, "stop_soon", n) or signal.signal(n, signal.SIG_DFL)
-        )
-    with tqdm(
-        total=config.updates,
-        initial=trainer.update,
-        unit="update",
-        dynamic_ncols=True,
-        disable=silent,
-    ) as bar:
+    progress = Progress(trainer)
+    with signals(trainer), progress.bar:
         for record in trainer.updates():
-            loss = " ".join(f"{loss:.2f}" for loss in record.get("losses", {}).values())
-            speed = record["audio_seconds"] / record["seconds"]
-            bar.set_description_str(
-                f"step {record['step']}, sizes {' '.join(map(str, record['sizes']))}", refresh=False
-            )
-            bar.set_postfix_str(
-                f"loss {loss}, lr {record['learning_rate']:.1e}, {speed:.0f} audio s/s",
-                refresh=False,
-            )
-            bar.update(record["update"] - bar.n)
-            for size, result in record.get("dev", {}).items():
-                kept = "all" if size == config.layers else " ".join(result["layers"])
-                bar.write(
-                    f"update {record['update']:>6}  size {size:>3}  dev WER {100 * result['wer']:6.2f}%  keeps {kept}"
-                )
+            progress.show(record)
             if record["stop"]:
-                bar.close()
-                print(
-                    f"stopped and saved at update {trainer.update}; python train.py --resume {trainer.run} goes on"
-                )
+                progress.bar.close()
+                run = printable(trainer.run)
+                print(f"stopped and saved at update {trainer.update}; ", end="")
+                print(f"python train.py --resume {run} goes on", flush=True)
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 
 def main() -> None:
-    try:
+    with reported("train.py", "stopped before the first update; there is nothing to save"):
         options = parse(sys.argv[1:])
+        use_threads(options.threads)
         processes.join()
         if processes.rank():
-            sys.stdout = io.StringIO()  # one of them speaks
-        if options.study and processes.count() > 1:
-            raise ValueError("--study trains in one process, without torchrun")
+            sys.stdout = io.StringIO()  # the first process speaks
         if options.study:
             study(options)
-        else:
-            trainer = start(options)
-            train(trainer)
-            print(f"done: {trainer.run / NAME}; python prune.py {trainer.run} cuts its subnets")
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
+            return
+        trainer = start(options)
+        train(trainer)
+        run = printable(trainer.run)
+        print(f"done: {run}/{NAME}; python prune.py {run} cuts its subnets")
 
 
 if __name__ == "__main__":

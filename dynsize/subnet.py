@@ -17,9 +17,9 @@ from dynsize.supernet import Supernet
 def cut(model: Supernet, size: int) -> Supernet:
     """Return a network that has only the first `size` layers of the ranking, with their weights.
 
-    The weights are copies. A size that was not trained gets the output layer of the largest
-    trained size below it. Raises ValueError for a network that was cut already, and for a size that
-    the supernet can't have.
+    The weights are copies, on the same device. A size that was not trained gets the output layer of
+    the largest trained size below it. Raises ValueError for a network that was cut already, and for
+    a size that the supernet can't have.
     """
     if model.size is not None:
         raise ValueError(
@@ -34,7 +34,7 @@ def cut(model: Supernet, size: int) -> Supernet:
     kept = {name: weights[name] for name in subnet.encoder.state_dict()}
     subnet.encoder.load_state_dict(kept)
     subnet.head(size).load_state_dict(model.head(size).state_dict())
-    return subnet.eval()
+    return subnet.eval().to(next(model.parameters()).device)
 
 
 def widened(model: Supernet, config: Config) -> Supernet:

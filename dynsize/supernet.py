@@ -119,3 +119,12 @@ def precision(config: Config, device: torch.device) -> torch.autocast:
 def layer_name(layer: int) -> str:
     """The name that people read: layer 0 is `1.ff1`, the first layer of the first block."""
     return f"{layer // 4 + 1}.{LAYERS[layer % 4]}"
+
+
+LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa, ff2; a dot: pruned"
+
+
+def layer_map(mask: Sequence[bool]) -> str:
+    """Return a mask for people, as `LAYER_MAP` says: `fcmf f.m.` for two blocks, the second cut."""
+    letters = [LAYERS[layer % 4][0] if kept else "." for layer, kept in enumerate(mask)]
+    return " ".join("".join(letters[i : i + 4]) for i in range(0, len(letters), 4))

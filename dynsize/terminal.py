@@ -36,15 +36,22 @@ class Parser(argparse.ArgumentParser):
     Only whole flags are accepted, and the width of the help follows the terminal's.
     """
 
-    def __init__(self, prog: str, description: str, examples: str) -> None:
+    def __init__(self, prog: str, description: str, examples: str, files: str = "") -> None:
+        """`files`: the arguments that are no flags, as the line of usage shows them."""
         super().__init__(
             prog=prog,
+            usage=f"python %(prog)s {files}[--flag VALUE ...]",
             description=description,
             epilog=f"examples:\n{examples}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument("--version", action="version", version=f"dynsize {__version__}")
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"dynsize {__version__}",
+            help="show the version and exit",
+        )
         self.add_argument(
             "--threads",
             type=int,

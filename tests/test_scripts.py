@@ -113,15 +113,9 @@ def test_train_leaves_and_shows_what_it_promises(trained):
     shown = (trained / "train.out").read_text()
     assert "24 utterances" in shown and "0 left out" in shown
     for update in (6, 12):
-        for size in (3, 5, 8):
-            line = re.search(
-                rf"^update +{update}  size +{size}  dev WER +[\d.]+%  keeps (.*)$", shown, re.M
-            )
-            assert line and (
-                line[1] == "all"
-                if size == 8
-                else len(re.findall(r"[12]\.(?:ff1|conv|mhsa|ff2)", line[1])) == size
-            )
+        block = re.search(rf"^update {update}, word error rate on dev:\n((?:  .*\n)+)", shown, re.M)
+        rows = re.findall(r"^  size +(\d+) +[\d.]+%  ([fcm.]{4} [fcm.]{4})$", block[1], re.M)
+        assert [(int(size), 8 - map.count(".")) for size, map in rows] == [(8, 8), (5, 5), (3, 3)]
 
 
 def test_prune_then_evaluate(work):
@@ -136,7 +130,9 @@ def test_prune_then_evaluate(work):
     for column in (2, 3):  # parameters and MACs
         numbers = [int(row[column].replace(",", "")) for row in rows]
         assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
-    assert all((work / row[6]).stat().st_size == int(row[4].replace(",", "")) for row in rows)
+    sizes = [int(row[4].replace(",", "")) for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < (work / rows[0][6]).stat().st_size
+    assert all((work / row[6]).stat().st_size == size for row, size in zip(rows[1:], sizes[1:]))
     again = run("prune.py", "run", cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
 
@@ -178,12 +174,11 @@ def test_prune_by_budget_and_by_other_rankings(work):
     done = run("prune.py", "run", "--max-params", str(most), "--max-macs", "10000000", cwd=work)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^size 4 +4 +{most:,} ", done.stdout, re.M)
-    assert "size 4 was never trained; the nearest that were: 3 and 5" in done.stderr
-    for ranking, kept in (("first", "1.ff1 1.conv 1.mhsa"), ("random", "")):
+    assert "size 4 was never trained; the nearest: 3 and 5" in done.stderr
+    for ranking, kept in (("first", "fcm. ....\n"), ("random", "")):
         done = run("prune.py", "run", "--sizes", "3", "--ranking", ranking, cwd=work)
         assert (
-            f"size 3 keeps {kept}" in done.stdout
-            and (work / "run" / f"size-3-{ranking}.pt").exists()
+            f"size  3  {kept}" in done.stdout and (work / "run" / f"size-3-{ranking}.pt").exists()
         )
     assert (
         run("prune.py", "run", "--sizes", "3", "--max-latency-ms", "9000", cwd=work).returncode == 0
@@ -200,7 +195,7 @@ def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
         "prune.py", "full", "--method", method, "--updates", "0", "--output", "nothing", cwd=work
     )
     assert nothing.returncode == 0 and "nothing was learned" in nothing.stdout
-    assert "size 2 keeps 1.ff1 1.conv\n" in nothing.stdout
+    assert "size  2  fc.. ....\n" in nothing.stdout
     done = run(
         "prune.py", "full", "--method", method, "--sizes", "3", "5", "--updates", "6", cwd=work
     )
@@ -466,17 +461,30 @@ def test_evaluation_stops_at_bad_data(trained, tmp_path, refuse, how):
 
 
 @pytest.mark.parametrize("preset", ["demo", "digits", "librispeech", "tedlium2"])
-def test_help_tells_every_flag_with_its_default(preset, capsys):
+def test_help_tells_every_flag_with_its_default(preset, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
         SCRIPTS["train.py"]["parse"](["--preset", preset, "--help"])
     assert not stop.value.code
     text = " ".join(capsys.readouterr().out.split())
     for field in config.fields():
-        assert f"--{field.name.replace('_', '-')} " in text
-        assert (
-            f"{field.metadata['help']} ({config.shown(getattr(config.preset(preset), field.name))})"
-            in text
-        )
+        default = config.shown(getattr(config.preset(preset), field.name)) or "none"
+        flag = field.name.replace("_", "-")
+        assert f"--{flag} " in text or f"--{flag}, --no-{flag} " in text
+        assert all(choice in text for choice in field.metadata["choices"])
+        assert f"{field.metadata['help']} ({default})" in text
+
+
+@pytest.mark.parametrize("script", ["train.py", "prune.py"])
+def test_help_follows_the_width_of_the_terminal_and_shows_examples(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "62")
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script]["parse"](["--help"])
+    assert not stop.value.code
+    options, _, examples = capsys.readouterr().out.partition("examples:\n")
+    flags = options[options.index("options:") :].splitlines()
+    assert max(map(len, (line for line in flags if "{" not in line))) <= 60
+    assert examples.count(f"python {script} ") >= 3
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):

@@ -1,0 +1,113 @@
+"""What prune.py does: the choice of sizes, the files of subnets, and learning to prune a model."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from dynsize import checkpoint
+from dynsize.baselines import shuffled
+from dynsize.config import with_method
+from dynsize.subnet import cut, largest_within, widened
+from dynsize.supernet import Supernet
+from dynsize.training import Trainer, check_new
+
+RANKINGS = ("learned", "first", "random")
+
+
+def learner(
+    loaded: checkpoint.Checkpoint,
+    method: str,
+    sizes: Sequence[int],
+    updates: int | None,
+    folder: Path,
+    overwrite: bool,
+) -> Trainer:
+    """Return a training that learns which layers of a full-size model to keep, in a new run.
+
+    Without `sizes`: a third and two thirds of the layers. `updates`: of both steps; None: a third
+    of the model's. Raises ValueError for values that can't be, and where the new run would replace
+    the model.
+    """
+    old = loaded.model.config
+    updates = max(1, old.updates // 3) if updates is None else updates
+    if updates < 0:
+        raise ValueError(f"--updates {updates}: must be 0 or more")
+    if folder.resolve() in [loaded.path.resolve(), *loaded.path.resolve().parents]:
+        raise ValueError(f"--output {folder}: has the model {loaded.path}; choose another folder")
+    smaller = sizes or (old.layers // 3, 2 * old.layers // 3)
+    intervals = ("log_every", "validate_every", "save_every")
+    changes = {name: max(1, min(getattr(old, name), updates)) for name in intervals}
+    changes |= dict(size=0, layers_from="", updates=max(1, updates))
+    changes |= dict(sizes=tuple(sorted({*smaller, old.layers})))
+    config = with_method(old, method, **changes)
+    start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)
+    check_new(folder, overwrite)
+    trainer = Trainer(config, folder, start).begin()
+    if updates == 0:
+        trainer.save()
+    return trainer
+
+
+def rank(model: Supernet, ranking: str, seed: int) -> None:
+    """Give a supernet another ranking than the one it learned: the first layers, or random ones."""
+    layers = model.config.layers
+    if ranking == "first":
+        model.ranking = list(range(layers))
+    if ranking == "random":
+        model.ranking = shuffled(layers, seed)
+
+
+def sizes_to_cut(
+    model: Supernet, sizes: Sequence[int], budgets: dict[str, float], seconds: float
+) -> list[int]:
+    """Return the sizes that were asked for, largest first, with the largest within all budgets.
+
+    Without sizes and budgets: all that were trained, but for the full one. `budgets`: as in
+    `subnet.largest_within`, whose milliseconds are those for `seconds` of audio.
+    """
+    within = [largest_within(model, name, limit, seconds) for name, limit in budgets.items()]
+    asked = [*sizes, *([min(within)] if within else [])]
+    return sorted(set(asked or model.sizes[:-1]), reverse=True)
+
+
+def nearest_trained(model: Supernet, size: int) -> list[int]:
+    """Return the two trained sizes next to one that was never trained; nothing for one that was."""
+    if size in model.sizes or model.size is not None:
+        return []
+    return sorted(sorted(model.sizes, key=lambda trained: abs(trained - size))[:2])
+
+
+def write_subnets(
+    supernet: checkpoint.Checkpoint, files: dict[int, Path], overwrite: bool
+) -> list[checkpoint.Checkpoint]:
+    """Write the subnet of each size to its file, and return what is read back.
+
+    Raises ValueError, and then has written nothing, for a size that the supernet can't have, for
+    files that exist unless they may be replaced, and for the supernet's file.
+    """
+    subnets = {size: cut(supernet.model, size) for size in files}
+    for file in files.values():
+        if file.resolve() == supernet.path.resolve():
+            raise ValueError(f"{file}: is the supernet itself; --output names another folder")
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file}: exists already; --overwrite replaces it")
+    for size, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(file, subnets[size], supernet.tokenizer)
+    return [checkpoint.load(file) for file in files.values()]
+
+
+def file_bytes(loaded: checkpoint.Checkpoint) -> int:
+    """Return the bytes of a checkpoint's file without the optimizer's state in it."""
+    return loaded.path.stat().st_size - tensor_bytes(loaded.training)
+
+
+def tensor_bytes(value: object) -> int:
+    """Return the bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
