@@ -26,7 +26,7 @@ from dynsize.schedule import step1_updates
 if TYPE_CHECKING:
     from dynsize.config import Config
 
-DEFAULTS = dict(initial_score=0.0, score_rate=1.0)
+DEFAULTS = dict(initial_score=0.0, score_rate=10.0)
 NOISE = 1e-3  # standard deviation of the initial scores
 LAST_TEMPERATURE = 0.01  # τ in the last update of step 1; in the first one it is 1
 RISE = 0.5  # share of step 1 in which the weight of the extra loss grows from 0 to 1
