@@ -165,7 +165,7 @@ class Config:
     dropout: float = share(
         0.0, "network", "share of each layer's output that is dropped in training"
     )
-    shared_head: bool = setting(
+    shared_output_layer: bool = setting(
         False, "network", "one CTC output layer for all sizes instead of one for each"
     )
 
@@ -513,7 +513,7 @@ def for_method(config: Config) -> Config:
     """
     changes: dict[str, dict] = {
         "none": dict(sizes=config.sizes[-1:]),
-        "layerdrop": dict(shared_head=True),
+        "layerdrop": dict(shared_output_layer=True),
         "aux-loss": dict(stochastic_depth=0.0),
     }
     return dataclasses.replace(config, **changes.get(config.method, {}))

@@ -29,11 +29,11 @@ def cut(model: Supernet, size: int) -> Supernet:
         raise ValueError(
             f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers"
         )
-    subnet = Supernet(model.config, model.head(size).out_features, model.ranking, size)
+    subnet = Supernet(model.config, model.output_layer(size).out_features, model.ranking, size)
     weights = model.encoder.state_dict()
     kept = {name: weights[name] for name in subnet.encoder.state_dict()}
     subnet.encoder.load_state_dict(kept)
-    subnet.head(size).load_state_dict(model.head(size).state_dict())
+    subnet.output_layer(size).load_state_dict(model.output_layer(size).state_dict())
     return subnet.eval().to(next(model.parameters()).device)
 
 
@@ -47,11 +47,11 @@ def widened(model: Supernet, config: Config) -> Supernet:
         raise ValueError(
             f"this network was cut to {model.size} layers; sizes are learned in one that has all"
         )
-    head = model.head(config.layers)
-    supernet = Supernet(config, head.out_features)
+    full = model.output_layer(config.layers)
+    supernet = Supernet(config, full.out_features)
     supernet.encoder.load_state_dict(model.encoder.state_dict())
-    for output_layer in supernet.heads.values():
-        output_layer.load_state_dict(head.state_dict())
+    for output_layer in supernet.output_layers.values():
+        output_layer.load_state_dict(full.state_dict())
     return supernet
 
 
@@ -98,7 +98,7 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
         if kept:
             module = encoder.blocks[layer // 4][LAYERS[layer % 4]]
             total += layer_macs(module, frames)
-    return total + frames * model.head(size).weight.numel()
+    return total + frames * model.output_layer(size).weight.numel()
 
 
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:

@@ -1,6 +1,10 @@
-"""The supernet: encoder, layer scores and one CTC output layer for each size. A cut subnet is one with fewer layers."""
+"""The supernet: encoder, layer scores, and one CTC output layer for each size.
+
+A subnet that was cut out of it is the same class with fewer layers.
+"""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +15,12 @@ from dynsize.conformer import Encoder, Gates
 
 
 class Supernet(nn.Module):
-    """Networks of several sizes that share all weights.
+    """Networks of several sizes that share all their weights.
 
-    `labels`: V, the CTC labels with the blank, which is label 0. `ranking`: the layers, most important first, from
-    which `mask` follows. With `size` it is a standalone subnet: the first `size` layers of the ranking and their
-    output layer are all that it has.
+    `labels`: V, the CTC labels with the blank, which is label 0. `ranking`: the layers, most
+    important first; by default in their order. The ranking decides every mask, so it is part of
+    `state_dict`, under `_extra_state`. With `size` it is a standalone subnet: it has the first
+    `size` layers of the ranking and one output layer, and nothing else.
     """
 
     def __init__(
@@ -27,19 +32,15 @@ class Supernet(nn.Module):
     ):
         super().__init__()
         self.config, self.size = config, size
-        self.ranking = list(range(config.layers)) if ranking is None else list(ranking)
+        self.ranking = list(range(config.layers) if ranking is None else ranking)
         self.sizes = config.sizes if size is None else (size,)
         self.encoder = Encoder(config, self.ranking[: self.sizes[-1]])
-        shared = config.shared_head
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(config.width, labels)
-                for name in (["shared"] if shared else map(str, self.sizes))
-            }
-        )
-        learns = size is None and config.method in ALGORITHMS
-        scores = ALGORITHMS[config.method].initial_scores(config) if learns else None
-        self.scores = None if scores is None else nn.Parameter(scores)
+        names = ["shared"] if config.shared_output_layer else map(str, self.sizes)
+        output_layers = {name: nn.Linear(config.width, labels) for name in names}
+        self.output_layers = nn.ModuleDict(output_layers)
+        self.scores = None
+        if size is None and config.method in ALGORITHMS:
+            self.scores = nn.Parameter(ALGORITHMS[config.method].initial_scores(config))
 
     def get_extra_state(self) -> list[int]:
         """Return the ranking, which is part of `state_dict`."""
@@ -48,13 +49,13 @@ class Supernet(nn.Module):
     def set_extra_state(self, state: list[int]) -> None:
         """Take the ranking of a `state_dict`.
 
-        Raises ValueError where it does not rank the layers, or where this is a cut subnet that
-        has other layers.
+        Raises ValueError where it does not rank these layers, or where this is a subnet that has
+        other layers.
         """
         if not isinstance(state, list) or sorted(state) != list(range(self.config.layers)):
             raise ValueError(f"not a ranking of {self.config.layers} layers: {state}")
         if self.size is not None and set(state[: self.size]) != set(self.ranking[: self.size]):
-            raise ValueError(f"the weights of a subnet with other layers: {state[: self.size]}")
+            raise ValueError(f"weights of a subnet with the layers {state[: self.size]}")
         self.ranking = list(state)
 
     def ranked_scores(self) -> list[float | None]:
@@ -68,56 +69,81 @@ class Supernet(nn.Module):
         return [row[layer] for row, layer in zip(rows, self.ranking, strict=True)]
 
     def mask(self, size: int) -> list[bool]:
-        """The binary mask of the subnet of `size` layers: the first ones of the ranking."""
+        """Return the binary mask of a size: True for the first `size` layers of the ranking."""
         kept = set(self.ranking[:size])
         return [layer in kept for layer in range(self.config.layers)]
 
-    def head(self, size: int) -> nn.Module:
-        """The output layer for a network of `size` layers: that of the largest trained size not above it."""
+    def output_layer(self, size: int) -> nn.Linear:
+        """Return the output layer for a network of `size` layers.
+
+        A size that was not trained has that of the largest trained size below it, or of the
+        smallest one. Example: of trained sizes 16, 32, 48, size 40 has the output layer of 32.
+        """
         trained = max((s for s in self.sizes if s <= size), default=self.sizes[0])
-        return self.heads["shared" if self.config.shared_head else str(trained)]
+        name = "shared" if self.config.shared_output_layer else str(trained)
+        return self.output_layers[name]
 
     def idle(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
-        """The weights that networks of these sizes do not use: the other sizes' output layers and, except in step 1,
-        the scores."""
-        used = {id(self.head(size)) for size in sizes}
-        weights = [
-            weight
-            for head in self.heads.values()
-            if id(head) not in used
-            for weight in head.parameters()
-        ]
-        return weights + ([self.scores] if self.scores is not None and not learning else [])
+        """Return the weights that have no gradient in an update of networks of these sizes.
+
+        These are the output layers of other sizes and, except in step 1 (`learning`), the scores.
+        """
+        used = [self.output_layer(size) for size in sizes]
+        others = [layer for layer in self.output_layers.values() if layer not in used]
+        weights = [weight for layer in others for weight in layer.parameters()]
+        if self.scores is not None and not learning:
+            weights.append(self.scores)
+        return weights
 
     def forward(
-        self, features: Tensor, lengths: Tensor, sizes: Sequence[int], gates: Sequence[Gates] | None = None,
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        sizes: Sequence[int],
+        gates: Sequence[Gates] | None = None,
         seeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Log-probabilities of the networks of all `sizes`, largest first.
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of the networks of all `sizes`, largest first.
 
-        `features`: (B, T, F) float32. `lengths`: (B,). `gates`: those of each network; by default its mask.
-        `seeds`: (B,) int64, of the dropout; without them nothing is dropped.
-        Returns (M, B, T', V) float32, normalised outside of autocast, and the (B,) frames inside each utterance.
+        `features`: (B, T, F) float32. `lengths`: (B,) frames inside each utterance. `gates`: the L
+        gates of each network; by default the masks of the sizes. `seeds`: (B,) int64 of the
+        dropout; without them nothing is dropped.
+
+        Returns (M, B, T', V) float32, normalised outside of autocast, and (B,) the encoder frames
+        inside each utterance.
         """
-        gates = [self.mask(size) for size in sizes] if gates is None else gates
+        if gates is None:
+            gates = [self.mask(size) for size in sizes]
         with precision(self.config, features.device):
-            x, lengths = self.encoder(features, lengths, gates, seeds)
-            logits = torch.stack(
-                [self.head(size)(stream) for size, stream in zip(sizes, x, strict=True)]
-            )
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), lengths
+            x, lengths = self.encoder(features, lengths, gates, seeds)  # (M, B, T', D)
+            networks = zip(sizes, x, strict=True)
+            logits = torch.stack([self.output_layer(size)(stream) for size, stream in networks])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(wide).log_softmax(-1), lengths
 
 
-def precision(config: Config, device: torch.device) -> torch.autocast:
-    """A context with the configured precision for what runs inside: bfloat16 autocast or float32."""
+def precision(config: Config, device: torch.device) -> AbstractContextManager:
+    """Return a context in which layers compute in the configured precision.
+
+    `auto` is bfloat16 where the hardware computes it, else float32.
+    """
+    bfloat16 = config.precision == "bfloat16"
+    if config.precision == "auto":
+        bfloat16 = has_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16 itself, without emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bfloat16))
+    fast = ("avx512_bf16", "amx_bf16")
+    return device.type == "cpu" and any(capabilities.get(name) for name in fast)
 
 
 def layer_name(layer: int) -> str:
-    """The name that people read: layer 0 is `1.ff1`, the first layer of the first block."""
+    """Return the name of a layer for people: layer 0 is `1.ff1`, the first of the first block."""
     return f"{layer // 4 + 1}.{LAYERS[layer % 4]}"
 
 

@@ -28,7 +28,7 @@ CASES = {
     "step 1, zeroing out": (9, dict(method="iterative-zero-out", delta=2)),
     "step 2": (18, dict(sizes=(3, 5, 6, 8), stochastic_depth=0.0)),
     "step 2, stochastic depth": (18, dict(stochastic_depth=0.4)),
-    "layerdrop": (5, dict(method="layerdrop", shared_head=True)),
+    "layerdrop": (5, dict(method="layerdrop", shared_output_layer=True)),
     "activations computed again": (18, dict(checkpoint_activations=True)),
 }
 

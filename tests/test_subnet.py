@@ -28,8 +28,8 @@ def supernet(seed: int = 0, labels: int = 7, **changes) -> Supernet:
 
 
 @given(st.integers(0, 2**20), st.sampled_from([3, 5, 8]), st.booleans())
-def test_the_cut_subnet_equals_the_masked_supernet(seed, size, shared_head):
-    model = supernet(seed, shared_head=shared_head).double()
+def test_the_cut_subnet_equals_the_masked_supernet(seed, size, shared_output_layer):
+    model = supernet(seed, shared_output_layer=shared_output_layer).double()
     subnet = cut(model, size).double()
     features, lengths = torch.randn(2, 33, 12, dtype=torch.float64), torch.tensor([33, 20])
     masked, _ = model(features, lengths, [size])
@@ -46,9 +46,9 @@ def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
         assert any(name.startswith(prefix) for name in names) == (layer in model.ranking[:3])
     kept = {n: w for n, w in model.named_parameters() if n in names}
     assert parameters(subnet) == sum(w.numel() for w in kept.values()) < parameters(model)
-    assert "heads.3.weight" in names and "heads.8.weight" not in names and "scores" not in names
-    subnet.heads["3"].weight.data.zero_()
-    assert model.heads["3"].weight.abs().sum() > 0  # a copy
+    assert "output_layers.3.weight" in names and "output_layers.8.weight" not in names and "scores" not in names
+    subnet.output_layers["3"].weight.data.zero_()
+    assert model.output_layers["3"].weight.abs().sum() > 0  # a copy
 
 
 def test_cutting_refuses_other_sizes_and_cut_networks():
@@ -106,7 +106,7 @@ def test_an_untrained_size_has_the_output_layer_of_the_next_smaller_one():
     model = supernet()
     for size, trained in ((1, 3), (4, 3), (5, 5), (7, 5)):
         subnet = cut(model, size)
-        assert torch.equal(subnet.head(size).weight, model.heads[str(trained)].weight)
+        assert torch.equal(subnet.output_layer(size).weight, model.output_layers[str(trained)].weight)
         assert sum(len(block) - 1 for block in subnet.encoder.blocks) == size
 
 

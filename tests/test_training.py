@@ -38,7 +38,7 @@ def lines(run) -> list[dict]:
         dict(relaxation="straight-through"),
         dict(relaxation="soft"),
         dict(method="iterative-zero-out", delta=2, score_rate=500.0),
-        dict(method="layerdrop", shared_head=True),
+        dict(method="layerdrop", shared_output_layer=True),
         dict(method="none", sizes=(8,), size=5),
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
@@ -129,7 +129,7 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
 
 def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
     run = trainer(
-        tones, tmp_path / "run", method="layerdrop", shared_head=True, sizes=(4, 8), updates=3
+        tones, tmp_path / "run", method="layerdrop", shared_output_layer=True, sizes=(4, 8), updates=3
     )
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {
@@ -201,8 +201,8 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
     for record in run.updates():
         used |= set(record["sizes"])
         for size in (5, 6):
-            head = run.model.heads[str(size)].weight
-            moved = not torch.equal(head, before[f"heads.{size}.weight"])
+            head = run.model.output_layers[str(size)].weight
+            moved = not torch.equal(head, before[f"output_layers.{size}.weight"])
             assert moved == (size in used) == bool(run.optimizer.state[head])
 
 
