@@ -216,9 +216,10 @@ def losses(record: dict) -> str:
     In step 1 the smaller network is named by the size that its layer weights have as their target.
     """
     target = "target " if record["step"] == 1 else ""
-    names = [f"{target if i else ''}{size}" for i, size in enumerate(record.get("losses", {}))]
-    values = [f"{loss:.2f}" for loss in record.get("losses", {}).values()]
-    shown = " ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+    found = sorted(record.get("losses", {}).items(), reverse=True)
+    shown = " ".join(
+        f"{target if place else ''}{size}: {loss:.2f}" for place, (size, loss) in enumerate(found)
+    )
     lost = f", {record['left_out']} left out" if record.get("left_out") else ""
     return f"loss {shown or 'skipped'}, step {record['step']}{lost}"
 

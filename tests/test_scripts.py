@@ -4,63 +4,30 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
 from conftest import write_tones
+from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config
+from dynsize.algorithms import ALGORITHMS
 from dynsize.subnet import cut, parameters
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # prune.py uses what train.py shows
-SCRIPTS = {
-    name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")
-}
-TINY = (
-    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
-    "--attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --updates 12 --batch-seconds 5 "
-    "--log-every 4 --validate-every 6 --save-every 6 --precision float32"
-).split()
 
 
 def started(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     """A script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def run(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    """The same in this process, which has imported torch already."""
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(StringIO()) as out,
-        redirect_stderr(StringIO()) as err,
-    ):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        code = 0
-        try:
-            SCRIPTS[script]["main"]()
-        except SystemExit as stop:
-            code = stop.code
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -132,7 +99,10 @@ def test_prune_then_evaluate(work):
         assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
     sizes = [int(row[4].replace(",", "")) for row in rows]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < (work / rows[0][6]).stat().st_size
-    assert all((work / row[6]).stat().st_size == size for row, size in zip(rows[1:], sizes[1:]))
+    assert all(
+        (work / row[6]).stat().st_size == size
+        for row, size in zip(rows[1:], sizes[1:], strict=True)
+    )
     again = run("prune.py", "run", cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
 
@@ -186,7 +156,7 @@ def test_prune_by_budget_and_by_other_rankings(work):
     assert (work / "run" / "size-3.pt").exists() and (work / "run" / "size-8.pt").exists()
 
 
-@pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
     tiny = [flag if flag != "run" else "full" for flag in TINY]
     full = run("train.py", "--corpus", tones, "--run", "full", *tiny, "--method", "none", cwd=work)
@@ -257,29 +227,44 @@ def test_compare_refuses_other_utterances(work, tmp_path, refuse):
     assert "two or more" in refuse("evaluate.py", "--compare", "run", cwd=work)
 
 
+class Watcher(threading.Thread):
+    """Runs steps beside a script in this process; each waits for a condition, then acts.
+
+    SIGINT and SIGTERM are ignored while no training handles them.
+    """
+
+    def __init__(self, *steps: tuple[Callable[[], bool], Callable[[], object]]) -> None:
+        super().__init__(daemon=True)
+        self.steps, self.done = steps, []
+
+    def run(self) -> None:
+        for holds, act in self.steps:
+            while not holds():
+                time.sleep(0.005)
+            self.done.append(act())
+
+    def __enter__(self) -> "Watcher":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
 def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
-    command = [
-        "train.py",
-        "--study",
-        "--corpus",
-        tones,
-        "--run",
-        "study",
-        *TINY,
-        "--updates",
-        "6",
-        "--save-every",
-        "3",
-    ]
-    with subprocess.Popen(
-        [sys.executable, *map(str, [ROOT / command[0], *command[1:]])],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    ) as first:
-        while not (tmp_path / "study" / "iterative-zero-out" / "checkpoint.pt").exists():
-            assert first.poll() is None
-            time.sleep(0.02)
-        first.terminate()
+    flags = ["--corpus", tones, "--run", "study", *TINY, "--updates", "20", "--save-every", "3"]
+    command = ["train.py", "--study", *flags]
+    second = tmp_path / "study" / "iterative-zero-out" / "checkpoint.pt"
+    with Watcher((second.exists, send(signal.SIGTERM))) as watcher:
+        stopped = run(*command, cwd=tmp_path)
+    assert watcher.done and stopped.returncode == 128 + signal.SIGTERM
     before = (tmp_path / "study" / "simple-top-k" / "checkpoint.pt").stat().st_mtime_ns
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -289,82 +274,92 @@ def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
         r"^\| test-other: size \| alone \| simple-top-k \| iter", text, re.M
     )
     assert (
-        len(re.findall(r"^\| (?:8|5|3) \|(?: [\d.]+% \[[\d.]+, [\d.]+\] \|){3}$", text, re.M)) == 6
+        len(re.findall(r"^\| (?:8|5|3) \|(?: [\d.]+% \[[\d.]+, [\d.]+\] \|){5}$", text, re.M)) == 6
     )
     found = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert set(found["test-clean"]) == {
-        "simple-top-k",
-        "iterative-zero-out",
-        "alone-3",
-        "alone-5",
-        "alone-8",
-    }
+    alone = {f"alone-{size}" for size in (3, 5, 8)}
+    assert set(found["test-clean"]) == {*ALGORITHMS, "layerdrop"} | alone
     other = run(*command, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resume_goes_on(tones, tmp_path, number):
-    command = [
-        sys.executable,
-        ROOT / "train.py",
-        "--corpus",
-        tones,
-        "--run",
-        "run",
-        *TINY,
-        "--updates",
-        "100000",
-    ]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as training:
-        while not (tmp_path / "run" / "checkpoint.pt").exists():
-            assert training.poll() is None, training.stdout.read()
-            time.sleep(0.05)
-        training.send_signal(number)
-        output, _ = training.communicate(timeout=60)
-    assert training.returncode == 128 + number
-    saved = int(
-        re.search(
-            r"stopped and saved at update (\d+); python train.py --resume run goes on", output
-        )[1]
-    )
-    stopped = checkpoint.load(tmp_path / "run")
+def saved_at(output: str) -> int:
+    """Return the update at which a stopped training says it was saved."""
+    words = r"stopped and saved at update (\d+); python train.py --resume run goes on"
+    return int(re.search(words, output)[1])
+
+
+def check_resume(run_directory: Path, saved: int) -> None:
+    """Fails where a training that was stopped at this update does not go on to its end."""
+    stopped = checkpoint.load(run_directory)
     assert stopped.training["update"] == saved
     stopped.model.config = dataclasses.replace(stopped.model.config, updates=saved + 3)
-    checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
-    resumed = started("train.py", "--resume", "run", cwd=tmp_path)
+    save_again(stopped)
+    resumed = run("train.py", "--resume", "run", "--threads", "1", cwd=run_directory.parent)
     assert resumed.returncode == 0, resumed.stderr
-    assert checkpoint.load(tmp_path / "run").training["update"] == saved + 3
+    assert checkpoint.load(run_directory).training["update"] == saved + 3
 
 
-def test_sigusr1_saves_and_training_goes_on(tones, tmp_path):
-    often = [
-        "--log-every",
-        "1",
-        "--save-every",
-        "100000",
-        "--validate-every",
-        "100000",
-        "--updates",
-        "100000",
-    ]
-    command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY, *often]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as training:
-        metrics, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint.pt"
-        for awaited in (metrics, saved):
-            while not awaited.exists():
-                assert training.poll() is None
-                time.sleep(0.02)
-            if awaited == metrics:
-                training.send_signal(signal.SIGUSR1)
-        update = checkpoint.load(saved).training["update"]
-        while len(metrics.read_text().splitlines()) < update + 5:
-            assert training.poll() is None
+def save_again(loaded: checkpoint.Checkpoint) -> None:
+    checkpoint.save(loaded.path, loaded.model, loaded.tokenizer, loaded.training)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tones, tmp_path):
+    flags = ["--corpus", tones, "--run", "run", *TINY, "--updates", "100000"]
+    command = [sys.executable, ROOT / "train.py", *flags]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, **streams) as training:
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            assert training.poll() is None, training.stderr.read()
             time.sleep(0.02)
-        training.kill()
-    assert checkpoint.load(saved).training["update"] == update
+        training.send_signal(signal.SIGINT)
+        output, errors = training.communicate(timeout=60)
+    assert training.returncode == 128 + signal.SIGINT and not errors
+    check_resume(tmp_path / "run", saved_at(output))
+
+
+def test_sigusr1_saves_and_training_goes_on_until_sigterm(tones, tmp_path):
+    never = ["--save-every", "100000", "--validate-every", "100000", "--updates", "100000"]
+    metrics, file = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint.pt"
+
+    def saved() -> int:
+        return checkpoint.load(file).training["update"]
+
+    def five_more() -> bool:
+        return len(metrics.read_text().splitlines()) >= watcher.done[1] + 5
+
+    steps = [(metrics.exists, send(signal.SIGUSR1)), (file.exists, saved), (five_more, saved)]
+    with Watcher(*steps, (lambda: True, send(signal.SIGTERM))) as watcher:
+        flags = ["--corpus", tones, "--run", "run", *TINY, *never, "--log-every", "1"]
+        done = run("train.py", *flags, cwd=tmp_path)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert watcher.done[1] == watcher.done[2] < saved_at(done.stdout) - 4
+    check_resume(tmp_path / "run", saved_at(done.stdout))
+
+
+def test_ctrl_c_before_the_first_update_is_one_line(tones, tmp_path, monkeypatch):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "check_new", stop)
+    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=tmp_path)
+    assert done.returncode == 130 and not list(tmp_path.iterdir())
+    assert done.stderr == "train.py: stopped before the first update; there is nothing to save\n"
+
+
+def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path, monkeypatch):
+    flags = ["--corpus", tones, *TINY, "--method", "iterative-zero-out", "--step1-share", "0.5"]
+    log = run("train.py", "--run", "log", *flags, cwd=tmp_path)
+    loss = r"-?\d+\.\d\d"
+    lines = re.findall(rf"^update (\d+)/12  loss 8: {loss} (\w+).*left$", log.stdout, re.M)
+    assert lines == [("4", "target"), ("8", "5"), ("12", "5")]
+    assert not log.stderr
+    monkeypatch.setenv("COLUMNS", "132")
+    bar = run("train.py", "--run", "bar", *flags, cwd=tmp_path, terminal=True)
+    drawn = [text for text in re.split(r"[\r\n]", bar.stderr) if "%|" in text]
+    assert drawn and max(map(len, drawn)) <= 80
+    assert all(re.match(rf"loss 8: {loss} ", text) for text in drawn[1:])
+    assert "12/12" in drawn[-1] and "update 4/12" not in bar.stdout
 
 
 @pytest.mark.parametrize(
@@ -389,7 +384,8 @@ def test_sigusr1_saves_and_training_goes_on(tones, tmp_path):
         ("--run new --size 8", ["--size 8", "--method none"]),
         ("--run new --method none --size 21", ["--size 21", "0 to 20"]),
         (
-            "--corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none --layers-from nowhere",
+            "--corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none "
+            "--layers-from nowhere",
             ["nowhere", "no such checkpoint"],
         ),
     ],
