@@ -1,54 +1,56 @@
-"""Decoding a split with networks of several sizes, and what comes of it: hypotheses, error rates, costs."""
+"""Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
 import json
+import math
 import time
-from collections.abc import Sequence
-from itertools import combinations, product
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from dynsize.batching import Examples, batch_plan, labels_of, load
+from dynsize import report
+from dynsize.batching import Examples, batch_plan, load
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
-from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
+from dynsize.corpora import NORMALISERS, UNREADABLE, Utterance, lines, read_corpus
 from dynsize.ctc import greedy
 from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
-from dynsize.tokenizer import Tokenizer
+from dynsize.terminal import printable
 from dynsize.wer import (
     Errors,
+    Pair,
     Reference,
     align,
+    count_errors,
     errors_in,
     interval,
     paired_interval,
     plain_reference,
     sclite_reference,
+    writes_blanks,
 )
+
+LISTED = 20  # confusions, and utterances that became worse, in a report
+
+# Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
+Decoder = Callable[[Tensor, Tensor], list[list[int]]]
+Texts = list[str | None]  # of each utterance; None where its audio can't be read
 
 
 def corpus_root(config: Config) -> Path:
-    """The directory of the configured corpus; the embedded one is spoken where it isn't there yet."""
+    """Return the directory of the configured corpus; speaks the embedded one if it is missing."""
     return spoken_corpus() if config.corpus == "spoken" else Path(config.corpus)
 
 
-def read_for_scoring(config: Config, splits: Sequence[str], tokenizer: Tokenizer) -> Corpus:
-    """Splits to decode. Raises ValueError for audio that can't be read and for characters without a label."""
-    corpus = read_corpus(corpus_root(config), splits, config)
-    if unreadable := corpus.left_out.get(UNREADABLE):
-        raise ValueError(
-            f"{len(unreadable)} utterances can't be read:\n" + "\n".join(unreadable.values())
-        )
-    for utterance in corpus.utterances:
-        labels_of(utterance, tokenizer)
-    return corpus
-
-
 def device_of(config: Config) -> torch.device:
-    """The configured device; ValueError where it can't be had."""
+    """Return the configured device. Raises ValueError where this machine lacks it."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,154 +60,371 @@ def device_of(config: Config) -> torch.device:
         raise ValueError(f"--device {config.device}: {error}") from error
 
 
+# Decoding.
+
+
 @torch.inference_mode()
 def transcribe(
-    model: Supernet, examples: Examples, sizes: Sequence[int], title: str
-) -> dict[int, list[str]]:
-    """Size → the greedily decoded text of each example, in their order. Sizes, largest first, share one forward.
+    model: Supernet,
+    examples: Examples,
+    sizes: Sequence[int],
+    title: str,
+    decoder: Decoder = greedy,
+) -> tuple[dict[int, Texts], dict[str, str]]:
+    """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
-    Raises ValueError for audio that can't be read.
+    `sizes`: largest first; they share one forward. `title`: of the progress bar, which is shown
+    where there is a terminal.
+    """
+    texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
+    unreadable: dict[str, str] = {}
+    with tqdm(total=len(examples), desc=title, unit="utt", leave=False, disable=None) as bar:
+        for indices, log_probs, lengths in in_batches(model, examples, sizes, unreadable):
+            for size, of_size in zip(sizes, log_probs, strict=True):
+                for index, labels in zip(indices, decoder(of_size, lengths), strict=True):
+                    texts[size][index] = " ".join(examples.tokenizer.decode(labels).split())
+            bar.update(len(indices))
+    return texts, unreadable
+
+
+def in_batches(
+    model: Supernet, examples: Examples, sizes: Sequence[int], unreadable: dict[str, str]
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield examples' indices, their log-probabilities (M, B, T, V) and lengths (B,).
+
+    Examples whose audio can't be read are added to `unreadable` instead.
     """
     config, device = model.config, next(model.parameters()).device
-    plan = batch_plan(
-        examples.frames(), config.batch_seconds * 1000 / config.hop_ms, config.batch_utterances
-    )
-    texts: dict[int, list[str]] = {size: [""] * len(examples) for size in sizes}
-    corrupt: dict[str, str] = {}
-    with tqdm(total=len(examples), desc=title, unit="utt", leave=False, delay=1) as bar:
-        for indices, batch in zip(plan, load(examples, plan), strict=True):
-            if corrupt := corrupt | batch.corrupt:
-                continue  # to find all that can't be read
+    most_frames = config.batch_seconds * 1000 / config.hop_ms
+    plan = batch_plan(examples.frames(), most_frames, config.batch_utterances)
+    for indices, batch in zip(plan, load(examples, plan), strict=True):
+        unreadable.update(batch.corrupt)
+        read = [i for i in indices if examples.utterances[i] in batch.utterances]
+        if read:
             features, lengths, *_ = batch.to(device)
             log_probs, lengths = model(features, lengths, sizes)
-            for size, of_size in zip(sizes, log_probs, strict=True):
-                for index, labels in zip(indices, greedy(of_size, lengths), strict=True):
-                    texts[size][index] = examples.tokenizer.decode(labels)
-            bar.update(len(indices))
-    if corrupt:
-        raise ValueError(
-            f"{len(corrupt)} utterances can't be read:\n" + "\n".join(corrupt.values())
-        )
-    return texts
-
-
-def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -> list[dict]:
-    """Decodes a split with every size of a checkpoint, each cut out and alone, and writes what it finds.
-
-    `config`: the checkpoint's, with corpus, device and batches as they are now. In the directory `output`:
-    `size-K.txt` with a line `ID TEXT` for each utterance, and `results.json` with the rows, which are also returned.
-    """
-    model = checkpoint.model
-    corpus = read_for_scoring(config, [split], checkpoint.tokenizer)
-    utterances = corpus.utterances
-    audio_seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
-    rows, texts = [], {}
-    for size in reversed(model.sizes):
-        subnet = alone(checkpoint, size, config)
-        start = time.perf_counter()
-        texts[size] = decode(subnet, checkpoint, utterances, size, f"{split}, size {size}")
-        seconds = time.perf_counter() - start
-        errors = errors_of(utterances, texts[size])
-        total = sum(errors, Errors())
-        rows.append(
-            dict(
-                size=size,
-                wer=total.rate,
-                interval=interval(errors),
-                substitutions=total.substitutions,
-            )
-            | dict(deletions=total.deletions, insertions=total.insertions, words=total.words)
-            | dict(
-                utterances=len(utterances), parameters=parameters(subnet), macs=macs(subnet, size)
-            )
-            | dict(real_time_factor=seconds / audio_seconds, layers=kept_names(model, size))
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    for size, hypotheses in texts.items():
-        lines = [
-            f"{u.id} {text}".rstrip() + "\n" for u, text in zip(utterances, hypotheses, strict=True)
-        ]
-        (output / f"size-{size}.txt").write_text("".join(lines), encoding="utf-8")
-    facts = dict(
-        checkpoint=str(checkpoint.path),
-        corpus=config.corpus,
-        split=split,
-        device=str(device_of(config)),
-    )
-    facts |= dict(sizes=rows, left_out={why: list(names) for why, names in corpus.left_out.items()})
-    (output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return rows
+            yield read, log_probs, lengths
 
 
 def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
-    """The network of one size, cut out where it shares its weights with others, on the configured device."""
+    """Return the network of one size on the configured device, cut out of a supernet."""
     model = checkpoint.model
     return (cut(model, size) if model.size is None else model).to(device_of(config))
 
 
-def decode(
-    network: Supernet,
+def decoded(
     checkpoint: Checkpoint,
-    utterances: Sequence[Utterance],
+    network: Supernet,
     size: int,
-    title: str,
-) -> list[str]:
-    """The text of each utterance by the network of one size."""
+    utterances: Sequence[Utterance],
+    split: str,
+) -> tuple[Texts, dict[str, str]]:
+    """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
     examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
-    return transcribe(network, examples, [size], title)[size]
+    title = printable(f"{checkpoint.path}, {split}, size {size}")
+    texts, unreadable = transcribe(network, examples, [size], title)
+    normalised = NORMALISERS[network.config.normaliser]
+    return [None if t is None else normalised(t) for t in texts[size]], unreadable
 
 
-def errors_of(utterances: Sequence[Utterance], texts: Sequence[str]) -> list[Errors]:
-    """The word errors in each utterance's text."""
-    return [
-        errors_in(align(reference_of(utterance), text.split()))
-        for utterance, text in zip(utterances, texts, strict=True)
-    ]
+# Scoring.
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An utterance with a text. `pairs` aligns characters where a language writes no blanks."""
+
+    utterance: Utterance
+    text: str
+    pairs: list[Pair]
+    words: Errors
+    characters: Errors
 
 
 def reference_of(utterance: Utterance) -> Reference:
-    """What an utterance is scored against, with the alternatives that its corpus allows."""
+    """Return what an utterance is scored against, with the alternatives of its corpus."""
     if utterance.reference:
         return sclite_reference(utterance.reference)
     return plain_reference(utterance.text)
 
 
-def compare(networks: Sequence[tuple[Checkpoint, Config]], split: str) -> list[dict]:
-    """Decodes a split with all sizes of all networks; for each pair of networks the differences of word error rates.
+def errors_of(utterances: Sequence[Utterance], texts: Texts) -> list[Errors]:
+    """Return the word errors of each utterance that has a text."""
+    return [
+        errors_in(align(reference_of(utterance), text.split()))
+        for utterance, text in zip(utterances, texts, strict=True)
+        if text is not None
+    ]
 
-    Equal sizes are compared; all of them, where two networks have no size in common. `networks`: checkpoints with the
-    configuration that names corpus and device. Returns rows with `first` and `second`, (path, size) each, their `wer`,
-    and difference and `interval`, first minus second. Raises ValueError for different utterances.
+
+def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
+    """Return the errors of a text, in words and in characters.
+
+    Of alternatives, those with the fewest word errors are also the ones for the characters.
+    Blanks count as characters if the language writes `blanks`.
     """
-    decoded: list[dict[int, list[Errors]]] = []
-    expected: list[tuple[str, str]] = []
-    for checkpoint, config in networks:
-        utterances = read_for_scoring(config, [split], checkpoint.tokenizer).utterances
-        said = [(utterance.id, utterance.text) for utterance in utterances]
-        expected = expected or said
-        if said != expected:
-            raise ValueError(
-                f"{checkpoint.path}: the {split} of {config.corpus} has other utterances than the first's"
-            )
-        of_sizes = {}
-        for size in checkpoint.model.sizes:
-            title = f"{checkpoint.path}, {split}, size {size}"
-            texts = decode(alone(checkpoint, size, config), checkpoint, utterances, size, title)
-            of_sizes[size] = errors_of(utterances, texts)
-        decoded.append(of_sizes)
-    rows = []
-    for (a, first), (b, second) in combinations(enumerate(decoded), 2):
-        same = [(size, size) for size in first if size in second]
-        for pair in same or product(first, second):
-            errors = first[pair[0]], second[pair[1]]
-            wer = [sum(e, Errors()).rate for e in errors]
-            names = [(str(networks[i][0].path), size) for i, size in zip((a, b), pair, strict=True)]
-            row = dict(first=names[0], second=names[1], wer=wer, difference=wer[0] - wer[1])
-            first_errors, second_errors = errors
-            rows.append(row | dict(interval=paired_interval([first_errors], [second_errors])))
+    pairs = align(reference_of(utterance), text.split())
+    words = errors_in(pairs)
+    blank = " " if blanks else ""
+    said = blank.join(word for word, _ in pairs if word is not None)
+    heard = blank.join(text.split())
+    if not blanks:
+        pairs = align([[[character]] for character in said], heard)
+    return Scored(utterance, text, pairs, words, count_errors(said, heard))
+
+
+def scores(scored: Sequence[Scored]) -> dict:
+    """Return what a report says about the texts of one size."""
+    words = sum((s.words for s in scored), Errors())
+    characters = sum((s.characters for s in scored), Errors())
+    confusions = Counter(pair for s in scored for pair in s.pairs if pair[0] != pair[1])
+    return dict(
+        wer=words.rate,
+        interval=interval([s.words for s in scored]),
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+        words=words.words,
+        cer=characters.rate,
+        cer_interval=interval([s.characters for s in scored]),
+        characters=characters.words,
+        utterances=len(scored),
+        speakers=by_speaker(scored),
+        confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
+    )
+
+
+def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
+    """Return speaker → numbers and rates; empty where the corpus names none."""
+    groups: dict[str, list[Scored]] = {}
+    for s in scored:
+        groups.setdefault(s.utterance.speaker, []).append(s)
+    groups.pop("", None)
+    rows = {}
+    for speaker, group in sorted(groups.items()):
+        words = sum((s.words for s in group), Errors())
+        characters = sum((s.characters for s in group), Errors())
+        counts = dict(utterances=len(group), words=words.words)
+        rows[speaker] = counts | dict(wer=words.rate, cer=characters.rate)
     return rows
 
 
+# Reports.
+
+
+def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -> dict:
+    """Return the report on a split: every size of a checkpoint, each cut out and alone.
+
+    `config`: the checkpoint's, with corpus, device and batches as they are now. Audio that can't
+    be read is left out, and named in the report. Writes to the directory `output`: `ref.trn`,
+    and for each size K `hyp-K.trn` and `aligned-K.txt`; the report as `results.md`, and last as
+    `results.json`. Raises ValueError where no utterance can be read.
+    """
+    corpus = read_corpus(corpus_root(config), [split], config)
+    utterances = corpus.utterances
+    texts: dict[int, Texts] = {}
+    rows: dict[int, dict] = {}
+    for size in reversed(checkpoint.model.sizes):
+        network = alone(checkpoint, size, config)
+        start = time.perf_counter()
+        texts[size], unreadable = decoded(checkpoint, network, size, utterances, split)
+        seconds = time.perf_counter() - start
+        for name, why in unreadable.items():
+            corpus.leave_out(UNREADABLE, name, why)
+        rows[size] = costs(network, size) | dict(seconds=seconds)
+    read = [i for i in range(len(utterances)) if all(of_size[i] is not None for of_size in texts.values())]
+    if not read:
+        raise ValueError(f"{split}: no utterance can be read: {next(iter(unreadable.values()))}")
+    blanks = writes_blanks(utterances[i].text for i in read)
+    scored = {
+        size: [score(utterances[i], of_size[i] or "", blanks) for i in read]
+        for size, of_size in texts.items()
+    }
+    audio_seconds = sum(utterances[i].samples for i in read) / config.sample_rate
+    for size, row in rows.items():
+        row |= scores(scored[size]) | dict(real_time_factor=row.pop("seconds") / audio_seconds)
+    found = dict(
+        checkpoint=str(checkpoint.path),
+        corpus=config.corpus,
+        split=split,
+        normaliser=config.normaliser,
+        device=str(device_of(config)),
+        measure="wer" if blanks else "cer",
+        utterances=len(read),
+        audio_seconds=audio_seconds,
+        left_out=corpus.left_out,
+        sizes=[dict(size=size) | row for size, row in rows.items()],
+        examples=examples_of(scored),
+        worse=became_worse(scored),
+    )
+    report.write(found, scored, output)
+    return found
+
+
+def costs(network: Supernet, size: int) -> dict:
+    """Return what a size costs, and the layers that it keeps."""
+    layers = kept_names(network, size)
+    return dict(parameters=parameters(network), macs=macs(network, size), layers=layers)
+
+
 def kept_names(model: Supernet, size: int) -> list[str]:
-    """The names of the layers that a size keeps, from the input on."""
+    """Return the names of the layers that a size keeps, from the input on."""
     return [layer_name(layer) for layer, kept in enumerate(model.mask(size)) if kept]
+
+
+def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
+    """Return an utterance's reference beside its texts by several sizes."""
+    utterance = next(iter(scored.values()))[number].utterance
+    texts = {size: of_size[number].text for size, of_size in scored.items()}
+    return dict(id=utterance.id, reference=utterance.text, texts=texts)
+
+
+def examples_of(scored: dict[int, list[Scored]]) -> list[dict]:
+    """Return three utterances, with at most three sizes: the largest, a middle one, the smallest.
+
+    They are spread evenly over the utterances on which the sizes differ, or over all of them.
+    """
+    sizes = list(scored)
+    shown = dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]])
+    chosen = {size: scored[size] for size in shown}
+    everything = range(len(scored[sizes[0]]))
+    differing = [n for n in everything if len({of_size[n].text for of_size in chosen.values()}) > 1]
+    pool = differing if len(differing) >= 3 else everything
+    spread = dict.fromkeys(pool[len(pool) * part // 6] for part in (1, 3, 5))
+    return [side_by_side(chosen, number) for number in spread]
+
+
+def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
+    """Return the utterances with more errors at the smallest size than at the largest.
+
+    The largest increase comes first. `errors` has both numbers.
+    """
+    ends = {size: scored[size] for size in (max(scored), min(scored))}
+    found = []
+    for number, (large, small) in enumerate(zip(*(ends[size] for size in (max(ends), min(ends))), strict=True)):
+        errors = [errors_in(large.pairs).total, errors_in(small.pairs).total]
+        if errors[1] > errors[0]:
+            found.append(side_by_side(ends, number) | dict(errors=errors))
+    found.sort(key=lambda row: row["errors"][0] - row["errors"][1])
+    return found[:LISTED]
+
+
+# Comparisons.
+
+
+@dataclass(frozen=True)
+class System:
+    """What is compared: a checkpoint, or without one a file of hypotheses.
+
+    `config` names the corpus, the normaliser and the device.
+    """
+
+    path: Path
+    config: Config
+    checkpoint: Checkpoint | None = None
+
+
+def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -> dict[int, Texts]:
+    """Return size → texts of a system; a file of hypotheses has the size 0."""
+    if system.checkpoint is None:
+        return {0: read_hypotheses(system.path, utterances, system.config)}
+    texts = {}
+    for size in system.checkpoint.model.sizes:
+        network = alone(system.checkpoint, size, system.config)
+        texts[size], _ = decoded(system.checkpoint, network, size, utterances, split)
+    return texts
+
+
+def read_hypotheses(path: Path, utterances: Sequence[Utterance], config: Config) -> Texts:
+    """Return the normalised texts of utterances from lines `ID TEXT`, or `TEXT (ID)` in a .trn.
+
+    Lines of other utterances are ignored. Raises ValueError for a line without id, an id that is
+    there twice, and an utterance without a line.
+    """
+    found: dict[str, str] = {}
+    for where, line in lines(path):
+        if path.suffix == ".trn":
+            text, bracket, name = line.rstrip().removesuffix(")").rpartition("(")
+            if not bracket:
+                raise ValueError(f"{where}: not TEXT (ID): {line[:80]!r}")
+        else:
+            name, _, text = line.strip().partition(" ")
+        if name in found:
+            raise ValueError(f"{where}: the utterance {name} is there twice")
+        found[name] = " ".join(NORMALISERS[config.normaliser](text).split())
+    missing = [u.id for u in utterances if report.written_id(u) not in found]
+    if missing:
+        number = f"{len(missing)} of {len(utterances)} utterances"
+        raise ValueError(f"{path}: has no line for {number}, the first is {missing[0]}")
+    return [found[report.written_id(utterance)] for utterance in utterances]
+
+
+def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
+    """Return the difference of error rates for each pair of sides, on the same utterances.
+
+    A side has one system, or one for each seed; its rate is their mean. Equal sizes are compared;
+    all of them, where two sides have no size in common. Each row has `first` and `second`, (name,
+    size) each, the `measure` (wer or cer), the `rates`, their `difference`, first minus second,
+    its `interval` (see `wer.paired_interval`), the `verdict`, and the number of `utterances` that
+    all systems could read. Raises ValueError where the systems' utterances differ.
+    """
+    utterances: list[Utterance] = []
+    texts: list[list[dict[int, Texts]]] = []  # side → run → size → texts
+    for side in sides:
+        texts.append([])
+        for system in side:
+            config = system.config
+            own = read_corpus(corpus_root(config), [split], config).utterances
+            utterances = utterances or own
+            if [(u.id, u.text) for u in own] != [(u.id, u.text) for u in utterances]:
+                what = f"the {split} of {config.corpus} has other utterances than the first's"
+                raise ValueError(f"{system.path}: {what}")
+            texts[-1].append(texts_by_size(system, utterances, split))
+    all_texts = [of_size for side in texts for run in side for of_size in run.values()]
+    read = [i for i in range(len(utterances)) if all(t[i] is not None for t in all_texts)]
+    if not read:
+        raise ValueError(f"{split}: no utterance can be read by all")
+    blanks = writes_blanks(utterances[i].text for i in read)
+    errors = [
+        {
+            size: [[unit_errors(utterances[i], run[size][i] or "", blanks) for i in read] for run in side]
+            for size in side[0]
+            if all(size in run for run in side)
+        }
+        for side in texts
+    ]  # side → size → run → errors of each utterance
+    names = [",".join(str(system.path) for system in side) for side in sides]
+    for name, of_side in zip(names, errors, strict=True):
+        if not of_side:
+            raise ValueError(f"{name}: these have no size in common")
+    rows = []
+    for a, b in combinations(range(len(sides)), 2):
+        same = [(size, size) for size in errors[a] if size in errors[b]]
+        for first, second in same or product(errors[a], errors[b]):
+            row = difference(errors[a][first], errors[b][second])
+            ends = dict(first=(names[a], first), second=(names[b], second))
+            rows.append(ends | dict(measure="wer" if blanks else "cer", utterances=len(read)) | row)
+    return rows
+
+
+def unit_errors(utterance: Utterance, text: str, blanks: bool) -> Errors:
+    """Return the errors that count: in words, or in characters for a language without blanks."""
+    scored = score(utterance, text, blanks)
+    return scored.words if blanks else scored.characters
+
+
+def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
+    """Return the rates of two sides, given as the errors of each run, and what they tell."""
+    rates = [
+        sum(sum(run, Errors()).rate for run in side) / len(side) for side in (first, second)
+    ]
+    low, high = paired_interval(first, second)
+    verdict = "not significantly different"  # the interval contains 0
+    if high < 0:
+        verdict = "the first is better"
+    elif low > 0:
+        verdict = "the second is better"
+    runs = [len(first), len(second)]
+    return dict(
+        rates=rates, difference=rates[0] - rates[1], interval=(low, high), verdict=verdict, runs=runs
+    )
