@@ -1,152 +1,166 @@
 #!/usr/bin/env python
-"""Decodes a split with every size of a supernet, or with one cut subnet, and shows word error rates and costs.
+"""Decodes a test split with every size of a supernet and reports error rates and costs.
 
-With --compare it decodes with several and tells which one is better.
+RUN is a directory of train.py, a checkpoint, or a size that prune.py cut. The results are
+written to RUN/evaluation/CHECKPOINT/SPLIT:
+
+  results.md, results.json  error rates with 95% intervals, costs, speakers, confusions,
+                            and what became worse from the largest to the smallest size
+  ref.trn, hyp-K.trn        references and texts of size K, as NIST's sclite reads them
+  aligned-K.txt             each text below its reference, word below word
+
+Word error rates count. Character error rates stand beside them, and count instead where the
+language writes no blanks between words. Utterances whose audio can't be read are left out,
+named and counted; the exit code is still 0. It is 2, with one line, where nothing can be scored.
+
+With --compare it decodes with two or more and tells which is better: the 95% interval of the
+difference, on the same utterances. A file of hypotheses, of any system, can be one of them: lines
+`ID TEXT`, or `TEXT (ID)` in a file .trn. Runs of one training with several seeds are one side,
+joined by commas. The interval is then over utterances and seeds: each of 1000 draws takes
+utterances, the same for all, and seeds, both with replacement, and compares the mean rates. Two or
+three seeds show less than the whole spread between seeds.
 """
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
 from dynsize import checkpoint
-from dynsize.config import Config
-from dynsize.evaluation import compare, evaluate
+from dynsize.config import Config, are_splits
+from dynsize.corpora import UNREADABLE
+from dynsize.evaluation import System, compare, device_of, evaluate
+from dynsize.report import error_rates, examples, headline, percent, table
+from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+
+EXAMPLES = """\
+  python evaluate.py runs/demo                          all sizes, on the test splits
+  python evaluate.py runs/demo/size-7.pt --device cpu   one size that prune.py cut
+  python evaluate.py runs/demo --corpus /data/mine --split test --normaliser plain
+  python evaluate.py --compare runs/demo runs/alone/checkpoint.pt
+  python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1 --split test-other
+  python evaluate.py --compare runs/demo other-system.trn"""
+CHANGED = ("corpus", "corpus_kind", "normaliser", "device", "precision", "batch_seconds")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "network",
-        type=Path,
-        nargs="?",
-        metavar="RUN_OR_CHECKPOINT",
-        help="what train.py or prune.py wrote",
-    )
-    parser.add_argument(
-        "--compare", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help="two or more, in pairs"
-    )
-    parser.add_argument(
-        "--split",
-        nargs="+",
-        help="splits to decode (the test splits of the training's configuration)",
-    )
-    parser.add_argument(
-        "--corpus", help="directory of a corpus, or 'spoken' (the training's corpus)"
-    )
-    parser.add_argument(
-        "--corpus-kind", help="of the corpus (as in training; with --corpus: recognised)"
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda, or auto: cuda where there is one (as in training)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bfloat16", "float32"),
-        help="of the network (as in training)",
-    )
-    parser.add_argument(
-        "--batch-seconds", type=float, help="audio of one batch, padded, at most (as in training)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="directory for results.json and hypotheses (beside the checkpoint)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    """Return the command line's options."""
+    parser = Parser("evaluate.py", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("network", type=Path, nargs="?", metavar="RUN", help="a run directory or a checkpoint")
+    add("--compare", nargs="+", metavar="RUN", help="two or more: RUN, RUN,RUN or a file")
+    add("--split", nargs="+", help="splits to decode (the test splits of the training)")
+    add("--corpus", help="directory of a corpus, or spoken (the training's)")
+    add("--corpus-kind", help="form of the corpus (as in training; with --corpus: recognised)")
+    add("--normaliser", help="of references and texts: none, lower, upper, plain (the training's)")
+    add("--device", help="cpu, cuda, or auto: cuda where there is one (the training's)")
+    add("--precision", help="bfloat16, float32, or auto (the training's)")
+    add("--batch-seconds", type=float, help="audio of one batch, at most (the training's)")
+    add("--output", type=Path, metavar="DIR", help="write to DIR/SPLIT")
+    add("--overwrite", action="store_true", help="replace results that are there")
     parsed = parser.parse_args(arguments)
     if (parsed.network is None) != (parsed.compare is not None):
-        parser.error("name one RUN_OR_CHECKPOINT, or several behind --compare")
-    if parsed.compare and (len(parsed.compare) < 2 or parsed.output or parsed.overwrite):
-        parser.error(
-            "--compare needs two or more networks, and writes nothing: no --output, no --overwrite"
-        )
+        parser.error("name one RUN, or several after --compare")
+    if parsed.compare and len(parsed.compare) < 2:
+        parser.error(f"--compare {parsed.compare[0]}: needs two or more")
+    if parsed.compare and (parsed.output or parsed.overwrite):
+        parser.error("--compare writes nothing: it takes no --output and no --overwrite")
+    if parsed.split and not are_splits(tuple(parsed.split)):
+        names = " ".join(parsed.split)
+        parser.error(f"--split {names}: must be names inside the corpus; A+B is A and B")
     return parsed
 
 
-def opened(path: Path, options: argparse.Namespace) -> tuple[checkpoint.Checkpoint, Config]:
-    """A checkpoint, and its configuration with what the command line changes of it."""
-    loaded = checkpoint.load(path)
-    given = {
-        name: getattr(options, name)
-        for name in ("corpus", "corpus_kind", "device", "precision", "batch_seconds")
-    }
+def changed(config: Config, options: argparse.Namespace) -> Config:
+    """Return a configuration with what the command line changes of it."""
+    given = {name: getattr(options, name) for name in CHANGED}
     if options.corpus and not options.corpus_kind:
         given["corpus_kind"] = "auto"
-    config = dataclasses.replace(
-        loaded.model.config, **{name: v for name, v in given.items() if v is not None}
-    )
-    loaded.model.config = config
-    return loaded, config
+    return dataclasses.replace(config, **{name: v for name, v in given.items() if v is not None})
 
 
-def show_pairs(options: argparse.Namespace) -> None:
-    """Prints, for each pair, the difference of the word error rates and what it tells."""
-    networks = [opened(path, options) for path in options.compare]
-    for split in options.split or networks[0][1].test_splits:
-        rows = compare(networks, split)
-        names = [
-            [f"{path}, size {size}" for path, size in (row["first"], row["second"])] for row in rows
-        ]
-        width = max(len(name) for pair in names for name in pair)
-        print(
-            f"{split}: word error rates of the same utterances; 95% interval of the difference, in points"
-        )
-        for row, (a, b) in zip(rows, names, strict=True):
-            low, high = (100 * bound for bound in row["interval"])
-            verdict = (
-                "the first is better"
-                if high < 0
-                else "the second is better"
-                if low > 0
-                else "not told apart"
+def opened(path: Path, options: argparse.Namespace) -> System:
+    """Return the checkpoint, with its configuration changed by the command line."""
+    loaded = checkpoint.load(path)
+    loaded.model.config = changed(loaded.model.config, options)
+    return System(loaded.path, loaded.model.config, loaded)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a run directory or a checkpoint, and not a file of hypotheses."""
+    if path.is_dir() or not path.exists():
+        return True
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"  # a zip file
+
+
+def sides_of(options: argparse.Namespace) -> list[list[System]]:
+    """Return what --compare names: for each side its runs. Raises ValueError for no such file."""
+    paths = [
+        [Path(side)] if Path(side).exists() else [Path(run) for run in side.split(",")]
+        for side in options.compare
+    ]
+    systems = {p: opened(p, options) for side in paths for p in side if is_checkpoint(p)}
+    if not systems and not (options.corpus and options.split):
+        raise ValueError("files of hypotheses alone: --corpus and --split name their references")
+    first = next(iter(systems.values())).config if systems else changed(Config(), options)
+    return [[systems.get(path) or System(path, first) for path in side] for side in paths]
+
+
+def show_comparison(options: argparse.Namespace) -> None:
+    """Print, for each pair, the difference of the error rates and what it tells."""
+    sides = sides_of(options)
+    for split in options.split or sides[0][0].config.test_splits:
+        rows = compare(sides, split)
+        measure, utterances = rows[0]["measure"].upper(), rows[0]["utterances"]
+        cells = []
+        for row in rows:
+            first, second = (
+                f"{path}, size {size}" if size else path
+                for path, size in (row["first"], row["second"])
             )
-            first, second = (100 * wer for wer in row["wer"])
-            print(f"{a:{width}} {first:6.2f}%   {b:{width}} {second:6.2f}%   ", end="")
-            print(f"{100 * row['difference']:+6.2f} [{low:+6.2f}, {high:+6.2f}]   {verdict}")
+            low, high = row["interval"]
+            figures = [percent(rate) for rate in row["rates"]]
+            gap = [f"{100 * row['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}"]
+            cells.append([first, second, row["verdict"], *figures, *gap])
+        subject = f"{measure} of the same {utterances:,} utterances"
+        print(f"{printable(split)}: {subject}; differences in points")
+        header = ["first", "second", "verdict", "first", "second", "difference", "95% interval"]
+        print(table(header, cells, text_columns=3))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates split after split. Raises ValueError before anything is decoded, if it can."""
-    loaded, config = opened(options.network, options)
-    folder = options.output or loaded.path.parent / "evaluation" / loaded.path.stem
+    """Evaluate split after split. Raises ValueError before anything is decoded, if it can."""
+    system = opened(options.network, options)
+    loaded, config = system.checkpoint, system.config
+    base = options.output or loaded.path.parent / "evaluation" / loaded.path.stem
     splits = options.split or config.test_splits
     for split in splits:
-        if (folder / split / "results.json").exists() and not options.overwrite:
-            raise ValueError(
-                f"{folder / split / 'results.json'}: exists already; --overwrite replaces it"
-            )
+        results = base / split / "results.json"
+        if results.exists() and not options.overwrite:
+            raise ValueError(f"{results}: exists already; --overwrite replaces it")
+    print(f"device {hardware(config, device_of(config))}\n")
     for split in splits:
-        show(split, evaluate(loaded, config, split, folder / split), folder / split)
+        show(evaluate(loaded, config, split, base / split), base / split)
 
 
-def show(split: str, rows: list[dict], folder: Path) -> None:
-    """Prints one split's table."""
-    first = rows[0]
-    print(f"{split}: {first['utterances']} utterances, {first['words']} words → {folder}")
-    print(
-        "size     WER   95% interval   sub   del   ins  words  parameters  MACs for 1 s  real-time factor"
-    )
-    for row in rows:
-        low, high = (100 * bound for bound in row["interval"])
-        counts = "".join(f"{row[name]:6}" for name in ("substitutions", "deletions", "insertions"))
-        costs = f"{row['parameters']:>11,} {row['macs']:>13,} {row['real_time_factor']:>17.4f}"
-        print(
-            f"{row['size']:>4} {100 * row['wer']:6.2f}% {low:5.2f} to {high:5.2f}{counts} {row['words']:>6} {costs}"
-        )
+def show(report: dict, folder: Path) -> None:
+    """Print one split's table and three utterances; name what could not be read."""
+    print(f"{headline(report)} → {printable(folder)}\n\n{error_rates(report)}")
+    print(examples(report["examples"], shutil.get_terminal_size((100, 0)).columns))
+    for name, what in report["left_out"].get(UNREADABLE, {}).items():
+        print(f"evaluate.py: warning: {printable(f'{name}: not scored: {what}')}", file=sys.stderr)
 
 
 def main() -> None:
-    try:
+    with reported("evaluate.py", "interrupted"):
         options = parse(sys.argv[1:])
-        show_pairs(options) if options.compare else run(options)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        use_threads(options.threads)
+        if options.compare:
+            show_comparison(options)
+        else:
+            run(options)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dynsize import processes
 from dynsize.checkpoint import NAME
 from dynsize.corpora import summary
 from dynsize.study import next_training, results
-from dynsize.subnet import cut, parameters
+from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP, layer_map
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 from dynsize.training import Trainer, check_new, mean_of
@@ -150,12 +150,11 @@ def study(options: argparse.Namespace) -> None:
 def describe(trainer: Trainer) -> None:
     """Print what is about to be trained, on what."""
     config, model = trainer.config, trainer.model
-    network = cut(model, config.layers) if model.size is None else model
     about = [printable(line) for line in summary(trainer.corpus, config).splitlines()]
     print("corpus     " + "\n           ".join(about))
     print(
-        f"network    {config.blocks} blocks, {network.size} layers of width {config.width}, "
-        f"{parameters(network):,} parameters, {trainer.tokenizer.labels} labels with the blank"
+        f"network    {config.blocks} blocks, {model.sizes[-1]} layers of width {config.width}, "
+        f"{parameters(model):,} parameters, {trainer.tokenizer.labels} labels with the blank"
     )
     print(f"device     {hardware(config, trainer.device)}")
     sizes = f"sizes {configuration.shown(config.sizes)}, {config.updates} updates"

@@ -97,9 +97,11 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
 
 
 class Examples(Dataset):
-    """Utterances, read when asked for; `keep` holds what was read in memory. In an epoch of training, speech has one of
-    the configured speeds and SpecAugment's masks; where `epoch` is None, neither. All that is drawn for an utterance is
-    a function of (seed, epoch, id): it is the same in every batch, on every process, and after resuming."""
+    """Utterances, read when asked for; `keep` holds what was read in memory. In an epoch of
+    training, speech has labels, one of the configured speeds and SpecAugment's masks; where `epoch`
+    is None, none of these: decoding needs no labels. All that is drawn for an utterance is a
+    function of (seed, epoch, id): it is the same in every batch, on every process, and after
+    resuming."""
 
     epoch: int | None = None
 
@@ -133,7 +135,8 @@ class Examples(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         utterance, draw = self.utterances[index], self.draw("masks", index)
-        labels, seed = labels_of(utterance, self.tokenizer), draw.getrandbits(62)
+        labels = [] if self.epoch is None else labels_of(utterance, self.tokenizer)
+        seed = draw.getrandbits(62)
         try:
             features = self.features(index, self.speed(index))
         except CorruptAudio as error:

@@ -1,12 +1,10 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
-import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, product
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -187,7 +185,12 @@ def scores(scored: Sequence[Scored]) -> dict:
         words=words.words,
         cer=characters.rate,
         cer_interval=interval([s.characters for s in scored]),
-        characters=characters.words,
+        characters=dict(
+            number=characters.words,
+            substitutions=characters.substitutions,
+            deletions=characters.deletions,
+            insertions=characters.insertions,
+        ),
         utterances=len(scored),
         speakers=by_speaker(scored),
         confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
@@ -232,9 +235,7 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
         for name, why in unreadable.items():
             corpus.leave_out(UNREADABLE, name, why)
         rows[size] = costs(network, size) | dict(seconds=seconds)
-    read = [i for i in range(len(utterances)) if all(of_size[i] is not None for of_size in texts.values())]
-    if not read:
-        raise ValueError(f"{split}: no utterance can be read: {next(iter(unreadable.values()))}")
+    read = read_by_all(list(texts.values()), split)
     blanks = writes_blanks(utterances[i].text for i in read)
     scored = {
         size: [score(utterances[i], of_size[i] or "", blanks) for i in read]
@@ -259,6 +260,17 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     )
     report.write(found, scored, output)
     return found
+
+
+def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
+    """Return the indices of the utterances that have a text everywhere.
+
+    Raises ValueError where there is none.
+    """
+    read = [i for i, of_one in enumerate(zip(*texts, strict=True)) if None not in of_one]
+    if not read:
+        raise ValueError(f"{split}: no utterance is left: the audio of none can be read")
+    return read
 
 
 def costs(network: Supernet, size: int) -> dict:
@@ -301,8 +313,8 @@ def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
     """
     ends = {size: scored[size] for size in (max(scored), min(scored))}
     found = []
-    for number, (large, small) in enumerate(zip(*(ends[size] for size in (max(ends), min(ends))), strict=True)):
-        errors = [errors_in(large.pairs).total, errors_in(small.pairs).total]
+    for number, of_ends in enumerate(zip(*ends.values(), strict=True)):
+        errors = [errors_in(s.pairs).total for s in (of_ends[0], of_ends[-1])]
         if errors[1] > errors[0]:
             found.append(side_by_side(ends, number) | dict(errors=errors))
     found.sort(key=lambda row: row["errors"][0] - row["errors"][1])
@@ -381,13 +393,14 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
                 raise ValueError(f"{system.path}: {what}")
             texts[-1].append(texts_by_size(system, utterances, split))
     all_texts = [of_size for side in texts for run in side for of_size in run.values()]
-    read = [i for i in range(len(utterances)) if all(t[i] is not None for t in all_texts)]
-    if not read:
-        raise ValueError(f"{split}: no utterance can be read by all")
+    read = read_by_all(all_texts, split)
     blanks = writes_blanks(utterances[i].text for i in read)
     errors = [
         {
-            size: [[unit_errors(utterances[i], run[size][i] or "", blanks) for i in read] for run in side]
+            size: [
+                [unit_errors(utterances[i], run[size][i] or "", blanks) for i in read]
+                for run in side
+            ]
             for size in side[0]
             if all(size in run for run in side)
         }
@@ -415,9 +428,7 @@ def unit_errors(utterance: Utterance, text: str, blanks: bool) -> Errors:
 
 def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
     """Return the rates of two sides, given as the errors of each run, and what they tell."""
-    rates = [
-        sum(sum(run, Errors()).rate for run in side) / len(side) for side in (first, second)
-    ]
+    rates = [sum(sum(run, Errors()).rate for run in side) / len(side) for side in (first, second)]
     low, high = paired_interval(first, second)
     verdict = "not significantly different"  # the interval contains 0
     if high < 0:
@@ -426,5 +437,9 @@ def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
         verdict = "the second is better"
     runs = [len(first), len(second)]
     return dict(
-        rates=rates, difference=rates[0] - rates[1], interval=(low, high), verdict=verdict, runs=runs
+        rates=rates,
+        difference=rates[0] - rates[1],
+        interval=(low, high),
+        verdict=verdict,
+        runs=runs,
     )

@@ -20,16 +20,6 @@ NOTHING = "∅"  # beside a deleted or inserted word
 SPEAKERS = 50  # at most, in Markdown; results.json has all
 
 
-def folder(base: Path, split: str) -> Path:
-    """Return the directory for a split's results, which lies in `base`.
-
-    Raises ValueError for a split whose name leads out of it.
-    """
-    if Path(split).is_absolute() or ".." in Path(split).parts:
-        raise ValueError(f"split {split!r}: must be a name inside the corpus, not a path out of it")
-    return base / printable(split)
-
-
 def write(report: dict, scored: dict[int, list["Scored"]], output: Path) -> None:
     """Write all files of an evaluation to a directory; `results.json` is the last one."""
     output.mkdir(parents=True, exist_ok=True)
@@ -86,25 +76,121 @@ def padded(text: str, width: int, right: bool = False) -> str:
     return blanks + text if right else text + blanks
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 0) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 0) -> str:
     """Return a Markdown table that is aligned as plain text too.
 
-    The first `left` columns, and `left` alone of the others, begin at the left; numbers end at
-    the right.
+    The first `text_columns` columns begin at the left, the others end at the right.
     """
     cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(map(columns, column)) for column in zip(*cells, strict=True)]
-    rule = [
-        "-" * width if i < left else "-" * max(1, width - 1) + ":" for i, width in enumerate(widths)
-    ]
-    lines = [
-        "| "
-        + " | ".join(
-            padded(cell, width, right=i >= left)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    lines = []
+    for row in cells:
+        sides = enumerate(zip(row, widths, strict=True))
+        parts = [padded(cell, width, right=i >= text_columns) for i, (cell, width) in sides]
+        lines.append(f"| {' | '.join(parts)} |")
+    rules = ["-" * width for width in widths]
+    rules[text_columns:] = [rule[:-1] + ":" for rule in rules[text_columns:]]
+    lines.insert(1, f"| {' | '.join(rules)} |")
+    return "\n".join(lines) + "\n"
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.2f}%"
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e6:.3g} M"
+
+
+def spread(bounds: Sequence[float]) -> str:
+    """Return an interval in percent."""
+    return f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
+
+
+def headline(report: dict) -> str:
+    """Return one line: how much was scored, and how much was left out."""
+    first = report["sizes"][0]
+    left_out = sum(map(len, report["left_out"].values()))
+    amount = f"{report['utterances']:,} utterances, {first['words']:,} words"
+    minutes = f"{report['audio_seconds'] / 60:,.1f} minutes"
+    return f"{printable(report['split'])}: {amount}, {minutes}; {left_out} left out"
+
+
+def error_rates(report: dict) -> str:
+    """Return the table of sizes: error rates, with the interval of the one that counts; costs."""
+    characters = report["measure"] == "cer"
+    names = ("CER", "WER") if characters else ("WER", "CER")
+    rows = []
+    for row in report["sizes"]:
+        counts = row["characters"] if characters else row
+        rates = [row["cer"], row["wer"]] if characters else [row["wer"], row["cer"]]
+        bounds = row["cer_interval"] if characters else row["interval"]
+        errors = [counts[kind] for kind in ("substitutions", "deletions", "insertions")]
+        costs = [millions(row["parameters"]), millions(row["macs"])]
+        factor = f"{row['real_time_factor']:.4f}"
+        figures = [percent(rates[0]), spread(bounds), percent(rates[1])]
+        rows.append([row["size"], *figures, *errors, *costs, factor])
+    header = ["size", names[0], "95% interval", names[1], "sub", "del", "ins"]
+    return table([*header, "parameters", "MACs for 1 s", "RTF"], rows)
+
+
+def examples(rows: Sequence[dict], width: int = 0) -> str:
+    """Return utterances: the reference above the text of each size. `width`: cut lines there."""
+    lines = []
+    for row in rows:
+        lines.append(row["id"])
+        lines.append(f"  reference  {row['reference']}")
+        lines += [f"  size {size:<5}  {text}" for size, text in row["texts"].items()]
+    lines = [printable(line) for line in lines]
+    if width:
+        lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(report: dict) -> str:
+    """Return the report as Markdown."""
+    facts = [f"{name} {printable(report[name])}" for name in ("checkpoint", "corpus", "normaliser")]
+    sizes = [row["size"] for row in report["sizes"]]
+    parts = [f"# {headline(report)}\n", ", ".join(facts) + "\n", error_rates(report)]
+    unit = "Characters" if report["measure"] == "cer" else "Words"
+    parts.append(
+        f"{unit} count for the interval, sub, del and ins: substitutions, deletions, insertions. "
+        "The interval is a bootstrap over utterances. RTF, the real-time factor: time to decode "
+        "over duration of the audio.\n"
+    )
+    parts.append(f"## Three utterances\n\n{indented(examples(report['examples']))}")
+    if len(sizes) > 1:
+        parts.append(f"## Worse at size {sizes[-1]} than at size {sizes[0]}\n")
+        rows = report["worse"]
+        parts.append(indented(examples(rows)) if rows else "No utterance has more errors.\n")
+    if any(row["speakers"] for row in report["sizes"]):
+        parts.append(f"## Speakers\n\n{speakers(report)}")
+    for row in report["sizes"]:
+        parts.append(f"## Most frequent confusions at size {row['size']}\n")
+        pairs = [[s or NOTHING, h or NOTHING, count] for s, h, count in row["confusions"]]
+        parts.append(table(["said", "recognised", "times"], pairs, text_columns=2))
+    for why, names in report["left_out"].items():
+        parts.append(f"## Left out: {printable(why)}\n")
+        parts.append(
+            "".join(f"* {printable(name)}: {printable(what)}\n" for name, what in names.items())
         )
-        + " |"
-        for row in cells
-    ]
-    lines.insert(1, "| " + " | ".join(rule) + " |")
-    return "\n".join(lines)
+    return "\n".join(parts)
+
+
+def indented(text: str) -> str:
+    """Return a text as Markdown shows it unchanged."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def speakers(report: dict) -> str:
+    """Return the table of speakers, the worst at the largest size first."""
+    measure, first = report["measure"], report["sizes"][0]["speakers"]
+    worst = sorted(first, key=lambda speaker: -first[speaker][measure])
+    rows = []
+    for speaker in worst[:SPEAKERS]:
+        rates = [percent(row["speakers"][speaker][measure]) for row in report["sizes"]]
+        rows.append([speaker, first[speaker]["utterances"], first[speaker]["words"], *rates])
+    sizes = [f"{measure.upper()}, size {row['size']}" for row in report["sizes"]]
+    shown = table(["speaker", "utterances", "words", *sizes], rows, text_columns=1)
+    left = len(worst) - len(rows)
+    return shown + (f"\n{left} more are in results.json.\n" if left else "")

@@ -57,7 +57,7 @@ def widened(model: Supernet, config: Config) -> Supernet:
 
 # Budget → the cost of a cut subnet of some size, for so many seconds of audio.
 COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
-    "max_params": lambda subnet, size, seconds: parameters(subnet),
+    "max_params": lambda subnet, size, seconds: parameters(subnet, size),
     "max_macs": lambda subnet, size, seconds: macs(subnet, size),
     "max_latency_ms": lambda subnet, size, seconds: latencies([(subnet, size)], seconds)[0],
 }
@@ -80,9 +80,25 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
     return size
 
 
-def parameters(model: nn.Module) -> int:
-    """Return the number of weights that the network computes with; layer scores do not count."""
-    return sum(weight.numel() for name, weight in model.named_parameters() if name != "scores")
+def parameters(model: Supernet, size: int | None = None) -> int:
+    """Return the number of weights that the network of `size` layers computes with.
+
+    `size`: by default the largest. Layer scores and the other sizes' output layers do not count,
+    so a size has the same number inside a supernet and cut out of it.
+    """
+    size = model.sizes[-1] if size is None else size
+    blocks = model.encoder.blocks
+    pruned = [layer for layer, kept in enumerate(model.mask(size)) if not kept]
+    names = [(layer // 4, LAYERS[layer % 4]) for layer in pruned]
+    modules = [blocks[block][kind] for block, kind in names if kind in blocks[block]]
+    return (
+        weights_in(model.encoder) + weights_in(model.output_layer(size)) - sum(map(weights_in, modules))
+    )
+
+
+def weights_in(module: nn.Module) -> int:
+    """Return the number of weights of a module."""
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:

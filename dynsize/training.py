@@ -28,7 +28,6 @@ from dynsize.evaluation import (
     device_of,
     errors_of,
     kept_names,
-    read_for_scoring,
     transcribe,
 )
 from dynsize.kernels import ctc_loss, layer_gates
@@ -70,11 +69,13 @@ class Trainer:
                 f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}"
             )
         self.corpus.left_out["more labels than CTC can align"] = impossible
-        dev = read_for_scoring(config, config.dev_splits, self.tokenizer).utterances
+        dev = read_corpus(corpus_root(config), config.dev_splits, config)
+        for why, names in dev.left_out.items():
+            self.corpus.left_out[f"{why} (dev)"] = names
         self.examples = Examples(
             self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0
         )
-        own_dev = dev[processes.rank() :: processes.count()]
+        own_dev = dev.utterances[processes.rank() :: processes.count()]
         self.dev = Examples(own_dev, self.tokenizer, config, keep=config.workers == 0)
         torch.manual_seed(config.seed)
         self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(
@@ -337,7 +338,8 @@ class Trainer:
         errors in best.pt. Returns size → word error rate, counts, layers kept."""
         self.rank_layers()
         sizes = list(reversed(self.model.sizes))
-        texts = transcribe(self.model, self.dev, sizes, "validating")
+        texts, unreadable = transcribe(self.model, self.dev, sizes, "validating")
+        self.note_left_out({f"{UNREADABLE} (dev)": unreadable})
         own = [sum(errors_of(self.dev.utterances, texts[size]), Errors()) for size in sizes]
         counts = processes.total(
             torch.tensor([(e.total, e.words) for e in own], device=self.device)

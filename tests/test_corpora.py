@@ -21,9 +21,7 @@ from dynsize import batching, cache, corpora
 from dynsize.batching import Examples, epoch_plan
 from dynsize.config import CORPUS_KINDS, WORDS, preset
 from dynsize.corpora import NORMALISERS, UNREADABLE, CorruptAudio, read_audio, read_corpus, summary
-from dynsize.evaluation import read_for_scoring, transcribe
 from dynsize.features import log_mel
-from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 from dynsize.training import Trainer
 
@@ -664,26 +662,6 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(
         good / RATE
     )
-
-
-def test_evaluation_stops_with_the_list_of_lost_audio(tmp_path):
-    root = write_tones(tmp_path / "corpus", {"test-clean": 20})
-    config = dataclasses.replace(tiny(batch_utterances=3), corpus=str(root))
-    tokenizer, files = train_tokenizer(["LOW MID HIGH TOP"], 12), sorted(root.rglob("*.flac"))
-    utterances = read_for_scoring(config, ["test-clean"], tokenizer).utterances
-    ways = ("empty", "noise", "directory", "truncated", "removed")
-    for file, how in zip(files, ways, strict=False):
-        spoil(file, how)
-    examples = Examples(utterances, tokenizer, config, keep=False)
-    with pytest.raises(ValueError, match="can't be read") as error:
-        transcribe(Supernet(config, tokenizer.labels), examples, [8], "")
-    assert [str(file) in str(error.value) for file in files] == [n < 5 for n in range(20)]
-    files[4].touch()  # where one is missing, that is all that the listing tells
-    with pytest.raises(ValueError, match="can't be read") as error:
-        read_for_scoring(config, ["test-clean"], tokenizer)
-    assert [str(file) in str(error.value) for file in files] == [
-        n in (0, 1, 2, 4) for n in range(20)
-    ]
 
 
 def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
@@ -85,7 +84,7 @@ def test_train_leaves_and_shows_what_it_promises(trained):
         assert [(int(size), 8 - map.count(".")) for size, map in rows] == [(8, 8), (5, 5), (3, 3)]
 
 
-def test_prune_then_evaluate(work):
+def test_prune_cuts_each_size(work):
     pruned = started("prune.py", "run", cwd=work)
     assert pruned.returncode == 0, pruned.stderr
     rows = re.findall(
@@ -105,37 +104,6 @@ def test_prune_then_evaluate(work):
     )
     again = run("prune.py", "run", cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
-
-    results = {}
-    for network in ("run", "run/size-3.pt"):
-        done = started("evaluate.py", network, "--split", "test-clean", cwd=work)
-        assert done.returncode == 0, done.stderr
-        folder = (
-            work
-            / "run"
-            / "evaluation"
-            / ("checkpoint" if network == "run" else "size-3")
-            / "test-clean"
-        )
-        results[network] = json.loads((folder / "results.json").read_text())["sizes"]
-        for row in results[network]:
-            hypotheses = (folder / f"size-{row['size']}.txt").read_text().splitlines()
-            assert [line.split()[0] for line in hypotheses] == [f"3-7-{n:04}" for n in range(6)]
-            assert (
-                f"{100 * row['wer']:.2f}%" in done.stdout
-                and row["interval"][0] <= row["wer"] <= row["interval"][1]
-            )
-            errors = row["substitutions"] + row["deletions"] + row["insertions"]
-            assert row["wer"] == errors / row["words"] and row["real_time_factor"] > 0
-    assert [row["size"] for row in results["run"]] == [8, 5, 3]
-    alone, shared = results["run/size-3.pt"][0], results["run"][2]
-    assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
-    both = run("evaluate.py", "run", "--overwrite", cwd=work)
-    assert (
-        both.returncode == 0
-        and "test-clean: 6 utt" in both.stdout
-        and "test-other: 4 utt" in both.stdout
-    )
 
 
 def test_prune_by_budget_and_by_other_rankings(work):
@@ -190,41 +158,6 @@ def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
         "prune.py", f"full/{method}/size-3.pt", "--method", method, "--output", "x", cwd=work
     )
     assert refused.returncode == 2 and "cut" in refused.stderr and not (work / "x").exists()
-
-
-def test_compare(work):
-    assert run("prune.py", "run", cwd=work).returncode == 0
-    done = run(
-        "evaluate.py",
-        "--compare",
-        "run",
-        "run/size-3.pt",
-        "run/size-5.pt",
-        "--split",
-        "test-clean",
-        cwd=work,
-    )
-    assert done.returncode == 0, done.stderr
-    pairs = re.findall(
-        r"^(\S+), size (\d+) .*%   (\S+), size (\d+) .*\]   (.*)$", done.stdout, re.M
-    )
-    assert [pair[1::2][:2] for pair in pairs] == [("3", "3"), ("5", "5"), ("3", "5")]
-    assert [pair[4] for pair in pairs[:2]] == [
-        "not told apart"
-    ] * 2 and "+0.00 [ +0.00,  +0.00]" in done.stdout
-
-
-def test_compare_refuses_other_utterances(work, tmp_path, refuse):
-    other = write_tones(
-        tmp_path / "other", {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 5}
-    )
-    shutil.copytree(work / "run", work / "run2")
-    copy = checkpoint.load(work / "run2")
-    copy.model.config = dataclasses.replace(copy.model.config, corpus=str(other))
-    checkpoint.save(copy.path, copy.model, copy.tokenizer, copy.training)
-    said = refuse("evaluate.py", "--compare", "run", "run2", "--split", "test-clean", cwd=work)
-    assert "other utterances" in said and "run2" in said
-    assert "two or more" in refuse("evaluate.py", "--compare", "run", cwd=work)
 
 
 class Watcher(threading.Thread):
@@ -423,37 +356,11 @@ def test_overwrite_replaces_a_run(work, tones):
         ("prune.py", "run --updates 9", ["--updates", "--method"]),
         ("prune.py", "run --method simple-top-k --ranking first", ["--method", "ranking"]),
         ("prune.py", "run --method simple-top-k --sizes 9 --output new", ["--sizes", "8"]),
-        ("evaluate.py", "", ["RUN_OR_CHECKPOINT"]),
-        ("evaluate.py", "run/metrics.jsonl", ["metrics.jsonl", "not a checkpoint"]),
-        ("evaluate.py", "run --split test", ["test", "no such split", "test-clean"]),
-        ("evaluate.py", "run --corpus nowhere", ["nowhere"]),
-        ("evaluate.py", "run --device cuda:99", ["--device cuda:99"]),
     ],
 )
-def test_bad_input_to_prune_and_evaluate(trained, refuse, script, arguments, words):
+def test_bad_input_to_prune(trained, refuse, script, arguments, words):
     said = refuse(script, *arguments.split(), cwd=trained)
     assert all(word in said for word in words), said
-
-
-@pytest.mark.parametrize("how", ["truncated", "empty", "noise", "stereo", "characters"])
-def test_evaluation_stops_at_bad_data(trained, tmp_path, refuse, how):
-    root = write_tones(tmp_path / "corpus", {"train": 1, "test-clean": 3})
-    victim = root / "test-clean" / "1" / "7" / "1-7-0001.flac"
-    data = victim.read_bytes()
-    if how == "characters":
-        transcript = victim.with_name("1-7.trans.txt")
-        transcript.write_text(re.sub("1-7-0001 .*", "1-7-0001 LOW QUACK", transcript.read_text()))
-    elif how == "stereo":
-        soundfile.write(victim, torch.zeros(900, 2).numpy(), 8000)
-    else:
-        victim.write_bytes(
-            {"truncated": data[: len(data) // 2], "empty": b"", "noise": b"noise" * 99}[how]
-        )
-    arguments = ("run", "--corpus", root, "--split", "test-clean", "--output", tmp_path / "out")
-    said = refuse("evaluate.py", *arguments, cwd=trained)
-    assert "1-7-0001.flac" in said
-    assert {"characters": "'Q'", "stereo": "2 channels"}.get(how, "") in said
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("preset", ["demo", "digits", "librispeech", "tedlium2"])

@@ -46,6 +46,8 @@ def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
         assert any(name.startswith(prefix) for name in names) == (layer in model.ranking[:3])
     kept = {n: w for n, w in model.named_parameters() if n in names}
     assert parameters(subnet) == sum(w.numel() for w in kept.values()) < parameters(model)
+    assert parameters(model, 3) == parameters(subnet)
+    assert parameters(model) == parameters(cut(model, 8))  # one number for one network
     assert "output_layers.3.weight" in names and "output_layers.8.weight" not in names and "scores" not in names
     subnet.output_layers["3"].weight.data.zero_()
     assert model.output_layers["3"].weight.abs().sum() > 0  # a copy
