@@ -111,23 +111,25 @@ def sides_of(options: argparse.Namespace) -> list[list[System]]:
 def show_comparison(options: argparse.Namespace) -> None:
     """Print, for each pair, the difference of the error rates and what it tells."""
     sides = sides_of(options)
+    for number, side in enumerate(sides, start=1):
+        print(f"{number}: {printable(', '.join(str(system.path) for system in side))}")
     for split in options.split or sides[0][0].config.test_splits:
         rows = compare(sides, split)
-        measure, utterances = rows[0]["measure"].upper(), rows[0]["utterances"]
-        cells = []
-        for row in rows:
-            first, second = (
-                f"{path}, size {size}" if size else path
-                for path, size in (row["first"], row["second"])
-            )
-            low, high = row["interval"]
-            figures = [percent(rate) for rate in row["rates"]]
-            gap = [f"{100 * row['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}"]
-            cells.append([first, second, row["verdict"], *figures, *gap])
-        subject = f"{measure} of the same {utterances:,} utterances"
-        print(f"{printable(split)}: {subject}; differences in points")
-        header = ["first", "second", "verdict", "first", "second", "difference", "95% interval"]
-        print(table(header, cells, text_columns=3))
+        subject = f"{rows[0]['measure'].upper()} of the same {rows[0]['utterances']:,} utterances"
+        print(f"\n{printable(split)}: {subject}; first minus second, in points\n")
+        header = ["first", "second", "first", "second", "difference", "95% interval", "verdict"]
+        print(table(header, [comparison_row(row) for row in rows], text_columns=2), end="")
+
+
+def comparison_row(row: dict) -> list[str]:
+    """Return the cells of one pair; a file of hypotheses has no size."""
+    ends = [
+        f"{side + 1}, size {size}" if size else f"{side + 1}"
+        for side, size in (row["first"], row["second"])
+    ]
+    low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
+    rates = [percent(rate) for rate in row["rates"]]
+    return [*ends, *rates, f"{100 * row['difference']:+.2f}", f"{low} to {high}", row["verdict"]]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from functools import partial
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import torch
@@ -15,8 +17,17 @@ from dynsize import report
 from dynsize.batching import Examples, batch_plan, load
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
-from dynsize.corpora import NORMALISERS, UNREADABLE, Utterance, lines, read_corpus
+from dynsize.corpora import (
+    NORMALISERS,
+    UNREADABLE,
+    CorruptAudio,
+    Utterance,
+    lines,
+    read_audio,
+    read_corpus,
+)
 from dynsize.ctc import greedy
+from dynsize.recogniser import Facts, facts_of, network_of, windowed_log_probs
 from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
@@ -67,17 +78,26 @@ def transcribe(
     examples: Examples,
     sizes: Sequence[int],
     title: str,
+    facts: Facts | None = None,
     decoder: Decoder = greedy,
 ) -> tuple[dict[int, Texts], dict[str, str]]:
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
     `sizes`: largest first; they share one forward. `title`: of the progress bar, which is shown
-    where there is a terminal.
+    where there is a terminal. With `facts`, utterances that are longer than training's longest are
+    decoded in windows, one after the other, so memory hardly grows with their length.
     """
+    most = math.inf if facts is None else facts.longest_seconds * facts.sample_rate
+    short: list[int] = []
+    long: list[int] = []
+    for index, utterance in enumerate(examples.utterances):
+        (short if utterance.samples <= most else long).append(index)
     texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
     unreadable: dict[str, str] = {}
     with tqdm(total=len(examples), desc=title, unit="utt", leave=False, disable=None) as bar:
-        for indices, log_probs, lengths in in_batches(model, examples, sizes, unreadable):
+        batches = in_batches(model, examples, short, sizes, unreadable)
+        windows = in_windows(model, examples, long, sizes, unreadable, facts)
+        for indices, log_probs, lengths in chain(batches, windows):
             for size, of_size in zip(sizes, log_probs, strict=True):
                 for index, labels in zip(indices, decoder(of_size, lengths), strict=True):
                     texts[size][index] = " ".join(examples.tokenizer.decode(labels).split())
@@ -86,15 +106,21 @@ def transcribe(
 
 
 def in_batches(
-    model: Supernet, examples: Examples, sizes: Sequence[int], unreadable: dict[str, str]
+    model: Supernet,
+    examples: Examples,
+    chosen: Sequence[int],
+    sizes: Sequence[int],
+    unreadable: dict[str, str],
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield examples' indices, their log-probabilities (M, B, T, V) and lengths (B,).
+    """Yield indices of examples, their log-probabilities (M, B, T, V) and lengths (B,).
 
-    Examples whose audio can't be read are added to `unreadable` instead.
+    Covers the `chosen` indices. Audio that can't be read is added to `unreadable` instead.
     """
     config, device = model.config, next(model.parameters()).device
+    frames = examples.frames()
     most_frames = config.batch_seconds * 1000 / config.hop_ms
-    plan = batch_plan(examples.frames(), most_frames, config.batch_utterances)
+    plan = batch_plan([frames[i] for i in chosen], most_frames, config.batch_utterances)
+    plan = [[chosen[n] for n in batch] for batch in plan]
     for indices, batch in zip(plan, load(examples, plan), strict=True):
         unreadable.update(batch.corrupt)
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
@@ -102,6 +128,31 @@ def in_batches(
             features, lengths, *_ = batch.to(device)
             log_probs, lengths = model(features, lengths, sizes)
             yield read, log_probs, lengths
+
+
+def in_windows(
+    model: Supernet,
+    examples: Examples,
+    chosen: Sequence[int],
+    sizes: Sequence[int],
+    unreadable: dict[str, str],
+    facts: Facts,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield the same as `in_batches`, one utterance at a time, decoded in windows."""
+    network = network_of(model)
+    for index in chosen:
+        utterance = examples.utterances[index]
+        try:
+            audio = read_audio(utterance, facts.sample_rate).numpy()
+        except CorruptAudio as error:
+            unreadable[utterance.id] = str(error)
+            continue
+        of_sizes = [
+            torch.cat(list(windowed_log_probs(partial(network, size=size), [audio], facts)))
+            for size in sizes
+        ]
+        log_probs = torch.stack(of_sizes)[:, None]  # (M, 1, T, V)
+        yield [index], log_probs, torch.tensor([log_probs.shape[2]])
 
 
 def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
@@ -120,7 +171,7 @@ def decoded(
     """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
     examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
     title = printable(f"{checkpoint.path}, {split}, size {size}")
-    texts, unreadable = transcribe(network, examples, [size], title)
+    texts, unreadable = transcribe(network, examples, [size], title, facts_of(checkpoint))
     normalised = NORMALISERS[network.config.normaliser]
     return [None if t is None else normalised(t) for t in texts[size]], unreadable
 
@@ -229,6 +280,7 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     rows: dict[int, dict] = {}
     for size in reversed(checkpoint.model.sizes):
         network = alone(checkpoint, size, config)
+        decoded(checkpoint, network, size, utterances[:1], split)  # the first run takes longer
         start = time.perf_counter()
         texts[size], unreadable = decoded(checkpoint, network, size, utterances, split)
         seconds = time.perf_counter() - start
@@ -375,49 +427,58 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     """Return the difference of error rates for each pair of sides, on the same utterances.
 
     A side has one system, or one for each seed; its rate is their mean. Equal sizes are compared;
-    all of them, where two sides have no size in common. Each row has `first` and `second`, (name,
-    size) each, the `measure` (wer or cer), the `rates`, their `difference`, first minus second,
-    its `interval` (see `wer.paired_interval`), the `verdict`, and the number of `utterances` that
-    all systems could read. Raises ValueError where the systems' utterances differ.
+    all of them, where two sides have no size in common. Each row has `first` and `second`, (number
+    of the side from 0, size) each, the `measure` (wer or cer), the `rates`, their `difference`,
+    first minus second, its `interval` (see `wer.paired_interval`), the `verdict`, and the number
+    of `utterances` that all systems could read. Raises ValueError where the utterances differ.
     """
-    utterances: list[Utterance] = []
-    texts: list[list[dict[int, Texts]]] = []  # side → run → size → texts
-    for side in sides:
-        texts.append([])
-        for system in side:
-            config = system.config
-            own = read_corpus(corpus_root(config), [split], config).utterances
-            utterances = utterances or own
-            if [(u.id, u.text) for u in own] != [(u.id, u.text) for u in utterances]:
-                what = f"the {split} of {config.corpus} has other utterances than the first's"
-                raise ValueError(f"{system.path}: {what}")
-            texts[-1].append(texts_by_size(system, utterances, split))
-    all_texts = [of_size for side in texts for run in side for of_size in run.values()]
-    read = read_by_all(all_texts, split)
+    utterances = common_utterances(sides, split)
+    texts = [[texts_by_size(system, utterances, split) for system in side] for side in sides]
+    read = read_by_all([t for side in texts for run in side for t in run.values()], split)
     blanks = writes_blanks(utterances[i].text for i in read)
-    errors = [
-        {
-            size: [
-                [unit_errors(utterances[i], run[size][i] or "", blanks) for i in read]
-                for run in side
-            ]
-            for size in side[0]
-            if all(size in run for run in side)
-        }
-        for side in texts
-    ]  # side → size → run → errors of each utterance
-    names = [",".join(str(system.path) for system in side) for side in sides]
-    for name, of_side in zip(names, errors, strict=True):
+    errors = [errors_by_size(side, utterances, read, blanks) for side in texts]
+    for side, of_side in zip(sides, errors, strict=True):
         if not of_side:
-            raise ValueError(f"{name}: these have no size in common")
+            names = ", ".join(str(system.path) for system in side)
+            raise ValueError(f"{names}: these have no size in common")
+    shared = dict(measure="wer" if blanks else "cer", utterances=len(read))
     rows = []
     for a, b in combinations(range(len(sides)), 2):
         same = [(size, size) for size in errors[a] if size in errors[b]]
         for first, second in same or product(errors[a], errors[b]):
-            row = difference(errors[a][first], errors[b][second])
-            ends = dict(first=(names[a], first), second=(names[b], second))
-            rows.append(ends | dict(measure="wer" if blanks else "cer", utterances=len(read)) | row)
+            ends = dict(first=(a, first), second=(b, second))
+            rows.append(ends | shared | difference(errors[a][first], errors[b][second]))
     return rows
+
+
+def common_utterances(sides: Sequence[Sequence[System]], split: str) -> list[Utterance]:
+    """Return the utterances of a split. Raises ValueError where they differ between systems."""
+    utterances: list[Utterance] = []
+    for system in chain.from_iterable(sides):
+        config = system.config
+        read = read_corpus(corpus_root(config), [split], config).utterances
+        utterances = utterances or read
+        if [(u.id, u.text) for u in read] != [(u.id, u.text) for u in utterances]:
+            what = f"the {split} of {config.corpus} has other utterances than the first's"
+            raise ValueError(f"{system.path}: {what}")
+    return utterances
+
+
+def errors_by_size(
+    runs: Sequence[dict[int, Texts]],
+    utterances: Sequence[Utterance],
+    read: Sequence[int],
+    blanks: bool,
+) -> dict[int, list[list[Errors]]]:
+    """Return, for each size that all runs have, the errors of each run in the read utterances."""
+    return {
+        size: [
+            [unit_errors(utterances[i], texts[size][i] or "", blanks) for i in read]
+            for texts in runs
+        ]
+        for size in runs[0]
+        if all(size in texts for texts in runs)
+    }
 
 
 def unit_errors(utterance: Utterance, text: str, blanks: bool) -> Errors:

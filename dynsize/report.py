@@ -16,7 +16,7 @@ from dynsize.terminal import printable
 if TYPE_CHECKING:
     from dynsize.evaluation import Scored
 
-NOTHING = "∅"  # beside a deleted or inserted word
+NOTHING = "(nothing)"  # beside a deleted or inserted word
 SPEAKERS = 50  # at most, in Markdown; results.json has all
 
 
@@ -131,7 +131,7 @@ def error_rates(report: dict) -> str:
         figures = [percent(rates[0]), spread(bounds), percent(rates[1])]
         rows.append([row["size"], *figures, *errors, *costs, factor])
     header = ["size", names[0], "95% interval", names[1], "sub", "del", "ins"]
-    return table([*header, "parameters", "MACs for 1 s", "RTF"], rows)
+    return table([*header, "parameters", "MACs", "RTF"], rows)
 
 
 def examples(rows: Sequence[dict], width: int = 0) -> str:
@@ -155,8 +155,8 @@ def markdown(report: dict) -> str:
     unit = "Characters" if report["measure"] == "cer" else "Words"
     parts.append(
         f"{unit} count for the interval, sub, del and ins: substitutions, deletions, insertions. "
-        "The interval is a bootstrap over utterances. RTF, the real-time factor: time to decode "
-        "over duration of the audio.\n"
+        "The interval is a bootstrap over utterances. MACs are for one second of audio. RTF, the "
+        "real-time factor, is the time to decode divided by the audio's duration.\n"
     )
     parts.append(f"## Three utterances\n\n{indented(examples(report['examples']))}")
     if len(sizes) > 1:

@@ -1,0 +1,469 @@
+"""evaluate.py as a user runs it, and the parts of its reports."""
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, tiny, write_tones
+
+from dynsize import checkpoint, report
+from dynsize.batching import Examples
+from dynsize.corpora import Utterance
+from dynsize.evaluation import (
+    became_worse,
+    difference,
+    errors_of,
+    examples_of,
+    score,
+    scores,
+    transcribe,
+)
+from dynsize.recogniser import Recogniser, facts_of, network_of
+from dynsize.subnet import cut, parameters
+from dynsize.supernet import Supernet
+from dynsize.tokenizer import train_tokenizer
+from dynsize.wer import Errors
+
+MAIN = runpy.run_path(str(Path(__file__).parents[1] / "evaluate.py"))["main"]
+
+
+def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    """Run evaluate.py in this process. Returns its exit code and what it printed."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        code = 0
+        try:
+            MAIN()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def files_in(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def refused(*arguments: str | Path, cwd: Path) -> str:
+    """Run evaluate.py on arguments that it should refuse. Returns the one line that it prints."""
+    before = files_in(cwd.parent)
+    done = run(*arguments, cwd=cwd)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("evaluate.py: ")
+    assert files_in(cwd.parent) == before
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A directory with `corpus` and a supernet in `run`, whose outputs are varied. Read only."""
+    folder = tmp_path_factory.mktemp("evaluation") / "work"
+    root = write_tones(folder / "corpus", {"train": 1, "test-clean": 6, "test-other": 4})
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
+    model = Supernet(tiny(corpus=str(root), device="cpu"), tokenizer.labels)
+    with torch.no_grad():
+        for head in model.heads.values():
+            head.weight.normal_()
+    (folder / "run").mkdir()
+    checkpoint.save(folder / "run" / "checkpoint.pt", model, tokenizer)
+    checkpoint.save(folder / "run" / "size-3.pt", cut(model, 3), tokenizer)
+    return folder
+
+
+@pytest.fixture
+def work(made, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / "work"))
+
+
+def results(folder: Path, split: str = "test-clean") -> dict:
+    """Read a report, which must be valid JSON."""
+
+    def not_json(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (folder / split / "results.json").read_text(encoding="utf-8")
+    return json.loads(text, parse_constant=not_json)
+
+
+def test_what_an_evaluation_shows_and_writes(work):
+    done = run("run", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "test-clean: 6 utterances, 21 words" in done.stdout
+    assert "test-other: 4 utterances" in done.stdout
+    folder = work / "run" / "evaluation" / "checkpoint"
+    found = results(folder)
+    assert [row["size"] for row in found["sizes"]] == [8, 5, 3]
+    ids = [f"1-7-{number:04}" for number in range(6)]
+    model = checkpoint.load(work / "run").model
+    for row in found["sizes"]:
+        errors = row["substitutions"] + row["deletions"] + row["insertions"]
+        assert row["wer"] == errors / row["words"]
+        assert row["interval"][0] <= row["wer"] <= row["interval"][1]
+        assert row["cer_interval"][0] <= row["cer"] <= row["cer_interval"][1]
+        assert row["parameters"] == parameters(model, row["size"])
+        assert f"{100 * row['wer']:.2f}%" in done.stdout
+        assert f"{100 * row['cer']:.2f}%" in done.stdout
+        assert set(row["speakers"]) == {"1"} and row["confusions"]
+        lines = (folder / "test-clean" / f"hyp-{row['size']}.trn").read_text().splitlines()
+        assert [re.search(r"\((.*)\)$", line)[1] for line in lines] == ids
+        blocks = (folder / "test-clean" / f"aligned-{row['size']}.txt").read_text().split("\n\n")
+        assert [block.split("\n")[0] for block in blocks] == ids
+    references = (folder / "test-clean" / "ref.trn").read_text().splitlines()
+    transcript = work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt"
+    first, *words = transcript.read_text().splitlines()[0].split()
+    assert references[0] == f"{' '.join(words)} ({first})"
+    assert done.stdout.index("| size |") < done.stdout.index("reference  ")
+    text = (folder / "test-clean" / "results.md").read_text()
+    for part in ("95% interval", "Three utterances", "Speakers", "confusions", "Worse at size 3"):
+        assert part in text
+    assert "exists already; --overwrite replaces it" in refused("run", cwd=work)
+    assert run("run", "--overwrite", "--split", "test-clean", cwd=work).returncode == 0
+
+
+def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
+    for network, name in (("run", "all"), ("run/size-3.pt", "cut")):
+        done = run(network, "--split", "test-clean", "--output", name, cwd=work)
+        assert done.returncode == 0, done.stderr
+    shared, alone = results(work / "all")["sizes"][2], results(work / "cut")["sizes"][0]
+    assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
+
+
+# What must not be harmed, and what is refused.
+
+
+@pytest.mark.parametrize("split", ["/abs", "../x", "test-clean+../x", "a/../../x", "test\x1b[1m"])
+def test_results_stay_inside_their_folder(made, split):
+    said = refused("run", "--split", split, "--output", "out", cwd=made)
+    assert "--split" in said and "\x1b" not in said
+
+
+def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
+    loaded = checkpoint.load(work / "run")
+    object.__setattr__(loaded.model.config, "test_splits", ("../x",))
+    checkpoint.save(work / "run" / "foreign.pt", loaded.model, loaded.tokenizer)
+    assert "../x" in refused("run/foreign.pt", cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", ["name one RUN"]),
+        ("run --compare run run", ["name one RUN"]),
+        ("--compare run", ["needs two or more"]),
+        ("--compare run run --overwrite", ["--compare writes nothing"]),
+        ("--compare a.txt b.txt", ["a.txt", "no such"]),
+        ("nowhere", ["nowhere", "no such checkpoint"]),
+        ("corpus/test-clean/1/7/1-7.trans.txt", ["1-7.trans.txt", "not a checkpoint"]),
+        ("run --split test", ["test", "no such split", "test-clean"]),
+        ("run --corpus nowhere", ["nowhere"]),
+        ("run --device cuda:99", ["--device cuda:99"]),
+        ("run --device mps", ["--device mps"]),
+        ("run --normaliser loud", ["--normaliser loud", "plain"]),
+        ("run --batch-seconds nan", ["--batch-seconds nan"]),
+        ("run --batch-seconds inf", ["--batch-seconds inf"]),
+        ("run --precision double", ["--precision double"]),
+        ("run --threads -1", ["--threads -1"]),
+        ("run --colour", ["--colour", "--help"]),
+    ],
+)
+def test_bad_input(made, arguments, words):
+    said = refused(*arguments.split(), cwd=made)
+    assert all(word in said for word in words), said
+
+
+def test_help_teaches(made, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run("--help", cwd=made)
+    assert done.returncode == 0
+    for part in ("examples:", "results.json", "exit code", "ID TEXT", "--normaliser", "seeds"):
+        assert part in done.stdout
+
+
+def kaldi_corpus(root: Path, words: dict[str, str], speakers: dict[str, str]) -> Path:
+    """Write a corpus in Kaldi's layout: id → words, id → speaker."""
+    folder = root / "test"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).standard_normal(RATE // 2)
+    soundfile.write(folder / "a.wav", 0.1 * noise, RATE)
+    audio = "".join(f"{name} {folder / 'a.wav'}\n" for name in words)
+    (folder / "wav.scp").write_text(audio, encoding="utf-8")
+    texts = "".join(f"{name} {text}\n" for name, text in words.items())
+    (folder / "text").write_text(texts, encoding="utf-8")
+    names = "".join(f"{name} {speaker}\n" for name, speaker in speakers.items())
+    (folder / "utt2spk").write_text(names, encoding="utf-8")
+    return root
+
+
+def test_names_and_texts_reach_files_and_terminals_without_escape_sequences(work):
+    words = {"one\x1b[31m": "LOW \x1b[1mMID", "two\x9b": "TOP\u202e", "three|x": "`HIGH` | <b>"}
+    root = kaldi_corpus(work / "odd", words, dict.fromkeys(words, "me\x1b]0;x\x07"))
+    done = run("run", "--corpus", root, "--split", "test", "--output", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    written = [path for path in (work / "out").rglob("*") if path.is_file()]
+    assert len(written) == 9
+    for text in [done.stdout, done.stderr, *(path.read_text() for path in written)]:
+        assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert "one\\x1b[31m" in (work / "out" / "test" / "ref.trn").read_text()
+
+
+# What is scored.
+
+
+def test_references_need_no_labels(work):
+    transcript = work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt"
+    text = re.sub("1-7-0001 .*", "1-7-0001 LOW QUACK ŧ", transcript.read_text())
+    transcript.write_text(text, encoding="utf-8")
+    done = run("run", "--corpus", "corpus", "--split", "test-clean", "--output", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert results(work / "out")["utterances"] == 6
+    assert "LOW QUACK ŧ (1-7-0001)" in (work / "out/test-clean/ref.trn").read_text("utf-8")
+
+
+def test_the_normaliser_changes_references_and_hypotheses_alike(work):
+    transcript = work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt"
+    lines = [line.split(" ", 1) for line in transcript.read_text().splitlines()]
+    transcript.write_text("".join(f"{name} {words.capitalize()}!\n" for name, words in lines))
+    rows = {}
+    for name in ("plain", "none"):
+        arguments = ("--corpus", "corpus", "--split", "test-clean", "--normaliser", name)
+        done = run("run", *arguments, "--output", name, cwd=work)
+        assert done.returncode == 0, done.stderr
+        rows[name] = results(work / name)["sizes"][0]
+    done = run("run", "--split", "test-clean", "--output", "first", cwd=work)  # the first corpus
+    assert done.returncode == 0, done.stderr
+    first = results(work / "first")["sizes"][0]
+    assert rows["plain"]["wer"] == pytest.approx(first["wer"])
+    assert rows["plain"]["cer"] == pytest.approx(first["cer"])
+    assert rows["none"]["cer"] > rows["plain"]["cer"]
+    assert results(work / "plain")["normaliser"] == "plain"
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "noise", "directory"])
+def test_audio_that_cannot_be_read_is_left_out_and_named(work, how):
+    victim = work / "corpus" / "test-clean" / "1" / "7" / "1-7-0001.flac"
+    data = victim.read_bytes()
+    if how == "directory":
+        victim.unlink()
+        victim.mkdir()
+    else:
+        victim.write_bytes(
+            {"truncated": data[: len(data) // 2], "empty": b"", "noise": b"noise" * 99}[how]
+        )
+    arguments = ("run", "--corpus", "corpus", "--split", "test-clean", "--output", "out")
+    done = run(*arguments, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "5 utterances" in done.stdout and "1 left out" in done.stdout
+    assert "1-7-0001: not scored" in done.stderr and "1-7-0001.flac" in done.stderr
+    found = results(work / "out")
+    assert [list(names) for names in found["left_out"].values()] == [["1-7-0001"]]
+    assert all(row["utterances"] == 5 for row in found["sizes"])
+    assert "1-7-0001" not in (work / "out/test-clean/ref.trn").read_text()
+    assert "1-7-0001.flac" in (work / "out/test-clean/results.md").read_text()
+
+
+def test_where_no_audio_can_be_read_nothing_is_written(work):
+    for victim in (work / "corpus" / "test-clean").rglob("*.flac"):
+        victim.write_bytes(victim.read_bytes()[:600])
+    arguments = ("run", "--corpus", "corpus", "--split", "test-clean", "--output", "out")
+    done = run(*arguments, cwd=work)
+    assert done.returncode == 2 and "can be read" in done.stderr
+    assert not (work / "out").exists()
+
+
+def test_a_reference_without_words_leaves_the_report_valid(work):
+    transcript = work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt"
+    transcript.write_text(re.sub(" .*", "", transcript.read_text()))
+    arguments = ("run", "--corpus", "corpus", "--split", "test-clean", "--output", "out")
+    done = run(*arguments, cwd=work)
+    assert done.returncode == 0, done.stderr
+    row = results(work / "out")["sizes"][0]
+    assert row["words"] == 0 and row["wer"] == row["insertions"]
+
+
+def utterance(text: str, name: str = "a", reference: str = "", speaker: str = "") -> Utterance:
+    return Utterance(name, f"{name}.wav", text, 800, (0, 800), RATE, 0, speaker, reference)
+
+
+def test_alternatives_of_the_reference_are_scored():
+    said = utterance("i've um seen", reference="i've { um / uh / @ } (well) seen")
+    assert errors_of([said] * 3, ["i've seen", "i've uh well seen", None]) == [
+        Errors(0, 0, 0, 2),
+        Errors(0, 0, 0, 4),
+    ]
+    scored = score(said, "i've uh seem", True)
+    assert scored.words == Errors(1, 0, 0, 3)
+    assert scored.characters == Errors(1, 0, 0, len("i've uh seen"))
+
+
+def test_where_a_language_writes_no_blanks_characters_count():
+    scored = score(utterance("今天 天气很好"), "金天天气好", False)
+    assert scored.characters == Errors(1, 1, 0, 6)
+    found = scores([scored])
+    assert found["cer"] == pytest.approx(2 / 6)
+    lines = report.aligned(scored).splitlines()
+    assert lines[1] == "REF  今 天 天 气 很 好" and lines[2] == "HYP  金 天 天 气 ** 好"
+    assert lines[3].split() == ["S", "D"]
+
+
+def test_the_measure_follows_the_references(work):
+    words = {"a": "今天天气很好", "b": "你好"}
+    kaldi_corpus(work / "chinese", words, {})
+    done = run("run", "--corpus", "chinese", "--split", "test", "--output", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    found = results(work / "out", "test")
+    assert found["measure"] == "cer" and found["sizes"][0]["characters"]["number"] == 8
+    assert re.search(r"^\| size \| +CER \| +95% interval \| +WER \|", done.stdout, re.M)
+
+
+def test_speakers_and_confusions():
+    scored = [
+        score(utterance("a b c", "1", speaker="ann"), "a x c", True),
+        score(utterance("b a", "2", speaker="ann"), "x a y", True),
+        score(utterance("b c", "3", speaker="bob"), "c", True),
+    ]
+    found = scores(scored)
+    assert found["speakers"] == {
+        "ann": dict(utterances=2, words=5, wer=3 / 5, cer=pytest.approx(4 / 8)),
+        "bob": dict(utterances=1, words=2, wer=1 / 2, cer=pytest.approx(2 / 3)),
+    }
+    assert found["confusions"] == [["b", "x", 2], [None, "y", 1], ["b", None, 1]]
+
+
+def test_what_became_worse_and_the_examples():
+    texts = {8: ["a b", "a b", "a b", "x b"], 3: ["a b", "a", "x y z", "a b"]}
+    scored = {
+        size: [score(utterance("a b", str(n)), text, True) for n, text in enumerate(of_size)]
+        for size, of_size in texts.items()
+    }
+    assert [(row["id"], row["errors"]) for row in became_worse(scored)] == [
+        ("2", [0, 3]),
+        ("1", [0, 1]),
+    ]
+    assert became_worse(scored)[0]["texts"] == {8: "a b", 3: "x y z"}
+    assert [row["id"] for row in examples_of(scored)] == ["1", "2", "3"]  # where the sizes differ
+    alone = {8: scored[8]}
+    assert became_worse(alone) == [] and len(examples_of(alone)) == 3
+    assert [row["id"] for row in examples_of({8: scored[8][:1]})] == ["0"]
+
+
+def test_tables_are_aligned_and_cells_cannot_end_them():
+    text = report.table(["a", "number"], [["今天|x", 5], ["b\nc", 1234]], text_columns=1)
+    lines = text.splitlines()
+    assert len(lines) == 4 and len({report.columns(line) for line in lines}) == 1
+    assert "今天\\|x" in lines[2] and "b\\nc" in lines[3] and lines[1].endswith("-: |")
+
+
+# Comparisons.
+
+
+def verdicts(text: str) -> list[str]:
+    return re.findall(r"\| +([a-z ]*?(?:better|different)) \|$", text, re.M)
+
+
+def test_compare_sizes_and_hypotheses_of_other_systems(work):
+    references = (work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt").read_text()
+    (work / "perfect.txt").write_text(references)
+    lines = [line.split(" ", 1) for line in references.splitlines()]
+    (work / "other.trn").write_text("".join(f"{text.lower()} ({name})\n" for name, text in lines))
+    split = ("--split", "test-clean")
+    done = run("--compare", "run", "run/size-3.pt", "perfect.txt", *split, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"\| 1, size 3 \| 2, size 3 \|.*\+0.00 to \+0.00 \| not significantly", done.stdout
+    )
+    assert verdicts(done.stdout) == ["not significantly different"] + 4 * ["the second is better"]
+    reverse = run("--compare", "perfect.txt", "run/size-3.pt", *split, cwd=work)
+    assert verdicts(reverse.stdout) == ["the first is better"]
+    normalised = ("--normaliser", "lower", "--corpus", "corpus", *split)
+    files = run("--compare", "perfect.txt", "other.trn", *normalised, cwd=work)
+    assert files.returncode == 0, files.stderr
+    assert "0.00% |" in files.stdout and verdicts(files.stdout) == ["not significantly different"]
+
+
+def test_compare_several_seeds(work):
+    shutil.copytree(work / "run", work / "again")
+    done = run("--compare", "run,again", "run/size-3.pt", "--split", "test-clean", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "1: run/checkpoint.pt, again/checkpoint.pt" in done.stdout
+    assert verdicts(done.stdout) == ["not significantly different"]
+    said = refused("--compare", "run,run/size-3.pt,run", "run/nowhere", cwd=work)
+    assert "nowhere" in said
+
+
+def test_the_mean_rate_of_seeds_is_compared():
+    def errors(number: int) -> list[Errors]:
+        return [Errors(number, 0, 0, 10)] * 20
+
+    row = difference([errors(1), errors(3)], [errors(6)])
+    assert row["rates"] == pytest.approx([0.2, 0.6]) and row["runs"] == [2, 1]
+    assert row["difference"] == pytest.approx(-0.4) and row["verdict"] == "the first is better"
+    assert row["interval"] == pytest.approx((-0.5, -0.3))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("1-7-0000 LOW\n", ["no line for 5 of 6", "1-7-0001"]),
+        ("1-7-0000 LOW\n1-7-0000 MID\n", ["hyp.txt:2", "twice"]),
+        ("\xff", ["hyp.txt"]),
+    ],
+)
+def test_files_of_hypotheses_that_are_refused(work, lines, words):
+    (work / "hyp.txt").write_text(lines, encoding="latin-1")
+    said = run("--compare", "run", "hyp.txt", "--split", "test-clean", cwd=work)
+    assert said.returncode == 2 and all(word in said.stderr for word in words), said.stderr
+    (work / "hyp.trn").write_text("LOW\n")
+    said = run("--compare", "run", "hyp.trn", "--split", "test-clean", cwd=work)
+    assert said.returncode == 2 and "hyp.trn:1: not TEXT (ID)" in said.stderr
+
+
+def test_compare_refuses_other_utterances(work):
+    other = write_tones(work / "other", {"train": 1, "test-clean": 5})
+    loaded = checkpoint.load(work / "run")
+    loaded.model.config = dataclasses.replace(loaded.model.config, corpus=str(other))
+    (work / "run2").mkdir()
+    checkpoint.save(work / "run2" / "checkpoint.pt", loaded.model, loaded.tokenizer)
+    done = run("--compare", "run", "run2", "--split", "test-clean", cwd=work)
+    assert done.returncode == 2 and "other utterances" in done.stderr and "run2" in done.stderr
+
+
+# Long utterances.
+
+
+def test_long_utterances_are_decoded_in_windows_like_the_recogniser(made, tmp_path):
+    loaded = checkpoint.load(made / "run")
+    facts = dataclasses.replace(facts_of(loaded), longest_seconds=0.7)
+    noise = np.random.default_rng(0).standard_normal(RATE * 4)
+    paths = {seconds: tmp_path / f"{seconds}.wav" for seconds in (0.5, 4)}
+    utterances = []
+    for seconds, path in paths.items():
+        samples = round(seconds * RATE)
+        soundfile.write(path, 0.1 * noise[:samples], RATE)
+        utterances.append(Utterance(str(seconds), str(path), "", samples, (0, samples), RATE))
+    missing = utterances[1]._replace(id="missing", path=str(tmp_path / "missing.wav"))
+    examples = Examples([*utterances, missing], loaded.tokenizer, loaded.model.config, keep=False)
+    texts, unreadable = transcribe(loaded.model, examples, [8, 3], "", facts)
+    recogniser = Recogniser(network_of(loaded.model), facts)
+    for size in (8, 3):
+        expected = [recogniser.transcribe(path, size=size).text for path in paths.values()]
+        assert texts[size] == [*expected, None]
+    assert list(unreadable) == ["missing"]
+    whole, _ = transcribe(loaded.model, examples, [8], "")
+    assert whole[8][0] == texts[8][0] and whole[8][1] != texts[8][1]
