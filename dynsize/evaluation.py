@@ -94,7 +94,8 @@ def transcribe(
         (short if utterance.samples <= most else long).append(index)
     texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
     unreadable: dict[str, str] = {}
-    with tqdm(total=len(examples), desc=title, unit="utt", leave=False, disable=None) as bar:
+    bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
+    with tqdm(total=len(examples), desc=title, **bar_options) as bar:
         batches = in_batches(model, examples, short, sizes, unreadable)
         windows = in_windows(model, examples, long, sizes, unreadable, facts)
         for indices, log_probs, lengths in chain(batches, windows):

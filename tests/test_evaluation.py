@@ -3,14 +3,11 @@
 import dataclasses
 import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 import soundfile
@@ -35,24 +32,10 @@ from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors
 
-MAIN = runpy.run_path(str(Path(__file__).parents[1] / "evaluate.py"))["main"]
-
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    """Run evaluate.py in this process. Returns its exit code and what it printed."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(StringIO()) as out,
-        redirect_stderr(StringIO()) as err,
-    ):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        code = 0
-        try:
-            MAIN()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    """Return the exit code and the output of evaluate.py."""
+    return in_process.run("evaluate.py", *arguments, cwd=cwd)
 
 
 def files_in(folder: Path) -> list[tuple[Path, int]]:
@@ -78,8 +61,8 @@ def made(tmp_path_factory) -> Path:
     tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
     model = Supernet(tiny(corpus=str(root), device="cpu"), tokenizer.labels)
     with torch.no_grad():
-        for head in model.heads.values():
-            head.weight.normal_()
+        for layer in model.output_layers.values():
+            layer.weight.normal_()
     (folder / "run").mkdir()
     checkpoint.save(folder / "run" / "checkpoint.pt", model, tokenizer)
     checkpoint.save(folder / "run" / "size-3.pt", cut(model, 3), tokenizer)

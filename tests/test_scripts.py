@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config
