@@ -100,15 +100,21 @@ ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = (
 
 
 def spoken_corpus() -> Path:
-    """The corpus's directory in the user's cache; the first call speaks it. Raises ValueError without espeak-ng."""
+    """Return the corpus's directory in the user's cache; the first call speaks it.
+
+    Raises ValueError, which says why, where that fails.
+    """
     directory = user_cache() / f"spoken-{VERSION}"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # espeak-ng carries random state from one utterance to the next: only a new process always speaks alike
-        if subprocess.run([sys.executable, "-m", "dynsize.spoken", str(directory)]).returncode != 0:
-            raise ValueError(
-                "the embedded corpus could not be spoken; pip install -e '.[demo]' installs what it needs"
-            )
+        # espeak-ng carries random state from one utterance to the next: in a new process the
+        # speech is always the same
+        command = [sys.executable, "-m", "dynsize.spoken", str(directory)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if done.returncode != 0:
+            why = done.stdout.strip() or f"exit code {done.returncode}"
+            raise ValueError(f"the embedded corpus could not be spoken: {why}")
     return directory
 
 
@@ -161,16 +167,18 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
     espeak, draw = Espeak(seed), random.Random(seed)
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
     said: set[str] = set()
-    with tqdm(
-        total=round(sum(minutes.values())), desc="speaking the corpus", unit="min", leave=False
-    ) as bar:
-        for split, length in minutes.items():
-            for spoken in speak_split(unfinished / split, split, length, espeak, draw, said):
-                bar.update(min(spoken / 60, bar.total - bar.n))
-    if directory.exists():
-        shutil.rmtree(unfinished)  # another process was faster
-    else:
-        unfinished.rename(directory)
+    total = round(sum(minutes.values()))
+    bar = tqdm(total=total, desc="speaking the corpus", unit="min", leave=False, disable=None)
+    try:
+        with bar:
+            for split, length in minutes.items():
+                folder = unfinished / split
+                for spoken in speak_split(folder, split, length, espeak, draw, said):
+                    bar.update(min(spoken / 60, total - bar.n))
+        if not directory.exists():  # else another process was faster
+            unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def speak_split(
@@ -203,7 +211,23 @@ def speak_split(
         yield len(audio) / SAMPLE_RATE
 
 
+def main(arguments: list[str]) -> int:
+    """Speak the corpus into a directory. Returns the exit code; standard output says what failed."""
+    if len(arguments) != 1:
+        print("usage: python -m dynsize.spoken DIRECTORY")
+        return 2
+    try:
+        speak_corpus(Path(arguments[0]))
+    except ModuleNotFoundError as error:
+        print(f"{error}; pip install -e '.[demo]' installs it")
+        return 2
+    except (OSError, ValueError, soundfile.SoundFileError) as error:
+        print(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m dynsize.spoken DIRECTORY")
-    speak_corpus(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from in_process import ROOT, SCRIPTS, TINY, run
 
-from dynsize import checkpoint, config
+from dynsize import checkpoint, config, spoken
 from dynsize.algorithms import ALGORITHMS
 from dynsize.subnet import cut, parameters
 
@@ -387,6 +387,21 @@ def test_help_follows_the_width_of_the_terminal_and_shows_examples(script, monke
     flags = options[options.index("options:") :].splitlines()
     assert max(map(len, (line for line in flags if "{" not in line))) <= 60
     assert examples.count(f"python {script} ") >= 3
+
+
+def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/cache/x.flac")
+
+    monkeypatch.setattr(spoken, "speak_split", full)
+    monkeypatch.setattr(spoken, "Espeak", lambda seed: None)
+    assert spoken.main([str(tmp_path / "corpus")]) == 2 and not list(tmp_path.iterdir())
+    ended = subprocess.CompletedProcess([], 2, capsys.readouterr().out, "")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: ended)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run("train.py", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "No space left on device" in line and "/cache/x.flac" in line
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
