@@ -1,0 +1,255 @@
+"""The pictures: what they are drawn from, their labels, and that no two of their texts overlap."""
+
+import json
+import math
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from dynsize import plots
+from dynsize.config import LAYERS
+
+SIZES = (3, 5, 8)
+
+
+def layer_names(blocks: int) -> list[str]:
+    return [f"{block + 1}.{kind}" for block in range(blocks) for kind in LAYERS]
+
+
+def lines_of(blocks: int, sizes: tuple[int, ...], updates: int = 40) -> list[dict]:
+    """Return records as in metrics.jsonl: step 1 in the first half, a validation every quarter."""
+    layers = 4 * blocks
+    records: list[dict] = []
+    for update in range(2, updates + 1, 2):
+        step = 1 if update <= updates // 2 else 2
+        k = max(sizes[0], layers - update)
+        trained = [layers, k] if step == 1 else sorted({layers, *sizes}, reverse=True)
+        losses = {str(size): 1.0 + 1.0 / update + 1.0 / size for size in trained}
+        record = dict(update=update, step=step, sizes=trained, learning_rate=1e-3, losses=losses)
+        if step == 1:
+            record["scores"] = [(layer + update) % 7 / 7 for layer in range(layers)]
+        records.append(record)
+        if update % (updates // 4) == 0:
+            dev = {str(size): dict(wer=0.5 / update + 0.1 / size) for size in sizes}
+            records.append(dict(update=update, dev=dev))
+    return records
+
+
+def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **config) -> Path:
+    run.mkdir(parents=True)
+    settings = dict(method="simple-top-k", blocks=blocks, sizes=sizes) | config
+    (run / "config.json").write_text(json.dumps(settings))
+    ranked = [dict(layer=name, score=0.0) for name in reversed(layer_names(blocks))]
+    (run / "ranking.json").write_text(json.dumps(ranked))
+    text = "".join(json.dumps(record) + "\n" for record in lines_of(blocks, sizes))
+    (run / "metrics.jsonl").write_text(text)
+    return run
+
+
+def result(size: int, wer: float) -> dict:
+    costs = dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
+    return dict(size=size, wer=wer, interval=(0.9 * wer, 1.1 * wer), **costs)
+
+
+def write_study(folder: Path) -> Path:
+    folder.mkdir()
+    ways: dict[str, list[dict]] = {
+        way: [result(size, 0.3 / size + 0.001 * place) for size in SIZES]
+        for place, way in enumerate(("simple-top-k", "layerdrop", "simple-top-k int8"))
+    }
+    ways |= {f"alone-{size}": [result(size, 0.31 / size)] for size in SIZES}
+    (folder / "study.json").write_text(json.dumps({"test-clean": ways, "test-other": ways}))
+    return folder
+
+
+def shown_texts(figure: Figure) -> list[Text]:
+    """Draw a figure and return its texts; an axis has labels of ticks outside its limits too."""
+    FigureCanvasAgg(figure).draw()
+    texts = set(figure.findobj(Text))
+    for axes in figure.findobj(Axes):
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    texts -= {tick.label1, tick.label2}
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
+
+
+def assert_no_overlap(figure: Figure) -> None:
+    texts = shown_texts(figure)
+    assert len(texts) > 5
+    for first, second in combinations(texts, 2):
+        a, b = first.get_window_extent(), second.get_window_extent()
+        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+        high = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) <= 1, (first.get_text(), second.get_text())  # pixels
+    page = figure.bbox
+    for text in texts:
+        box = text.get_window_extent()
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert inside, text.get_text()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Return the folder with all pictures of one evaluated run."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "run")
+    results = run / "evaluation" / "checkpoint" / "test-clean"
+    results.mkdir(parents=True)
+    rows = [result(size, 0.1) for size in SIZES]
+    (results / "results.json").write_text(json.dumps(dict(sizes=rows)))
+    plots.draw(run, run / "plots")
+    return run / "plots"
+
+
+def test_a_run_becomes_three_pictures_as_png_and_svg(pictures):
+    heads = {path.name: path.read_bytes()[:5] for path in pictures.iterdir()}
+    names = ("training", "layers", "cost")
+    expected = {f"{name}.png": b"\x89PNG\r" for name in names}
+    expected |= {f"{name}.svg": b"<?xml" for name in names}
+    assert heads == expected
+
+
+def test_the_same_data_gives_the_same_svg(pictures, tmp_path):
+    with mpl.rc_context(plots.STYLE):
+        plots.save(plots.training_figure(lines_of(2, SIZES), "run"), tmp_path / "training")
+    assert (tmp_path / "training.svg").read_bytes() == (pictures / "training.svg").read_bytes()
+
+
+def test_axes_have_labels_with_units_and_an_svg_has_them_as_text(pictures):
+    labels = {
+        "training": ["update", "CTC loss (nats a label)", "dev WER (%)", "learning rate", "step 1"],
+        "layers": ["update", "weight of the layer", "size (layers)", "mhsa"],
+        "cost": [
+            "test-clean: WER (%)",
+            "parameters (millions)",
+            "MACs for 1 s of audio (billions)",
+            "decoding time for 1 s of audio (ms)",
+        ],
+    }
+    for name, expected in labels.items():
+        svg = (pictures / f"{name}.svg").read_text()
+        found = re.findall("<text[^>]*>([^<]*)</text>", svg)
+        assert set(expected) <= set(found)
+        assert len(svg) < 150_000
+
+
+@pytest.mark.parametrize("blocks, sizes", [(2, SIZES), (6, (8, 16, 24)), (12, (16, 32, 48))])
+def test_no_texts_of_a_run_overlap(blocks, sizes):
+    records = lines_of(blocks, sizes)
+    config = dict(method="iterative-zero-out", blocks=blocks, sizes=sizes)
+    with mpl.rc_context(plots.STYLE):
+        assert_no_overlap(plots.layers_figure(records, config, layer_names(blocks), "run"))
+        assert_no_overlap(plots.training_figure(records, "run"))
+
+
+def test_no_texts_of_a_study_or_a_drawing_overlap(tmp_path):
+    results = plots.read_results(write_study(tmp_path / "study"))
+    with mpl.rc_context(plots.STYLE):
+        assert_no_overlap(plots.cost_figure(results))
+        assert_no_overlap(plots.streams_figure())
+        assert_no_overlap(plots.steps_figure())
+
+
+def test_the_masks_are_the_first_layers_of_the_ranking():
+    config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
+    ranking = ["2.mhsa", "1.ff1", "1.conv", "2.ff2", "2.ff1", "1.ff2", "2.conv", "1.mhsa"]
+    figure = plots.layers_figure(lines_of(2, SIZES), config, ranking, "run")
+    masks = figure.axes[1]
+    rows = [f"{block}.{kind}" for kind in LAYERS for block in (1, 2)]
+    for column, size in enumerate(SIZES):
+        dark = {
+            rows[round(cell.get_y() + 0.5)]
+            for cell in masks.patches
+            if round(cell.get_x() + 0.4) == column and cell.get_facecolor()[0] < 0.5
+        }
+        assert dark == set(ranking[:size])
+
+
+def test_the_shade_of_a_row_is_the_weight_of_its_layer():
+    config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
+    records = lines_of(2, SIZES)
+    figure = plots.layers_figure(records, config, layer_names(2), "run")
+    shades = figure.axes[0].collections[0].get_array()
+    scored = [record["scores"] for record in records if "scores" in record]
+    assert shades.shape == (8, len(scored))
+    for line, weights in enumerate(scored):
+        expected = [weights[4 * block + kind] for kind in range(4) for block in range(2)]
+        assert shades[:, line].tolist() == expected
+
+
+def test_points_and_intervals_are_those_of_the_results(tmp_path):
+    results = plots.read_results(write_study(tmp_path / "study"))
+    axes = plots.cost_figure(results).axes[0]
+    drawn = {container.get_label(): container for container in axes.containers}
+    assert set(drawn) == {"alone", "simple-top-k", "layerdrop", "simple-top-k int8"}
+    line, _, (bars,) = drawn["alone"]
+    assert line.get_xdata().tolist() == pytest.approx([0.1 * size for size in SIZES])
+    assert line.get_ydata().tolist() == pytest.approx([31 / size for size in SIZES])
+    for size, segment in zip(SIZES, bars.get_segments(), strict=True):
+        assert segment[:, 1].tolist() == pytest.approx([0.9 * 31 / size, 1.1 * 31 / size])
+
+
+def test_one_way_to_train_has_one_colour_and_marker(tmp_path):
+    results = plots.read_results(write_study(tmp_path / "study"))
+    for axes in plots.cost_figure(results).axes[:6]:
+        for container in axes.containers:
+            mark = plots.MARKS[plots.mark_name(container.get_label())]
+            assert container[0].get_color() == mark.colour
+            assert container[0].get_marker() == mark.marker
+    assert len({mark.colour for mark in plots.MARKS.values()}) == len(plots.MARKS)
+    assert len({mark.marker for mark in plots.MARKS.values()}) == len(plots.MARKS)
+
+
+def test_damaged_lines_skipped_updates_and_missing_validations_are_no_error(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if '"dev"' not in line]
+    lines[3] = lines[3][:20]
+    lines.append('{"update": 41, "skipped": "loss nan, gradient norm 1.0", "utterances": ["1-2"]}')
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"upd')
+    written = plots.draw(run, tmp_path / "pictures")
+    assert len(written) == 4
+
+
+def test_one_size_alone_has_no_step_1(tmp_path):
+    run = write_run(tmp_path / "run", method="none", sizes=(8,))
+    records = [r for r in lines_of(2, (8,)) if r.get("step") != 1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    written = plots.draw(run, tmp_path / "pictures")
+    assert {path.stem for path in written} == {"training"}
+    assert "step 1" not in (tmp_path / "pictures" / "training.svg").read_text()
+
+
+def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
+    rows = [result(8, 0.0) | dict(interval=(0.0, 0.0))]
+    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}})
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert math.isfinite(high)
+    assert high > 0
+
+
+def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
+    study, pictures = write_study(tmp_path / "study"), tmp_path / "pictures"
+    plots.main([str(study), str(pictures), "--drawings"])
+    names = {path.name for path in pictures.glob("*.svg")}
+    assert names == {"cost.svg", "streams.svg", "steps.svg"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        plots.main([str(tmp_path / "empty"), str(tmp_path / "none")])
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert "nothing to draw" in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "none").exists()
