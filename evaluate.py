@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from dynsize import checkpoint
@@ -59,13 +60,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch-seconds", type=float, help="audio of one batch, at most (the training's)")
     add("--output", type=Path, metavar="DIR", help="write to DIR/SPLIT")
     add("--overwrite", action="store_true", help="replace results that are there")
+    add("--plots", action="store_true", help="draw the run in RUN/plots (needs matplotlib)")
     parsed = parser.parse_args(arguments)
     if (parsed.network is None) != (parsed.compare is not None):
         parser.error("name one RUN, or several after --compare")
     if parsed.compare and len(parsed.compare) < 2:
         parser.error(f"--compare {parsed.compare[0]}: needs two or more")
-    if parsed.compare and (parsed.output or parsed.overwrite):
-        parser.error("--compare writes nothing: it takes no --output and no --overwrite")
+    if parsed.compare and (parsed.output or parsed.overwrite or parsed.plots):
+        parser.error("--compare writes nothing: it takes no --output, --overwrite or --plots")
+    if parsed.plots and not find_spec("matplotlib"):
+        parser.error("--plots needs matplotlib: pip install -e '.[plots]'")
     if parsed.split and not are_splits(tuple(parsed.split)):
         names = " ".join(parsed.split)
         parser.error(f"--split {names}: must be names inside the corpus; A+B is A and B")
@@ -145,6 +149,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"device {hardware(config, device_of(config))}\n")
     for split in splits:
         show(evaluate(loaded, config, split, base / split), base / split)
+    if options.plots:
+        draw(loaded.path.parent)
 
 
 def show(report: dict, folder: Path) -> None:
@@ -153,6 +159,14 @@ def show(report: dict, folder: Path) -> None:
     print(examples(report["examples"], shutil.get_terminal_size((100, 0)).columns))
     for name, what in report["left_out"].get(UNREADABLE, {}).items():
         print(f"evaluate.py: warning: {printable(f'{name}: not scored: {what}')}", file=sys.stderr)
+
+
+def draw(folder: Path) -> None:
+    """Draw the pictures of a run directory."""
+    from dynsize import plots  # needs matplotlib
+
+    plots.draw(folder, folder / "plots")
+    print(f"\npictures: {printable(folder / 'plots')}")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ TRITON = [
     "triton>=3.4; platform_system == 'Linux'"
 ]  # the GPU kernels; torch's CUDA builds bring it along
 LM = ["flashlight-text>=0.0.7"]  # its wheel brings KenLM, which scores n-gram language models
+PLOTS = ["matplotlib>=3.9"]
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ruff>=0.6"]
 
 setup(
@@ -26,5 +27,11 @@ setup(
         "tqdm>=4.65",
     ],
     entry_points={"console_scripts": ["dynsize = dynsize.__main__:main"]},
-    extras_require={"demo": DEMO, "triton": TRITON, "lm": LM, "test": DEMO + TRITON + LM + TEST},
+    extras_require={
+        "demo": DEMO,
+        "triton": TRITON,
+        "lm": LM,
+        "plots": PLOTS,
+        "test": DEMO + TRITON + LM + PLOTS + TEST,
+    },
 )

@@ -13,6 +13,7 @@ import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -142,9 +143,11 @@ def study(options: argparse.Namespace) -> None:
     folder = options.run or Path("runs") / f"study-{options.preset}"
     while trainer := next_training(config, folder):
         train(trainer)
+        draw(trainer.run)
         del trainer  # before the next one reads its corpus
     print(results(config, folder))
     print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")
+    draw(folder)
 
 
 def describe(trainer: Trainer) -> None:
@@ -261,6 +264,16 @@ def train(trainer: Trainer) -> None:
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 
+def draw(folder: Path) -> None:
+    """Draw the pictures of a run or of a study, where matplotlib is installed."""
+    if processes.rank() or not find_spec("matplotlib"):
+        return
+    from dynsize import plots  # needs matplotlib
+
+    plots.draw(folder, folder / "plots")
+    print(f"pictures: {printable(folder / 'plots')}")
+
+
 def main() -> None:
     with reported("train.py", "stopped before the first update; there is nothing to save"):
         options = parse(sys.argv[1:])
@@ -275,6 +288,7 @@ def main() -> None:
         train(trainer)
         run = printable(trainer.run)
         print(f"done: {run}/{NAME}; python prune.py {run} cuts its subnets")
+        draw(trainer.run)
 
 
 if __name__ == "__main__":

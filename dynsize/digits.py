@@ -16,6 +16,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from dynsize.terminal import reported
+
 SAMPLE_RATE = 8000  # Hz, of every recording of the dataset
 WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 SPEAKERS = ("george", "jackson", "nicolas", "theo", "yweweler")
@@ -224,10 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error(f"--seed {options.seed}: must be 0 or more")
-    try:
+    with reported("dynsize.digits", "stopped; nothing is left of the corpus"):
         join_corpus(options.checkout, options.output, options.seed)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"dynsize.digits: {error}\n")
 
 
 if __name__ == "__main__":

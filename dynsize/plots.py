@@ -15,6 +15,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -74,12 +75,13 @@ def draw(source: Path, output: Path) -> list[Path]:
     records, results = read_metrics(source), read_results(source)
     figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
-        if any("losses" in record for record in records):
+        if any(record.get("losses") for record in records):
             figures["training"] = training_figure(records, source.name)
-        if any("scores" in record for record in records) and (source / "ranking.json").exists():
+        scored = [r for r in records if r.get("scores") and r.get("ranking") and r["step"] == 1]
+        if scored and (source / "ranking.json").exists():
             ranking = [row["layer"] for row in read_json(source / "ranking.json")]
             config = read_json(source / "config.json")
-            figures["layers"] = layers_figure(records, config, ranking, source.name)
+            figures["layers"] = layers_figure(scored, config, ranking, source.name)
         if results:
             figures["cost"] = cost_figure(results)
         if not figures:
@@ -92,6 +94,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
     figure.savefig(paths[0])
+    figure.set_layout_engine("none")  # it takes a third of the time, and its result stays
     figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
@@ -147,16 +150,16 @@ def way_of(run: Path, checkpoint: str) -> str:
 # The layers over training.
 
 
-def layers_figure(records: Sequence[dict], config: dict, ranking: list[str], name: str) -> Figure:
-    """Draw the layer weights of step 1 as shade, k as a line, and the final masks beside it.
+def layers_figure(scored: Sequence[dict], config: dict, ranking: list[str], name: str) -> Figure:
+    """Draw the layer scores of step 1 as shade, k as a line, and the final masks beside it.
 
-    `records`: lines of metrics.jsonl, of which those of step 1 have `scores`. `ranking`: names of
-    layers, most important first. The rows are grouped by the kind of the layer, block 1 on top.
+    `scored`: lines of metrics.jsonl with `scores` and `ranking`, which are numbers of layers.
+    `ranking`: the names of the layers at the end. Both rankings begin with the most important
+    layer. The rows of the picture are grouped by the kind of the layer, block 1 on top.
     """
     blocks = config["blocks"]
     rows = [4 * block + kind for kind in range(len(LAYERS)) for block in range(blocks)]
-    scored = [r for r in records if r.get("scores") is not None and r.get("step") == 1]
-    weights = np.array([record["scores"] for record in scored], dtype=float).T[rows]  # (L, lines)
+    shades = np.ma.stack([scores_of_the_best(record) for record in scored], axis=1)  # (L, lines)
     updates = [record["update"] for record in scored]
     figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
@@ -165,9 +168,11 @@ def layers_figure(records: Sequence[dict], config: dict, ranking: list[str], nam
     )
 
     edges = np.arange(len(rows) + 1) - 0.5
-    shade = left.pcolormesh([0, *updates], edges, weights, cmap="Greys", rasterized=True)
+    greys = ListedColormap(mpl.colormaps["Greys"](np.linspace(0.25, 1, 256)))
+    shade = left.pcolormesh([0, *updates], edges, shades[rows], cmap=greys, rasterized=True)
     left.set_xlabel("update")
-    figure.colorbar(shade, ax=left, location="bottom", aspect=50, label="weight of the layer")
+    label = "score of each of the k best layers; the others are white"
+    figure.colorbar(shade, ax=left, location="bottom", aspect=50, label=label)
     draw_k(left.twinx(), scored)
 
     names = [f"{row // 4 + 1}.{LAYERS[row % 4]}" for row in rows]
@@ -187,6 +192,13 @@ def layers_figure(records: Sequence[dict], config: dict, ranking: list[str], nam
             axes.axhline(kind * blocks - 0.5, color="white", linewidth=4)
             axes.axhline(kind * blocks - 0.5, color="black", linewidth=0.8)
     return figure
+
+
+def scores_of_the_best(record: dict) -> np.ma.MaskedArray:
+    """Return the scores (L,) of one line of metrics.jsonl, in which only the k best are seen."""
+    scores = np.ma.array(record["scores"], dtype=float)
+    scores[record["ranking"][record["sizes"][-1] :]] = np.ma.masked
+    return scores
 
 
 def label_rows(axes: Axes, blocks: int) -> None:

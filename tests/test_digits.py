@@ -1,8 +1,5 @@
 """The corpus of connected digits: its layout, its repeatability, its levels, its errors."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,18 +192,14 @@ def test_the_sizes_are_those_of_the_documented_corpus():
     assert sorted(index for part in parts for index in part) == list(range(50))
 
 
-def run(*arguments: Path | str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dynsize.digits", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_another_directory_is_refused_with_one_line(tmp_path):
+def test_another_directory_is_refused_with_one_line(tmp_path, capsys):
     (tmp_path / "songs").mkdir()
-    result = run(tmp_path / "songs", tmp_path / "corpus")
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "songs: no recordings" in result.stderr
+    with pytest.raises(SystemExit) as end:
+        digits.main([str(tmp_path / "songs"), str(tmp_path / "corpus")])
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "songs: no recordings" in shown
     assert not (tmp_path / "corpus").exists()
 
 

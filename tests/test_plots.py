@@ -6,6 +6,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
@@ -38,11 +39,16 @@ def lines_of(blocks: int, sizes: tuple[int, ...], updates: int = 40) -> list[dic
         record = dict(update=update, step=step, sizes=trained, learning_rate=1e-3, losses=losses)
         if step == 1:
             record["scores"] = [(layer + update) % 7 / 7 for layer in range(layers)]
+            record["ranking"] = [(layer + update) % layers for layer in range(layers)]
         records.append(record)
         if update % (updates // 4) == 0:
             dev = {str(size): dict(wer=0.5 / update + 0.1 / size) for size in sizes}
             records.append(dict(update=update, dev=dev))
     return records
+
+
+def scored(records: list[dict]) -> list[dict]:
+    return [record for record in records if "scores" in record]
 
 
 def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **config) -> Path:
@@ -129,7 +135,7 @@ def test_the_same_data_gives_the_same_svg(pictures, tmp_path):
 def test_axes_have_labels_with_units_and_an_svg_has_them_as_text(pictures):
     labels = {
         "training": ["update", "CTC loss (nats a label)", "dev WER (%)", "learning rate", "step 1"],
-        "layers": ["update", "weight of the layer", "size (layers)", "mhsa"],
+        "layers": ["update", "size (layers)", "mhsa"],
         "cost": [
             "test-clean: WER (%)",
             "parameters (millions)",
@@ -149,7 +155,7 @@ def test_no_texts_of_a_run_overlap(blocks, sizes):
     records = lines_of(blocks, sizes)
     config = dict(method="iterative-zero-out", blocks=blocks, sizes=sizes)
     with mpl.rc_context(plots.STYLE):
-        assert_no_overlap(plots.layers_figure(records, config, layer_names(blocks), "run"))
+        assert_no_overlap(plots.layers_figure(scored(records), config, layer_names(blocks), "run"))
         assert_no_overlap(plots.training_figure(records, "run"))
 
 
@@ -164,7 +170,7 @@ def test_no_texts_of_a_study_or_a_drawing_overlap(tmp_path):
 def test_the_masks_are_the_first_layers_of_the_ranking():
     config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
     ranking = ["2.mhsa", "1.ff1", "1.conv", "2.ff2", "2.ff1", "1.ff2", "2.conv", "1.mhsa"]
-    figure = plots.layers_figure(lines_of(2, SIZES), config, ranking, "run")
+    figure = plots.layers_figure(scored(lines_of(2, SIZES)), config, ranking, "run")
     masks = figure.axes[1]
     rows = [f"{block}.{kind}" for kind in LAYERS for block in (1, 2)]
     for column, size in enumerate(SIZES):
@@ -176,16 +182,19 @@ def test_the_masks_are_the_first_layers_of_the_ranking():
         assert dark == set(ranking[:size])
 
 
-def test_the_shade_of_a_row_is_the_weight_of_its_layer():
+def test_the_shade_of_a_row_is_the_score_of_its_layer_where_it_is_among_the_k_best():
     config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
     records = lines_of(2, SIZES)
-    figure = plots.layers_figure(records, config, layer_names(2), "run")
+    figure = plots.layers_figure(scored(records), config, layer_names(2), "run")
     shades = figure.axes[0].collections[0].get_array()
-    scored = [record["scores"] for record in records if "scores" in record]
-    assert shades.shape == (8, len(scored))
-    for line, weights in enumerate(scored):
-        expected = [weights[4 * block + kind] for kind in range(4) for block in range(2)]
-        assert shades[:, line].tolist() == expected
+    assert shades.shape == (8, len(scored(records)))
+    for line, record in enumerate(scored(records)):
+        best = record["ranking"][: record["sizes"][1]]
+        for row, layer in enumerate(4 * block + kind for kind in range(4) for block in range(2)):
+            seen = shades[row, line]
+            assert (seen is np.ma.masked) == (layer not in best)
+            if layer in best:
+                assert seen == record["scores"][layer]
 
 
 def test_points_and_intervals_are_those_of_the_results(tmp_path):
