@@ -205,17 +205,17 @@ def test_another_directory_is_refused_with_one_line(tmp_path, capsys):
 
 def test_missing_and_unusable_recordings_are_named(fsdd, tmp_path):
     copy = linked(fsdd, tmp_path / "fsdd", digits.SPEAKERS)
-    (copy / "3_theo_17.wav").unlink()
-    with pytest.raises(ValueError, match=r"without 3_theo_17\.wav$"):
+    (copy / "0_george_17.wav").unlink()
+    with pytest.raises(ValueError, match=r"without 0_george_17\.wav$"):
         digits.read_recordings(copy)
-    soundfile.write(copy / "3_theo_17.wav", np.zeros(800), digits.SAMPLE_RATE)
-    with pytest.raises(ValueError, match=r"3_theo_17\.wav: silent"):
+    soundfile.write(copy / "0_george_17.wav", np.zeros(800), digits.SAMPLE_RATE)
+    with pytest.raises(ValueError, match=r"0_george_17\.wav: silent"):
         digits.read_recordings(copy)
-    soundfile.write(copy / "3_theo_17.wav", np.ones(800) / 2, 16000)
-    with pytest.raises(ValueError, match=r"3_theo_17\.wav: must have one channel of 8000 Hz"):
+    soundfile.write(copy / "0_george_17.wav", np.ones(800) / 2, 16000)
+    with pytest.raises(ValueError, match=r"0_george_17\.wav: must have one channel of 8000 Hz"):
         digits.read_recordings(copy)
-    (copy / "3_theo_17.wav").write_text("no audio")
-    with pytest.raises(ValueError, match=r"3_theo_17\.wav: can't be read"):
+    (copy / "0_george_17.wav").write_text("no audio")
+    with pytest.raises(ValueError, match=r"0_george_17\.wav: can't be read"):
         digits.read_recordings(copy)
 
 

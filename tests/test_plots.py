@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 from itertools import combinations
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from matplotlib.text import Text
 from dynsize import plots
 from dynsize.config import LAYERS
 
+ROOT = Path(__file__).parents[1]
 SIZES = (3, 5, 8)
 
 
@@ -262,3 +264,24 @@ def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, c
     assert "nothing to draw" in shown
     assert shown.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_a_training_ends_with_pictures_where_matplotlib_is_installed(tmp_path, monkeypatch, capsys):
+    draw = runpy.run_path(str(ROOT / "train.py"))["draw"]
+    run = write_run(tmp_path / "run")
+    monkeypatch.setitem(draw.__globals__, "find_spec", lambda name: None)
+    draw(run)
+    assert not (run / "plots").exists()
+    monkeypatch.setitem(draw.__globals__, "find_spec", lambda name: name)
+    draw(run)
+    assert (run / "plots" / "layers.svg").exists()
+    assert f"pictures: {run / 'plots'}" in capsys.readouterr().out
+
+
+def test_evaluate_asks_for_matplotlib_before_it_decodes(monkeypatch, capsys):
+    parse = runpy.run_path(str(ROOT / "evaluate.py"))["parse"]
+    monkeypatch.setitem(parse.__globals__, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        parse(["runs/demo", "--plots"])
+    assert end.value.code == 2
+    assert "--plots needs matplotlib: pip install -e '.[plots]'" in capsys.readouterr().err
