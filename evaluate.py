@@ -42,6 +42,7 @@ EXAMPLES = """\
   python evaluate.py --compare runs/demo runs/alone/checkpoint.pt
   python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1 --split test-other
   python evaluate.py --compare runs/demo other-system.trn"""
+NAMED = 10  # utterances whose audio can't be read, at most, on the screen
 CHANGED = ("corpus", "corpus_kind", "normaliser", "device", "precision", "batch_seconds")
 
 
@@ -157,8 +158,11 @@ def show(report: dict, folder: Path) -> None:
     """Print one split's table and three utterances; name what could not be read."""
     print(f"{headline(report)} → {printable(folder)}\n\n{error_rates(report)}")
     print(examples(report["examples"], shutil.get_terminal_size((100, 0)).columns))
-    for name, what in report["left_out"].get(UNREADABLE, {}).items():
+    unreadable = report["left_out"].get(UNREADABLE, {})
+    for name, what in list(unreadable.items())[:NAMED]:
         print(f"evaluate.py: warning: {printable(f'{name}: not scored: {what}')}", file=sys.stderr)
+    if len(unreadable) > NAMED:
+        print(f"evaluate.py: all {len(unreadable)} are named in results.md", file=sys.stderr)
 
 
 def draw(folder: Path) -> None:

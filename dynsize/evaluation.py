@@ -20,6 +20,7 @@ from dynsize.config import Config
 from dynsize.corpora import (
     NORMALISERS,
     UNREADABLE,
+    Corpus,
     CorruptAudio,
     Utterance,
     lines,
@@ -276,18 +277,8 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     `results.json`. Raises ValueError where no utterance can be read.
     """
     corpus = read_corpus(corpus_root(config), [split], config)
+    texts, rows = decoded_by_size(checkpoint, config, corpus, split)
     utterances = corpus.utterances
-    texts: dict[int, Texts] = {}
-    rows: dict[int, dict] = {}
-    for size in reversed(checkpoint.model.sizes):
-        network = alone(checkpoint, size, config)
-        decoded(checkpoint, network, size, utterances[:1], split)  # the first run takes longer
-        start = time.perf_counter()
-        texts[size], unreadable = decoded(checkpoint, network, size, utterances, split)
-        seconds = time.perf_counter() - start
-        for name, why in unreadable.items():
-            corpus.leave_out(UNREADABLE, name, why)
-        rows[size] = costs(network, size) | dict(seconds=seconds)
     read = read_by_all(list(texts.values()), split)
     blanks = writes_blanks(utterances[i].text for i in read)
     scored = {
@@ -313,6 +304,27 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     )
     report.write(found, scored, output)
     return found
+
+
+def decoded_by_size(
+    checkpoint: Checkpoint, config: Config, corpus: Corpus, split: str
+) -> tuple[dict[int, Texts], dict[int, dict]]:
+    """Return the texts of each size, and what it costs, with the seconds that it took.
+
+    Audio that can't be read is added to what the corpus leaves out.
+    """
+    texts: dict[int, Texts] = {}
+    rows: dict[int, dict] = {}
+    shortest = min(corpus.utterances, key=lambda utterance: utterance.samples)
+    for size in reversed(checkpoint.model.sizes):
+        network = alone(checkpoint, size, config)
+        decoded(checkpoint, network, size, [shortest], split)  # the first run takes longer
+        start = time.perf_counter()
+        texts[size], unreadable = decoded(checkpoint, network, size, corpus.utterances, split)
+        rows[size] = costs(network, size) | dict(seconds=time.perf_counter() - start)
+        for name, why in unreadable.items():
+            corpus.leave_out(UNREADABLE, name, why)
+    return texts, rows
 
 
 def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
@@ -413,7 +425,7 @@ def read_hypotheses(path: Path, utterances: Sequence[Utterance], config: Config)
             if not bracket:
                 raise ValueError(f"{where}: not TEXT (ID): {line[:80]!r}")
         else:
-            name, _, text = line.strip().partition(" ")
+            name, text = [*line.split(maxsplit=1), ""][:2]
         if name in found:
             raise ValueError(f"{where}: the utterance {name} is there twice")
         found[name] = " ".join(NORMALISERS[config.normaliser](text).split())

@@ -99,7 +99,7 @@ def percent(rate: float) -> str:
 
 
 def millions(number: int) -> str:
-    return f"{number / 1e6:.3g} M"
+    return f"{number / 1e6:,.2f} M"
 
 
 def spread(bounds: Sequence[float]) -> str:

@@ -362,7 +362,7 @@ def verdicts(text: str) -> list[str]:
 
 def test_compare_sizes_and_hypotheses_of_other_systems(work):
     references = (work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt").read_text()
-    (work / "perfect.txt").write_text(references)
+    (work / "perfect.txt").write_text(references.replace(" ", "\t", 1) + "another one\n")
     lines = [line.split(" ", 1) for line in references.splitlines()]
     (work / "other.trn").write_text("".join(f"{text.lower()} ({name})\n" for name, text in lines))
     split = ("--split", "test-clean")
