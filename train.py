@@ -21,7 +21,6 @@ from tqdm import tqdm
 from dynsize import config as configuration
 from dynsize import processes
 from dynsize.checkpoint import NAME
-from dynsize.corpora import summary
 from dynsize.study import next_training, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP, layer_map
@@ -153,8 +152,7 @@ def study(options: argparse.Namespace) -> None:
 def describe(trainer: Trainer) -> None:
     """Print what is about to be trained, on what."""
     config, model = trainer.config, trainer.model
-    about = [printable(line) for line in summary(trainer.corpus, config).splitlines()]
-    print("corpus     " + "\n           ".join(about))
+    print("corpus     " + trainer.summary().replace("\n", "\n           "))
     print(
         f"network    {config.blocks} blocks, {model.sizes[-1]} layers of width {config.width}, "
         f"{parameters(model):,} parameters, {trainer.tokenizer.labels} labels with the blank"

@@ -16,18 +16,26 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from dynsize import cache, features
+from dynsize.audio import CorruptAudio
 from dynsize.config import Config, fields
 from dynsize.conformer import FRONT_ENDS
-from dynsize.corpora import CorruptAudio, Utterance, read_audio
+from dynsize.corpora import Corpus, Utterance, read_audio
 from dynsize.features import feature_frames, log_mel, spec_augment
 from dynsize.tokenizer import Tokenizer
 
-LENGTH_JITTER = 0.1  # share by which a length is off when utterances are sorted, so that no two epochs batch alike
+# When utterances are sorted, each length is raised by a random share, at most this one, so that
+# no two epochs have the same batches.
+LENGTH_JITTER = 0.1
+MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
+UNALIGNED = "more labels than CTC can align"
 
 
 @dataclass(frozen=True)
 class Example:
-    """An utterance, its labels, its features (T, F) float32; where it could not be read, a frame of zeros, and why."""
+    """An utterance with its labels, none outside of training, and its features, (T, F) float32.
+
+    Where the audio could not be read, `corrupt` tells why, and there is one frame of zeros.
+    """
 
     utterance: Utterance
     labels: list[int]
@@ -38,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B utterances, padded with zeros, and the unreadable ones that should have been among them: id → why."""
+    """B utterances, padded with zeros."""
 
     utterances: list[Utterance]
     features: Tensor  # (B, T, F) float32
@@ -46,88 +54,101 @@ class Batch:
     labels: Tensor  # (B, U)
     label_lengths: Tensor  # (B,)
     seeds: Tensor  # (B,)
-    corrupt: dict[str, str]
+    corrupt: dict[str, str]  # id → why, of utterances that should have been among them
 
     @property
     def padding(self) -> float:
-        """Share of the frames that is padding."""
-        return (
-            1 - self.lengths.sum().item() / self.features[..., 0].numel()
-            if self.utterances
-            else 0.0
-        )
+        """The share of the frames that is padding."""
+        frames = self.features[..., 0].numel()
+        return 1 - self.lengths.sum().item() / frames if frames else 0.0
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Features, lengths, labels, label lengths, seeds on a device."""
+        """Return features, lengths, labels, label lengths and seeds on a device."""
         tensors = (self.features, self.lengths, self.labels, self.label_lengths, self.seeds)
         return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def labels_of(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
-    """The labels of an utterance's text. Raises ValueError, with the file, for characters without a label."""
+    """Return the labels of an utterance's text.
+
+    Raises ValueError, with the file, for characters without a label.
+    """
     try:
         return tokenizer.encode(utterance.text)
     except ValueError as error:
-        raise ValueError(f"{utterance.path}: {error}") from error
+        raise ValueError(f"{utterance.path}: the utterance {utterance.id}: {error}") from error
 
 
 def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
-    """(T, F) float32, from the directory `config.cache_features` where they are kept. Raises CorruptAudio."""
+    """Return (T, F) float32, from the directory `config.cache_features` if they are kept there.
+
+    Raises CorruptAudio where the audio can't be read or gives features that are not finite.
+    """
     if not config.cache_features:
-        return log_mel(read_audio(utterance, config.sample_rate, speed), config)
-    try:
-        status = os.stat(utterance.path)
-    except OSError as error:
-        raise CorruptAudio(f"{utterance.path}: {error.strerror}") from error
-    settings = [
-        getattr(config, field.name) for field in fields() if field.metadata["section"] == "features"
-    ]
-    stamp = (utterance.path, utterance.span, utterance.channel, status.st_size, status.st_mtime_ns)
-    name = sha256(
-        repr((features.VERSION, settings, stamp, speed)).encode(errors="surrogateescape")
-    ).hexdigest()
-    path = Path(config.cache_features, name[:2], name[2:])
+        return computed_features(utterance, config, speed)
+    path = kept_path(utterance, config, speed)
     if data := cache.read(path):
         return torch.from_numpy(np.load(io.BytesIO(data)))
+    computed = computed_features(utterance, config, speed)
     data = io.BytesIO()
-    computed = log_mel(read_audio(utterance, config.sample_rate, speed), config)
     np.save(data, computed.numpy())
     cache.write(path, data.getvalue())
     return computed
 
 
+def computed_features(utterance: Utterance, config: Config, speed: float) -> Tensor:
+    """Return (T, F) float32 from the audio. Raises CorruptAudio."""
+    computed = log_mel(read_audio(utterance, config.sample_rate, speed), config)
+    if not computed.isfinite().all():
+        raise CorruptAudio(f"{utterance.path}: samples so large that features are not finite")
+    return computed
+
+
+def kept_path(utterance: Utterance, config: Config, speed: float) -> Path:
+    """Return the file that keeps the features of an utterance as its audio is now."""
+    try:
+        status = os.stat(utterance.path)
+    except OSError as error:
+        raise CorruptAudio(f"{utterance.path}: {error.strerror}") from error
+    names = [field.name for field in fields() if field.metadata["section"] == "features"]
+    settings = [getattr(config, name) for name in names]
+    span = (utterance.path, utterance.span, utterance.channel)
+    stamp = (*span, status.st_size, status.st_mtime_ns)
+    key = repr((features.VERSION, settings, stamp, speed))
+    name = sha256(key.encode(errors="surrogateescape")).hexdigest()
+    return Path(config.cache_features, name[:2], name[2:])
+
+
 class Examples(Dataset):
-    """Utterances, read when asked for; `keep` holds what was read in memory. In an epoch of
-    training, speech has labels, one of the configured speeds and SpecAugment's masks; where `epoch`
-    is None, none of these: decoding needs no labels. All that is drawn for an utterance is a
-    function of (seed, epoch, id): it is the same in every batch, on every process, and after
-    resuming."""
+    """Utterances, read when asked for; `keep` keeps features in memory, up to 2 GB.
+
+    In an epoch of training, an utterance has labels, one of the configured speeds and SpecAugment's
+    masks; where `epoch` is None, it has none of these. All that is drawn for an utterance is a
+    function of (seed, epoch, id): the same in every batch, on every process, and after resuming.
+    """
 
     epoch: int | None = None
 
     def __init__(
         self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool
     ) -> None:
-        self.utterances, self.tokenizer, self.config, self.keep = (
-            utterances,
-            tokenizer,
-            config,
-            keep,
-        )
+        self.utterances, self.tokenizer = utterances, tokenizer
+        self.config, self.keep = config, keep
         self.kept: dict[tuple[int, float], Tensor] = {}
+        self.kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def speed(self, index: int) -> float:
-        """How fast an utterance is spoken."""
+        """Return how fast an utterance is spoken."""
         return 1.0 if self.epoch is None else self.draw("speed", index).choice(self.config.speeds)
 
     def draw(self, what: str, index: int) -> random.Random:
         return random.Random(f"{what} {self.config.seed} {self.epoch} {self.utterances[index].id}")
 
     def frames(self) -> list[int]:
-        """Feature frames of each utterance."""
+        """Return the number of feature frames of each utterance."""
         samples = (
             round(utterance.samples / self.speed(i)) for i, utterance in enumerate(self.utterances)
         )
@@ -140,43 +161,44 @@ class Examples(Dataset):
         try:
             features = self.features(index, self.speed(index))
         except CorruptAudio as error:
-            return Example(
-                utterance, labels, torch.zeros(1, self.config.mel_bins), seed, str(error)
-            )
+            nothing = torch.zeros(1, self.config.mel_bins)
+            return Example(utterance, labels, nothing, seed, str(error))
         if self.epoch is not None:
             features = spec_augment(features, self.config, draw)
         return Example(utterance, labels, features, seed)
 
     def features(self, index: int, speed: float) -> Tensor:
-        """(T, F) of an utterance. Raises CorruptAudio."""
+        """Return (T, F) of an utterance. Raises CorruptAudio."""
         if (index, speed) in self.kept:
             return self.kept[index, speed]
         features = features_of(self.utterances[index], self.config, speed)
-        if self.keep:
+        if self.keep and self.kept_bytes + features.nbytes <= MOST_KEPT:
             self.kept[index, speed] = features
+            self.kept_bytes += features.nbytes
         return features
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pads the examples that could be read to one batch, of zero utterances where none could."""
+    """Return the examples that could be read, padded, as one batch; it may have no utterance."""
     good = [example for example in examples if not example.corrupt]
-    padded = good or examples[:1]
+    padded = good or examples[:1]  # gives a batch without utterances its other dimensions
     features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
-    labels = pad_sequence(
-        [torch.tensor(e.labels, dtype=torch.long) for e in padded], batch_first=True
-    )[: len(good)]
+    labels = [torch.tensor(e.labels, dtype=torch.long) for e in padded]
     numbers = [(len(e.features), len(e.labels), e.seed) for e in good]
-    lengths, label_lengths, seeds = (
-        torch.tensor(numbers, dtype=torch.long).view(-1, 3).T
-    )  # (B,) each
-    corrupt = {example.utterance.id: example.corrupt for example in examples if example.corrupt}
+    lengths, label_lengths, seeds = torch.tensor(numbers, dtype=torch.long).view(-1, 3).T
     return Batch(
-        [e.utterance for e in good], features, lengths, labels, label_lengths, seeds, corrupt
+        [e.utterance for e in good],
+        features,
+        lengths,
+        pad_sequence(labels, batch_first=True)[: len(good)],
+        label_lengths,
+        seeds,
+        {e.utterance.id: e.corrupt for e in examples if e.corrupt},
     )
 
 
 def load(examples: Examples, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """Reads batch by batch, with the configuration's number of worker processes."""
+    """Yield batch after batch, read by the configured number of worker processes."""
     workers = examples.config.workers
     return iter(
         DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
@@ -184,8 +206,11 @@ def load(examples: Examples, batches: Sequence[Sequence[int]]) -> Iterator[Batch
 
 
 def batch_plan(frames: Sequence[int], most_frames: float, most_utterances: int) -> list[list[int]]:
-    """Indices of utterances in batches of like lengths, longest first: at most `most_frames` frames with the padding,
-    a single longer utterance excepted, and at most `most_utterances`."""
+    """Return the indices of utterances in batches of similar lengths, longest first.
+
+    A batch has at most `most_frames` frames with its padding, but for a single longer utterance,
+    and at most `most_utterances` utterances.
+    """
     plan: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(frames)), key=lambda i: -frames[i]):
@@ -200,7 +225,7 @@ def batch_plan(frames: Sequence[int], most_frames: float, most_utterances: int) 
 
 
 def epoch_plan(frames: Sequence[int], config: Config, epoch: int) -> list[list[int]]:
-    """The batches of one epoch of training: a pure function of the frames and of (seed, epoch)."""
+    """Return the batches of one epoch of training, a pure function of frames, seed and epoch."""
     draw = random.Random(f"batches {config.seed} {epoch}")
     jittered = [length * (1 + LENGTH_JITTER * draw.random()) for length in frames]
     most = config.batch_seconds * 1000 / config.hop_ms
@@ -209,23 +234,40 @@ def epoch_plan(frames: Sequence[int], config: Config, epoch: int) -> list[list[i
     return plan
 
 
-def usable(
-    utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config
-) -> tuple[list[Utterance], dict[str, str]]:
-    """The utterances whose labels CTC can align at the fastest speed, and the others: id → why. A label needs an
-    encoder frame, and so does the blank between two equal ones. Raises ValueError for characters without a label."""
-    output_frames = FRONT_ENDS[config.front_end].output_frames
-    good, left_out = [], {}
-    for utterance in utterances:
+def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
+    """Leave out of a training corpus the utterances that can't be trained on.
+
+    These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels CTC
+    can't align at the fastest speed: a label needs an encoder frame, and so does the blank between
+    two equal ones. Sets `corpus.densest`. Raises ValueError for characters without a label, and
+    where nothing is left.
+    """
+    good: list[Utterance] = []
+    for utterance in corpus.utterances:
+        seconds = utterance.samples / config.sample_rate
+        what = f"{utterance.path}: {seconds:.2f} s"
+        if seconds < config.min_seconds:
+            corpus.leave_out(f"shorter than {config.min_seconds:g} s", utterance.id, what)
+            continue
+        if seconds > config.max_seconds > 0:
+            corpus.leave_out(f"longer than {config.max_seconds:g} s", utterance.id, what)
+            continue
         labels = labels_of(utterance, tokenizer)
+        corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
         repeats = sum(a == b for a, b in pairwise(labels))
-        frames = output_frames(
-            feature_frames(round(utterance.samples / max(config.speeds)), config)
-        )
+        frames = fewest_encoder_frames(utterance, config)
         if 1 <= frames >= len(labels) + repeats:
             good.append(utterance)
         else:
-            left_out[utterance.id] = (
-                f"{utterance.path}: {frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"
-            )
-    return good, left_out
+            what = f"{frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"
+            corpus.leave_out(UNALIGNED, utterance.id, f"{utterance.path}: {what}")
+    corpus.utterances = good
+    if not good:
+        first = next(what for names in corpus.left_out.values() for what in names.values())
+        raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {first}")
+
+
+def fewest_encoder_frames(utterance: Utterance, config: Config) -> int:
+    """Return the number of encoder frames of an utterance at the fastest speed."""
+    frames = feature_frames(round(utterance.samples / max(config.speeds)), config)
+    return FRONT_ENDS[config.front_end].output_frames(frames)

@@ -82,6 +82,22 @@ class Config:
     cache_features: str = setting(
         "", "corpus", "directory that keeps features between trainings; empty: none"
     )
+    min_seconds: float = setting(
+        0.0, "corpus", "training leaves out utterances that are shorter", least=0, most=86_400
+    )
+    max_seconds: float = setting(
+        0.0,
+        "corpus",
+        "training leaves out utterances that are longer; 0: none",
+        least=0,
+        most=86_400,
+    )
+    units: str = setting(
+        "unigram", "corpus", "kind of SentencePiece units", choices=("unigram", "bpe", "characters")
+    )
+    tokenizer: str = setting(
+        "", "corpus", "a SentencePiece model to use as it is; empty: one is made from the texts"
+    )
     vocabulary: int = setting(
         48,
         "corpus",
@@ -370,6 +386,10 @@ class Config:
             "size": (
                 self.size <= self.layers and (self.size == 0 or self.method == "none"),
                 f"must be 0 to {self.layers}, and needs --method none",
+            ),
+            "max_seconds": (
+                self.max_seconds == 0 or self.max_seconds > self.min_seconds,
+                f"must be above --min-seconds {self.min_seconds:g}, or 0",
             ),
             "layers_from": (
                 not self.layers_from or self.method == "none",

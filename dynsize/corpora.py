@@ -1,46 +1,49 @@
-"""From a corpus on disk to utterances. Each kind has one reader, which yields what its lists say; the audio's headers,
-the checks and the text's normalisation are shared."""
+"""From a corpus on disk to utterances.
 
-import gc
-import json
-import math
+Each kind of corpus has one reader, which yields an `Entry` for each utterance that its lists name.
+The readers share `lists.py`; `manifests.py` is the reader of JSON. The length of the audio
+(`audio.py`), the checks and the spelling of the text (`text.py`) are the same for all.
+"""
+
 import os
 import re
-import signal
-import stat
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import sha256
-from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynsize import cache
+from dynsize.audio import Header, headers, read_samples
 from dynsize.config import Config
+from dynsize.lists import (
+    Entry,
+    audio_files,
+    contents,
+    lines,
+    missing,
+    names_in,
+    no_audio,
+    placed,
+    seconds,
+    table,
+    walk,
+    without_ending,
+)
+from dynsize.manifests import manifest
+from dynsize.text import clean, clean_notation, parse_stm, shown, without_unknown
 
-ENDINGS = (".flac", ".wav", ".sph", ".mp3")
-OVERSHOOT = 0.5  # seconds that a segment may end after its file, at most, where lists were rounded; it is cut there
+OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
 UNREADABLE = "audio that can't be read"
-CHANNELS = {"1": 0, "A": 0, "2": 1, "B": 1}  # as STMs name them
-THREADS = 8  # that read headers: most of the time they wait for a disk
-MANY = (
-    1 << 20
-)  # bytes of kept headers, those of some 10,000 files, from which on a process of its own compares them
-SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, math.inf)  # edges of the histogram of durations
+NO_WORDS = "no words are left"
+CHANNELS = {"1": 0, "A": 0, "a": 0, "2": 1, "B": 1, "b": 1}  # as STMs name them
 
 
 class Utterance(NamedTuple):
@@ -50,24 +53,13 @@ class Utterance(NamedTuple):
     path: str
     text: str
     samples: int  # at the configuration's sample rate
-    span: tuple[int, int]  # first sample, and the one after the last, at the file's own rate
+    span: tuple[int, int]  # first sample, and the one after the last, at the file's rate
     rate: int  # of the file, in Hz
     channel: int = 0
     speaker: str = ""
-    reference: str = ""  # what is scored, in sclite's notation, where it is not just the text
-
-
-class Entry(NamedTuple):
-    """What a line of a corpus, `where` as FILE:NUMBER, says of an utterance."""
-
-    where: str
-    id: str
-    path: str  # empty: the reader found no audio
-    text: str
-    speaker: str = ""
-    start: float = 0.0  # seconds, as `end`; None: the end of the file
-    end: float | None = None
-    channel: int | None = None  # from 0; None: none is chosen
+    # What is scored, where it is not simply `text`: words with sclite's notation. `{ a / b c / @ }`
+    # are alternatives (@: no word), `(uh)` is a word that may be missing. Split at spaces.
+    reference: str = ""
 
 
 @dataclass
@@ -75,212 +67,219 @@ class Corpus:
     """Some splits of a corpus."""
 
     utterances: list[Utterance] = field(default_factory=list)
-    left_out: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # why → id → what exactly, with the file
+    # reason → id → what exactly, with the file
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)  # what was changed in texts → how often
     kinds: dict[str, str] = field(default_factory=dict)  # split → kind
+    densest: tuple[float, str] = (0.0, "")  # the highest rate of labels a second, and whose it is
 
-    def leave_out(self, why: str, name: str, what: str) -> None:
-        self.left_out.setdefault(why, {})[name] = what
-
-
-class CorruptAudio(ValueError):
-    """An audio file that can't be read, or not wholly."""
+    def leave_out(self, reason: str, name: str, what: str) -> None:
+        self.left_out.setdefault(reason, {})[name] = what
 
 
-def read_corpus(root: Path, splits: Sequence[str], config: Config) -> Corpus:
-    """The utterances of splits, each split sorted by id, and what was left out. `A+B` is the splits A and B.
+def read_corpus(
+    root: Path, splits: Sequence[str], config: Config, flag: str = "--split", scored: bool = True
+) -> Corpus:
+    """Return the utterances of splits, each split sorted by id, and what was left out.
 
-    Raises ValueError, with file and line, for no corpus at `root`, a missing or empty split, lines that don't follow
-    their format, an id that a split has twice, missing audio, several channels of which none is chosen.
+    The split `A+B` is the splits A and B. `flag`: the one that names the splits, for messages.
+    `scored`: every utterance needs a text; without, a missing text is ''.
+
+    Raises ValueError, with file and line, for no corpus at `root`, a missing or empty split, lines
+    that don't follow their format, an id that a split has twice, missing audio, and several
+    channels of which none is chosen.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
-        raise ValueError(
-            f"{root}: no such directory; --corpus names the directory of a corpus, or 'spoken'"
-        )
+        raise ValueError(f"--corpus {root}: no such directory; it names a corpus, or is 'spoken'")
     corpus = Corpus()
+    listed: dict[Path, list[Entry]] = {}
     for split in "+".join(splits).split("+"):
-        corpus.kinds[split], source, reader = recognise(root, split, config.corpus_kind)
-        before, seen = (
-            len(corpus.utterances),
-            set(),
-        )  # two splits may have the same ids: clean and noisy, say
-        for entry, header in with_headers(reader(source, corpus), source):
+        kind, source, reader = recognise(root, split, config.corpus_kind, flag)
+        corpus.kinds[split] = kind
+        bar = tqdm(reader(source, corpus), split, unit="utt", delay=2, leave=False, disable=None)
+        listed[source] = list(bar)
+    paths = (entry.path for entries in listed.values() for entry in entries)
+    found, faults = headers(paths, root)
+    for source, entries in listed.items():
+        before = len(corpus.utterances)
+        seen: set[str] = set()  # two splits may have the same ids, as clean and noisy speech
+        for entry in entries:
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
-            add(corpus, entry, header, config)
+            if scored and entry.text is None:
+                raise ValueError(f"{entry.where}: the utterance {entry.id} has no text")
+            add(corpus, entry, found.get(entry.path) or faults[entry.path], config)
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
-            faults = [fault for names in corpus.left_out.values() for fault in names.values()]
-            raise ValueError(
-                f"{source}: no utterances{' are left: ' if faults else ''}{''.join(faults[:1])}"
-            )
+            faults = [what for names in corpus.left_out.values() for what in names.values()]
+            because = f" are left; the first: {faults[0]}" if faults else ""
+            raise ValueError(f"{source}: no utterances{because}")
     return corpus
 
 
-def recognise(root: Path, split: str, kind: str) -> tuple[str, Path, Callable]:
-    """The kind of a split, what it is recognised by, and its reader. ValueError where there is none."""
+def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, Callable]:
+    """Return the kind of a split, the file that shows it, and its reader."""
+    path = Path(split)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"{flag} {shown(split)}: names no split; A+B joins splits, and no part may be empty"
+        )
     for name, pattern, reader in KINDS:
         source = root / pattern.format(split)
         if kind in ("auto", name) and source.exists():
             return name, source, reader
-    there = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
-    raise ValueError(f"{root / split}: no such split (--corpus-kind {kind}); in {root} is {there}")
+    raise ValueError(f"{flag} {split}: no such split (--corpus-kind {kind}); {contents(root)}")
 
 
-def add(corpus: Corpus, entry: Entry, header: tuple[int, ...] | Exception, config: Config) -> None:
-    """Adds an utterance to a corpus, or to what is left out of it; `header`: as `with_headers` gives it."""
-    where, id, path, raw, speaker, start, end, channel = entry
-    if end is not None and start >= end:
-        raise ValueError(f"{where}: ends at {end} s, but begins at {start} s")
+def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config) -> None:
+    """Add an utterance to a corpus, or to what is left out of it."""
+    where, path = entry.where, entry.path
+    if entry.end is not None and entry.start >= entry.end:
+        raise ValueError(f"{where}: ends at {entry.end} s, but begins at {entry.start} s")
     if isinstance(header, FileNotFoundError):
-        raise ValueError(
-            f"{where}: the utterance {id} has no audio; {path or 'a file of its name'} doesn't exist"
-        )
+        raise no_audio(where, entry.id, path)
     if isinstance(header, Exception):
-        return corpus.leave_out(UNREADABLE, id, f"{path}: not an audio file: {header}")
-    _, _, samples, rate, channels = header
-    if channels > 1 and channel is None:
-        raise ValueError(
-            f"{where}: {path} has {channels} channels; a manifest or an STM can choose one"
+        return corpus.leave_out(UNREADABLE, entry.id, str(header))
+    channel = chosen_channel(entry, header)
+    length = header.samples / header.rate
+    end = length if entry.end is None else min(entry.end, length)
+    first, last = round(min(entry.start, length) * header.rate), round(end * header.rate)
+    if first >= last or (entry.end or 0) > length + OVERSHOOT:
+        span = f"{entry.start} to {entry.end or 'the last'} s"
+        what = f"{where}: {span}, but {path} has {length} s"
+        return corpus.leave_out(UNREADABLE, entry.id, what)
+    raw, unknown = without_unknown(entry.text or "")
+    corpus.changes["× <unk> taken out"] += unknown
+    text = clean(raw, config.normaliser)
+    if not text and (entry.text or "").strip() and not entry.reference:
+        return corpus.leave_out(NO_WORDS, entry.id, f"{where}: {shown(entry.text)}")
+    notation = clean_notation(entry.reference, config.normaliser) if entry.reference else ""
+    samples = round((last - first) * config.sample_rate / header.rate)
+    speaker = sys.intern(entry.speaker)
+    corpus.utterances.append(
+        Utterance(
+            entry.id, path, text, samples, (first, last), header.rate, channel, speaker, notation
         )
-    if channel is not None and channel not in range(channels):
-        raise ValueError(
-            f"{where}: {path} has no channel {channel!r}: the first of {channels} is 0"
-        )
-    length = samples / rate
-    last = samples if end is None or end > length else round(end * rate)
-    if start > length or (first := round(start * rate)) >= last or (end or 0) > length + OVERSHOOT:
-        what = f"{where}: {start} to {end or 'the last'} s, but {path} has {length} s"
-        return corpus.leave_out(UNREADABLE, id, what)
-    text = NORMALISERS[config.normaliser](raw).strip()
-    if "  " in text or not text.isprintable():  # which takes half the time of splitting every text
-        text = " ".join(text.split())
-    if not text and raw.strip():
-        return corpus.leave_out("no words are left", id, f"{where}: {raw!r}")
-    samples = round((last - first) * config.sample_rate / rate)
-    spoken = Utterance(
-        id, path, text, samples, (first, last), rate, int(channel or 0), sys.intern(speaker)
     )
-    corpus.utterances.append(spoken)
+
+
+def chosen_channel(entry: Entry, header: Header) -> int:
+    """Return the channel of an utterance. Raises ValueError where it is open, or not there."""
+    has = f"{entry.where}: {entry.path} has {header.channels} channels"
+    if entry.channel is None and header.channels > 1:
+        raise ValueError(f"{has}, of which a manifest or an STM can choose one")
+    if entry.channel is not None and entry.channel not in range(header.channels):
+        raise ValueError(f"{has}, but no channel {entry.channel!r}; the first one is 0")
+    return int(entry.channel or 0)
+
+
+def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:
+    """Return (samples,) float32 at `sample_rate`, `speed` times as fast, its pitch changed too.
+
+    Raises CorruptAudio where the file doesn't hold what it did when it was listed.
+    """
+    audio = read_samples(utterance.path, utterance.span, utterance.rate, utterance.channel)
+    if utterance.rate * speed != sample_rate:
+        audio = soxr.resample(audio, utterance.rate * speed, sample_rate)
+    return torch.from_numpy(np.ascontiguousarray(audio))
 
 
 # The readers. Each takes what its kind is recognised by, and the corpus, for remarks.
 
 
 def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
-    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside it."""
-    for folder, folders, files in os.walk(split):
-        audio = audio_files(folder, folders + files)
-        for where, line in lines(
-            *(f"{folder}/{name}" for name in files if name.endswith(".trans.txt"))
-        ):
+    """Read SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside."""
+    for folder, names in walk(split):
+        lists = [f"{folder}/{name}" for name in names if name.endswith(".trans.txt")]
+        audio = audio_files(folder, names) if lists else {}
+        for where, line in lines(*lists):
             name, *text = line.split(maxsplit=1)
-            yield Entry(where, name, audio.get(name, ""), "".join(text), name.partition("-")[0])
+            path = audio.get(name) or missing(where, name, folder)
+            yield Entry(where, name, path, "".join(text), name.partition("-")[0])
 
 
 def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
-    """TED-LIUM 2, Switchboard: stm/*.stm with lines `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`, sph/NAME.sph."""
-    audio = audio_files(folder.parent / "sph")
-    for where, line in lines(*folder.glob("*.stm")):
+    """Read stm/*.stm and sph/NAME.sph, as of TED-LIUM 2 and Switchboard.
+
+    A line is `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`.
+    """
+    sph = folder.parent / "sph"
+    audio = audio_files(sph, names_in(sph))
+    for where, line in lines(*sorted(folder.glob("*.stm"))):
         if line.startswith(";;"):
             continue
         name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
         if channel not in CHANNELS or not end:
-            raise ValueError(
-                f"{where}: not NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A, B: {line}"
-            )
-        text, unknown = re.subn(r"<unk>|<NA>", " ", re.sub(r"^<(?!unk>)[^>]*>(?!\S)", "", raw))
-        text, joined = re.subn(
-            r"(?<=\S)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)", r"\1", text
-        )  # it 's → it's
-        corpus.changes.update(
-            {"× <unk> or <NA> taken out": unknown, "× words joined, as it 's → it's": joined}
-        )
+            form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
+            raise ValueError(f"{where}: not {form}: {shown(line)}")
         id = os.path.basename(where)
-        if "ignore_time_segment_in_scoring" in text.lower():
+        if "ignore_time_segment_in_scoring" in raw.lower():
             corpus.leave_out("ignore_time_segment_in_scoring", id, where)
-        elif unknown and not text.strip():
-            corpus.leave_out("no words but <unk> or <NA>", id, where)
-        else:
-            span = seconds(start, where), seconds(end, where)
-            yield Entry(where, id, audio.get(name, ""), text, speaker, *span, CHANNELS[channel])
+            continue
+        words = re.sub(r"^<(?!unk>|na>|sil>)[^<>\s]*>(?!\S)", "", raw, flags=re.IGNORECASE)
+        try:
+            text, reference = parse_stm(words, corpus.changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; in {shown(raw)}") from error
+        if words.strip() and not text and not reference:
+            corpus.leave_out("no words but marks", id, f"{where}: {shown(words)}")
+            continue
+        path = audio.get(name) or missing(where, name, sph)
+        span = seconds(start, where), seconds(end, where)
+        yield Entry(where, id, path, text, speaker, *span, CHANNELS[channel], reference)
 
 
 def common_voice(tsv: Path, corpus: Corpus) -> Iterator[Entry]:
-    """SPLIT.tsv with a line of column names, among them `path` and `sentence`; clips/PATH."""
-    audio, columns = audio_files(tsv.parent / "clips"), []
+    """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
+    clips = tsv.parent / "clips"
+    audio, columns = audio_files(clips, names_in(clips)), []
     for where, line in lines(tsv):
         values = line.split("\t")
-        row = dict(zip(columns or values, values, strict=False))
-        if len(values) != len(columns or values) or not {"path", "sentence"} <= row.keys():
-            raise ValueError(
-                f"{where}: not {columns or 'the columns path and sentence'}, tabs between them: {line}"
-            )
-        if columns:
-            name = row["path"].removesuffix(".mp3")
-            yield Entry(where, name, audio.get(name, ""), row["sentence"], row.get("client_id", ""))
         columns = columns or values
-
-
-def manifest(file: Path, corpus: Corpus) -> Iterator[Entry]:
-    """NeMo's lines of JSON: `audio_filepath` and `text`, if need be `offset` and `duration` in seconds, `speaker`,
-    `channel` (from 0)."""
-    for where, line in lines(file):
-        try:
-            row = json.loads(line)
-            path, text, speaker = row["audio_filepath"], row["text"], str(row.get("speaker") or "")
-            (path + text + speaker).encode()  # JSON can hold halves of characters
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: not JSON with the strings audio_filepath and text: {error!r}"
-            ) from error
-        start, length, channel = (
-            seconds(row.get("offset") or 0, where),
-            row.get("duration"),
-            row.get("channel"),
-        )
-        end = None if length is None else start + seconds(length, where)
-        yield Entry(
-            where,
-            os.path.basename(where),
-            placed(file, path, where),
-            text,
-            speaker,
-            start,
-            end,
-            channel,
-        )
+        if not {"path", "sentence"} <= set(columns):
+            raise ValueError(f"{where}: no columns path and sentence: {shown(line)}")
+        if len(values) != len(columns):
+            raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {shown(line)}")
+        if values is not columns:
+            row = dict(zip(columns, values, strict=True))
+            name = without_ending(row["path"])
+            path = audio.get(name) or missing(where, name, clips)
+            yield Entry(where, name, path, row["sentence"], row.get("client_id", ""))
 
 
 def kaldi(scp: Path, corpus: Corpus) -> Iterator[Entry]:
-    """wav.scp `RECORDING PATH`, text `UTTERANCE WORDS`, and if they are there segments `UTTERANCE RECORDING START END`
-    and utt2spk `UTTERANCE SPEAKER`."""
-    recordings, texts = table(scp), table(scp.with_name("text"))
-    speakers, segments = (
-        table(path) if path.exists() else {} for path in map(scp.with_name, ("utt2spk", "segments"))
-    )
-    spans = segments or {name: (where, f"{name} 0 inf") for name, (where, _) in recordings.items()}
-    for name, (where, text) in texts.items():
+    """Read wav.scp, `RECORDING PATH`, and `text`, `UTTERANCE WORDS`, beside it.
+
+    Optional: segments, `UTTERANCE RECORDING START END`, and utt2spk, `UTTERANCE SPEAKER`.
+    """
+    recordings = table(scp)
+    texts, speakers, segments = map(table, map(scp.with_name, ("text", "utt2spk", "segments")))
+    whole = {name: (where, f"{name} 0 inf") for name, (where, _) in recordings.items()}
+    spans = segments or whole
+    has_texts = scp.with_name("text").exists()
+    for name, (where, text) in (texts if has_texts else spans).items():
         where, segment = spans.get(name, (where, ""))
-        if len(columns := segment.split()) != 3 or columns[0] not in recordings:
-            raise ValueError(
-                f"{where}: {name} has no recording of {scp}, or not RECORDING START END: {segment!r}"
-            )
-        start, end = (
-            seconds(columns[1], where),
-            None if columns[2] == "inf" else seconds(columns[2], where),
-        )
+        columns = segment.split()
+        if len(columns) != 3 or columns[0] not in recordings:
+            form = f"{name} has no recording of {scp}, or not RECORDING START END"
+            raise ValueError(f"{where}: {form}: {shown(segment)}")
+        start, end = columns[1:]
         line, path = recordings[columns[0]]
         if path.endswith("|"):
-            raise ValueError(f"{line}: {path} is a command; only paths of audio files are read")
+            advice = "write the audio file's path in its place; most kinds of audio are read"
+            raise ValueError(f"{line}: {shown(path)} is a command, which is not run: {advice}")
         yield Entry(
-            where, name, placed(scp, path, line), text, speakers.get(name, ("", ""))[1], start, end
+            where,
+            name,
+            placed(scp, path, line),
+            text if has_texts else None,
+            speakers.get(name, ("", ""))[1],
+            seconds(start, where),
+            None if end == "inf" else seconds(end, where),
         )
-    for name in spans.keys() - texts:
+    for name in spans.keys() - texts if has_texts else ():
         corpus.leave_out("no transcript", name, spans[name][0])
 
 
@@ -289,227 +288,8 @@ KINDS = (  # kind, what it is recognised by, reader; the first that is there
     ("kaldi", "{}/wav.scp", kaldi),
     ("common-voice", "{}.tsv", common_voice),
     ("manifest", "{}.jsonl", manifest),
+    ("manifest", "{}.jsonl.gz", manifest),
     ("manifest", "{}.json", manifest),
+    ("manifest", "{}.json.gz", manifest),
     ("librispeech", "{}", librispeech),
 )
-
-
-# What readers share.
-
-
-def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
-    """The lines of UTF-8 files that are not blank, each after its place, FILE:NUMBER."""
-    for path in map(os.fspath, paths):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
-                if text and not text.isspace():
-                    yield f"{path}:{number}", text
-
-
-def table(path: Path) -> dict[str, tuple[str, str]]:
-    """The lines of a file, `KEY VALUE`, by key: FILE:NUMBER, value."""
-    found: dict[str, tuple[str, str]] = {}
-    for where, line in lines(path):
-        key, *value = line.split(maxsplit=1)
-        if found.setdefault(key, (where, "".join(value)))[0] != where:
-            raise ValueError(f"{where}: {key} is there twice, first in {found[key][0]}")
-    return found
-
-
-def audio_files(folder: Path | str, names: Sequence[str] | None = None) -> dict[str, str]:
-    """The audio files in a directory, by their names without ending: no name that a list has can lead out of it."""
-    names = sorted(
-        names or os.listdir(folder), reverse=True
-    )  # of several endings, the last one stays: .flac
-    return {name.rpartition(".")[0]: f"{folder}/{name}" for name in names if name.endswith(ENDINGS)}
-
-
-def placed(file: Path, name: str, where: str) -> str:
-    """A path that the user wrote in a file: an absolute one, or one inside the file's directory."""
-    folder = os.path.dirname(file)
-    path = os.path.normpath(os.path.join(folder, name))
-    if "\0" in name or not (os.path.isabs(name) or path.startswith(os.path.join(folder, ""))):
-        raise ValueError(
-            f"{where}: {name!r} is not inside {folder}; write an absolute path if it is meant"
-        )
-    return path
-
-
-def seconds(value: object, where: str) -> float:
-    """A time, given as a number or its digits."""
-    try:
-        if 0 <= (time := float(value)) < math.inf:
-            return time
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{where}: {value!r} is not a time in seconds")
-
-
-def plain(text: str) -> str:
-    """Lower case, and of the rest only letters with their marks, digits, and apostrophes inside words."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-    for character in set(text):
-        if unicodedata.category(character)[0] not in "LMN" and character != "'":
-            text = text.replace(character, " ")
-    return " ".join(word.strip("'") for word in text.split())
-
-
-NORMALISERS: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "lower": str.lower,
-    "upper": str.upper,
-    "plain": plain,
-}
-
-
-def with_headers(
-    entries: Iterator[Entry], source: Path
-) -> Iterator[tuple[Entry, tuple[int, ...] | Exception]]:
-    """Each entry with its audio file's size in bytes, time in ns, samples of a channel, rate and channels, or with why
-    they can't be told. What was read for `source` before is read again only from files whose size or time differs."""
-    kept = cache.user_cache() / f"durations-{sha256(os.fsencode(source)).hexdigest()[:16]}"
-    collecting = gc.isenabled()
-    gc.disable()  # hundreds of thousands of objects, all in use: the search for garbage takes a quarter of the time
-    try:
-        content = cache.read(kept)
-        if len(content) > MANY:
-            beside = ProcessPoolExecutor(
-                1, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-            )
-        else:
-            beside = ThreadPoolExecutor(
-                1
-            )  # starts at once, but takes longer to get its turn than the disk to answer
-        with beside:
-            outdated = beside.submit(changed, content)
-            headers = kept_headers(content)
-            listed = list(tqdm(entries, "listing", leave=False, unit=" utterances", delay=2))
-            for path in outdated.result():
-                del headers[path]
-        new = dict.fromkeys(
-            entry.path for entry in listed if entry.path not in headers
-        )  # each once, in their order
-        faults = read_headers(list(new), headers, kept)
-        yield from ((entry, headers.get(entry.path) or faults[entry.path]) for entry in listed)
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def kept_headers(content: bytes) -> dict[str, tuple[int, ...]]:
-    """What `read_headers` kept; nothing where it did not."""
-    paths, *columns = json.loads(
-        content or "[[]]"
-    )  # six long lists are read faster than one for each file
-    return dict(zip(paths, zip(*columns, strict=True), strict=True))
-
-
-def changed(content: bytes) -> list[str]:
-    """The files that are gone, or no longer of the size and time that were kept."""
-
-    def same(path: str, size: int, time: int) -> bool:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return False
-        return size == status.st_size and time == status.st_mtime_ns
-
-    return [
-        path
-        for path, (size, time, *_) in kept_headers(content).items()
-        if not same(path, size, time)
-    ]
-
-
-def read_headers(
-    paths: Sequence[str], headers: dict[str, tuple[int, ...]], kept: Path
-) -> dict[str, Exception]:
-    """Adds to the headers those of some files, and keeps all, also when it is interrupted. Returns which can't be read,
-    and why."""
-    faults: dict[str, Exception] = {}
-    before = len(headers)
-    try:
-        with ThreadPool(THREADS) as pool:
-            bar = tqdm(
-                pool.imap(read_header, paths, 100),
-                "headers",
-                len(paths),
-                leave=False,
-                unit=" files",
-                delay=2,
-            )
-            for path, found in zip(paths, bar, strict=True):
-                (faults if isinstance(found, Exception) else headers)[path] = found
-    finally:
-        if len(headers) > before:
-            names, rows = zip(*sorted(headers.items()), strict=True)
-            cache.write(kept, json.dumps([names, *zip(*rows, strict=True)]).encode())
-    return faults
-
-
-def read_header(path: str) -> tuple[int, ...] | Exception:
-    """Of an audio file: size in bytes, time in ns, samples of a channel, rate, channels; or why they can't be told."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return CorruptAudio("not a file")  # opening a pipe would wait
-        with soundfile.SoundFile(path) as file:
-            return status.st_size, status.st_mtime_ns, file.frames, file.samplerate, file.channels
-    except (
-        soundfile.SoundFileError,
-        OSError,
-        TypeError,
-    ) as error:  # TypeError: an ending of files without header
-        return error
-
-
-def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Tensor:
-    """(samples,) float32 at `sample_rate`, spoken `speed` times as fast, with the pitch changed alike.
-
-    Raises CorruptAudio where the file doesn't hold what its header promised.
-    """
-    start, stop = utterance.span
-    try:
-        audio, rate = soundfile.read(
-            utterance.path, dtype="float32", start=start, stop=stop, always_2d=True
-        )
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise CorruptAudio(f"{utterance.path}: damaged audio: {error}") from error
-    if len(audio) != stop - start or rate != utterance.rate or audio.shape[1] <= utterance.channel:
-        found = f"{len(audio)} of {stop - start} samples can be read, {rate} Hz, {audio.shape[1]} channels"
-        raise CorruptAudio(f"{utterance.path}: {found}: truncated, or changed since it was listed")
-    audio = audio[:, utterance.channel]
-    if not np.isfinite(audio).all():
-        raise CorruptAudio(f"{utterance.path}: samples that are no numbers")
-    if rate * speed != sample_rate:
-        audio = soxr.resample(audio, rate * speed, sample_rate)
-    return torch.from_numpy(np.ascontiguousarray(audio))
-
-
-def summary(corpus: Corpus, config: Config) -> str:
-    """For people: what was recognised, how much it is, how long utterances are, what was left out and why."""
-    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    speakers = len({utterance.speaker for utterance in corpus.utterances} - {""})
-    lost = sum(map(len, corpus.left_out.values()))
-    bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
-    rows = [
-        f"{config.corpus}: "
-        + ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
-    ]
-    rows.append(
-        f"{len(lengths)} utterances, {sum(lengths) / 3600:.2f} hours, {speakers} speakers; {lost} left out"
-    )
-    rows.append(
-        "seconds " + ", ".join(f"{low} to {high}: {count}" for (low, high), count in bars if count)
-    )
-    rows += [f"{count} {what}" for what, count in corpus.changes.items() if count]
-    for why, names in corpus.left_out.items():
-        rows += [
-            f"left out: {len(names)} × {why}, as {name}: {what}"
-            for name, what in [*names.items()][:1]
-        ]
-    return "\n".join(rows)

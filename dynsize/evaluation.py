@@ -14,25 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynsize import report
+from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, load
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
-from dynsize.corpora import (
-    NORMALISERS,
-    UNREADABLE,
-    Corpus,
-    CorruptAudio,
-    Utterance,
-    lines,
-    read_audio,
-    read_corpus,
-)
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
+from dynsize.lists import lines
 from dynsize.recogniser import Facts, facts_of, network_of, windowed_log_probs
 from dynsize.spoken import spoken_corpus
 from dynsize.subnet import cut, macs, parameters
 from dynsize.supernet import Supernet, layer_name
 from dynsize.terminal import printable
+from dynsize.text import NORMALISERS
 from dynsize.wer import (
     Errors,
     Pair,

@@ -10,28 +10,31 @@ from torch import Tensor
 
 from dynsize.config import Config
 
-VERSION = 1  # of the features: a new number where `log_mel` gives others, so that none is kept from before
+# Of the features: a new number where `log_mel` changes, so that no cached ones are used.
+VERSION = 1
 QUIETEST = 1e-10  # added to the mel energies before the logarithm: digital silence stays finite
 
 
 def feature_frames(samples: int, config: Config) -> int:
-    """Number of feature frames of a waveform of `samples` samples; one at least."""
+    """Return the number of feature frames of `samples` samples, at least one."""
     window, hop = window_and_hop(config)
     return 1 + max(0, samples - window) // hop
 
 
 def window_and_hop(config: Config) -> tuple[int, int]:
-    """Analysis window and hop in samples."""
-    return round(config.window_ms * config.sample_rate / 1000), round(
-        config.hop_ms * config.sample_rate / 1000
-    )
+    """Return the lengths of the analysis window and of the hop, in samples."""
+    samples_per_ms = config.sample_rate / 1000
+    return round(config.window_ms * samples_per_ms), round(config.hop_ms * samples_per_ms)
 
 
 @lru_cache(maxsize=4)
 def mel_filters(
     bins: int, spectrum: int, sample_rate: int, lowest_hz: float, highest_hz: float
 ) -> Tensor:
-    """Triangles of equal width on the mel scale, 2595 log10(1 + f / 700): (spectrum // 2 + 1, bins) float32."""
+    """Return triangles of equal width on the mel scale, (spectrum // 2 + 1, bins) float32.
+
+    The mel scale is 2595 log10(1 + f / 700), f in Hz.
+    """
 
     def mel(hz: float) -> float:
         return 2595 * math.log10(1 + hz / 700)
@@ -45,10 +48,10 @@ def mel_filters(
 
 
 def log_mel(waveform: Tensor, config: Config) -> Tensor:
-    """Log-mel features with mean 0 and variance 1 in each bin.
+    """Return log-mel features, (T, F) float32, with mean 0 and variance 1 in each bin.
 
-    `waveform`: (samples,) float32, one channel at the configuration's sample rate; a waveform shorter than one window
-    is filled up with zeros. Returns (T, F) float32 with T = `feature_frames(samples, config)`.
+    `waveform`: (samples,) float32, one channel at the configuration's sample rate; if it is shorter
+    than one window, zeros are added. T is `feature_frames(samples, config)`.
     """
     window, hop = window_and_hop(config)
     waveform = F.pad(waveform, (0, max(0, window - len(waveform))))
@@ -66,9 +69,9 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
 
 
 def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tensor:
-    """Sets random bands of frequency and time to 0, the mean (SpecAugment, Park et al. 2019, without time warping).
+    """Return a copy of (T, F) features with random bands of frequency and time set to 0, the mean.
 
-    `features`: (T, F) of one utterance, whose T bounds its time masks. Returns a new tensor.
+    SpecAugment (Park et al. 2019) without time warping. T bounds the number of time masks.
     """
     features = features.clone()
     time_masks = max(2, len(features) // config.time_mask_every) if config.time_mask_every else 0

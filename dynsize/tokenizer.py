@@ -1,19 +1,26 @@
-"""SentencePiece units as CTC labels. Label 0 is SentencePiece's 'unknown', which no known text needs: CTC's blank."""
+"""SentencePiece units as CTC labels. Label 0 is CTC's blank, which no text is made of."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
 
+from dynsize.config import Config
+from dynsize.text import shown
+
+MODELS = {"unigram": "unigram", "bpe": "bpe", "characters": "char"}  # SentencePiece's names
+
 
 class Tokenizer:
-    """A trained SentencePiece model, given as its bytes in a uint8 tensor, the form that a checkpoint holds."""
+    """A SentencePiece model, given as its bytes in a uint8 tensor, the form in a checkpoint."""
 
     def __init__(self, model: Tensor) -> None:
         self.model = model
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=bytes(model.tolist()))
+        self.unknown = self.pieces.unk_id()
 
     @property
     def labels(self) -> int:
@@ -21,22 +28,38 @@ class Tokenizer:
         return self.pieces.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Labels from 1 to V − 1. Raises ValueError where the text has characters that no unit covers."""
+        """Return labels from 1 to V − 1. Raises ValueError for characters that no unit covers."""
         labels = self.pieces.encode(text)
-        if 0 in labels:
-            unknown = sorted({c for c in text if not c.isspace() and 0 in self.pieces.encode(c)})
-            raise ValueError(
-                f"characters unknown to the tokenizer, {' '.join(map(repr, unknown))}, in {text!r}"
-            )
+        if self.unknown in labels:
+            unknown = [c for c in sorted(set(text)) if not c.isspace() and not self.knows(c)]
+            names = " ".join(map(repr, unknown))
+            raise ValueError(f"characters unknown to the tokenizer, {names}, in {shown(text)}")
         return labels
 
-    def decode(self, labels: list[int]) -> str:
-        return self.pieces.decode(labels)
+    def knows(self, character: str) -> bool:
+        """Return whether a character can be written in units."""
+        return self.unknown not in self.pieces.encode(character)
+
+    def decode(self, labels: Sequence[int]) -> str:
+        """Return the text of labels, with one space between words."""
+        text = self.pieces.decode([label for label in labels if label != self.unknown])
+        return " ".join(text.split())
 
 
-def train_tokenizer(texts: Iterable[str], units: int) -> Tokenizer:
-    """A unigram model (Kudo 2018) of at most `units` units, fewer where the texts don't give as many, more where they
-    have more characters. Raises ValueError for texts without a single character."""
+def tokenizer_for(texts: Iterable[str], config: Config) -> Tokenizer:
+    """Return the configured tokenizer, a file's or one that is trained on the texts."""
+    if config.tokenizer:
+        return load_tokenizer(Path(config.tokenizer))
+    return train_tokenizer(texts, config.vocabulary, config.units)
+
+
+def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> Tokenizer:
+    """Return a tokenizer of at most `units` units that covers every character of the texts.
+
+    Units are fewer where the texts don't give as many, more where they have more characters.
+    `kind`: unigram (Kudo 2018), bpe, or characters. Raises ValueError for texts without a
+    character.
+    """
     texts = [text for text in texts if text]
     characters = set().union(*texts)
     if not characters:
@@ -47,9 +70,10 @@ def train_tokenizer(texts: Iterable[str], units: int) -> Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        vocab_size=max(units, len(characters) + 1)
-        + 1,  # the mark for a word's beginning, and the blank
-        hard_vocab_limit=False,  # take what there is
+        model_type=MODELS[kind],
+        # the blank, and the mark for a word's beginning
+        vocab_size=1 + max(units, 1 + len(characters)),
+        hard_vocab_limit=False,  # fewer units are no error
         normalization_rule_name="identity",
         character_coverage=1.0,
         bos_id=-1,
@@ -59,3 +83,22 @@ def train_tokenizer(texts: Iterable[str], units: int) -> Tokenizer:
         max_sentence_length=1 << 16,
     )
     return Tokenizer(torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8))
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """Return the tokenizer in a SentencePiece model file.
+
+    Raises ValueError for a damaged file, and where a text can need unit 0, which is CTC's blank.
+    """
+    data = bytearray(file.read_bytes())
+    try:
+        tokenizer = Tokenizer(torch.frombuffer(data, dtype=torch.uint8))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--tokenizer {file}: not a SentencePiece model") from error
+    pieces = tokenizer.pieces
+    if not (pieces.is_unknown(0) or pieces.is_control(0) or pieces.is_unused(0)):
+        raise ValueError(
+            f"--tokenizer {file}: its unit 0 is {pieces.id_to_piece(0)!r}, but label 0 is CTC's "
+            "blank; train it with --unk_id=0 (SentencePiece's default) or --pad_id=0"
+        )
+    return tokenizer

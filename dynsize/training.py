@@ -19,10 +19,10 @@ from torch import Tensor
 from dynsize import checkpoint, processes, sandwich
 from dynsize.algorithms import ALGORITHMS
 from dynsize.baselines import every_other
-from dynsize.batching import Batch, Examples, epoch_plan, load, usable
+from dynsize.batching import Batch, Examples, epoch_plan, keep_usable, load
 from dynsize.config import Config
 from dynsize.conformer import Gates
-from dynsize.corpora import UNREADABLE, read_corpus, summary
+from dynsize.corpora import UNREADABLE, Corpus, read_corpus
 from dynsize.evaluation import (
     corpus_root,
     device_of,
@@ -33,7 +33,8 @@ from dynsize.evaluation import (
 from dynsize.kernels import ctc_loss, layer_gates
 from dynsize.schedule import learning_rate, step1_updates
 from dynsize.supernet import Supernet, layer_name
-from dynsize.tokenizer import train_tokenizer
+from dynsize.summary import summary
+from dynsize.tokenizer import tokenizer_for
 from dynsize.wer import Errors
 
 LOCK = "lock"  # in a run directory, held by the training in it
@@ -60,16 +61,13 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.device = config, run, device_of(config)
         with processes.first_alone():
-            self.corpus = read_corpus(corpus_root(config), config.train_splits, config)
-        texts = (utterance.text for utterance in self.corpus.utterances)
-        self.tokenizer = loaded.tokenizer if loaded else train_tokenizer(texts, config.vocabulary)
-        self.corpus.utterances, impossible = usable(self.corpus.utterances, self.tokenizer, config)
-        if not self.corpus.utterances:
-            raise ValueError(
-                f"{config.corpus}: no utterance is left to train on; the first: {next(iter(impossible.values()))}"
+            self.corpus = read_corpus(
+                corpus_root(config), config.train_splits, config, "--train-splits"
             )
-        self.corpus.left_out["more labels than CTC can align"] = impossible
-        dev = read_corpus(corpus_root(config), config.dev_splits, config)
+        texts = (utterance.text for utterance in self.corpus.utterances)
+        self.tokenizer = loaded.tokenizer if loaded else tokenizer_for(texts, config)
+        keep_usable(self.corpus, self.tokenizer, config)
+        dev = read_corpus(corpus_root(config), config.dev_splits, config, "--dev-splits")
         for why, names in dev.left_out.items():
             self.corpus.left_out[f"{why} (dev)"] = names
         self.examples = Examples(
@@ -84,8 +82,8 @@ class Trainer:
         self.network = processes.wrapped(self.model)
         self.optimizer = optimizer_for(self.model, config)
         self.state = dict(
-            update=0, batches=0, skipped=0, best=math.inf
-        )  # batches: taken from the plans of all epochs
+            update=0, batches=0, skipped=0, best=math.inf, epoch=0, first=0
+        )  # batches: taken from the plans of all epochs; first: the number of the epoch's first one
         if loaded and loaded.training:
             self.state = {name: loaded.training[name] for name in self.state}
             self.optimizer.load_state_dict(loaded.training["optimizer"])
@@ -94,6 +92,19 @@ class Trainer:
     def update(self) -> int:
         """How many updates are done."""
         return self.state["update"]
+
+    def summary(self) -> str:
+        """Return what the corpus holds, and what is odd in it, its dev and its test splits."""
+        others: dict[str, Corpus | str] = {}
+        flags = {"--dev-splits": self.config.dev_splits, "--test-splits": self.config.test_splits}
+        for flag, splits in flags.items():
+            for split in splits:
+                try:
+                    root = corpus_root(self.config)
+                    others[split] = read_corpus(root, [split], self.config, flag)
+                except ValueError as error:
+                    others[split] = str(error)
+        return summary(self.corpus, self.config, others)
 
     @classmethod
     def resume(cls, run: Path) -> "Trainer":
@@ -119,7 +130,7 @@ class Trainer:
             (self.run / "config.json").write_text(
                 json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
             )
-            (self.run / "corpus.txt").write_text(summary(self.corpus, self.config) + "\n")
+            (self.run / "corpus.txt").write_text(self.summary() + "\n")
             (self.run / "left-out.txt").touch()
             self.note_left_out(self.corpus.left_out)
         return self
@@ -178,21 +189,15 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This process's batches from now on, epoch after epoch: of as many as there are processes that follow each
         other in the plan, one."""
-        next_one, first, epoch = (
-            self.state["batches"] + processes.rank(),
-            0,
-            0,
-        )  # numbers of batches in all epochs
+        number = self.state["batches"] + processes.rank()  # of the next batch, in all epochs
         while True:
-            self.examples.epoch = epoch
-            plan = epoch_plan(self.examples.frames(), self.config, epoch)
-            own = plan[max(0, next_one - first) :: processes.count()]
+            self.examples.epoch = self.state["epoch"]
+            plan = epoch_plan(self.examples.frames(), self.config, self.state["epoch"])
+            own = plan[number - self.state["first"] :: processes.count()]
             yield from load(self.examples, own)
-            next_one, first, epoch = (
-                next_one + len(own) * processes.count(),
-                first + len(plan),
-                epoch + 1,
-            )
+            number += len(own) * processes.count()
+            self.state["first"] += len(plan)
+            self.state["epoch"] += 1
 
     def rehearse(self) -> None:
         """Runs the batch with the most padded frames forward and backward, as in both steps, so that memory fails now

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import spoken
-from dynsize.batching import Examples, batch_plan, collate, epoch_plan, usable
+from dynsize.audio import CorruptAudio
+from dynsize.batching import Examples, batch_plan, collate, epoch_plan, keep_usable
 from dynsize.config import Config
-from dynsize.corpora import UNREADABLE, CorruptAudio, Utterance, read_audio, read_corpus
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
 from dynsize.tokenizer import Tokenizer, train_tokenizer
 
@@ -260,7 +261,9 @@ def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end,
         for n in range(1, 60)
     ]
     labels = tokenizer.encode("AAB")
-    good, left_out = usable(utterances, tokenizer, config)
+    corpus = Corpus(list(utterances))
+    keep_usable(corpus, tokenizer, config)
+    good, left_out = corpus.utterances, corpus.left_out["more labels than CTC can align"]
     for utterance in utterances:
         features = feature_frames(utterance.samples, config)
         frames = features // 4 if front_end == "vgg" else math.ceil(features / 4)
