@@ -32,8 +32,8 @@ from dynsize.evaluation import (
 )
 from dynsize.kernels import ctc_loss, layer_gates
 from dynsize.schedule import learning_rate, step1_updates
-from dynsize.supernet import Supernet, layer_name
 from dynsize.summary import summary
+from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import tokenizer_for
 from dynsize.wer import Errors
 
