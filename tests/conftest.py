@@ -18,7 +18,8 @@ import torch
 if not torch.cuda.is_available():  # read when triton is imported, so it comes first
     os.environ["TRITON_INTERPRET"] = "1"
 
-from dynsize.config import Config
+from dynsize.config import LAYERS, Config
+from dynsize.supernet import Supernet
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -84,3 +85,48 @@ def tiny(**changes) -> Config:
         log_every=4, validate_every=6, save_every=6, time_mask_every=100, time_mask_frames=4, frequency_mask_bins=2,
     )  # fmt: skip
     return Config(**(values | changes))
+
+
+def network(seed: int = 0, labels: int = 7, **changes) -> Supernet:
+    """A supernet in float64 with random weights: the layers of a new one are the identity."""
+    torch.manual_seed(seed)
+    model = Supernet(tiny(dropout=0.0, **changes), labels).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    random.Random(seed).shuffle(model.ranking)
+    return model
+
+
+def utterances(
+    model: Supernet, lengths: list[int], seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, with noise in the padding too, and lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths), model.config.mel_bins)
+    return torch.randn(shape, generator=generator, dtype=torch.float64), torch.tensor(lengths)
+
+
+def layer_of(model: Supernet, layer: int) -> torch.nn.Module:
+    """The module of a layer, which is numbered from the input."""
+    return model.encoder.blocks[layer // 4][LAYERS[layer % 4]]
+
+
+def computed_rows(model: Supernet, gates: list, batch: int = 2) -> list[int]:
+    """The number of streams for which each of the L layers is computed in one forward."""
+    rows = [0] * model.config.layers
+
+    def count(layer: int):
+        def hook(module, inputs):
+            rows[layer] += len(inputs[0]) // batch
+
+        return hook
+
+    hooks = [
+        layer_of(model, layer).register_forward_pre_hook(count(layer))
+        for layer in range(model.config.layers)
+    ]
+    model(*utterances(model, [9] * batch), [model.config.layers] * len(gates), gates)
+    for hook in hooks:
+        hook.remove()
+    return rows

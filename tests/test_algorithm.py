@@ -1,4 +1,4 @@
-"""Both algorithms, the baselines' choices, the sandwich rule, stochastic depth, and the schedules."""
+"""The three algorithms, the baselines' choices, the sandwich rule, and the schedules."""
 
 import dataclasses
 import math
@@ -11,47 +11,18 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import baselines, iterative_zero_out, sandwich, simple_top_k
-from dynsize.config import LAYERS
+from dynsize import baselines, iterative_zero_out, ortho_softmax, sandwich, simple_top_k
+from dynsize.algorithms import ALGORITHMS
+from dynsize.config import LAYERS, preset, with_method
 from dynsize.kernels import layer_gates
-from dynsize.schedule import learning_rate, size_before, step1_updates
-from dynsize.schedule import size_after as size_at
+from dynsize.schedule import learning_rate, size_after, size_before, step1_updates
 from dynsize.supernet import Supernet
-
-
-@st.composite
-def scores_and_k(draw, widest=1e4):
-    values = draw(st.lists(st.floats(-widest, widest), min_size=2, max_size=12))
-    return torch.tensor(values, dtype=torch.float64), draw(st.integers(1, len(values)))
-
-
-@given(scores_and_k())
-def test_relaxed_weights_sum_to_k_and_keep_the_order(drawn):
-    scores, k = drawn
-    scores.requires_grad_()
-    relaxed = simple_top_k.relaxed_top_k(scores, k)
-    assert (relaxed >= 0).all()
-    assert relaxed.sum().item() == pytest.approx(k, rel=1e-6)
-    order = scores.argsort()
-    assert (relaxed[order].diff() >= -1e-9).all()
-    (relaxed * torch.linspace(-1, 1, len(scores), dtype=torch.float64)).sum().backward()
-    assert scores.grad.isfinite().all()
-
-
-@given(scores_and_k(widest=3))
-def test_relaxed_weights_are_the_sum_of_the_papers_softmaxes(drawn):
-    scores, k = drawn
-    a, total = scores, torch.zeros_like(scores)
-    for _ in range(k):
-        p = a.softmax(0)
-        a, total = a + torch.log1p(-p), total + p
-    torch.testing.assert_close(simple_top_k.relaxed_top_k(scores, k), total, rtol=1e-6, atol=1e-6)
 
 
 def first_update_of(k: int, layers: int, **changes):
     """A configuration, and the update of its step 1 in which the size is k."""
     config = tiny(blocks=8, sizes=(1, 32), updates=320, step1_share=0.5, delta=1, **changes)
-    update = next(u for u in range(160) if size_at(u, config) == k)
+    update = next(u for u in range(160) if size_after(u, config) == k)
     return config, update
 
 
@@ -93,36 +64,6 @@ def test_gradients_of_the_relaxed_weights_are_finite_differences(seed, layers):
     )
 
 
-@given(scores_and_k(), st.randoms(use_true_random=False))
-def test_relaxed_weights_permute_with_the_scores(drawn, random):
-    scores, k = drawn
-    order = random.sample(range(len(scores)), len(scores))
-    permuted = simple_top_k.relaxed_top_k(scores[order], k)
-    torch.testing.assert_close(
-        permuted, simple_top_k.relaxed_top_k(scores, k)[order], rtol=1e-9, atol=1e-9
-    )
-
-
-@given(
-    st.lists(st.sampled_from([-math.inf, -1.0, 0.5, 0.5, 2.0, math.inf]), min_size=8, max_size=8),
-    st.booleans(),
-)
-def test_masks_keep_exactly_k_layers_and_are_nested(values, zero_out):
-    algorithm = iterative_zero_out if zero_out else simple_top_k
-    config = tiny(method="iterative-zero-out" if zero_out else "simple-top-k")
-    ranking = algorithm.rank(torch.tensor(values), range(8), 0, config)
-    model = Supernet(config, 4, ranking)
-    masks = [model.mask(k) for k in range(1, 9)]
-    for k, mask in enumerate(masks, start=1):
-        assert sum(mask) == k
-        for low, high in zip(mask, masks[-1] if k == 8 else masks[k], strict=True):
-            assert high or not low
-        lost = [values[layer] for layer in range(8) if not mask[layer]]
-        assert not lost or max(lost) <= min(values[layer] for layer in range(8) if mask[layer])
-        for a, b in pairwise(range(8)):
-            assert values[a] != values[b] or mask[a] or not mask[b]
-
-
 @pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
 def test_a_layer_outside_the_subnet_gives_its_score_a_gradient_and_its_weights_none(relaxation):
     torch.manual_seed(0)
@@ -149,40 +90,11 @@ zero_out_configs = st.builds(
 )  # fmt: skip
 
 
-@given(zero_out_configs, st.integers(0, 2**20))
-def test_zeroed_out_layers_only_grow_and_agree_with_the_ranking(config, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ranking, gone, order = list(range(8)), [], []
-    for update in range(step1_updates(config)):
-        scores = 3 * torch.randn(8, generator=generator)  # anything may become of them
-        weights = iterative_zero_out.layer_weights(scores, ranking, update, config)
-        now = [layer for layer, weight in enumerate(weights) if weight is False]
-        iteration = (
-            update * math.ceil((8 - config.sizes[0]) / config.delta) // step1_updates(config)
-        )
-        assert len(now) == min(config.delta * iteration, 8 - config.sizes[0])
-        assert set(gone) <= set(now)
-        order, gone = [layer for layer in now if layer not in gone] + order, now
-        for layer, weight in enumerate(weights):
-            assert weight is False or weight.item() == torch.sigmoid(scores[layer]).item()
-        ranking = iterative_zero_out.rank(scores, ranking, update, config)
-        assert sorted(ranking) == list(range(8))
-        assert set(ranking[8 - len(gone) :]) == set(gone)
-        alive = ranking[: 8 - len(gone)]
-        assert alive == sorted(alive, key=lambda layer: (-scores[layer].item(), layer))
-    position = {layer: place for place, layer in enumerate(ranking)}
-    earlier = [
-        layer for layer in order if layer in gone
-    ]  # last zeroed-out first, iteration by iteration
-    for layer in set(range(8)) - set(gone):
-        assert all(position[layer] < position[lost] for lost in earlier)
-
-
 @given(zero_out_configs, st.integers(0, 79), st.booleans())
 def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
     update %= step1_updates(config)
     ranking = [3, 1, 4, 0, 5, 2, 6, 7]
-    alive, target = size_before(update, config), size_at(update, config)
+    alive, target = size_before(update, config), size_after(update, config)
     share = torch.tensor(target / alive, dtype=torch.float64)
     scores = torch.full((8,), float("nan"), dtype=torch.float64)
     scores[ranking[:alive]] = share.logit()
@@ -196,15 +108,147 @@ def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
     assert scores.grad.isfinite().all() and (scores.grad[ranking[alive:]] == 0).all()
 
 
+def ortho(**changes):
+    return tiny(**dict(method="ortho-softmax", updates=40) | changes)  # 24 updates of step 1
+
+
+@given(st.integers(0, 2**20), st.integers(0, 23), st.floats(0.01, 100))
+def test_rows_of_ortho_softmax_are_distributions(seed, update, scale):
+    """The rows sum to 1, and the layer weights of size k sum to k."""
+    scores = scale * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+    config = ortho(seed=seed)
+    rows = ortho_softmax.choices(scores.double(), update, config)
+    assert (rows >= 0).all() and rows.sum(1).tolist() == pytest.approx([1] * 8)
+    weights = torch.stack(ortho_softmax.layer_weights(scores.double(), [], update, config))
+    assert weights.sum().item() == pytest.approx(ortho_softmax.size_at(update, config))
+
+
+@given(st.permutations(range(8)), st.integers(1, 23))
+def test_the_orthogonality_loss_of_distinct_one_hot_rows_is_exactly_0(order, update):
+    config = ortho()
+    scores = 1e4 * torch.eye(8, dtype=torch.float64)[list(order)]
+    assert ortho_softmax.extra_loss(scores, [], update, config).item() == 0
+    assert ortho_softmax.rank(scores, [], update, config) == list(order)
+    k = ortho_softmax.size_at(update, config)
+    weights = torch.stack(ortho_softmax.layer_weights(scores, [], update, config))
+    assert weights.tolist() == [float(layer in order[:k]) for layer in range(8)]
+    same = scores.clone()
+    same[1] = same[0]  # two rows choose one layer: (1 · 1)² more
+    weight = ortho_softmax.loss_weight(update, config)
+    assert ortho_softmax.extra_loss(same, [], update, config).item() == weight
+    flat = torch.zeros(8, 8, dtype=torch.float64)
+    expected = weight * (math.comb(k, 2) / 64 + k * (1 / 8 - 1) ** 2)
+    assert ortho_softmax.extra_loss(flat, [], update, config).item() == pytest.approx(expected)
+
+
+@given(st.integers(0, 2**20), st.integers(0, 23))
+def test_gradients_of_ortho_softmax_are_finite_differences(seed, update):
+    config, generator = ortho(seed=seed), torch.Generator().manual_seed(seed)
+    scores = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    scores *= ortho_softmax.temperature(update, config)  # where the softmax is not flat
+    scores.requires_grad_()
+    for function in (ortho_softmax.extra_loss, ortho_softmax.layer_weights):
+
+        def total(s, function=function):
+            result = function(s, [], update, config)
+            return result if isinstance(result, torch.Tensor) else torch.stack(result)
+
+        assert torch.autograd.gradcheck(total, scores, eps=1e-8, atol=1e-4)
+    large = (1e4 * scores.detach()).requires_grad_()
+    weights = torch.stack(ortho_softmax.layer_weights(large, [], update, config))
+    (weights[0] + ortho_softmax.extra_loss(large, [], update, config)).backward()
+    assert large.grad.isfinite().all()
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=5), min_size=5, max_size=5
+    )
+)
+def test_ortho_softmax_ranks_row_by_row(rows):
+    """Each row takes its largest layer that no earlier row took; of equal ones the lower one."""
+    taken = []
+    for row in rows:
+        free = [layer for layer in range(5) if layer not in taken]
+        taken.append(max(free, key=lambda layer, row=row: (row[layer], -layer)))
+    assert ortho_softmax.rank(torch.tensor(rows), [], 0, ortho()) == taken
+
+
+def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
+    """From nearly equal rows, the first k choose k layers, with weights near 0 and 1."""
+    config = preset("digits", method="ortho-softmax", updates=2000, seed=3)
+    scores = torch.nn.Parameter(ortho_softmax.initial_scores(config))
+    assert scores.abs().max() < 0.01 and scores.shape == (24, 24)
+    useful = torch.linspace(0, 1, 24)[
+        torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    ]
+    optimizer = torch.optim.Adam([scores], betas=(0.9, config.beta2))
+    for update in range(step1_updates(config)):
+        weights = torch.stack(ortho_softmax.layer_weights(scores, [], update, config))
+        loss = -0.1 * (useful * (2 * weights - weights**2)).sum()  # more than 1 is worth less
+        loss = loss + ortho_softmax.extra_loss(scores, [], update, config)
+        optimizer.param_groups[0]["lr"] = learning_rate(update, config) * config.score_rate
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = ortho_softmax.choices(scores.detach(), update, config)[:8]
+    assert len(set(rows.argmax(1).tolist())) == 8 and rows.amax(1).min() > 0.9
+
+
+def test_schedules_of_ortho_softmax():
+    config = ortho(step1_share=0.5, updates=400)
+    taus = [ortho_softmax.temperature(update, config) for update in range(200)]
+    assert taus[0] == 1 and taus[-1] == pytest.approx(0.01)
+    factors = [later / tau for tau, later in pairwise(taus)]
+    assert factors == pytest.approx([0.01 ** (1 / 199)] * 199)
+    weights = [ortho_softmax.loss_weight(update, config) for update in range(200)]
+    assert weights[0] == 0 and weights[50] == 0.5 and weights[100:] == [1.0] * 100
+    sizes = Counter(ortho_softmax.size_at(update, config) for update in range(200))
+    assert set(sizes) == {3, 5} and min(sizes.values()) > 70
+
+
+@pytest.mark.parametrize("method", ALGORITHMS)
+@pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
+def test_no_update_of_step_1_waits_for_the_device(method, relaxation):
+    """On the `meta` device a value that is read, or a tensor that lies elsewhere, raises."""
+    config = tiny(method=method, relaxation=relaxation)
+    scores = ALGORITHMS[method].initial_scores(config).to("meta").requires_grad_()
+    for update in (0, step1_updates(config) - 1):
+        arguments = (scores, list(range(8)), update, config)
+        gates = ALGORITHMS[method].layer_weights(*arguments)
+        loss = ALGORITHMS[method].extra_loss(*arguments)
+        total = torch.stack([gate for gate in gates if gate is not False]).sum() + loss
+        total.backward()
+    assert scores.grad.is_meta
+
+
+def test_presets_have_the_papers_settings_of_each_method():
+    def settings(name: str, method: str, **changes) -> tuple:
+        config = preset(name, method=method, **changes)
+        return config.delta, config.initial_score, config.score_rate
+
+    for name in ("demo", "digits"):
+        assert settings(name, "simple-top-k") == (1, 0.5, 1.0)
+        assert settings(name, "iterative-zero-out") == (4, 2.0, 10.0)
+    assert settings("librispeech", "simple-top-k") == (1, 0.5, 1.0)
+    assert settings("tedlium2", "simple-top-k") == (4, 0.5, 1.0)
+    for name in ("librispeech", "tedlium2"):
+        assert settings(name, "iterative-zero-out") == (4, 10.0, 1.0)
+    assert settings("tedlium2", "simple-top-k", delta=2, initial_score=0.0) == (2, 0.0, 1.0)
+    changed = with_method(preset("tedlium2", score_rate=3.0), "iterative-zero-out", updates=9)
+    assert (changed.delta, changed.initial_score, changed.score_rate) == (4, 10.0, 3.0)
+
+
 @pytest.mark.parametrize("method", ["simple-top-k", "iterative-zero-out"])
 @given(st.integers(20, 500), st.integers(1, 4), st.integers(1, 7), st.floats(0.1, 0.9))
 def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
     config = tiny(updates=updates, delta=delta, sizes=(smallest, 8), step1_share=share)
     config = dataclasses.replace(config, method=method)
-    ks = [size_at(update, config) for update in range(step1_updates(config))]
+    ks = [size_after(update, config) for update in range(step1_updates(config))]
     expected = [
         max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))
     ]
+    assert [ALGORITHMS[method].size_at(update, config) for update in range(len(ks))] == ks
     spans = Counter(ks)
     if len(ks) >= len(expected):
         assert ks == sorted(ks, reverse=True) and list(spans) == expected

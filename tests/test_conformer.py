@@ -1,7 +1,6 @@
 """The encoder: one forward for all sizes against separate forwards, padding, what is computed."""
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,134 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import computed_rows, network, tiny, utterances
 
 from dynsize import conformer
 from dynsize.conformer import Convolution, rotate
-from dynsize.supernet import Supernet
-
-
-def network(seed: int = 0, **changes) -> Supernet:
-    """A supernet in float64 with random weights: the layers of a new one are the identity."""
-    torch.manual_seed(seed)
-    model = Supernet(tiny(dropout=0.0, **changes), labels=7).double().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn_like(weight))
-    random.Random(seed).shuffle(model.ranking)
-    return model
-
-
-def utterances(
-    model: Supernet, lengths: list[int], seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features with noise in the padding too."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths), model.config.mel_bins)
-    return torch.randn(shape, generator=generator, dtype=torch.float64), torch.tensor(lengths)
-
-
-networks = st.fixed_dictionaries(
-    dict(
-        seed=st.integers(0, 2**20),
-        blocks=st.integers(1, 3),
-        front_end=st.sampled_from(["conv2d", "vgg"]),
-        rotary=st.booleans(),
-        kernel=st.sampled_from([1, 3, 7]),
-    )
-)
-
-
-def drawn(values: dict) -> Supernet:
-    channels = {"conv2d": (3, 4), "vgg": (3, 4, 4, 3)}[values["front_end"]]
-    return network(**values, front_end_channels=channels, sizes=(4 * values["blocks"],))
-
-
-@given(networks, st.lists(st.integers(4, 40), min_size=1, max_size=3), st.data())
-def test_one_forward_equals_separate_forwards(values, lengths, data):
-    model = drawn(values)
-    layers = model.config.layers
-    sizes = sorted(
-        data.draw(st.lists(st.integers(1, layers), min_size=1, max_size=4)), reverse=True
-    )
-    features, lengths = utterances(model, lengths)
-    together, _ = model(features, lengths, sizes)
-    for size, output in zip(sizes, together, strict=True):
-        torch.testing.assert_close(
-            output, model(features, lengths, [size])[0][0], rtol=1e-9, atol=1e-9
-        )
-
-
-@given(networks, st.lists(st.integers(4, 40), min_size=2, max_size=4))
-def test_an_utterance_alone_equals_itself_in_a_batch(values, lengths):
-    model = drawn(values)
-    features, frames = utterances(model, lengths)
-    batch, output_frames = model(features, frames, [model.config.layers])
-    for row, length in enumerate(lengths):
-        alone, _ = model(
-            features[row : row + 1, :length], frames[row : row + 1], [model.config.layers]
-        )
-        inside = batch[0, row, : output_frames[row]]
-        torch.testing.assert_close(alone[0, 0], inside, rtol=1e-9, atol=1e-9)
-
-
-@given(st.integers(0, 2**20), st.data())
-def test_gradients_equal_those_of_separate_forwards(seed, data):
-    model = network(seed)
-    features, lengths = utterances(model, [17, 24])
-    scores = torch.rand(8, dtype=torch.float64, requires_grad=True)
-    stays = (torch.rand(8, 2) < 0.5).double()
-    mask = model.mask(data.draw(st.integers(1, 8)))
-    gates = [
-        [True if m else stays[i] for i, m in enumerate(mask)],
-        [s if m else False for s, m in zip(scores, mask, strict=True)],
-    ]
-    weights = [*model.parameters(), scores]
-    cotangent = torch.randn_like(model(features, lengths, [8, 5], gates)[0])
-    together = torch.autograd.grad(
-        model(features, lengths, [8, 5], gates)[0], weights, cotangent, allow_unused=True
-    )
-    separate = [
-        model(features, lengths, [size], [gate])[0]
-        for size, gate in zip((8, 5), gates, strict=True)
-    ]
-    expected = torch.autograd.grad(torch.cat(separate), weights, cotangent, allow_unused=True)
-    for ours, theirs in zip(together, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def computed_rows(model: Supernet, gates: list, utterances_: int = 2) -> list[int]:
-    """Count the streams for which each of the L layers is computed in one forward."""
-    rows = [0] * model.config.layers
-
-    def count(layer: int):
-        def hook(module, inputs):
-            rows[layer] += len(inputs[0]) // utterances_
-
-        return hook
-
-    hooks = [
-        model.encoder.blocks[layer // 4][kind].register_forward_pre_hook(count(layer))
-        for layer in range(model.config.layers)
-        for kind in [("ff1", "conv", "mhsa", "ff2")[layer % 4]]
-    ]
-    model(*utterances(model, [9] * utterances_), [model.config.layers] * len(gates), gates)
-    for hook in hooks:
-        hook.remove()
-    return rows
-
-
-@given(st.integers(0, 2**20), st.lists(st.integers(1, 8), min_size=1, max_size=4))
-def test_each_layer_is_computed_for_the_fewest_rows(seed, sizes):
-    model = network(seed)
-    masks = [model.mask(size) for size in sorted(sizes, reverse=True)]
-    # what enters a layer differs where the masks of the layers before it do
-    fewest = [len({tuple(m[:layer]) for m in masks if m[layer]}) for layer in range(8)]
-    assert computed_rows(model, masks) == fewest
 
 
 def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
@@ -145,33 +20,11 @@ def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
     assert computed_rows(model, [first, second]) == [1, 1, 1, 1, 2, 2, 2, 2]
 
 
-def test_pruned_layers_are_never_called():
-    model = network()
-    kept = model.ranking[:3]
-    assert computed_rows(model, [model.mask(3)]) == [int(layer in kept) for layer in range(8)]
-
-
 @pytest.mark.parametrize("sizes", [(3, 5), (8, 3, 5)])
 def test_networks_that_are_not_nested_are_refused(sizes):
     model = network()
     with pytest.raises(ValueError, match="a larger network prunes"):
         model(*utterances(model, [9]), sizes)
-
-
-def test_nan_in_a_pruned_layer_reaches_nothing():
-    model = network()
-    features, lengths = utterances(model, [21, 30])
-    before, _ = model(features, lengths, [5, 3])
-    for layer in model.ranking[5:]:
-        for weight in model.encoder.blocks[layer // 4][
-            ("ff1", "conv", "mhsa", "ff2")[layer % 4]
-        ].parameters():
-            torch.nn.init.constant_(weight, float("nan"))
-    after, _ = model(features, lengths, [5, 3])
-    assert torch.equal(before, after)
-    after.sum().backward()
-    gradients = [w.grad for w in model.parameters() if w.grad is not None]
-    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize(("front_end", "channels"), [("conv2d", (3, 4)), ("vgg", (3, 4, 4, 3))])
@@ -212,7 +65,7 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
 # Every width, kernel, and batch × frames that training may meet, of which 14 once never returned.
 SHAPES = """
 import itertools, torch
-from conftest import tiny
+from conftest import computed_rows, network, tiny, utterances
 from dynsize.conformer import Convolution
 torch.set_num_threads(2)
 widths = (24, 32, 48, 64, 80, 96, 128, 144, 192, 256, 384, 512)
