@@ -149,7 +149,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{results}: exists already; --overwrite replaces it")
     print(f"device {hardware(config, device_of(config))}\n")
     for split in splits:
-        show(evaluate(loaded, config, split, base / split), base / split)
+        report = evaluate(loaded, config, split, base / split, system.decoder)
+        show(report, base / split)
     if options.plots:
         draw(loaded.path.parent)
 

@@ -163,11 +163,13 @@ def decoded(
     size: int,
     utterances: Sequence[Utterance],
     split: str,
+    decoder: Decoder,
 ) -> tuple[Texts, dict[str, str]]:
     """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
     examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
     title = printable(f"{checkpoint.path}, {split}, size {size}")
-    texts, unreadable = transcribe(network, examples, [size], title, facts_of(checkpoint))
+    facts = facts_of(checkpoint)
+    texts, unreadable = transcribe(network, examples, [size], title, facts, decoder)
     normalised = NORMALISERS[network.config.normaliser]
     return [None if t is None else normalised(t) for t in texts[size]], unreadable
 
@@ -262,7 +264,9 @@ def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
 # Reports.
 
 
-def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -> dict:
+def evaluate(
+    checkpoint: Checkpoint, config: Config, split: str, output: Path, decoder: Decoder = greedy
+) -> dict:
     """Return the report on a split: every size of a checkpoint, each cut out and alone.
 
     `config`: the checkpoint's, with corpus, device and batches as they are now. Audio that can't
@@ -271,7 +275,7 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
     `results.json`. Raises ValueError where no utterance can be read.
     """
     corpus = read_corpus(corpus_root(config), [split], config)
-    texts, rows = decoded_by_size(checkpoint, config, corpus, split)
+    texts, rows = decoded_by_size(checkpoint, config, corpus, split, decoder)
     utterances = corpus.utterances
     read = read_by_all(list(texts.values()), split)
     blanks = writes_blanks(utterances[i].text for i in read)
@@ -301,7 +305,7 @@ def evaluate(checkpoint: Checkpoint, config: Config, split: str, output: Path) -
 
 
 def decoded_by_size(
-    checkpoint: Checkpoint, config: Config, corpus: Corpus, split: str
+    checkpoint: Checkpoint, config: Config, corpus: Corpus, split: str, decoder: Decoder
 ) -> tuple[dict[int, Texts], dict[int, dict]]:
     """Return the texts of each size, and what it costs, with the seconds that it took.
 
@@ -312,9 +316,11 @@ def decoded_by_size(
     shortest = min(corpus.utterances, key=lambda utterance: utterance.samples)
     for size in reversed(checkpoint.model.sizes):
         network = alone(checkpoint, size, config)
-        decoded(checkpoint, network, size, [shortest], split)  # the first run takes longer
+        decoded(checkpoint, network, size, [shortest], split, decoder)  # the first takes longer
         start = time.perf_counter()
-        texts[size], unreadable = decoded(checkpoint, network, size, corpus.utterances, split)
+        texts[size], unreadable = decoded(
+            checkpoint, network, size, corpus.utterances, split, decoder
+        )
         rows[size] = costs(network, size) | dict(seconds=time.perf_counter() - start)
         for name, why in unreadable.items():
             corpus.leave_out(UNREADABLE, name, why)
@@ -393,6 +399,7 @@ class System:
     path: Path
     config: Config
     checkpoint: Checkpoint | None = None
+    decoder: Decoder = greedy
 
 
 def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -> dict[int, Texts]:
@@ -402,7 +409,9 @@ def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -
     texts = {}
     for size in system.checkpoint.model.sizes:
         network = alone(system.checkpoint, size, system.config)
-        texts[size], _ = decoded(system.checkpoint, network, size, utterances, split)
+        texts[size], _ = decoded(
+            system.checkpoint, network, size, utterances, split, system.decoder
+        )
     return texts
 
 

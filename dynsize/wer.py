@@ -47,12 +47,12 @@ class Errors:
 
 
 def plain_reference(text: str) -> Reference:
-    """The reference in which each word of a text is the only alternative."""
+    """Return the reference in which each word of a text is the only alternative."""
     return [[[word]] for word in text.split()]
 
 
 def sclite_reference(text: str) -> Reference:
-    """The reference that a text in sclite's notation stands for.
+    """Return the reference that a text in sclite's notation stands for.
 
     `{ a / b c / @ }` is one of the alternatives `a`, `b c` and nothing; `(a)` is `a` or nothing.
     Raises ValueError for braces that are not in pairs, or inside each other.
@@ -72,7 +72,7 @@ def sclite_reference(text: str) -> Reference:
 
 
 def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
-    """The words of the reference beside those of a hypothesis, with the fewest errors.
+    """Return the words of the reference beside those of a hypothesis, with the fewest errors.
 
     A deleted word stands beside None, and None beside an inserted one. Of each slot it is the
     alternative with the fewest errors; of alignments with equally many errors, one with the fewest
@@ -84,48 +84,64 @@ def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
         rows = [list(accumulate(words, after, initial=row)) for words in slot]
         row = np.min([of_words[-1] for of_words in rows], axis=0)
         table.append(rows)
-    pairs: list[Pair] = []
+    pairs: list[Pair] = []  # the last one first
     j = len(heard)
     for slot, rows in zip(reversed(reference), reversed(table), strict=True):
-        best = min(range(len(slot)), key=lambda n: rows[n][-1][j])
-        words, costs = slot[best], rows[best]
-        i = len(words)
-        while i > 0:
-            same = j > 0 and words[i - 1] == heard[j - 1]
-            if j > 0 and costs[i][j] == costs[i - 1][j - 1] + (0 if same else SUBSTITUTION):
-                pairs.append((words[i - 1], heard[j - 1]))
-                i, j = i - 1, j - 1
-            elif costs[i][j] == costs[i - 1][j] + DELETION:
-                pairs.append((words[i - 1], None))
-                i -= 1
-            else:
-                pairs.append((None, heard[j - 1]))
-                j -= 1
+        best = int(np.argmin([of_words[-1][j] for of_words in rows]))
+        traced = trace(slot[best], heard[:j], rows[best])
+        pairs += traced
+        j -= sum(word is not None for _, word in traced)
     pairs += [(None, word) for word in reversed(heard[:j])]
     return pairs[::-1]
 
 
+def trace(said: Sequence[str], heard: Sequence[str], rows: Sequence[np.ndarray]) -> list[Pair]:
+    """Return the pairs of a cheapest alignment, from the last back to the first word of `said`.
+
+    `rows`: the costs before the first word and after each word.
+    """
+    pairs: list[Pair] = []
+    i, j = len(said), len(heard)
+    while i > 0:
+        cost = rows[i][j]
+        diagonal = rows[i - 1][j - 1] if j > 0 else np.inf
+        same = j > 0 and said[i - 1] == heard[j - 1]
+        if cost == diagonal + (0 if same else SUBSTITUTION):
+            pairs.append((said[i - 1], heard[j - 1]))
+            i -= 1
+            j -= 1
+        elif cost == rows[i - 1][j] + DELETION:
+            pairs.append((said[i - 1], None))
+            i -= 1
+        else:
+            pairs.append((None, heard[j - 1]))
+            j -= 1
+    return pairs
+
+
 def first_row_and_step(heard: Sequence[str]) -> tuple[np.ndarray, Callable]:
-    """What the search for the cheapest alignment (Wagner and Fischer 1974) starts with and repeats.
+    """Return row 0 and the step of the search for the cheapest alignment.
 
     Row i holds, for each j, the smallest cost of turning the reference's first i words into the
-    hypothesis's first j. The step takes a row and the reference's next word, and returns the next.
+    hypothesis's first j (Wagner and Fischer 1974). The step takes row i and the reference's next
+    word, and returns row i + 1.
     """
     numbers = {word: number for number, word in enumerate(dict.fromkeys(heard))}
     codes = np.array([numbers[word] for word in heard], dtype=np.int64)
     insertions = INSERTION * np.arange(len(heard) + 1)  # row 0
 
     def after(row: np.ndarray, word: str) -> np.ndarray:
-        costs = row + DELETION
         differs = codes != numbers.get(word, -1)
+        costs = row + DELETION
         costs[1:] = np.minimum(costs[1:], row[:-1] + SUBSTITUTION * differs)
+        # the cheapest entry to the left, with an insertion for each step from it
         return np.minimum.accumulate(costs - insertions) + insertions
 
     return insertions, after
 
 
 def errors_in(pairs: Iterable[Pair]) -> Errors:
-    """The errors of an alignment; `words` are those of the alternatives that it has."""
+    """Return the errors of an alignment; `words` are those of the alternatives that it has."""
     pairs = list(pairs)
     deletions = sum(heard is None for _, heard in pairs)
     insertions = sum(said is None for said, _ in pairs)
@@ -135,7 +151,7 @@ def errors_in(pairs: Iterable[Pair]) -> Errors:
 
 
 def count_errors(said: Sequence[str], heard: Sequence[str]) -> Errors:
-    """The errors of `align`, for one reference: a list of words, or a string of characters.
+    """Return the errors of `align` for one reference: a list of words, or a string of characters.
 
     Keeps one row, so memory grows with the length and not with its square.
     """
@@ -146,14 +162,14 @@ def count_errors(said: Sequence[str], heard: Sequence[str]) -> Errors:
 
 
 def writes_blanks(texts: Iterable[str]) -> bool:
-    """Whether most letters are of scripts that write blanks between words."""
+    """Return whether most letters are of scripts that write blanks between words."""
     letters = [c for text in texts for c in text if c.isalpha()]
     without = sum(unicodedata.name(c, "").startswith(tuple(NO_BLANKS)) for c in letters)
     return 2 * without <= len(letters)
 
 
 def interval(errors: Sequence[Errors]) -> tuple[float, float]:
-    """The 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances."""
+    """Return the 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances."""
     low, high = np.quantile(redrawn_rates([errors])[:, 0], [0.025, 0.975])
     return float(low), float(high)
 
@@ -161,13 +177,13 @@ def interval(errors: Sequence[Errors]) -> tuple[float, float]:
 def paired_interval(
     first: Sequence[Sequence[Errors]], second: Sequence[Sequence[Errors]]
 ) -> tuple[float, float]:
-    """The 95% bootstrap interval of the first error rate minus the second, on the same utterances.
+    """Return the 95% bootstrap interval of the first error rate minus the second.
 
-    Each side has one run or more: the errors of each utterance, for each seed. The rate of a side
-    is the mean over its runs. Each draw takes utterances with replacement, the same ones for all
-    runs, and as many runs as a side has, with replacement. So the interval covers other utterances
-    and other seeds. It is too narrow for a few seeds: with n runs the variance between seeds counts
-    as (n − 1) / n of itself, and with one run not at all.
+    Each side has one run or more, on the same utterances: the errors of each utterance, for each
+    seed. The rate of a side is the mean over its runs. Each of 1000 draws takes utterances with
+    replacement, the same ones for all runs, and of each side as many runs as it has, with
+    replacement. So the interval covers other utterances and other seeds. It is too narrow for a
+    few seeds: of n runs, the variance between seeds counts (n − 1) / n times; of one, not at all.
 
     Raises ValueError for different numbers of utterances.
     """
@@ -181,7 +197,7 @@ def paired_interval(
 
 
 def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
-    """(draws, sides) error rates of utterances and runs that are drawn with replacement."""
+    """Return the error rates (draws, sides) of utterances and runs, drawn with replacement."""
     draw = np.random.default_rng(0)
     counts = [
         np.array([[(e.total, e.words) for e in run] for run in side], dtype=float) for side in sides
