@@ -295,6 +295,25 @@ def test_alternatives_of_the_reference_are_scored():
     assert scored.characters == Errors(1, 0, 0, len("i've uh seen"))
 
 
+def test_an_stm_is_scored_with_its_alternatives(work):
+    for folder in ("stm", "sph"):
+        (work / "talks" / "test" / folder).mkdir(parents=True)
+    noise = np.random.default_rng(0).standard_normal(RATE)
+    soundfile.write(work / "talks" / "test" / "sph" / "talk.wav", 0.1 * noise, RATE)
+    text = "talk 1 ann 0.1 0.9 <o,f0,female> LOW { MID HIGH / TOP / @ } (UH) LOW\n"
+    (work / "talks" / "test" / "stm" / "talk.stm").write_text(text)
+    for name, words in (("right", "LOW TOP LOW"), ("wrong", "LOW MID UH LOW")):
+        (work / f"{name}.trn").write_text(f"{words} (talk.stm:1)\n")
+    corpus = ("--corpus", "talks", "--split", "test")
+    done = run("--compare", "right.trn", "wrong.trn", *corpus, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| +0.00% \| +25.00% \|", done.stdout)  # of the path LOW TOP UH LOW
+    done = run("run", *corpus, "--output", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    reference = (work / "out" / "test" / "ref.trn").read_text()
+    assert reference == "LOW { MID HIGH / TOP / @ } (UH) LOW (talk.stm:1)\n"
+
+
 def test_where_a_language_writes_no_blanks_characters_count():
     scored = score(utterance("今天 天气很好"), "金天天气好", False)
     assert scored.characters == Errors(1, 1, 0, 6)
