@@ -1,7 +1,7 @@
 """Pictures of a training, of its results, and of the idea, drawn with matplotlib (extra `plots`).
 
 `python -m dynsize.plots RUN OUTPUT` writes those for which a run, or the folder of a study, has
-data, each as PNG and SVG. One thing has the same colour and marker in all pictures, and each is
+data, each as PNG and SVG; `python -m dynsize.plots --drawings OUTPUT` the drawings of the idea. One thing has the same colour and marker in all pictures, and each is
 readable in black and white.
 """
 
@@ -484,14 +484,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dynsize.plots", description="Draws pictures of a training and its results."
     )
-    parser.add_argument("source", type=Path, metavar="RUN", help="a run, or the folder of a study")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("run", type=Path, nargs="?", metavar="RUN", help="or a study's folder")
+    source.add_argument("--drawings", action="store_true", help="draw the idea instead of a run")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory for PNG and SVG")
-    parser.add_argument("--drawings", action="store_true", help="also the drawings of the idea")
     options = parser.parse_args(arguments)
     with reported(parser.prog, "interrupted"):
-        paths = draw(options.source, options.output)
         if options.drawings:
-            paths += drawings(options.output)
+            drawings(options.output)
+        else:
+            draw(options.run, options.output)
 
 
 if __name__ == "__main__":

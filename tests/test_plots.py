@@ -253,7 +253,8 @@ def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
 
 def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
     study, pictures = write_study(tmp_path / "study"), tmp_path / "pictures"
-    plots.main([str(study), str(pictures), "--drawings"])
+    plots.main([str(study), str(pictures)])
+    plots.main(["--drawings", str(pictures)])
     names = {path.name for path in pictures.glob("*.svg")}
     assert names == {"cost.svg", "streams.svg", "steps.svg"}
     (tmp_path / "empty").mkdir()
