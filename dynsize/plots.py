@@ -1,8 +1,9 @@
 """Pictures of a training, of its results, and of the idea, drawn with matplotlib (extra `plots`).
 
 `python -m dynsize.plots RUN OUTPUT` writes those for which a run, or the folder of a study, has
-data, each as PNG and SVG; `python -m dynsize.plots --drawings OUTPUT` the drawings of the idea. One thing has the same colour and marker in all pictures, and each is
-readable in black and white.
+data, each as PNG and SVG. `python -m dynsize.plots --drawings OUTPUT` writes the two drawings of
+the idea. One thing has the same colour and marker in all pictures, and each picture is readable in
+black and white.
 """
 
 import argparse
@@ -431,15 +432,14 @@ def streams_figure() -> Figure:
 
 
 def flow(axes: Axes, place: int, came_from: Sequence[int], streams: Sequence[int]) -> None:
-    """Draw the streams between two layers, each from the row in which it was before."""
+    """Draw the streams after a layer; one that parted there leaves its source before the layer."""
     for stream, source in enumerate(came_from):
-        start = place + 0.2 if place else 0.0
-        line = dict(color="0", linewidth=1.5, solid_capstyle="butt")
-        axes.plot(
-            [start, start + 0.2, place + 0.8 + 0.2 * (place == 4)],
-            [-source, -stream, -stream],
-            **line,
-        )
+        apart = source != stream
+        start = place - 0.4 if apart else place + 0.2 * (place > 0)
+        below = start + 0.15 if apart else start
+        end = place + 0.8 + 0.2 * (place == len(EXAMPLE))
+        points = ([start, below, end], [-source, -stream, -stream])
+        axes.plot(*points, color="0", linewidth=1.5, solid_capstyle="butt")
         served = [str(k) for k, s in zip(EXAMPLE_SIZES, streams, strict=True) if s == stream]
         label = f"{'abc'[stream]} ({' '.join(served)})"
         axes.text(place + 0.78, 0.08 - stream, label, ha="right", va="bottom", fontsize=8)
