@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynsize import kernels
+
 BLANK = 0
 WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 
@@ -19,6 +21,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     1 to T. `labels`: (N, U), padded with anything. `label_lengths`: (N,), 0 to U. Returns (N,); infinite, with a
     gradient of 0, where the labels and the blanks between repeated ones don't fit into the frames.
     """
+    if kernels.triton_runs("ctc_loss", log_probs.device, log_probs.dtype):
+        return kernels.ctc_loss(log_probs, lengths, labels, label_lengths)
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
 
 

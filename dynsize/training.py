@@ -23,6 +23,7 @@ from dynsize.batching import Batch, Examples, epoch_plan, keep_usable, load
 from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import UNREADABLE, Corpus, read_corpus
+from dynsize.ctc import ctc_loss
 from dynsize.evaluation import (
     corpus_root,
     device_of,
@@ -30,7 +31,7 @@ from dynsize.evaluation import (
     kept_names,
     transcribe,
 )
-from dynsize.kernels import ctc_loss, layer_gates
+from dynsize.kernels import layer_gates
 from dynsize.schedule import learning_rate, step1_updates
 from dynsize.summary import summary
 from dynsize.supernet import Supernet, layer_name

@@ -1,97 +1,136 @@
-"""Times the ops on this machine's GPU beside torch, eager and compiled: `python -m dynsize.kernels.benchmark [CSV]`.
+"""Time the ops on this machine's GPU beside torch, eager and compiled, as a Markdown table.
 
-The paper's shapes: 16 utterances of 250 frames, three sizes stacked of which none, one or two don't have the layer;
-bfloat16. A line has milliseconds (median, 20th and 80th percentile), the rate that follows (of the fewest bytes, or of
-the open rows' products), the card's own rate in the same run (a copy, a product of large matrices), and the memory that
-the pass needs at its peak beside what is there before. Torch's side is `report.chain`, with torch's own dropout.
+    python -m dynsize.kernels.benchmark
+
+The shapes are the paper's: 16 utterances of 250 frames, three sizes stacked, of which one, two or
+three keep the layer, with a branch in bfloat16. Times are medians in milliseconds, forward and
+backward. `limit` is the time that copying takes for the bytes that each pass must move.
 """
 
-import csv
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import triton
+from torch import Tensor
 
-from dynsize.kernels.report import DIRECTIONS, OPS, chain, inputs, least, passes
+from dynsize import kernels
 
-UTTERANCES, FRAMES, SIZES, WIDTHS, DEVICE = 16, 250, 3, (384, 512), "cuda"
-UNITS = {"GB/s": 1e6, "TFLOP/s": 1e9}  # of what is done in a millisecond
-HEADER = (
-    "card driver torch triton op width closed runs pass median p20 p80 rate limit unit MB".split()
-)
-
-
-def timed(call: Callable) -> list[float]:
-    """Milliseconds: median, 20th and 80th percentile."""
-    return triton.testing.do_bench(call, quantiles=[0.5, 0.2, 0.8])
+DEVICE = "cuda"
+UTTERANCES, FRAMES, SIZES = 16, 250, 3
+WIDTHS = (384, 512)
+VOCABULARIES = (80, 1000)
+COLUMNS = ("limit", "Triton", "torch", "compiled")
 
 
-def peak(call: Callable) -> float:
-    """The MB that `call` needs."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+def residual_inputs(
+    rows: int,
+    gate: Tensor,
+    width: int,
+    frames: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list:
+    """Return arguments of `gated_residual_layer_norm`, of which the tensors want gradients.
+
+    `gate`: (R',). As many rows are normalised as the branch has.
+    """
+    random = functools.partial(torch.randn, device=gate.device, requires_grad=True)
+    x = random(rows, frames, width)
+    branch = random(len(gate), frames, width, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64, device=gate.device)
+    return [x, branch, gate, 0.5, 0.1, seed, random(width), random(width), len(gate), dtype]
 
 
-def limits() -> dict[str, float]:
-    """The card's rate of copying, read and written, and of bfloat16 products."""
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    copied, multiplied = timed(lambda: a.copy_(b))[0], timed(lambda: a @ b)[0]
-    return {
-        "GB/s": 2 * a.nbytes / copied / UNITS["GB/s"],
-        "TFLOP/s": 2 * 8192**3 / multiplied / UNITS["TFLOP/s"],
-    }
+def chain(x, branch, gate, scale, dropout_p, _, weight, bias, rows, dtype) -> tuple:
+    """Return what `gated_residual_layer_norm` returns, as one would write it in torch."""
+    dropped = torch.native_dropout(branch, dropout_p, True)[0]
+    added = dropped * gate.to(branch.dtype)[:, None, None]
+    y = torch.add(x[: len(branch)], added, alpha=scale)
+    if len(branch) < len(x):
+        y = torch.cat([y, x[len(branch) :]])
+    normed = F.layer_norm(y[:rows], weight.shape, weight, bias)
+    return y, normed.to(dtype)
 
 
-def lines(op: str, width: int, closed: int, limit: dict[str, float]) -> Iterator[list]:
-    """What HEADER names from `op` on, for each implementation and direction, with so many sizes closed."""
-    gate = (torch.arange(SIZES, device=DEVICE) >= closed).float().repeat_interleave(UTTERANCES)
-    plain = functools.partial(chain, op)
-    torch.compiler.reset()  # it falls back to eager, silently, after eight shapes of one function
-    for run, function in dict(triton=OPS[op], eager=plain, compiled=torch.compile(plain)).items():
-        arguments = inputs(op, width, torch.bfloat16, gate, FRAMES)
-        if op == "linear_gated_residual":  # backward, for h and for the weight
-            whole, unit = 2 * arguments[1].numel() * width * gate.mean().item(), "TFLOP/s"
-            amounts = whole, 2 * whole
-        else:
-            amounts, unit = least(op, arguments, gate), "GB/s"
-        for direction, call, amount in zip(
-            DIRECTIONS, passes(function, arguments), amounts, strict=True
-        ):
-            milliseconds = timed(call)
-            rates = amount / milliseconds[0] / UNITS[unit], limit[unit]
-            numbers = [f"{number:.4g}" for number in (*milliseconds, *rates)]
-            yield [
-                op,
-                width,
-                f"{closed}/{SIZES}",
-                run,
-                direction,
-                *numbers,
-                unit,
-                f"{peak(call):.4g}",
-            ]
+def residual_bytes(arguments: list) -> tuple[int, int]:
+    """Return the bytes that forward and backward must move: each input and output once.
+
+    y is read backward only in the normalised rows, and the branch only where the gate learns.
+    """
+    x, branch, gate = arguments[:3]
+    rows, dtype = arguments[-2:]
+    y = rows * x[0].nbytes
+    normed = rows * x[0].numel() * dtype.itemsize
+    opened = int((gate != 0).sum()) * branch[0].nbytes
+    learned = branch.nbytes if gate.requires_grad else 0
+    forward = 2 * x.nbytes + opened + normed
+    backward = 2 * x.nbytes + y + normed + branch.nbytes + learned
+    return forward, backward
 
 
-def main(path: str = "kernels-benchmark.csv") -> None:
-    driver, limit = getattr(torch._C, "_cuda_getDriverVersion", str)(), limits()
-    card = [torch.cuda.get_device_name(), driver, torch.__version__, triton.__version__]
-    with open(path, "w", newline="") as file:
-        writers = csv.writer(file), csv.writer(sys.stdout, delimiter=" ")
-        cases = itertools.product(OPS, WIDTHS, range(SIZES))
-        measured = ([*card, *line] for case in cases for line in lines(*case, limit))
-        for row in itertools.chain([HEADER], measured):
-            for writer in writers:
-                writer.writerow(row)
+def ctc_inputs(utterances: int, labels: int, frames: int, device: str) -> list:
+    """Return arguments of `ctc_loss`, with one label for each five frames."""
+    logits = torch.randn(utterances, frames, labels, device=device)
+    lengths = torch.full((utterances,), frames, device=device)
+    targets = torch.randint(1, labels, (utterances, frames // 5), device=device)
+    return [logits.log_softmax(-1).requires_grad_(), lengths, targets, lengths // 5]
+
+
+def torchs_ctc_loss(log_probs, lengths, labels, label_lengths) -> Tensor:
+    """Return what `ctc_loss` returns, by torch's kernels."""
+    by_frame = log_probs.transpose(0, 1)
+    return F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
+
+
+def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
+    """Return calls of the forward pass and of the backward pass."""
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    grads = [torch.ones_like(output) for output in outputs]
+    backward = functools.partial(torch.autograd.grad, outputs, leaves, grads, retain_graph=True)
+    return functools.partial(function, *arguments), backward
+
+
+def milliseconds(call: Callable) -> float:
+    """Return the median time of `call`."""
+    return triton.testing.do_bench(call, return_mode="median")
+
+
+def show(name: str, limits: tuple[float, float], functions: list, arguments: list) -> None:
+    """Print the table's row for one shape."""
+    torch.compiler.reset()  # after eight shapes of one function it would fall back to eager
+    ours, theirs = functions
+    times = [limits]
+    for function in (ours, theirs, torch.compile(theirs)):
+        times.append([milliseconds(call) for call in passes(function, arguments)])
+    cells = [f"{forward:.3f} + {backward:.3f}" for forward, backward in times]
+    print(f"| {name} |", " | ".join(cells), "|", flush=True)
+
+
+def main() -> None:
+    """Print the whole table."""
+    source, target = (torch.empty(2**26, device=DEVICE) for _ in range(2))
+    rate = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))  # bytes a millisecond
+    print(f"{torch.cuda.get_device_name()} copies {rate / 1e6:.0f} GB/s")
+    print("| shape |", " | ".join(COLUMNS), "|")
+    print("| --- |", " | ".join(["---"] * len(COLUMNS)), "|")
+    for width, kept in itertools.product(WIDTHS, range(1, SIZES + 1)):
+        gate = torch.ones(kept * UTTERANCES, device=DEVICE)
+        arguments = residual_inputs(SIZES * UTTERANCES, gate, width, FRAMES)
+        limits = tuple(size / rate for size in residual_bytes(arguments))
+        functions = [kernels.gated_residual_layer_norm, chain]
+        show(f"residual, D {width}, {kept} of {SIZES} sizes", limits, functions, arguments)
+    for labels in VOCABULARIES:
+        arguments = ctc_inputs(SIZES * UTTERANCES, labels, FRAMES, DEVICE)
+        limit = 2 * arguments[0].nbytes / rate  # the gradient is written, then multiplied
+        show(f"CTC, V {labels}", (limit, limit), [kernels.ctc_loss, torchs_ctc_loss], arguments)
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit(
-            "dynsize.kernels.benchmark needs a GPU, and torch sees none here. kernels.report needs none"
-        )
-    main(*sys.argv[1:])
+        sys.exit("dynsize.kernels.benchmark needs a GPU, and torch sees none here")
+    main()

@@ -1,0 +1,168 @@
+"""What can be counted of the kernels without a GPU: machine code, and the bytes that programs move.
+
+As a script, compiles the kernels for GPUs and prints what their machine code needs, as JSON.
+"""
+
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.interpreter import interpreter_builder as builder
+from triton.runtime.jit import JITFunction
+
+from dynsize.kernels import benchmark
+from dynsize.kernels.ctc import CtcLoss
+from dynsize.kernels.residual import GatedResidualLayerNorm
+
+# GPU: Triton's target; shared bytes of a program, of a processor; its registers; its warps
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 2048, 64),
+    "sm90": (GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 2048, 64),
+    "sm100": (GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 2048, 64),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 64 << 10, 64 << 10, 2048, 32),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 2048, 32),
+}
+WIDTHS = (144, 512)
+POINTER_AND_MASK = dict(
+    create_masked_load=(0, 1), create_masked_store=(0, 2), create_atomic_rmw=(1, 3)
+)
+
+
+def fused(*arguments) -> tuple[Tensor, Tensor]:
+    """Return the residual op's results by Triton; arguments as of `benchmark.chain`."""
+    return GatedResidualLayerNorm.apply(*arguments, 1e-5)
+
+
+def cases(widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[tuple]:
+    """Return name, function and arguments of each op that is compiled, with all it can have."""
+    found = []
+    for width, dtype in itertools.product(widths, dtypes):
+        gate = torch.ones(2, requires_grad=True)
+        arguments = benchmark.residual_inputs(3, gate, width, 5, dtype)
+        found.append((f"residual, D {width}, {dtype}", fused, arguments))
+    found.append(("CTC, U 50", CtcLoss.apply, benchmark.ctc_inputs(2, 80, 250, "cpu")))
+    return found
+
+
+def machine_code(widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[dict]:
+    """Compile the kernels for all targets, as a launch there would, and read the code's needs.
+
+    Leaves this process unable to launch.
+    """
+    records, run, codes = [], JITFunction.run, []
+
+    def compiled(*arguments, warmup, **options) -> None:
+        codes.append(run(*arguments, warmup=True, **options))
+
+    JITFunction.run = compiled
+    for device, (target, (gpu, *_)) in enumerate(TARGETS.items()):
+        driver = dict(
+            get_current_target=lambda gpu=gpu: gpu,
+            get_current_device=lambda device=device: device,
+            get_current_stream=lambda device: 0,
+        )
+        triton.runtime.driver.set_active(SimpleNamespace(**driver))
+        for name, function, arguments in cases(widths, dtypes):
+            codes.clear()
+            benchmark.passes(function, arguments)[1]()
+            records += [dict(op=name, target=target) | resources(code, target) for code in codes]
+    return records
+
+
+def resources(code: CompiledKernel, target: str) -> dict:
+    """Return a lane's registers, what is spilled, shared bytes, and the share of warps that fit."""
+    gpu, _, most_shared, lanes, warps = TARGETS[target]
+    names = "vgpr_count private_segment_fixed_size vgpr_spill_count sgpr_spill_count"
+    text = code.asm.get("amdgcn")
+    if gpu.backend == "cuda":
+        names = "REG STACK LOCAL"
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.asm["cubin"])
+            file.flush()
+            text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    used, *spilled = (int(re.search(rf"\b{name}:\s*(\d+)", text)[1]) for name in names.split())
+    shared, group = code.metadata.shared, code.metadata.num_warps
+    fitting = min(warps, lanes // (-(-used // 8) * 8), most_shared * group // max(1, shared))
+    record = dict(kernel=code.metadata.name, registers=used, spilled=sum(spilled), shared=shared)
+    return record | dict(occupancy=fitting // group * group / warps)
+
+
+def machine_code_of_all() -> list[dict]:
+    """Return `machine_code` for the tests, from a process that compiles: this one interprets."""
+    environment = os.environ | dict(TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join(sys.path))
+    return json.loads(subprocess.check_output([sys.executable, __file__], env=environment))
+
+
+class Traffic:
+    """Counts, inside of its context, the addresses that each interpreted program moves."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[tuple, list[np.ndarray]] = {}  # (launch, program, method, bytes) → …
+        self.launch = 0
+
+    def __enter__(self) -> "Traffic":
+        for name in (*POINTER_AND_MASK, "set_grid_dim"):
+            setattr(builder, name, functools.partial(self.count, name))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in (*POINTER_AND_MASK, "set_grid_dim"):
+            delattr(builder, name)
+
+    def count(self, name: str, *arguments, **options):
+        """Note what the interpreter's method `name` moves, and call it."""
+        if name in POINTER_AND_MASK:
+            pointer, mask = (arguments[i] for i in POINTER_AND_MASK[name])
+            size = pointer.get_element_ty().primitive_bitwidth // 8
+            key = (self.launch, builder.grid_idx, name, size)
+            where, mask = np.broadcast_arrays(pointer.data, mask.data)
+            self.addresses.setdefault(key, []).append(where[mask.astype(bool)])
+        self.launch += name == "set_grid_dim"
+        return getattr(type(builder), name)(builder, *arguments, **options)
+
+    def total(self, tensor: Tensor | None = None) -> int:
+        """Return the distinct bytes of each program, summed; of all tensors, or of one."""
+        low, high = 0, 2**64 - 1
+        if tensor is not None:
+            low, high = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        total = 0
+        for key, parts in self.addresses.items():
+            where = np.unique(np.concatenate(parts))
+            total += key[-1] * int(((low <= where) & (where < high)).sum())
+        return total
+
+
+class ChainBytes(TorchDispatchMode):
+    """Adds up what torch's ops read and write: each op its inputs and outputs; no views."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not function.name().startswith("aten::empty"):
+            for leaf in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, Tensor):
+                    self.total += min(leaf.nbytes, leaf.untyped_storage().nbytes())
+        return result
+
+
+if __name__ == "__main__":
+    every = len(sys.argv) > 1  # for a table of all
+    widths = (144, 256, 384, 512) if every else WIDTHS
+    types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
+    print(json.dumps(machine_code(widths, types)))
