@@ -94,8 +94,8 @@ def opened(path: Path, options: argparse.Namespace) -> System:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a run directory or a checkpoint, and not a file of hypotheses."""
-    if path.is_dir() or not path.exists():
-        return True
+    if not path.is_file():
+        return True  # a directory, or what is refused as a checkpoint
     with open(path, "rb") as file:
         return file.read(2) == b"PK"  # a zip file
 
@@ -121,6 +121,8 @@ def show_comparison(options: argparse.Namespace) -> None:
     for split in options.split or sides[0][0].config.test_splits:
         rows = compare(sides, split)
         subject = f"{rows[0]['measure'].upper()} of the same {rows[0]['utterances']:,} utterances"
+        lost = f" ({rows[0]['left_out']} left out: audio that can't be read)"
+        subject += lost if rows[0]["left_out"] else ""
         print(f"\n{printable(split)}: {subject}; first minus second, in points\n")
         header = ["first", "second", "first", "second", "difference", "95% interval", "verdict"]
         print(table(header, [comparison_row(row) for row in rows], text_columns=2), end="")

@@ -445,10 +445,12 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     A side has one system, or one for each seed; its rate is their mean. Equal sizes are compared;
     all of them, where two sides have no size in common. Each row has `first` and `second`, (number
     of the side from 0, size) each, the `measure` (wer or cer), the `rates`, their `difference`,
-    first minus second, its `interval` (see `wer.paired_interval`), the `verdict`, and the number
-    of `utterances` that all systems could read. Raises ValueError where the utterances differ.
+    first minus second, its `interval` (see `wer.paired_interval`), the `verdict`, and the numbers
+    of `utterances` and of those `left_out`, whose audio can't be read. Raises ValueError where the
+    utterances differ.
     """
-    utterances = common_utterances(sides, split)
+    corpus = common_corpus(sides, split)
+    utterances = corpus.utterances
     texts = [[texts_by_size(system, utterances, split) for system in side] for side in sides]
     read = read_by_all([t for side in texts for run in side for t in run.values()], split)
     blanks = writes_blanks(utterances[i].text for i in read)
@@ -457,7 +459,8 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
         if not of_side:
             names = ", ".join(str(system.path) for system in side)
             raise ValueError(f"{names}: these have no size in common")
-    shared = dict(measure="wer" if blanks else "cer", utterances=len(read))
+    unreadable = len(corpus.left_out.get(UNREADABLE, ())) + len(utterances) - len(read)
+    shared = dict(measure="wer" if blanks else "cer", utterances=len(read), left_out=unreadable)
     rows = []
     for a, b in combinations(range(len(sides)), 2):
         same = [(size, size) for size in errors[a] if size in errors[b]]
@@ -467,17 +470,17 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     return rows
 
 
-def common_utterances(sides: Sequence[Sequence[System]], split: str) -> list[Utterance]:
-    """Return the utterances of a split. Raises ValueError where they differ between systems."""
-    utterances: list[Utterance] = []
+def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
+    """Return a split, which all systems have. Raises ValueError where their utterances differ."""
+    corpora = []
     for system in chain.from_iterable(sides):
         config = system.config
-        read = read_corpus(corpus_root(config), [split], config).utterances
-        utterances = utterances or read
-        if [(u.id, u.text) for u in read] != [(u.id, u.text) for u in utterances]:
+        corpora.append(read_corpus(corpus_root(config), [split], config))
+        first, other = ([(u.id, u.text) for u in c.utterances] for c in (corpora[0], corpora[-1]))
+        if first != other:
             what = f"the {split} of {config.corpus} has other utterances than the first's"
             raise ValueError(f"{system.path}: {what}")
-    return utterances
+    return corpora[0]
 
 
 def errors_by_size(

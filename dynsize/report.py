@@ -138,9 +138,11 @@ def examples(rows: Sequence[dict], width: int = 0) -> str:
     """Return utterances: the reference above the text of each size. `width`: cut lines there."""
     lines = []
     for row in rows:
-        lines.append(row["id"])
-        lines.append(f"  reference  {row['reference']}")
-        lines += [f"  size {size:<5}  {text}" for size, text in row["texts"].items()]
+        worse = "  errors: {} → {}".format(*row["errors"]) if "errors" in row else ""
+        lines.append(row["id"] + worse)
+        lines.append(f"  reference  {row['reference'] or NOTHING}")
+        texts = row["texts"].items()
+        lines += [f"  size {size:<5}  {text or NOTHING}" for size, text in texts]
     lines = [printable(line) for line in lines]
     if width:
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -407,6 +408,8 @@ def test_compare_several_seeds(work):
     assert verdicts(done.stdout) == ["not significantly different"]
     said = refused("--compare", "run,run/size-3.pt,run", "run/nowhere", cwd=work)
     assert "nowhere" in said
+    os.mkfifo(work / "pipe")
+    assert "pipe: no such checkpoint" in refused("--compare", "pipe", "run", cwd=work)
 
 
 def test_the_mean_rate_of_seeds_is_compared():
@@ -434,6 +437,17 @@ def test_files_of_hypotheses_that_are_refused(work, lines, words):
     (work / "hyp.trn").write_text("LOW\n")
     said = run("--compare", "run", "hyp.trn", "--split", "test-clean", cwd=work)
     assert said.returncode == 2 and "hyp.trn:1: not TEXT (ID)" in said.stderr
+
+
+def test_compare_leaves_out_what_one_of_them_cannot_read(work):
+    audio = work / "corpus" / "test-clean" / "1" / "7"
+    for number, size in ((1, 0), (2, 600)):
+        victim = audio / f"1-7-000{number}.flac"
+        victim.write_bytes(victim.read_bytes()[:size])
+    corpus = ("--corpus", "corpus", "--split", "test-clean")
+    done = run("--compare", "run", "run/size-3.pt", *corpus, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "WER of the same 4 utterances (2 left out: audio that can't be read)" in done.stdout
 
 
 def test_compare_refuses_other_utterances(work):
