@@ -32,25 +32,49 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "supernet", type=Path, metavar="RUN", help="run directory of train.py, or its checkpoint"
     )
     parser.add_argument(
-        "--output", type=Path, help="directory for size-K.pt (RUN; with --method RUN/METHOD)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="directory for size-K.pt (RUN; with --method RUN/METHOD)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:N or auto, where milliseconds are measured (as trained)"
     )
+    add_sizes(parser)
+    add_learning(parser)
+    parsed = parser.parse_args(arguments)
+    if fault := contradiction(parsed):
+        parser.error(fault)
+    return parsed
+
+
+def add_sizes(parser: Parser) -> None:
+    """Add the flags that choose sizes and their layers."""
     sizes = parser.add_argument_group("sizes (default: all that were trained, except the full one)")
-    sizes.add_argument("--sizes", type=int, nargs="+", default=[], help="in layers")
-    sizes.add_argument("--max-params", type=int, help="the largest size within this many weights")
     sizes.add_argument(
-        "--max-macs", type=int, help="the largest size within these MACs for 1 s of audio"
+        "--sizes", type=int, nargs="+", default=[], metavar="K", help="numbers of layers"
     )
     sizes.add_argument(
-        "--max-latency-ms", type=float, help="the largest size within these milliseconds here"
+        "--max-params", type=int, metavar="N", help="the largest size within this many weights"
+    )
+    sizes.add_argument(
+        "--max-macs",
+        type=int,
+        metavar="N",
+        help="the largest size within these MACs for 1 s of audio",
+    )
+    sizes.add_argument(
+        "--max-latency-ms",
+        type=float,
+        metavar="MS",
+        help="the largest size within these milliseconds here",
     )
     sizes.add_argument(
         "--audio-seconds",
         type=float,
         default=10.0,
+        metavar="SECONDS",
         help="length of the utterance whose milliseconds are measured (10)",
     )
     sizes.add_argument(
@@ -59,7 +83,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="learned",
         help="which layers a size keeps (learned)",
     )
-    sizes.add_argument("--seed", type=int, default=0, help="seed of the random ranking (0)")
+    sizes.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random ranking (0)"
+    )
+
+
+def add_learning(parser: Parser) -> None:
+    """Add the flags of --method."""
     learn = parser.add_argument_group("learning which layers of a full-size model to keep")
     learn.add_argument(
         "--method", choices=list(ALGORITHMS), help="learn scores, then train all sizes jointly"
@@ -67,12 +97,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     learn.add_argument(
         "--updates",
         type=int,
+        metavar="N",
         help="updates of both steps (a third of the model's training); 0: learn nothing",
     )
-    parsed = parser.parse_args(arguments)
-    if fault := contradiction(parsed):
-        parser.error(fault)
-    return parsed
 
 
 def contradiction(options: argparse.Namespace) -> str:

@@ -85,21 +85,25 @@ def flags_parser(preset: str) -> Parser:
         help="train by each algorithm and each size alone, for one table in "
         f"runs/study-{preset}; the same command goes on after a stop",
     )
+    add_settings(parser, configuration.preset(preset))
+    return parser
+
+
+def add_settings(parser: Parser, defaults: configuration.Config) -> None:
+    """Add a flag for each setting of a configuration, in its sections."""
     types = typing.get_type_hints(configuration.Config)
-    values = configuration.preset(preset)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in configuration.fields():
         section = field.metadata["section"]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        default = configuration.shown(getattr(values, field.name)) or "none"
+        default = configuration.shown(getattr(defaults, field.name)) or "none"
         groups[section].add_argument(
             "--" + field.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} ({default})".replace("%", "%%"),
             **flag_options(types[field.name], field.metadata["choices"]),
         )
-    return parser
 
 
 def flag_options(kind: type, choices: tuple[str, ...]) -> dict:
@@ -273,7 +277,7 @@ def draw(folder: Path) -> None:
 
 
 def main() -> None:
-    with reported("train.py", "stopped before the first update; there is nothing to save"):
+    with reported("train.py", "stopped while no update ran; there is nothing to save"):
         options = parse(sys.argv[1:])
         use_threads(options.threads)
         processes.join()

@@ -360,15 +360,53 @@ class Config:
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Return, for each setting that depends on others: whether its rule holds, and the rule."""
-        head_width, rest = divmod(self.width, self.attention_heads)
-        channels = CHANNELS[self.front_end]
-        nyquist = self.sample_rate / 2
         splits = {
             name: (are_splits(getattr(self, name)), "must be names inside the corpus; A+B: A and B")
             for name in ("train_splits", "dev_splits", "test_splits")
         }
-        return splits | {
+        return (
+            splits
+            | self.feature_rules()
+            | self.network_rules()
+            | {
+                "cooldown": (
+                    self.cooldown <= 1 - self.warmup,
+                    f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
+                ),
+                "device": (
+                    re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
+                    "must be auto, cpu, cuda or cuda:N",
+                ),
+            }
+        )
+
+    def feature_rules(self) -> dict[str, tuple[bool, str]]:
+        """Return the rules of the speech and its features."""
+        nyquist = self.sample_rate / 2
+        return {
             "speeds": (bool(self.speeds), "must be one or more"),
+            "max_seconds": (
+                self.max_seconds == 0 or self.max_seconds > self.min_seconds,
+                f"must be above --min-seconds {self.min_seconds:g}, or 0",
+            ),
+            "highest_hz": (
+                self.lowest_hz + self.mel_bins <= self.highest_hz <= nyquist,
+                f"must be at most {nyquist:g}, half the sample rate, and at least 1 Hz for each of "
+                f"the {self.mel_bins} mel bins above --lowest-hz {self.lowest_hz:g}",
+            ),
+            "window_ms": (self.window_ms * self.sample_rate >= 2000, "must be two samples or more"),
+            "hop_ms": (
+                self.hop_ms <= self.window_ms and self.hop_ms * self.sample_rate >= 1000,
+                f"must be a sample or more and at most --window-ms {self.window_ms:g}",
+            ),
+        }
+
+    def network_rules(self) -> dict[str, tuple[bool, str]]:
+        """Return the rules of the network and its sizes."""
+        head_width, rest = divmod(self.width, self.attention_heads)
+        channels = CHANNELS[self.front_end]
+        alone = self.method == "none"
+        return {
             "attention_heads": (
                 rest == 0 and not (self.rotary and head_width % 2),
                 f"must divide --width {self.width}"
@@ -384,38 +422,10 @@ class Config:
                 f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks",
             ),
             "size": (
-                self.size <= self.layers and (self.size == 0 or self.method == "none"),
+                self.size <= self.layers and (self.size == 0 or alone),
                 f"must be 0 to {self.layers}, and needs --method none",
             ),
-            "max_seconds": (
-                self.max_seconds == 0 or self.max_seconds > self.min_seconds,
-                f"must be above --min-seconds {self.min_seconds:g}, or 0",
-            ),
-            "layers_from": (
-                not self.layers_from or self.method == "none",
-                "needs --method none",
-            ),
-            "highest_hz": (
-                self.lowest_hz + self.mel_bins <= self.highest_hz <= nyquist,
-                f"must be at most {nyquist:g}, half the sample rate, and at least 1 Hz for each of "
-                f"the {self.mel_bins} mel bins above --lowest-hz {self.lowest_hz:g}",
-            ),
-            "window_ms": (
-                self.window_ms * self.sample_rate >= 2000,
-                "must be two samples or more",
-            ),
-            "hop_ms": (
-                self.hop_ms <= self.window_ms and self.hop_ms * self.sample_rate >= 1000,
-                f"must be a sample or more and at most --window-ms {self.window_ms:g}",
-            ),
-            "cooldown": (
-                self.cooldown <= 1 - self.warmup,
-                f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
-            ),
-            "device": (
-                re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
-                "must be auto, cpu, cuda or cuda:N",
-            ),
+            "layers_from": (not self.layers_from or alone, "needs --method none"),
         }
 
 

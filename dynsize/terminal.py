@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             usage=f"python %(prog)s {files}[--flag VALUE ...]",
-            description=description,
+            description=f"{description.rstrip()}\nDefaults are in parentheses.",
             epilog=f"examples:\n{examples}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -276,7 +278,7 @@ def test_ctrl_c_before_the_first_update_is_one_line(tones, tmp_path, monkeypatch
     monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "check_new", stop)
     done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=tmp_path)
     assert done.returncode == 130 and not list(tmp_path.iterdir())
-    assert done.stderr == "train.py: stopped before the first update; there is nothing to save\n"
+    assert done.stderr == "train.py: stopped while no update ran; there is nothing to save\n"
 
 
 def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path, monkeypatch):
@@ -387,6 +389,36 @@ def test_help_follows_the_width_of_the_terminal_and_shows_examples(script, monke
     flags = options[options.index("options:") :].splitlines()
     assert max(map(len, (line for line in flags if "{" not in line))) <= 60
     assert examples.count(f"python {script} ") >= 3
+
+
+def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
+    stream = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--corpus", str(tones), "--run", "é", *TINY])
+    monkeypatch.chdir(tmp_path)
+    with redirect_stdout(stream):
+        SCRIPTS["train.py"]["main"]()
+    stream.flush()
+    assert b"done: \\xe9/checkpoint.pt" in stream.buffer.getvalue()
+    assert checkpoint.load(tmp_path / "é").training["update"] == 12
+
+
+def test_prune_never_replaces_its_source(work, refuse):
+    for flags in ("--method simple-top-k --output run --overwrite --updates 2", "--output run"):
+        source = work / "run" / "checkpoint.pt"
+        before = source.read_bytes()
+        run("prune.py", "run", *flags.split(), cwd=work)
+        assert source.read_bytes() == before
+    shutil.copy(source, work / "size-5.pt")
+    said = refuse("prune.py", "size-5.pt", "--sizes", "5", "--overwrite", cwd=work)
+    assert "size-5.pt" in said and "supernet" in said
+
+
+def test_prune_hints_at_what_it_wrote(work):
+    for output in ([], ["--output", "cut"]):
+        *_, last = run("prune.py", "run", *output, cwd=work).stdout.splitlines()
+        command = last.partition(" measures")[0].split()
+        done = run("evaluate.py", *command[2:], "--split", "test-clean", cwd=work)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatch, capsys):
