@@ -66,7 +66,7 @@ def work(trained, tmp_path) -> Path:
 def test_train_leaves_and_shows_what_it_promises(trained):
     names = {path.name for path in (trained / "run").iterdir()}
     networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt", "average.pt"}
-    assert names - networks == {
+    assert names - networks - {"plots"} == {
         "config.json",
         "metrics.jsonl",
         "ranking.json",
