@@ -1,24 +1,28 @@
 #!/usr/bin/env python
-"""Decodes a test split with every size of a supernet and reports error rates and costs.
+"""Decodes test splits with every size of a supernet; reports error rates, costs.
 
-RUN is a directory of train.py, a checkpoint, or a size that prune.py cut. The results are
-written to RUN/evaluation/CHECKPOINT/SPLIT:
+RUN is a directory of train.py, a checkpoint, or a size that prune.py cut. The
+results are written to RUN/evaluation/CHECKPOINT/SPLIT:
 
-  results.md, results.json  error rates with 95% intervals, costs, speakers, confusions,
-                            and what became worse from the largest to the smallest size
-  ref.trn, hyp-K.trn        references and texts of size K, as NIST's sclite reads them
-  aligned-K.txt             each text below its reference, word below word
+  results.md, results.json   error rates with 95% intervals, costs, speakers,
+                             confusions, and what became worse from the largest
+                             to the smallest size
+  ref.trn, hyp-K.trn         references and texts of size K in the format of
+                             NIST's sclite
+  aligned-K.txt              each text below its reference, word below word
 
-Word error rates count. Character error rates stand beside them, and count instead where the
-language writes no blanks between words. Utterances whose audio can't be read are left out,
-named and counted; the exit code is still 0. It is 2, with one line, where nothing can be scored.
+Word error rates count. Character error rates stand beside them, and count
+instead where the language writes no blanks between words. Utterances whose
+audio can't be read are left out, named and counted; the exit code is still 0.
+It is 2, with one line, where nothing can be scored.
 
-With --compare it decodes with two or more and tells which is better: the 95% interval of the
-difference, on the same utterances. A file of hypotheses, of any system, can be one of them: lines
-`ID TEXT`, or `TEXT (ID)` in a file .trn. Runs of one training with several seeds are one side,
-joined by commas. The interval is then over utterances and seeds: each of 1000 draws takes
-utterances, the same for all, and seeds, both with replacement, and compares the mean rates. Two or
-three seeds show less than the whole spread between seeds.
+--compare decodes with two or more and tells which is better: the 95% interval
+of the difference, on the same utterances. One of them can be a file of
+hypotheses, of any system: lines `ID TEXT`, or `TEXT (ID)` in a file .trn.
+Runs of one training with several seeds are one side, joined by commas. The
+interval is then over utterances and seeds: each of 1000 draws takes
+utterances, the same for all, and seeds, both with replacement, and compares
+the mean rates. Two or three seeds show less than the whole spread of seeds.
 """
 
 import argparse
@@ -36,11 +40,11 @@ from dynsize.report import error_rates, examples, headline, percent, table
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 
 EXAMPLES = """\
-  python evaluate.py runs/demo                          all sizes, on the test splits
-  python evaluate.py runs/demo/size-7.pt --device cpu   one size that prune.py cut
-  python evaluate.py runs/demo --corpus /data/mine --split test --normaliser plain
-  python evaluate.py --compare runs/demo runs/alone/checkpoint.pt
-  python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1 --split test-other
+  python evaluate.py runs/demo
+  python evaluate.py runs/demo/size-7.pt --device cpu
+  python evaluate.py runs/demo --corpus mine --split test --normaliser plain
+  python evaluate.py --compare runs/demo runs/alone
+  python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1
   python evaluate.py --compare runs/demo other-system.trn"""
 NAMED = 10  # utterances whose audio can't be read, at most, on the screen
 CHANGED = ("corpus", "corpus_kind", "normaliser", "device", "precision", "batch_seconds")

@@ -5,6 +5,7 @@ control a terminal.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ def write(report: dict, scored: dict[int, list["Scored"]], output: Path) -> None
 
 
 def written_id(utterance: Utterance) -> str:
-    """Return an utterance's id as files have it: safe to show, and with _ for each blank."""
-    return printable(utterance.id).replace(" ", "_")
+    """Return an utterance's id as files have it: safe to show, _ for blanks and parentheses."""
+    return re.sub(r"[\s()]", "_", printable(utterance.id))
 
 
 def trn(texts: Sequence[str], scored: Sequence["Scored"]) -> str:

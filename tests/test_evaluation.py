@@ -14,6 +14,8 @@ import pytest
 import soundfile
 import torch
 from conftest import RATE, tiny, write_tones
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynsize import checkpoint, report
 from dynsize.batching import Examples
@@ -23,6 +25,7 @@ from dynsize.evaluation import (
     difference,
     errors_of,
     examples_of,
+    read_hypotheses,
     score,
     scores,
     transcribe,
@@ -178,6 +181,7 @@ def test_help_teaches(made, monkeypatch):
     assert done.returncode == 0
     for part in ("examples:", "results.json", "exit code", "ID TEXT", "--normaliser", "seeds"):
         assert part in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def kaldi_corpus(root: Path, words: dict[str, str], speakers: dict[str, str]) -> Path:
@@ -420,6 +424,20 @@ def test_the_mean_rate_of_seeds_is_compared():
     assert row["rates"] == pytest.approx([0.2, 0.6]) and row["runs"] == [2, 1]
     assert row["difference"] == pytest.approx(-0.4) and row["verdict"] == "the first is better"
     assert row["interval"] == pytest.approx((-0.5, -0.3))
+
+
+texts = st.lists(st.text("ab( )/{}今", max_size=9).map(str.split).map(" ".join), max_size=5)
+
+
+@given(texts, st.sampled_from(["{}", "a b({})", "{}\x1b[1m"]), st.booleans())
+def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, form, trn):
+    utterances = [utterance("", form.format(number)) for number in range(len(found))]
+    scored = [score(u, text, True) for u, text in zip(utterances, found, strict=True)]
+    file = tmp_path_factory.mktemp("written") / ("hyp.trn" if trn else "hyp.txt")
+    lines = [f"{report.written_id(s.utterance)} {s.text}\n" for s in scored]
+    content = report.trn(found, scored) if trn else "".join(lines)
+    file.write_text(content, encoding="utf-8")
+    assert read_hypotheses(file, utterances, tiny()) == found
 
 
 @pytest.mark.parametrize(
