@@ -1,4 +1,9 @@
-"""The paper's main result on one corpus: both algorithms' supernets against each size trained alone."""
+"""The paper's main result on one corpus: supernets by each algorithm against each size alone.
+
+A study is a folder with a run directory for each training of its plan. `next_training` goes on
+where it was stopped; `results` compares what is trained. For more seeds, make a study of each in
+its own folder.
+"""
 
 import json
 from pathlib import Path
@@ -6,23 +11,34 @@ from pathlib import Path
 from dynsize import checkpoint
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, with_method
-from dynsize.evaluation import evaluate
+from dynsize.evaluation import System, compare, evaluate
 from dynsize.training import Trainer, check_new
 
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
+VERDICTS = {"the first is better": "better", "the second is better": "worse"}
+NOTE = (
+    "Differences are in percent points, each method minus the same size trained alone, on the same "
+    "utterances, with 95% intervals. Not significantly different: the 95% interval contains 0."
+)
 
 
 def plan(config: Config) -> dict[str, Config]:
-    """Name → configuration of each training, all with the same number of updates: a supernet by each algorithm, and
-    each size alone, smaller ones as the first blocks."""
+    """Return name → configuration of each training, all with the same number of updates.
+
+    These are a supernet by each algorithm and by LayerDrop, and each size alone: its network is
+    the first layers.
+    """
     supernets = {method: with_method(config, method) for method in SHARED}
     alone = {f"alone-{size}": with_method(config, "none", size=size) for size in config.sizes}
     return supernets | alone
 
 
 def next_training(config: Config, folder: Path) -> Trainer | None:
-    """The first training of the plan that is not at its end, new or as it was left; None where all are. Raises
-    ValueError where the folder has one of the same name with other settings."""
+    """Return the first training of the plan that is not at its end, new or as it was left.
+
+    Returns None where all are. Raises ValueError where the folder has a training of the same name
+    with other settings.
+    """
     for name, planned in plan(config).items():
         run = folder / name
         if not checkpoint.history(run):
@@ -37,37 +53,87 @@ def next_training(config: Config, folder: Path) -> Trainer | None:
 
 
 def results(config: Config, folder: Path) -> str:
-    """Evaluates every run of the plan on the test splits, where that was not done, and writes `study.json` and
-    `study.md`: for each split and size the word error rate of each way to train it. Returns the Markdown."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for name in plan(config):
-        loaded = checkpoint.load(folder / name)
-        for split in config.test_splits:
-            output = folder / name / "evaluation" / loaded.path.stem / split
-            if not (output / "results.json").exists():
-                evaluate(loaded, config, split, output)
-            found.setdefault(split, {})[name] = json.loads((output / "results.json").read_text())[
-                "sizes"
-            ]
-    (folder / "study.json").write_text(json.dumps(found, indent=2) + "\n")
-    text = "\n".join(table(split, rows, config) for split, rows in found.items())
+    """Return the study's tables in Markdown, and write them as `study.md`.
+
+    Evaluates every run of the plan on the test splits, where that was not done. Writes the rows of
+    all evaluations to `study.json` (split → training → sizes), and the differences between each
+    method and the same size alone to `differences.json` (split → rows, see `compared`).
+    """
+    trained = {name: checkpoint.load(folder / name) for name in plan(config)}
+    rates, differences, tables = {}, {}, []
+    for split in config.test_splits:
+        rates[split] = {
+            name: evaluated(loaded, config, split, folder / name)
+            for name, loaded in trained.items()
+        }
+        differences[split] = compared(trained, config, split)
+        tables.append(rate_table(split, rates[split], config))
+        tables.append(difference_table(split, differences[split], config))
+    text = "\n".join([*tables, NOTE + "\n"])
+    (folder / "study.json").write_text(json.dumps(rates, indent=2) + "\n")
+    (folder / "differences.json").write_text(json.dumps(differences, indent=2) + "\n")
     (folder / "study.md").write_text(text, encoding="utf-8")
     return text
 
 
-def table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
-    """One split in Markdown: a line for each size, largest first; word error rates in percent with 95% intervals."""
-    cells = {(name, row["size"]): shown(row) for name, of_sizes in rows.items() for row in of_sizes}
-    lines = [
-        f"| {split}: size | alone | {' | '.join(SHARED)} |",
-        "| ---: | ---: |" + " ---: |" * len(SHARED),
-    ]
+def evaluated(loaded: checkpoint.Checkpoint, config: Config, split: str, run: Path) -> list[dict]:
+    """Return the rows of an evaluation, one for each size, from its file if it is there."""
+    output = run / "evaluation" / loaded.path.stem / split
+    if not (output / "results.json").exists():
+        evaluate(loaded, config, split, output)
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))["sizes"]
+
+
+def compared(trained: dict[str, checkpoint.Checkpoint], config: Config, split: str) -> list[dict]:
+    """Return the differences of error rates between each method and the same size alone.
+
+    Each row has `method`, `size`, the `measure` (wer or cer), the `rates` of both, their
+    `difference`, its 95% `interval` and the `verdict` on the method.
+    """
+    names = list(trained)
+    sides = [[System(loaded.path, config, loaded)] for loaded in trained.values()]
+    rows = []
+    for row in compare(sides, split):
+        (first, size), (second, _) = row["first"], row["second"]
+        if names[first] in SHARED and names[second] == f"alone-{size}":
+            shown = {key: row[key] for key in ("measure", "rates", "difference", "interval")}
+            verdict = VERDICTS.get(row["verdict"], row["verdict"])
+            rows.append(dict(method=names[first], size=size, verdict=verdict) | shown)
+    return rows
+
+
+def rate_table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
+    """Return the word error rates on a split, in percent with 95% intervals, largest size first."""
+    cells = {(name, row["size"]): rate(row) for name, sizes in rows.items() for row in sizes}
+    lines = [[f"{split}: size", "alone", *SHARED]]
     for size in reversed(config.sizes):
-        columns = [cells[f"alone-{size}", size]] + [cells[method, size] for method in SHARED]
-        lines.append(f"| {size} | {' | '.join(columns)} |")
-    return "\n".join(lines) + "\n"
+        alone = cells[f"alone-{size}", size]
+        lines.append([str(size), alone, *(cells[method, size] for method in SHARED)])
+    return markdown(lines)
 
 
-def shown(row: dict) -> str:
+def difference_table(split: str, rows: list[dict], config: Config) -> str:
+    """Return the differences on a split with their intervals and verdicts, largest size first."""
+    cells = {(row["method"], row["size"]): change(row) for row in rows}
+    lines = [[f"{split}: size", *(f"{method} − alone" for method in SHARED)]]
+    for size in reversed(config.sizes):
+        lines.append([str(size), *(cells[method, size] for method in SHARED)])
+    return markdown(lines)
+
+
+def rate(row: dict) -> str:
+    """Return a word error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
     low, high = (100 * bound for bound in row["interval"])
     return f"{100 * row['wer']:.2f}% [{low:.2f}, {high:.2f}]"
+
+
+def change(row: dict) -> str:
+    """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`."""
+    low, high = (100 * bound for bound in row["interval"])
+    return f"{100 * row['difference']:+.2f} [{low:+.2f}, {high:+.2f}] {row['verdict']}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a table of which the first line is the header."""
+    header, *rest = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return header + "|" + " ---: |" * len(lines[0]) + "\n" + "".join(rest)

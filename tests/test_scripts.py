@@ -213,8 +213,32 @@ def test_study_goes_on_where_it_was_stopped(tones, tmp_path):
     found = json.loads((tmp_path / "study" / "study.json").read_text())
     alone = {f"alone-{size}" for size in (3, 5, 8)}
     assert set(found["test-clean"]) == {*ALGORITHMS, "layerdrop"} | alone
+    check_differences(tmp_path / "study", found, text)
     other = run(*command, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def check_differences(study: Path, found: dict, text: str) -> None:
+    """Fails where a study's differences do not follow from its rates, or are not in its text."""
+    differences = json.loads((study / "differences.json").read_text())
+    for split, rows in differences.items():
+        rates = {(name, r["size"]): r["wer"] for name, of in found[split].items() for r in of}
+        assert {(r["method"], r["size"]) for r in rows} == {
+            (method, size) for method in (*ALGORITHMS, "layerdrop") for size in (3, 5, 8)
+        }
+        for row in rows:
+            size, (low, high) = row["size"], row["interval"]
+            expected = [rates[row["method"], size], rates[f"alone-{size}", size]]
+            assert row["rates"] == pytest.approx(expected)
+            assert row["difference"] == pytest.approx(expected[0] - expected[1])
+            verdict = (
+                "better" if high < 0 else "worse" if low > 0 else "not significantly different"
+            )
+            assert row["verdict"] == verdict
+    assert set(differences) == set(found)
+    assert "Not significantly different: the 95% interval contains 0." in text
+    cell = r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] (?:better|worse|not significantly different) \|"
+    assert len(re.findall(rf"^\| (?:8|5|3) \|(?:{cell}){{4}}$", text, re.M)) == 6
 
 
 def saved_at(output: str) -> int:
