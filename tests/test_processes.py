@@ -26,6 +26,7 @@ CASES = {
     "step 1": (0, dict()),
     "step 1, soft": (0, dict(relaxation="soft")),
     "step 1, zeroing out": (9, dict(method="iterative-zero-out", delta=2)),
+    "step 1, orthogonal rows": (9, dict(method="ortho-softmax")),
     "step 2": (18, dict(sizes=(3, 5, 6, 8), stochastic_depth=0.0)),
     "step 2, stochastic depth": (18, dict(stochastic_depth=0.4)),
     "layerdrop": (5, dict(method="layerdrop", shared_output_layer=True)),

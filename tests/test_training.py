@@ -38,6 +38,7 @@ def lines(run) -> list[dict]:
         dict(relaxation="straight-through"),
         dict(relaxation="soft"),
         dict(method="iterative-zero-out", delta=2, score_rate=500.0),
+        dict(method="ortho-softmax", score_rate=500.0),
         dict(method="layerdrop", shared_output_layer=True),
         dict(method="none", sizes=(8,), size=5),
     ],
