@@ -53,8 +53,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = [flag for flag, value in alone.items() if value]
     if parsed.resume and given:
         parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
-    if parsed.resume and changes(parsed):
-        parser.error("--resume goes on as the run was configured: it stands alone")
     if parsed.study and parsed.overwrite:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
     parsed.preset = parsed.preset or "demo"
@@ -131,7 +129,7 @@ def start(options: argparse.Namespace) -> Trainer:
     Raises ValueError for bad input; then nothing was changed.
     """
     if options.resume:
-        return Trainer.resume(options.resume)
+        return Trainer.resume(options.resume, changes(options))
     config = configuration.preset(options.preset, **changes(options))
     run = options.run or Path("runs") / options.preset
     check_new(run, options.overwrite)
@@ -230,7 +228,7 @@ def losses(record: dict) -> str:
 
 @contextmanager
 def signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM save and end the training; a second one ends at once.
+    """Let SIGINT and SIGTERM save and end the training; one that comes later ends it at once.
 
     SIGUSR1 saves, and the training goes on.
     """
@@ -238,11 +236,7 @@ def signals(trainer: Trainer) -> Iterator[None]:
     def save(number: int, frame: object) -> None:
         trainer.save_soon = True
 
-    def end(number: int, frame: object) -> None:
-        trainer.stop_soon = number
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {signal.SIGUSR1: save, signal.SIGINT: end, signal.SIGTERM: end}
+    handlers = {signal.SIGUSR1: save, signal.SIGINT: trainer.stop, signal.SIGTERM: trainer.stop}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

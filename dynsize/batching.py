@@ -3,8 +3,9 @@
 import io
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from dynsize.tokenizer import Tokenizer
 LENGTH_JITTER = 0.1
 MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
 UNALIGNED = "more labels than CTC can align"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that a training handles
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Batch:
         """The share of the frames that is padding."""
         frames = self.features[..., 0].numel()
         return 1 - self.lengths.sum().item() / frames if frames else 0.0
+
+    def pin_memory(self) -> "Batch":
+        """Return the same batch in pinned memory, from which a GPU copies by itself."""
+        tensors = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return features, lengths, labels, label lengths and seeds on a device."""
@@ -197,12 +204,54 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def load(examples: Examples, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """Yield batch after batch, read by the configured number of worker processes."""
-    workers = examples.config.workers
-    return iter(
-        DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+def load(
+    examples: Examples, batches: Sequence[Sequence[int]], pin: bool = False
+) -> Iterator[Batch]:
+    """Yield batch after batch, read by the configured number of worker processes.
+
+    `pin`: into memory from which a GPU copies while the CPU goes on. Raises ChildProcessError where
+    a worker process died.
+    """
+    loader = DataLoader(
+        examples,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=examples.config.workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin,
     )
+    iterator = started(loader)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a loader process died: {error}; where memory was short, lower --workers "
+            f"{examples.config.workers}"
+        ) from error
+
+
+def started(loader: DataLoader) -> Iterator[Batch]:
+    """Return the iterator of a loader, whose worker processes never get the `SIGNALS`.
+
+    Their death is seen when the next batch is read. Without the handler that torch sets for it, it
+    would interrupt this process anywhere, in the middle of an update too.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a worker process ignore what asks its training to save and end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_plan(frames: Sequence[int], most_frames: float, most_utterances: int) -> list[list[int]]:

@@ -1,11 +1,11 @@
-"""One file with all that is needed to decode or to go on training, the same for supernets and cut subnets.
+"""One file with all that decoding or more training needs, for supernets and for cut subnets.
 
-It is the zip file that `torch.save` writes, with a checksum of all its bytes as the zip file's comment.
+It is the zip file that `torch.save` writes, with a checksum of all its bytes as the zip file's
+comment.
 """
 
 import dataclasses
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,34 +13,44 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from dynsize import files
 from dynsize.config import from_dict
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer
 
 FORMAT = "dynsize checkpoint 3"
-NAME = "checkpoint.pt"  # of the supernet in a run directory; the ones before are checkpoint-1.pt, checkpoint-2.pt, ...
+NAME = "checkpoint.pt"  # the newest of a run; the ones before are checkpoint-1.pt, checkpoint-2.pt
 CHECKSUM = 64  # characters: SHA-256 in hexadecimal digits
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `training` is the trainer's state; None where no training can go on: in a cut subnet, in the
-    best network on dev, in the average of several."""
+    """What a file holds."""
 
     path: Path
     model: Supernet
     tokenizer: Tokenizer
-    training: dict | None
+    training: dict | None  # the trainer's state; None for a cut subnet and for the best network
+    longest_seconds: float  # of training's longest utterance
 
 
 def save(
-    path: Path, model: Supernet, tokenizer: Tokenizer, training: dict | None = None, keep: int = 1
+    path: Path,
+    model: Supernet,
+    tokenizer: Tokenizer,
+    training: dict | None = None,
+    keep: int = 1,
+    longest_seconds: float = 15.0,
 ) -> None:
-    """Writes a checkpoint, and keeps so many, this one among them: `path` as `path`-1, that one as `path`-2, ...
+    """Write a checkpoint, and keep the ones before it, `keep` files in all.
 
-    After an interruption at any time, the newest of these files is the old one or the new one, and whole. Raises
-    OSError, with the path, where there is no room.
+    `path` becomes PATH-1, which becomes PATH-2, and so on. After an interruption at any time the
+    newest of these files is the old one or the new one, and whole.
+
+    Raises OSError, with the path, where the disk is full, and FloatingPointError for a weight that
+    is not finite. Then nothing was changed.
     """
     content = {
         "format": FORMAT,
@@ -49,35 +59,50 @@ def save(
         "size": model.size,
         "tokenizer": tokenizer.model,
         "training": training,
+        "longest_seconds": longest_seconds,
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    body = buffer.getvalue()[:-2] + CHECKSUM.to_bytes(
-        2, "little"
-    )  # a zip file ends with its comment's length
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(body + sha256(body).hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"{error.strerror}; what was saved before is untouched", str(path)
-        ) from error
+    check_finite(path, content)
+    temporary = files.prepare(path, with_checksum(content))
     names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
     for age in range(keep - 1, 0, -1):
         if names[age - 1].exists():
             names[age - 1].replace(names[age])
-    unfinished.replace(path)
+    files.put(temporary, path)
+
+
+def check_finite(path: Path, content: dict) -> None:
+    """Raise FloatingPointError where a number of a checkpoint's weights or state is not finite."""
+    for name, tensor in tensors(content):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"{path}: not written, as {name} is not finite; what was saved before is "
+                "untouched. Try a lower peak learning rate"
+            )
+
+
+def tensors(content: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of all tensors in nested dictionaries."""
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict):
+            yield from tensors(value, f"{prefix}{name}.")
+
+
+def with_checksum(content: dict) -> bytes:
+    """Return the bytes of a checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    without_length = buffer.getvalue()[:-2]  # a zip file ends with the length of its comment
+    body = without_length + CHECKSUM.to_bytes(2, "little")
+    return body + sha256(body).hexdigest().encode()
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint file onto the CPU; of a run directory the newest that is whole, with a warning for newer ones.
-    Runs no code from the file.
+    """Read a checkpoint file onto the CPU, or the newest one of a run directory that is whole.
 
-    Raises ValueError where there is none, or it is damaged, or something else.
+    Warns of newer ones that are not. Runs no code from the file. Raises ValueError where there is
+    no checkpoint, or where it is damaged or something else.
     """
     found = next(whole(path), None) if path.is_dir() else read(path)
     if found is None:
@@ -86,7 +111,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def whole(run: Path) -> Iterator[Checkpoint]:
-    """The checkpoints of a run directory that are whole, newest first; warns of the others."""
+    """Yield the checkpoints of a run directory that are whole, newest first; warn of the others."""
     for path in history(run):
         try:
             yield read(path)
@@ -95,29 +120,41 @@ def whole(run: Path) -> Iterator[Checkpoint]:
 
 
 def history(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, newest first."""
+    """Return the checkpoints of a run directory, newest first."""
     older = sorted(run.glob(f"{Path(NAME).stem}-[0-9].pt"))
     return [run / NAME, *older] if (run / NAME).exists() else older
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads one checkpoint file; `load` without the choice."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    data = path.read_bytes()
+    """Read one checkpoint file. Raises ValueError where it is missing, damaged or unreadable."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read: {error.strerror}") from error
     if sha256(data[:-CHECKSUM]).hexdigest().encode() != data[-CHECKSUM:]:
         raise ValueError(
             f"{path}: damaged, or not a checkpoint that dynsize wrote: its checksum is wrong"
         )
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
-        tokenizer = Tokenizer(content["tokenizer"])
-        ranking = content["weights"]["_extra_state"]
-        config = from_dict(content["config"])
-        model = Supernet(config, tokenizer.labels, ranking, content["size"])
-        model.load_state_dict(content["weights"])
-        return Checkpoint(path, model.eval(), tokenizer, content["training"])
+        return from_content(path, content)
     except Exception as error:  # torch raises a dozen kinds, according to what is wrong
         raise ValueError(f"{path}: not a checkpoint: {str(error).partition(chr(10))[0]}") from error
+
+
+def from_content(path: Path, content: dict) -> Checkpoint:
+    """Return the checkpoint that a file holds. Raises ValueError for another format."""
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"its format is {content['format']!r}, not {FORMAT!r}; train it again, or use the "
+            "version of dynsize that wrote it"
+        )
+    tokenizer = Tokenizer(content["tokenizer"])
+    config = from_dict(content["config"])
+    ranking = content["weights"]["_extra_state"]
+    model = Supernet(config, tokenizer.labels, ranking, content["size"])
+    model.load_state_dict(content["weights"])
+    longest = float(content["longest_seconds"])
+    return Checkpoint(path, model.eval(), tokenizer, content["training"], longest)

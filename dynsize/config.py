@@ -329,6 +329,9 @@ class Config:
         10.0, "training", "most minutes between two checkpoints", least=0.01, most=1e6
     )
     keep: int = setting(3, "training", "checkpoints that stay, newest first", least=1, most=10)
+    most_left_out: float = share(
+        0.1, "training", "share of utterances that may be unreadable; with more the training ends"
+    )
 
     preset: str = "demo"  # where the method's settings come from; it has no flag among these
 

@@ -1,5 +1,6 @@
 """The processes of one training, as torchrun starts them; without torchrun there is one."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,42 +10,87 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+FAILED = 2  # exit code of a process that can't go on
+
 
 def join() -> None:
-    """Joins the other processes where torchrun started this one: over NCCL, a GPU for each, or over gloo."""
+    """Join the other processes where torchrun started this one, until it ends.
+
+    Tensors on GPUs are exchanged over NCCL, all others over gloo.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def use_gpu(device: str) -> None:
+    """Give each of several processes on a machine another GPU, where `device` is one or `auto`.
+
+    Raises ValueError where there are fewer GPUs than processes.
+    """
+    if count() == 1 or not torch.cuda.is_available() or device.partition(":")[0] == "cpu":
+        return
+    number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= gpus:
+        raise ValueError(f"torchrun --nproc-per-node: must be at most {gpus}, the GPUs here")
+    torch.cuda.set_device(number)
 
 
 def count() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0. The first one writes and prints."""
+    """Return the number of this process, from 0. The first one writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def wrapped(model: nn.Module) -> nn.Module:
-    """The same model; where there are several processes, one whose gradients become the mean over all of them."""
+    """Return the model; with several processes, one whose gradients become the mean over them."""
     return DistributedDataParallel(model) if count() > 1 else model
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if count() > 1:
-        dist.all_reduce(tensor := tensor.clone())
+    """Return the sum of a tensor over all processes."""
+    if count() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
     return tensor
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """What is inside, the first process does before the others: it writes what they then read."""
+    """Let the first process do what is inside before the others, which read what it wrote.
+
+    Where it fails in the first process, the others end with exit code 2 and no message.
+    """
     if rank():
-        dist.barrier()
-    yield
-    if count() > 1 and not rank():
-        dist.barrier()
+        wait_for_first()
+        yield
+        return
+    failed = torch.ones(())
+    try:
+        yield
+        failed.zero_()
+    finally:
+        total(failed)
+
+
+def wait_for_first() -> None:
+    """Wait until the first process has done its part; end this process where that failed."""
+    if total(torch.zeros(())):
+        raise SystemExit(FAILED)
+
+
+def in_first(error: Exception) -> BaseException:
+    """Return what to raise for an error that all processes have: only the first one reports it."""
+    return SystemExit(FAILED) if rank() else error

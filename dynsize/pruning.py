@@ -95,7 +95,8 @@ def write_subnets(
             raise ValueError(f"{file}: exists already; --overwrite replaces it")
     for size, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(file, subnets[size], supernet.tokenizer)
+        longest = supernet.longest_seconds
+        checkpoint.save(file, subnets[size], supernet.tokenizer, longest_seconds=longest)
     return [checkpoint.load(file) for file in files.values()]
 
 

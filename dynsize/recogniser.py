@@ -181,8 +181,8 @@ def facts_of(loaded: Checkpoint) -> Facts:
     config, pieces = loaded.model.config, loaded.tokenizer.pieces
     window, hop = window_and_hop(config)
     labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
-    longest = getattr(loaded, "longest_seconds", 15.0)
-    return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
+    sizes, longest = tuple(loaded.model.sizes), loaded.longest_seconds
+    return Facts(config.sample_rate, window, hop, labels, sizes, longest)
 
 
 def network_of(model: Supernet) -> Network:

@@ -1,97 +1,122 @@
-"""The training loop of both steps: everything that an update does is a function of the configuration and its number."""
+"""The training loop of both steps. What an update does follows from the settings and its number."""
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from dynsize import checkpoint, processes, sandwich
+from dynsize import cache, checkpoint, files, processes, run_directory, sandwich
 from dynsize.algorithms import ALGORITHMS
 from dynsize.baselines import every_other
 from dynsize.batching import Batch, Examples, epoch_plan, keep_usable, load
 from dynsize.config import Config
 from dynsize.conformer import Gates
-from dynsize.corpora import UNREADABLE, Corpus, read_corpus
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
 from dynsize.ctc import ctc_loss
-from dynsize.evaluation import (
-    corpus_root,
-    device_of,
-    errors_of,
-    kept_names,
-    transcribe,
-)
+from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, transcribe
 from dynsize.kernels import layer_gates
+from dynsize.run_directory import check_new
 from dynsize.schedule import learning_rate, step1_updates
 from dynsize.summary import summary
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import tokenizer_for
 from dynsize.wer import Errors
 
-LOCK = "lock"  # in a run directory, held by the training in it
-MOST_SKIPPED = (
-    10  # updates in a row with a loss or gradient that is not finite, before the training gives up
+__all__ = ["Trainer", "check_new"]
+MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
+SECOND_SIGNAL = 1.0  # seconds after which a second signal ends the training at once
+# What a resumed training may change, as it does not change what is learned.
+FREE = (
+    *("device", "workers", "cache_features", "corpus", "corpus_kind", "most_left_out"),
+    *("log_every", "validate_every", "save_every", "save_minutes", "keep"),
 )
+# What it may change too, though the result is then not that of an unbroken training.
+WITH_A_NOTE = ("batch_seconds", "accumulate")
 
 
 class Trainer:
-    """A training in a run directory. `updates()` runs it; `save()` writes the checkpoint that `resume` goes on from.
+    """A training in a run directory.
 
-    `loaded`: a checkpoint to go on from; one without a training's state gives the network to begin with. `corpus` tells
-    what is trained on, which training utterances are not, and why. Of several processes each has a Trainer; they have
-    the same weights, and the first one writes.
+    `updates()` runs it; `save()` writes the checkpoint from which `resume` goes on. `corpus` tells
+    what is trained on, and which training utterances are left out and why. With several processes
+    each has a Trainer. They have the same weights, and the first process writes.
+
+    `loaded`: a checkpoint to go on from; one without a training's state gives the initial network.
     """
 
-    save_soon = False  # set from outside: save behind the next update
-    stop_soon = (
-        0  # not 0, set from outside: save there, and end; all processes do so where one has it set
-    )
+    save_soon = False  # set from outside: save after the next update
+    stop_soon = 0  # set from outside, to a signal's number: save after the next update and end
 
     def __init__(
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
     ) -> None:
+        processes.use_gpu(config.device)
         self.config, self.run, self.device = config, run, device_of(config)
-        with processes.first_alone():
-            self.corpus = read_corpus(
-                corpus_root(config), config.train_splits, config, "--train-splits"
-            )
-        texts = (utterance.text for utterance in self.corpus.utterances)
-        self.tokenizer = loaded.tokenizer if loaded else tokenizer_for(texts, config)
-        keep_usable(self.corpus, self.tokenizer, config)
-        dev = read_corpus(corpus_root(config), config.dev_splits, config, "--dev-splits")
-        for why, names in dev.left_out.items():
-            self.corpus.left_out[f"{why} (dev)"] = names
-        self.examples = Examples(
-            self.corpus.utterances, self.tokenizer, config, keep=config.workers == 0
-        )
-        own_dev = dev.utterances[processes.rank() :: processes.count()]
-        self.dev = Examples(own_dev, self.tokenizer, config, keep=config.workers == 0)
+        self.found = run_directory.stamp(run)
+        self.starts_from = [loaded.path] if loaded else []
+        self.read_corpora(loaded)
         torch.manual_seed(config.seed)
-        self.model = (loaded.model if loaded else new_network(config, self.tokenizer.labels)).to(
-            self.device
-        )
+        model = loaded.model if loaded else new_network(config, self.tokenizer.labels)
+        self.model = model.to(self.device)
         self.network = processes.wrapped(self.model)
         self.optimizer = optimizer_for(self.model, config)
-        self.state = dict(
-            update=0, batches=0, skipped=0, best=math.inf, epoch=0, first=0
-        )  # batches: taken from the plans of all epochs; first: the number of the epoch's first one
+        # `batches`: taken from the plans of all epochs. `first`: the number of the epoch's first
+        # batch. `skipped`: updates in a row, the last ones.
+        self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
+        self.best = math.inf  # fewest errors on dev up to now
+        self.validated = 0  # the last update after which dev was decoded
+        self.left_out = 0  # utterances that could not be read in this epoch, by all processes
+        self.failure: Exception | None = None  # why this process can't go on
         if loaded and loaded.training:
             self.state = {name: loaded.training[name] for name in self.state}
             self.optimizer.load_state_dict(loaded.training["optimizer"])
+            self.tell_other_corpus(loaded.training["fingerprint"])
+        self.learned = self.state.copy()  # as it was after the last update that was not skipped
+        self.saved = self.update
+
+    def read_corpora(self, loaded: checkpoint.Checkpoint | None) -> None:
+        """List the training and dev utterances, and train the tokenizer where none is loaded.
+
+        Raises ValueError where no training utterance is left.
+        """
+        config = self.config
+        with processes.first_alone():
+            if not processes.rank():
+                clean_caches(config)
+            root = corpus_root(config)
+            self.corpus = read_corpus(root, config.train_splits, config, "--train-splits")
+        texts = (utterance.text for utterance in self.corpus.utterances)
+        self.tokenizer = loaded.tokenizer if loaded else tokenizer_for(texts, config)
+        keep_usable(self.corpus, self.tokenizer, config)
+        longest = max(utterance.samples for utterance in self.corpus.utterances)
+        self.longest_seconds = longest / config.sample_rate
+        self.fingerprint = fingerprint_of(self.corpus)
+        self.examples = self.examples_of(self.corpus.utterances)
+        dev = read_corpus(root, config.dev_splits, config, "--dev-splits")
+        for why, names in dev.left_out.items():
+            self.corpus.left_out[f"{why} (dev)"] = names
+        self.dev_utterances = len(dev.utterances) + len(dev.left_out.get(UNREADABLE, ()))
+        self.dev = self.examples_of(dev.utterances[processes.rank() :: processes.count()])
+
+    def examples_of(self, utterances: list[Utterance]) -> Examples:
+        """Return the utterances as the loader reads them; without workers they are kept."""
+        keep = self.config.workers == 0
+        return Examples(utterances, self.tokenizer, self.config, keep=keep)
 
     @property
     def update(self) -> int:
-        """How many updates are done."""
+        """The number of updates that are done."""
         return self.state["update"]
 
     def summary(self) -> str:
@@ -107,202 +132,334 @@ class Trainer:
                     others[split] = str(error)
         return summary(self.corpus, self.config, others)
 
+    # Beginning, stopping and resuming.
+
     @classmethod
-    def resume(cls, run: Path) -> "Trainer":
-        """The training of a run directory, where its last whole checkpoint left it; with any number of processes."""
+    def resume(cls, run: Path, changes: dict[str, object] | None = None) -> "Trainer":
+        """Return the training of a run directory as its last whole checkpoint left it.
+
+        `changes`: settings with other values. Raises ValueError for those that change what is
+        learned, and where no training can go on. The number of processes may be another one.
+        """
+        found = run_directory.stamp(run)
         loaded = checkpoint.load(run)
         if loaded.training is None:
             raise ValueError(f"{loaded.path}: a network alone, with which no training can go on")
-        trainer = cls(loaded.model.config, run, loaded)
-        trainer.lock()
-        trainer.forget_later_lines()
+        if not run.is_dir():
+            raise ValueError(f"{run}: a file; --resume names the directory of a training")
+        config = changed(loaded.model.config, changes or {})
+        loaded.model.config = config
+        trainer = cls(config, run, loaded)
+        if not processes.rank():
+            trainer.locked = run_directory.lock(run)
+            run_directory.check_unchanged(run, found)
+            run_directory.clean(run)
+            run_directory.forget_after(run, trainer.update)
+            if changes:
+                run_directory.write_config(run, config)
+            for line in run_directory.validations(run):
+                trainer.note_validation(line["update"], line["dev"])
+        trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
 
     def begin(self) -> "Trainer":
-        """Makes the run directory; one that is there is replaced, so that `check_new` comes first. Returns itself."""
-        if processes.rank() == 0:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            for path in self.run.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
-            (self.run / "config.json").write_text(
-                json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-            )
-            (self.run / "corpus.txt").write_text(self.summary() + "\n")
-            (self.run / "left-out.txt").touch()
-            self.note_left_out(self.corpus.left_out)
+        """Make the run directory, or replace the training in it; `check_new` asks before.
+
+        Raises ValueError where the directory is not one of ours, has what this training starts
+        from, or was changed by another process since this training was created. Returns itself.
+        """
+        if processes.rank():
+            return self
+        check_new(self.run, overwrite=True)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.locked = run_directory.lock(self.run)
+        run_directory.check_unchanged(self.run, self.found)
+        if self.config.layers_from:
+            self.starts_from.append(checkpoint.load(Path(self.config.layers_from)).path)
+        for source in self.starts_from:
+            if source.parent.resolve() == self.run.resolve():
+                raise ValueError(f"{self.run}: has {source.name}, from which this training starts")
+        run_directory.begin(self.run, self.config, self.summary())
+        run_directory.note_left_out(self.run, self.corpus.left_out)
         return self
 
-    def lock(self) -> None:
-        """Keeps other trainings out of the run directory while this process lives. ValueError where one is in it."""
-        if processes.rank():
-            return
-        self.locked = open(self.run / LOCK, "w")  # noqa: SIM115 (closed, it would be free)
-        try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{self.run}: another training is at work in it") from error
+    def stop(self, number: int, frame: object = None) -> None:
+        """Save after the present update and end: a handler of signals.
 
-    def forget_later_lines(self) -> None:
-        """Takes from metrics.jsonl what came after the checkpoint, and a line that was not written to its end."""
-        metrics = self.run / "metrics.jsonl"
-        if processes.rank() or not metrics.exists():
-            return
-        end = 0
-        for line in metrics.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["update"] > self.update:
-                break
-            end += len(line)
-        os.truncate(metrics, end)
+        Schedulers may send a signal twice at once. One that comes later ends the process at once.
+        """
+        now = time.monotonic()
+        if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
+            raise SystemExit(128 + number)
+        if not self.stop_soon:
+            self.stop_soon, self.stopped_at = number, now
+
+    def tell_other_corpus(self, fingerprint: str) -> None:
+        """Warn where the training utterances are not those of the checkpoint."""
+        if fingerprint != self.fingerprint and not processes.rank():
+            warnings.warn(
+                f"{self.config.corpus}: the ids or texts of its {len(self.corpus.utterances)} "
+                "utterances are not those with which this training began",
+                stacklevel=2,
+            )
+
+    # The loop.
 
     def updates(self) -> Iterator[dict]:
-        """Trains to the end; yields what each update did, with the dev word error rates after a validation."""
+        """Train to the end, or to the update after which a stop is asked for.
+
+        Yields what each update did, with the dev word error rates after a validation. A checkpoint
+        comes before a validation, so that a kill in between loses nothing.
+        """
         config, logged, saved = self.config, [], time.monotonic()
-        self.rehearse()
-        batches = self.batches()
-        while self.update < config.updates:
-            start = time.perf_counter()
-            drawn = list(islice(batches, config.accumulate))
-            waiting, padding = (
-                time.perf_counter() - start,
-                sum(batch.padding for batch in drawn) / len(drawn),
-            )
-            record = self.train_on(drawn) | dict(waiting=waiting, padding=padding)
-            record["seconds"] = time.perf_counter() - start
+        if self.validation_is_pending():
+            self.validate()
+        if self.update < config.updates:
+            self.rehearse()
+        if self.update == 0:
+            self.dev_errors()
+        batches, record = self.batches(), dict(stop=False)
+        while self.update < config.updates and not record["stop"]:
+            record = self.timed_update(batches)
             logged.append(record)
             if self.due(config.log_every):
                 self.log(mean_of(logged))
                 logged = []
-            if self.due(config.validate_every):
-                record["dev"] = self.validate()
             late = time.monotonic() - saved > 60 * config.save_minutes
-            if self.due(config.save_every) or late or self.save_soon or record["stop"]:
-                self.save()
+            due = self.due(config.save_every) or self.due(config.validate_every)
+            if due or late or self.save_soon or record["stop"]:
+                self.save(config.keep)
                 self.save_soon, saved = False, time.monotonic()
+            if self.due(config.validate_every) and not record["stop"]:
+                record["dev"] = self.validate()
             yield record
+        if self.failure:
+            self.give_up(self.failure)
 
     def due(self, every: int) -> bool:
+        """Return whether something that is done every so often is due after this update."""
         return self.update % every == 0 or self.update == self.config.updates
 
+    def validation_is_pending(self) -> bool:
+        """Return whether the training ended between a checkpoint and its validation."""
+        due = self.update > 0 and self.due(self.config.validate_every)
+        return due and self.validated < self.update
+
     def batches(self) -> Iterator[Batch]:
-        """This process's batches from now on, epoch after epoch: of as many as there are processes that follow each
-        other in the plan, one."""
+        """Yield this process's batches from now on, epoch after epoch.
+
+        With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans.
+        """
         number = self.state["batches"] + processes.rank()  # of the next batch, in all epochs
         while True:
-            self.examples.epoch = self.state["epoch"]
-            plan = epoch_plan(self.examples.frames(), self.config, self.state["epoch"])
-            own = plan[number - self.state["first"] :: processes.count()]
-            yield from load(self.examples, own)
-            number += len(own) * processes.count()
+            epoch = self.state["epoch"]
+            plan = epoch_plan(self.frames_in(epoch), self.config, epoch)
+            mine = plan[max(0, number - self.state["first"]) :: processes.count()]
+            if mine:
+                yield from self.load(mine)
+            number += len(mine) * processes.count()
             self.state["first"] += len(plan)
             self.state["epoch"] += 1
 
+    def load(self, plan: list[list[int]]) -> Iterator[Batch]:
+        """Read the training utterances of a plan, batch by batch."""
+        return load(self.examples, plan, pin=self.device.type == "cuda")
+
+    def frames_in(self, epoch: int) -> list[int]:
+        """Return the feature frames of each utterance in an epoch, which begins."""
+        self.examples.epoch = epoch
+        self.left_out = 0
+        return self.examples.frames()
+
     def rehearse(self) -> None:
-        """Runs the batch with the most padded frames forward and backward, as in both steps, so that memory fails now
-        and not after a day. Raises ValueError where it does."""
-        self.examples.epoch = 0
-        frames = self.examples.frames()
-        worst = max(
-            epoch_plan(frames, self.config, 0),
-            key=lambda batch: len(batch) * max(frames[i] for i in batch),
-        )
-        (batch,) = load(self.examples, [worst])
+        """Run the largest batch forward and backward, as in both steps, with room for the optimizer.
+
+        So too little memory shows now and not after a day. Raises ValueError where it does.
+        """
+        frames, config = self.frames_in(0), self.config
+        plan = epoch_plan(frames, config, 0)
+        worst = max(plan, key=lambda batch: len(batch) * max(frames[i] for i in batch))
+        (batch,) = self.load([worst])
         try:
-            for update in {0, self.config.updates - 1}:
+            reserved = self.optimizer_memory()
+            for update in sorted({0, config.updates - 1}):
                 self.add_gradients(batch, update, labels=1, sync=True)
+            del reserved
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
             raise ValueError(
-                f"the largest batch, {len(worst)} utterances of up to {max(frames[i] for i in worst)} frames, does not "
-                f"fit into the memory: lower --batch-seconds {self.config.batch_seconds:g} (and raise --accumulate), "
-                f"or set --checkpoint-activations. {str(error).partition(chr(10))[0]}"
+                f"the largest batch, {len(worst)} utterances of up to "
+                f"{max(frames[i] for i in worst)} frames, does not fit into the memory: lower "
+                f"--batch-seconds {config.batch_seconds:g} (and raise --accumulate), or set "
+                f"--checkpoint-activations. {str(error).partition(chr(10))[0]}"
             ) from error
         self.optimizer.zero_grad()
 
+    def optimizer_memory(self) -> list[Tensor]:
+        """Return tensors of the size of the optimizer's state, where it has none yet."""
+        if self.optimizer.state:
+            return []
+        weights = list(self.model.parameters())
+        return [torch.ones_like(weight) for weight in (*weights, *weights)]
+
+    # One update.
+
+    def timed_update(self, batches: Iterator[Batch]) -> dict:
+        """Read and train one update. Returns what to report of it, with its times."""
+        start = time.perf_counter()
+        drawn = self.read(batches)
+        waiting = time.perf_counter() - start
+        record = self.train_on(drawn)
+        record["waiting"] = waiting
+        record["padding"] = fmean(batch.padding for batch in drawn)
+        record["seconds"] = time.perf_counter() - start
+        return record
+
+    def read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Return this process's batches of one update; none where a worker process died."""
+        try:
+            return list(islice(batches, self.config.accumulate))
+        except ChildProcessError as error:
+            self.failure = error
+            return []
+
     def train_on(self, batches: list[Batch]) -> dict:
-        """One update, or none where a loss or the gradient is not finite. Returns what to report of it."""
-        config, update, step1 = self.config, self.update, self.update < step1_updates(self.config)
+        """Train one update, and return what to report of it.
+
+        The weights stay as they are where nothing could be read, or where a loss or the gradient
+        is not finite; too many such updates in a row end the training.
+        """
+        read = self.read_by_all(batches)
+        if read["failed"]:
+            self.give_up(self.failure or SystemExit(processes.FAILED))
         for batch in batches:
             self.note_left_out({UNREADABLE: batch.corrupt})
-        rate = learning_rate(update, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        labels = sum(batch.label_lengths.sum() for batch in batches).to(self.device)
-        labels = processes.total(labels).clamp(min=1)
-        losses = sum(
-            self.add_gradients(batch, update, labels, sync=batch is batches[-1])
-            for batch in batches
+        self.count_left_out(read["left_out"])
+        update, step1 = self.update, self.update < step1_updates(self.config)
+        record = dict(
+            update=update + 1,
+            step=1 if step1 else 2,
+            sizes=list(self.loss_weights(update)),
+            epoch=self.examples.epoch,
+            learning_rate=learning_rate(update, self.config),
+            audio_seconds=read["seconds"],
+            left_out=self.left_out,
+            stop=read["stop"] > 0,
         )
-        seconds = sum(u.samples for batch in batches for u in batch.utterances) / config.sample_rate
-        everywhere = torch.cat([losses, losses.new_tensor([seconds, self.stop_soon])])
-        *losses, seconds, stop = processes.total(everywhere).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.clip or math.inf
-        ).item()
+        fault = "no utterance could be read"
+        if read["utterances"]:
+            fault = self.step(batches, read["labels"], record)
         self.state["update"] += 1
         self.state["batches"] += len(batches) * processes.count()
-        record = dict(
-            update=self.update, step=1 if step1 else 2, sizes=list(self.loss_weights(update))
-        )
-        record |= dict(learning_rate=rate, audio_seconds=seconds, stop=stop > 0)
-        if math.isfinite(sum(losses)) and math.isfinite(norm):
-            self.state["skipped"] = 0
-            self.optimizer.step()
-            record |= dict(
-                losses=dict(zip(record["sizes"], losses, strict=True)), gradient_norm=norm
-            )
+        if fault:
+            self.skip(batches, fault)
         else:
-            self.skip(batches, sum(losses), norm)
+            self.state["skipped"] = 0
+            self.learned = self.state.copy()
         self.optimizer.zero_grad()
-        last = update + 1 == step1_updates(config)
-        if step1 and (last or ALGORITHMS[config.method].needs_ranking(update, config)):
+        last = update + 1 == step1_updates(self.config)
+        if step1 and (last or ALGORITHMS[self.config.method].needs_ranking(update, self.config)):
             self.rank_layers()
         return record
 
-    def rank_layers(self) -> None:
-        """Set the model's ranking from its scores, where the last update was one of step 1.
+    def read_by_all(self, batches: list[Batch]) -> dict[str, int | float]:
+        """Return what all processes have read for an update. It is counted on the CPU."""
+        utterances = [utterance for batch in batches for utterance in batch.utterances]
+        counts = dict(
+            utterances=len(utterances),
+            seconds=sum(u.samples for u in utterances) / self.config.sample_rate,
+            labels=sum(int(batch.label_lengths.sum()) for batch in batches),
+            left_out=sum(len(batch.corrupt) for batch in batches),
+            stop=self.stop_soon > 0,
+            failed=self.failure is not None,
+        )
+        total = processes.total(torch.tensor(list(counts.values()), dtype=torch.float64))
+        return dict(zip(counts, total.tolist(), strict=True))
 
-        Note: this waits for the device.
+    def step(self, batches: list[Batch], labels: float, record: dict) -> str:
+        """Take one optimizer step, unless a loss or the gradient is not finite.
+
+        Adds to `record` what it did. Returns why no step was taken, or nothing.
         """
-        last, model = self.update - 1, self.model
-        if 0 <= last < step1_updates(self.config):
-            algorithm = ALGORITHMS[self.config.method]
-            model.ranking = algorithm.rank(model.scores, model.ranking, last, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = record["learning_rate"] * group["factor"]
+        read = [batch for batch in batches if batch.utterances] or [silence(self.config)]
+        losses = sum(
+            self.add_gradients(batch, self.update, max(1, labels), sync=batch is read[-1])
+            for batch in read
+        )
+        stop = losses.new_full((1,), float(self.stop_soon > 0))
+        losses, stop = processes.total(torch.cat([losses, stop])).split([len(losses), 1])
+        most = self.config.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        scores = [self.model.scores] if self.scores_are_logged() else []
+        losses, (norm,), (stop,), *scores = wait_for(losses, norm, stop, *scores)
+        record["stop"] |= stop > 0
+        for values in scores:
+            record |= self.shown_scores(values)
+        if not math.isfinite(sum(losses) + norm):
+            return f"loss {sum(losses)}, gradient norm {norm}"
+        record["losses"] = dict(zip(record["sizes"], losses, strict=True))
+        record["gradient_norm"] = norm
+        self.optimizer.step()
+        return ""
 
-    def add_gradients(self, batch: Batch, update: int, labels: Tensor | int, sync: bool) -> Tensor:
-        """Adds the gradient of a batch's losses, in nats for each of the `labels` that the update has in all processes.
-        `sync`: the update's last batch, with which the gradients of all processes become one. Returns the losses, (M,).
+    def scores_are_logged(self) -> bool:
+        """Return whether the update that runs is one of step 1 of which a line is logged."""
+        number = self.update + 1
+        last = number == self.config.updates
+        step1 = self.update < step1_updates(self.config)
+        return step1 and (last or number % self.config.log_every == 0)
+
+    def shown_scores(self, values: list[float]) -> dict:
+        """Return the layers' scores and their ranking before this update, for metrics.jsonl.
+
+        Where the scores are a matrix, the layer weights of the subnet are shown instead.
+        """
+        algorithm = ALGORITHMS[self.config.method]
+        scores = torch.tensor(values).view_as(self.model.scores)
+        now = (scores, self.model.ranking, self.update, self.config)
+        shown = scores if scores.dim() == 1 else algorithm.layer_weights(*now)
+        rounded = [round(float(score), 5) for score in shown]
+        return dict(scores=rounded, ranking=algorithm.rank(*now))
+
+    def add_gradients(self, batch: Batch, update: int, labels: float, sync: bool) -> Tensor:
+        """Add the gradient of a batch's losses, in nats per label; return the losses, (M,).
+
+        `labels`: of the whole update, in all processes. `sync`: whether this is the update's last
+        batch, with which the gradients of all processes become one.
         """
         config, model, step1 = self.config, self.model, update < step1_updates(self.config)
         features, lengths, targets, target_lengths, seeds = batch.to(self.device)
         weights, gates = self.loss_weights(update), self.gates(update, seeds)
-        m, idle = len(weights), model.idle(list(weights), step1)
+        networks, idle = len(weights), model.idle(list(weights), step1)
         with nullcontext() if sync or self.network is model else self.network.no_sync():
-            drop = seeds if len(seeds) else None  # a batch of which nothing could be read has none
-            log_probs, lengths = self.network(features, lengths, list(weights), gates, drop)
-            stacked = (lengths.repeat(m), targets.repeat(m, 1), target_lengths.repeat(m))
-            losses = (
-                ctc_loss(log_probs.flatten(0, 1), *stacked).unflatten(0, (m, len(seeds))).sum(1)
-                / labels
+            log_probs, lengths = self.network(features, lengths, list(weights), gates, seeds)
+            losses = ctc_loss(
+                log_probs.flatten(0, 1),  # (M·B, T', V)
+                lengths.repeat(networks),
+                targets.repeat(networks, 1),
+                target_lengths.repeat(networks),
             )
-            loss = processes.count() * (losses * losses.new_tensor(list(weights.values()))).sum()
+            losses = losses.unflatten(0, (networks, len(seeds))).sum(1) / labels  # (M,)
+            if not batch.utterances:
+                losses = 0 * losses
+            weighted = [
+                weight * loss for weight, loss in zip(weights.values(), losses, strict=True)
+            ]
+            loss = processes.count() * sum(weighted)
             if step1 and sync:
-                loss = loss + ALGORITHMS[config.method].extra_loss(
-                    model.scores, model.ranking, update, config
-                )
-            (
-                loss + 0 * sum(weight.sum() for weight in idle)
-            ).backward()  # other processes wait for every gradient
+                now = (model.scores, model.ranking, update, config)
+                loss = loss + ALGORITHMS[config.method].extra_loss(*now)
+            # Other processes wait for the gradient of every weight.
+            (loss + 0 * sum(weight.sum() for weight in idle)).backward()
         for weight in idle:
             weight.grad = None  # a zero would move the optimizer's state
         return losses.detach()
 
     def loss_weights(self, update: int) -> dict[int, float]:
-        """The networks that an update trains, largest first: size → weight of its loss."""
+        """Return the networks that an update trains, largest first: size → weight of its loss."""
         config = self.config
         if update < step1_updates(config):
             size = ALGORITHMS[config.method].size_at(update, config)
@@ -312,127 +469,207 @@ class Trainer:
         return sandwich.loss_weights(update, self.model.sizes, config)
 
     def gates(self, update: int, seeds: Tensor) -> list[Gates]:
-        """The gates of these networks, for utterances with these seeds."""
+        """Return the gates of these networks, for utterances with these seeds."""
         config, model = self.config, self.model
         if update < step1_updates(config):
-            layer_weights = ALGORITHMS[config.method].layer_weights(
-                model.scores, model.ranking, update, config
-            )
-            return [[True] * config.layers, layer_weights]
+            now = (model.scores, model.ranking, update, config)
+            return [[True] * config.layers, ALGORITHMS[config.method].layer_weights(*now)]
         if config.method == "layerdrop":
             return [list(layer_gates(seeds, config.layers, config.layer_drop))]
-        return sandwich.gates(
-            [model.mask(size) for size in self.loss_weights(update)], seeds, config
-        )
+        masks = [model.mask(size) for size in self.loss_weights(update)]
+        return sandwich.gates(masks, seeds, config)
 
-    def skip(self, batches: list[Batch], loss: float, norm: float) -> None:
-        """Logs an update that is left out; raises FloatingPointError where too many were in a row."""
+    def rank_layers(self) -> None:
+        """Rank the layers by their scores, where the last update was one of step 1.
+
+        Note: this waits for the device.
+        """
+        last, model = self.update - 1, self.model
+        if 0 <= last < step1_updates(self.config):
+            algorithm = ALGORITHMS[self.config.method]
+            model.ranking = algorithm.rank(model.scores, model.ranking, last, self.config)
+
+    # What goes wrong.
+
+    def skip(self, batches: list[Batch], fault: str) -> None:
+        """Log an update that changed nothing; end the training where too many were in a row."""
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
-        self.log(
-            dict(update=self.update, skipped=f"loss {loss}, gradient norm {norm}", utterances=ids)
-        )
+        skipped = dict(update=self.update, skipped=fault, utterances=ids)
+        run_directory.log(self.run, skipped | dict(time=time.time()))
         self.state["skipped"] += 1
-        if self.state["skipped"] >= MOST_SKIPPED:
-            raise FloatingPointError(
-                f"{MOST_SKIPPED} updates in a row had a loss or gradient that is not finite, the last one update "
-                f"{self.update} with {' '.join(ids)}; {self.run / 'metrics.jsonl'} names the others' utterances. Try a "
-                "lower peak learning rate"
+        if self.state["skipped"] < MOST_SKIPPED:
+            return
+        what = f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.update}"
+        where = f"{self.run / run_directory.METRICS} tells more"
+        if ids:
+            advice = "try a lower peak learning rate"
+            error = FloatingPointError(f"{what}: {fault}; {where}, and {advice}")
+        else:
+            error = ValueError(f"{what}: {fault}; is {self.config.corpus} still there? {where}")
+        self.give_up(processes.in_first(error))
+
+    def count_left_out(self, number: float) -> None:
+        """Count utterances that could not be read; the next update ends where they are too many."""
+        self.left_out += int(number)
+        utterances, most = len(self.corpus.utterances), self.config.most_left_out
+        if self.left_out > most * utterances and not processes.rank():
+            self.failure = ValueError(
+                f"{self.left_out} of {utterances} training utterances could not be read, more than "
+                f"--most-left-out {most:g}; {self.run / run_directory.LEFT_OUT} names them"
             )
 
+    def give_up(self, error: BaseException) -> NoReturn:
+        """Save what was learned since the last checkpoint, and end the training with an error.
+
+        Updates that were skipped last are forgotten, so that a resumed training repeats them.
+        """
+        self.state = self.learned | dict(skipped=0)
+        if self.update > self.saved:
+            self.save(self.config.keep)
+        raise error
+
+    # Dev.
+
     def validate(self) -> dict[int, dict]:
-        """Decodes the dev splits with every size at once, each process its share; keeps the network that has the fewest
-        errors in best.pt. Returns size → word error rate, counts, layers kept."""
+        """Decode dev with every size, and keep the network that has the fewest errors in best.pt.
+
+        Returns size → word error rate, counts, layers kept.
+        """
         self.rank_layers()
+        result = {}
+        for size, errors in self.dev_errors().items():
+            counts = dict(wer=errors.rate, errors=errors.total, words=errors.words)
+            result[size] = counts | dict(layers=kept_names(self.model, size))
+        if self.note_validation(self.update, result):
+            self.write("best.pt")
+        self.log(dict(update=self.update, dev=result))
+        return result
+
+    def note_validation(self, update: int, result: dict[int, dict]) -> bool:
+        """Note that dev was decoded after an update; return whether it has the fewest errors yet."""
+        errors = sum(of_size["errors"] for of_size in result.values())
+        is_best = errors < self.best
+        self.best = min(errors, self.best)
+        self.validated = update
+        return is_best
+
+    def dev_errors(self) -> dict[int, Errors]:
+        """Decode dev, each process its share; return size → word errors of all, largest first.
+
+        Utterances that can't be read are named in left-out.txt and not counted. Raises ValueError
+        where they are more than the share `most_left_out`.
+        """
         sizes = list(reversed(self.model.sizes))
         texts, unreadable = transcribe(self.model, self.dev, sizes, "validating")
         self.note_left_out({f"{UNREADABLE} (dev)": unreadable})
-        own = [sum(errors_of(self.dev.utterances, texts[size]), Errors()) for size in sizes]
-        counts = processes.total(
-            torch.tensor([(e.total, e.words) for e in own], device=self.device)
-        ).tolist()
-        result = {
-            size: dict(
-                wer=errors / max(1, words),
-                errors=errors,
-                words=words,
-                layers=kept_names(self.model, size),
-            )
-            for size, (errors, words) in zip(sizes, counts, strict=True)
-        }
-        self.log(dict(update=self.update, dev=result))
-        if (errors := sum(errors for errors, _ in counts)) < self.state["best"]:
-            self.state["best"] = errors
-            self.write("best.pt", self.model)
-        return result
+        self.check_dev(unreadable)
+        totals = {}
+        for size in sizes:
+            read = [i for i, text in enumerate(texts[size]) if text is not None]
+            utterances = [self.dev.utterances[i] for i in read]
+            errors = errors_of(utterances, [texts[size][i] for i in read])
+            counts = torch.tensor(dataclasses.astuple(sum(errors, Errors())))
+            totals[size] = Errors(*processes.total(counts).tolist())
+        return totals
 
-    def save(self) -> None:
-        """Writes the checkpoint and, for people, the ranking of the layers; at the end also average.pt."""
+    def check_dev(self, unreadable: dict[str, str]) -> None:
+        """Raise ValueError where too many dev utterances can't be read, by all processes."""
+        unlisted = len(self.corpus.left_out.get(f"{UNREADABLE} (dev)", ()))
+        lost = unlisted + int(processes.total(torch.tensor(len(unreadable))))
+        if lost > self.config.most_left_out * self.dev_utterances:
+            names = [*self.corpus.left_out.get(f"{UNREADABLE} (dev)", {}).values()]
+            first = next(iter([*names, *unreadable.values()]), "")
+            what = f"{lost} of {self.dev_utterances} dev utterances can't be read"
+            raise processes.in_first(ValueError(f"{what}, more than --most-left-out: {first}"))
+
+    # What is written.
+
+    def save(self, keep: int | None = None) -> None:
+        """Write the checkpoint, keep the ones before it, and write the ranking for people.
+
+        `keep`: how many checkpoints are kept, by default as configured. Raises FloatingPointError
+        where a weight is not finite.
+        """
         self.rank_layers()
         state = self.state | dict(optimizer=self.optimizer.state_dict())
-        self.write(checkpoint.NAME, self.model, training=state, keep=self.config.keep)
+        state["fingerprint"] = self.fingerprint
+        self.write(checkpoint.NAME, training=state, keep=keep or self.config.keep)
+        self.saved = self.update
         if processes.rank():
             return
-        ranked = [
-            dict(layer=layer_name(layer), score=score)
-            for layer, score in zip(self.model.ranking, self.model.ranked_scores(), strict=True)
-        ]
-        (self.run / "ranking.json").write_text(json.dumps(ranked, indent=2) + "\n")
-        if self.update == self.config.updates:
-            last = checkpoint.whole(self.run)
-            same_masks = [
-                c.model for c in last if c.training["update"] > step1_updates(self.config)
-            ]
-            self.write("average.pt", averaged(same_masks or [self.model]))
+        pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
+        ranked = [dict(layer=layer_name(layer), score=score) for layer, score in pairs]
+        files.write(self.run / "ranking.json", (json.dumps(ranked, indent=2) + "\n").encode())
 
-    def write(self, name: str, model: Supernet, **more) -> None:
+    def write(self, name: str, **more: object) -> None:
+        """Write the network to a file of the run directory, in the first process."""
         if not processes.rank():
-            checkpoint.save(self.run / name, model, self.tokenizer, **more)
+            more["longest_seconds"] = self.longest_seconds
+            checkpoint.save(self.run / name, self.model, self.tokenizer, **more)
 
     def log(self, record: dict) -> None:
-        """Adds a line to metrics.jsonl: the first process what all did, each one what it left out."""
-        if not processes.rank() or "skipped" in record:
-            with open(self.run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        """Add a line to metrics.jsonl, in the first process."""
+        if not processes.rank():
+            run_directory.log(self.run, record | dict(time=time.time()))
 
     def note_left_out(self, left_out: dict[str, dict[str, str]]) -> None:
-        """Adds to left-out.txt the utterances that are not in it; why → id → what exactly."""
-        if any(left_out.values()):
-            with open(self.run / "left-out.txt", "a+", errors="surrogateescape") as file:
-                file.seek(0)
-                known = {line.partition("\t")[0] for line in file}
-                rows = (
-                    (why, name, what)
-                    for why, names in left_out.items()
-                    for name, what in names.items()
-                )
-                file.writelines(
-                    f"{name}\t{why}: {what}\n" for why, name, what in rows if name not in known
-                )
+        """Add to left-out.txt the utterances that are not in it; why → id → what exactly."""
+        run_directory.note_left_out(self.run, left_out)
 
 
-def averaged(models: list[Supernet]) -> Supernet:
-    """The first one, with the mean of all their weights."""
-    states = [model.state_dict() for model in models]
-    with torch.no_grad():
-        for name, weight in models[0].named_parameters():
-            weight.copy_(torch.stack([state[name] for state in states]).mean(0))
-    return models[0]
+def wait_for(*values: Tensor) -> list[list[float]]:
+    """Return the numbers in some tensors: in an update, the one wait for the device."""
+    flat = torch.cat([value.detach().flatten().float() for value in values]).tolist()
+    numbers = iter(flat)
+    return [list(islice(numbers, value.numel())) for value in values]
 
 
-def check_new(run: Path, overwrite: bool) -> None:
-    """Raises ValueError where a new run must not have this directory."""
-    if run.exists() and not overwrite:
-        raise ValueError(
-            f"{run}: exists already; --resume {run} goes on with it, --overwrite replaces it"
-        )
-    if run.exists() and not (run / "config.json").is_file():
-        raise ValueError(
-            f"{run}: not a run directory (no config.json in it); --overwrite does not replace it"
-        )
+def silence(config: Config) -> Batch:
+    """Return a batch for a process that could read nothing, while others wait for its gradients.
+
+    It has no utterances and one row of silence, whose loss counts as 0.
+    """
+    features = torch.zeros(1, 8, config.mel_bins)
+    none = torch.zeros(1, dtype=torch.long)
+    return Batch([], features, none + 8, none[:, None], none, none, corrupt={})
+
+
+def changed(config: Config, changes: dict[str, object]) -> Config:
+    """Return the settings of a training that is resumed with changes.
+
+    Warns of those with which the result is not that of an unbroken training, and raises
+    ValueError for those that change what is learned.
+    """
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in WITH_A_NOTE:
+            warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
+        elif name not in FREE:
+            raise ValueError(f"{flag}: a training that is resumed can't change what is learned")
+    return dataclasses.replace(config, **changes)
+
+
+def clean_caches(config: Config) -> None:
+    """Delete from the caches what interrupted processes left unfinished."""
+    cache.clean(cache.user_cache())
+    if config.cache_features:
+        cache.clean(Path(config.cache_features))
+
+
+def fingerprint_of(corpus: Corpus) -> str:
+    """Return a number, in hexadecimal digits, that tells the ids and texts of utterances."""
+    digest = sha256()
+    for utterance in corpus.utterances:
+        line = f"{utterance.id}\t{utterance.text}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def new_network(config: Config, labels: int) -> Supernet:
-    """The network that a training starts with. Raises ValueError where `layers_from` has another number of layers."""
+    """Return the initial network of a training.
+
+    Raises ValueError where `layers_from` has another number of layers.
+    """
     ranking = None
     if config.layers_from:
         ranking = checkpoint.load(Path(config.layers_from)).model.ranking
@@ -442,9 +679,8 @@ def new_network(config: Config, labels: int) -> Supernet:
             )
     if config.method == "layerdrop":
         ranking = every_other(config.layers, config.sizes)
-    return Supernet(
-        config, labels, ranking, config.size if 0 < config.size < config.layers else None
-    )
+    size = config.size if 0 < config.size < config.layers else None
+    return Supernet(config, labels, ranking, size)
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
@@ -453,22 +689,26 @@ def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
     groups = [dict(params=weights, factor=1.0)]
     if model.scores is not None:
         groups.append(dict(params=[model.scores], factor=config.score_rate, weight_decay=0.0))
-    betas, decay = (0.9, config.beta2), config.weight_decay
     return torch.optim.AdamW(
-        groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=decay, fused=True
+        groups,
+        lr=0.0,
+        betas=(0.9, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
 def mean_of(records: list[dict]) -> dict:
-    """One line of metrics.jsonl from the records of an interval: the last one's, with sums and means of what varies."""
-    losses = {size: [] for record in records for size in record.get("losses", {})}
+    """Return one line of metrics.jsonl: the last record, with sums and means of all of them."""
+    losses: dict[int, list[float]] = {}
     for record in records:
         for size, loss in record.get("losses", {}).items():
-            losses[size].append(loss)
-    sums = {
-        name: sum(record[name] for record in records)
-        for name in ("seconds", "audio_seconds", "waiting")
-    }
-    means = dict(losses={size: fmean(values) for size, values in losses.items()})
-    means |= dict(audio_seconds_per_second=sums["audio_seconds"] / sums["seconds"])
-    return records[-1] | sums | means | dict(padding=fmean(record["padding"] for record in records))
+            losses.setdefault(size, []).append(loss)
+    line = dict(records[-1])
+    line["losses"] = {size: fmean(values) for size, values in losses.items()}
+    for name in ("seconds", "audio_seconds", "waiting"):
+        line[name] = sum(record[name] for record in records)
+    line["audio_seconds_per_second"] = line["audio_seconds"] / line["seconds"]
+    line["padding"] = fmean(record["padding"] for record in records)
+    return line

@@ -26,6 +26,7 @@ from dynsize import checkpoint, training
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
+KILLS = 10
 
 
 def begun(tones: Path, run: Path, **changes) -> Trainer:
@@ -62,9 +63,9 @@ def saved(run: Path) -> int:
         return 0
 
 
-def test_killed_50_times_it_ends_in_the_same_weights(tones, tmp_path):
+def test_killed_often_it_ends_in_the_same_weights(tones, tmp_path):
     torch.set_num_threads(1)
-    often = dict(updates=250, save_every=1, validate_every=50, log_every=3)
+    often = dict(updates=80, save_every=1, validate_every=40, log_every=3)
     expected = finish(begun(tones, tmp_path / "unbroken", **often))
     trainer, run, draw, stops = (
         begun(tones, tmp_path / "run", **often),
@@ -74,16 +75,16 @@ def test_killed_50_times_it_ends_in_the_same_weights(tones, tmp_path):
     )
     trainer.save()
     trainer.locked.close()
-    for _ in range(50):
+    for _ in range(KILLS):
         process = elsewhere(lambda: finish(Trainer.resume(run)))
         before, deadline = saved(run), time.monotonic() + 60
         while saved(run) in (0, before) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(draw.uniform(0, 0.05))  # the kill comes anywhere in what follows
         process.kill()
         process.join()
         stops.append(checkpoint.load(run).training["update"])
-    assert stops == sorted(stops) and len(set(stops)) > 30 and stops[-1] < 250
+    assert stops == sorted(stops) and len(set(stops)) > KILLS // 2 and stops[-1] < 80
     resumed = Trainer.resume(run)
     assert same(finish(resumed), expected)
     assert not list(run.glob("*.unfinished"))
@@ -92,7 +93,7 @@ def test_killed_50_times_it_ends_in_the_same_weights(tones, tmp_path):
         for name in ("unbroken", "run")
     ]
     assert (
-        logged[0] - 50 <= logged[1] <= logged[0]
+        logged[0] - KILLS <= logged[1] <= logged[0]
     )  # a line's means need all updates since the last one
 
 
@@ -278,13 +279,15 @@ def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_pa
     os.utime(tmp_path / "elsewhere" / checkpoint.NAME, (4e9, 4e9))
     resumed = Trainer.resume(tmp_path / "elsewhere")
     assert (
-        resumed.update == 5 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
+        resumed.update == 6 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
     )
 
 
 def test_a_checkpoint_every_so_many_minutes_and_when_asked(tones, tmp_path, monkeypatch):
     now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], perf_counter=time.perf_counter, time=time.time
+    )
     monkeypatch.setattr(training, "time", clock)
     trainer, run = (
         begun(tones, tmp_path / "run", save_every=100, save_minutes=5.0),
@@ -298,41 +301,24 @@ def test_a_checkpoint_every_so_many_minutes_and_when_asked(tones, tmp_path, monk
         at.append(
             checkpoint.load(run).training["update"] if (run / checkpoint.NAME).exists() else 0
         )
-    assert at == [0, 0, 3, 3, 5, 5, 7]
+    assert at == [0, 0, 3, 3, 5, 6, 7]  # one comes before the validation after update 6
 
 
-def test_the_best_network_and_the_mean_of_the_last_ones_are_kept(tones, tmp_path):
+def test_the_best_network_is_kept(tones, tmp_path):
     run, weights, totals = tmp_path / "run", {}, {}
-    trainer = begun(
-        tones,
-        run,
-        updates=20,
-        step1_share=0.5,
-        save_every=3,
-        validate_every=2,
-        peak_learning_rate=1e-2,
-    )
+    often = dict(save_every=3, validate_every=2, peak_learning_rate=1e-2)
+    trainer = begun(tones, run, updates=20, step1_share=0.5, **often)
     for record in trainer.updates():
         weights[record["update"]] = {n: w.clone() for n, w in trainer.model.named_parameters()}
         if "dev" in record:
             totals[record["update"]] = sum(result["errors"] for result in record["dev"].values())
     assert len(set(totals.values())) > 1
     best = min(totals, key=totals.get)
-    assert same(dict(checkpoint.load(run / "best.pt").model.named_parameters()), weights[best])
-    mean = dict(checkpoint.load(run / "average.pt").model.named_parameters())
-    for name, weight in mean.items():  # the last three checkpoints
-        expected = torch.stack([weights[update][name].double() for update in (15, 18, 20)]).mean(0)
-        torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-7)
+    loaded = checkpoint.load(run / "best.pt")
+    assert same(dict(loaded.model.named_parameters()), weights[best])
+    assert loaded.longest_seconds == trainer.longest_seconds == pytest.approx(0.8)
     with pytest.raises(ValueError, match="no training can go on"):
         Trainer.resume(run / "best.pt")
-
-
-def test_only_checkpoints_with_these_masks_are_averaged(tones, tmp_path):
-    run = tmp_path / "run"
-    weights = finish(
-        begun(tones, run, updates=6, step1_share=0.8, save_every=1)
-    )  # 5 of the 6 are step 1
-    assert same(dict(checkpoint.load(run / "average.pt").model.named_parameters()), weights)
 
 
 def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -254,41 +255,103 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     assert "encoder frames" in report and "damaged audio" in report
 
 
+def snapshot(run: Trainer) -> list[torch.Tensor]:
+    """Copies of all weights and of the optimizer's state."""
+    state = [value for of_weight in run.optimizer.state.values() for value in of_weight.values()]
+    return [tensor.detach().clone() for tensor in (*run.model.parameters(), *state)]
+
+
 @pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
-def test_a_batch_of_which_nothing_can_be_read_teaches_nothing(tmp_path, front_end):
+def test_an_update_of_which_nothing_can_be_read_changes_nothing(tmp_path, front_end):
     root = write_tones(tmp_path / "corpus")
     channels = (4, 4) if front_end == "conv2d" else (4, 4, 4, 4)
-    run = trainer(
-        root,
-        tmp_path / "run",
-        batch_utterances=1,
-        updates=30,
-        front_end=front_end,
-        front_end_channels=channels,
-    )
+    network = dict(front_end=front_end, front_end_channels=channels)
+    run = trainer(root, tmp_path / "run", batch_utterances=1, updates=30, **network)
+    (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
+    skipped, before = 0, snapshot(run)
+    for record in run.updates():
+        after = snapshot(run)
+        same_now = len(after) == len(before) and all(map(torch.equal, after, before))
+        assert same_now == ("losses" not in record)
+        skipped += same_now
+        before = after
+    assert skipped in (1, 2)
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+    told = (tmp_path / "run" / "left-out.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in told] == ["0-7-0003"]
+
+
+def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    run = trainer(root, tmp_path / "run", batch_utterances=1, accumulate=12, updates=4)
     (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
     records = list(run.updates())
-    assert [sum(r["losses"].values()) == 0 and r["audio_seconds"] == 0 for r in records].count(
-        True
-    ) in (1, 2)
-    assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
-    assert [line.split("\t")[0] for line in (tmp_path / "run" / "left-out.txt").open()] == [
-        "0-7-0003"
-    ]
+    left_out = [record["left_out"] for record in records]
+    assert left_out[1] == 1 and max(left_out) <= 2  # each epoch counts from 0
+    assert all(math.isfinite(sum(record["losses"].values())) for record in records)
 
 
-def test_dev_data_that_cannot_be_read_is_left_out_and_named(tmp_path):
+def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(tmp_path):
     root = write_tones(tmp_path / "corpus")
+    changes = dict(updates=100, most_left_out=0.99, batch_seconds=2.0, save_every=100)
+    run = trainer(root, tmp_path / "run", validate_every=100, **changes)
+    updates = run.updates()
+    for _ in range(3):
+        next(updates)
+    (root / "train").rename(root / "elsewhere")
+    run.examples.kept.clear()
+    expected = snapshot(run)
+    with pytest.raises(ValueError, match=r"10 updates in a row.*is .*corpus still there"):
+        list(updates)
+    assert all(map(torch.equal, snapshot(run), expected))
+    (root / "elsewhere").rename(root / "train")
+    run.locked.close()
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.update == 3 and all(map(torch.equal, snapshot(resumed), expected))
+
+
+def test_too_many_unreadable_utterances_end_the_training(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    run = trainer(root, tmp_path / "run", batch_seconds=2.0, updates=100)
+    updates = run.updates()
+    left_out = [next(updates)["left_out"]]
+    for n in range(0, 24, 2):
+        (root / "train" / "0" / "7" / f"0-7-{n:04}.flac").write_bytes(b"")
+    run.examples.keep = False
+    run.examples.kept.clear()
+    with pytest.raises(ValueError, match=r"of 24 training utterances.*--most-left-out 0\.1"):
+        for record in updates:
+            left_out.append(record["left_out"])
+    assert left_out[0] == 0 and left_out[-1] > 2 and left_out[-2] <= 2
+    assert checkpoint.load(tmp_path / "run").training["update"] == run.update
+
+
+def test_unreadable_dev_audio_is_left_out_and_named(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    run = trainer(root, tmp_path / "run", most_left_out=0.3)
+    words = [record["dev"][8]["words"] for record in run.updates() if "dev" in record]
+    run.locked.close()
     transcript = root / "dev-other" / "2" / "7" / "2-7.trans.txt"
     transcript.write_text(transcript.read_text().replace("LOW", "lOW"))  # scoring needs no labels
-    audio = root / "dev-clean" / "1" / "7"
-    (audio / "1-7-0002.flac").write_bytes(b"")  # which the listing finds
-    (audio / "1-7-0001.flac").write_bytes((audio / "1-7-0001.flac").read_bytes()[:600])
-    run = trainer(root, tmp_path / "run", updates=1)
-    (record,) = run.updates()
-    assert record["dev"][8]["words"] > 0
-    lines = (tmp_path / "run" / "left-out.txt").read_text().splitlines()
-    assert [line.split("\t")[0] for line in lines] == ["1-7-0002", "1-7-0001"]
+    for name in ("1-7-0002", "1-7-0003"):  # one is found when listing, one when decoding
+        file = root / "dev-clean" / "1" / "7" / f"{name}.flac"
+        file.write_bytes(file.read_bytes()[: 0 if name == "1-7-0002" else -2000])
+    again = Trainer(run.config, tmp_path / "b").begin()
+    fewer = [record["dev"][8]["words"] for record in again.updates() if "dev" in record]
+    assert words == words[:1] * 2 and fewer == fewer[:1] * 2 and fewer[0] < words[0]
+    report = (tmp_path / "b" / "left-out.txt").read_text()
+    assert re.findall(r"^(\S+)\t.*\(dev\)", report, re.M) == ["1-7-0002", "1-7-0003"]
+
+
+def test_bad_dev_audio_stops_before_training(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    for name in ("1-7-0002", "1-7-0003"):
+        file = root / "dev-clean" / "1" / "7" / f"{name}.flac"
+        file.write_bytes(file.read_bytes()[: 0 if name == "1-7-0002" else -2000])
+    run = trainer(root, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"2 of 8 dev utterances.*1-7-0002\.flac"):
+        next(run.updates())
+    assert run.update == 0
 
 
 def test_one_size_trains_without_step_1(tones, tmp_path):
