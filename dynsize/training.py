@@ -272,7 +272,7 @@ class Trainer:
         return self.examples.frames()
 
     def rehearse(self) -> None:
-        """Run the largest batch forward and backward, as in both steps, with room for the optimizer.
+        """Run the largest batch as in both steps, while as much memory is taken as the optimizer's.
 
         So too little memory shows now and not after a day. Raises ValueError where it does.
         """
@@ -546,7 +546,7 @@ class Trainer:
         return result
 
     def note_validation(self, update: int, result: dict[int, dict]) -> bool:
-        """Note that dev was decoded after an update; return whether it has the fewest errors yet."""
+        """Note that dev was decoded after an update; return whether it has the fewest errors."""
         errors = sum(of_size["errors"] for of_size in result.values())
         is_best = errors < self.best
         self.best = min(errors, self.best)
@@ -645,7 +645,7 @@ def changed(config: Config, changes: dict[str, object]) -> Config:
         if name in WITH_A_NOTE:
             warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
         elif name not in FREE:
-            raise ValueError(f"{flag}: a training that is resumed can't change what is learned")
+            raise ValueError(f"{flag} with --resume: it would change what is learned")
     return dataclasses.replace(config, **changes)
 
 

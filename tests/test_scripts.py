@@ -65,7 +65,7 @@ def work(trained, tmp_path) -> Path:
 
 def test_train_leaves_and_shows_what_it_promises(trained):
     names = {path.name for path in (trained / "run").iterdir()}
-    networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt", "average.pt"}
+    networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt"}
     assert names - networks - {"plots"} == {
         "config.json",
         "metrics.jsonl",
@@ -354,7 +354,8 @@ def test_bad_input_to_train(trained, tones, refuse, arguments, words):
 
 
 def test_overwrite_replaces_a_run(work, tones):
-    (work / "run" / "mark").touch()
+    (work / "run" / "size-5.pt").touch()
+    (work / "run" / "mine").touch()
     done = run(
         "train.py",
         "--corpus",
@@ -367,7 +368,8 @@ def test_overwrite_replaces_a_run(work, tones):
         "2",
         cwd=work,
     )
-    assert done.returncode == 0 and not (work / "run" / "mark").exists()
+    assert done.returncode == 0 and not (work / "run" / "size-5.pt").exists()
+    assert (work / "run" / "mine").exists()  # only files that dynsize writes are deleted
 
 
 @pytest.mark.parametrize(
