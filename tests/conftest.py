@@ -1,4 +1,7 @@
-"""A corpus of tones for the tests, and hypothesis's profiles: `ci` draws the same every time, `dev` does not."""
+"""What tests share: a corpus of tones, networks, and hypothesis's profiles.
+
+The profile `ci` draws the same cases every time, `dev` does not.
+"""
 
 import os
 import random
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-# Read when torch is imported. Networks as small as these take longer with more threads, and each core has its process.
+# Read when torch is imported. Networks as small as these take longer with more threads, and each
+# core has its process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -78,11 +82,12 @@ def tones(tmp_path_factory) -> Path:
 def tiny(**changes) -> Config:
     """A configuration for the corpus of tones that trains in seconds."""
     values = dict(
-        sample_rate=RATE, mel_bins=12, highest_hz=3900.0, hop_ms=10.0, vocabulary=12, blocks=2, width=16,
-        attention_heads=2, kernel=3, rotary=False, dropout=0.1, front_end_channels=(4, 4), sizes=(3, 5, 8),
-        step1_share=0.6, subnet_loss=0.3, stochastic_depth=0.3, precision="float32", updates=12, batch_seconds=5.0,
-        warmup=0.2, cooldown=0.7,
-        log_every=4, validate_every=6, save_every=6, time_mask_every=100, time_mask_frames=4, frequency_mask_bins=2,
+        sample_rate=RATE, mel_bins=12, highest_hz=3900.0, hop_ms=10.0, vocabulary=12, blocks=2,
+        width=16, attention_heads=2, kernel=3, rotary=False, dropout=0.1,
+        front_end_channels=(4, 4), sizes=(3, 5, 8), step1_share=0.6, subnet_loss=0.3,
+        stochastic_depth=0.3, precision="float32", updates=12, batch_seconds=5.0, warmup=0.2,
+        cooldown=0.7, log_every=4, validate_every=6, save_every=6, time_mask_every=100,
+        time_mask_frames=4, frequency_mask_bins=2,
     )  # fmt: skip
     return Config(**(values | changes))
 

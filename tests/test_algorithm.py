@@ -83,11 +83,12 @@ def test_a_layer_outside_the_subnet_gives_its_score_a_gradient_and_its_weights_n
 
 
 zero_out_configs = st.builds(
-    lambda delta, smallest, updates, share: tiny(
-        method="iterative-zero-out", delta=delta, sizes=(smallest, 8), updates=updates, step1_share=share
-    ),
-    st.integers(1, 5), st.integers(1, 7), st.integers(20, 80), st.floats(0.3, 1, exclude_max=True),
-)  # fmt: skip
+    lambda smallest, **changes: tiny(method="iterative-zero-out", sizes=(smallest, 8), **changes),
+    smallest=st.integers(1, 7),
+    delta=st.integers(1, 5),
+    updates=st.integers(20, 80),
+    step1_share=st.floats(0.3, 1, exclude_max=True),
+)
 
 
 @given(zero_out_configs, st.integers(0, 79), st.booleans())

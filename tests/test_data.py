@@ -58,9 +58,17 @@ def test_log_mel_by_definition():
     )
 
 
-@given(st.integers(1, 2000))
-def test_any_waveform_has_finite_features(samples):
-    features = log_mel(torch.zeros(samples), tiny())
+@given(
+    samples=st.integers(1, 2000),
+    seed=st.integers(0, 2**20),
+    level=st.sampled_from([0.0, 1e-30, 1e-4, 0.3, 100.0]),
+    constant=st.booleans(),
+)
+def test_any_waveform_has_finite_features(samples, seed, level, constant):
+    """Silence, a constant, noise of any level, and clipped noise."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1 if constant else samples, generator=generator)
+    features = log_mel((level * noise).clamp(-1, 1).expand(samples), tiny())
     assert features.shape == (feature_frames(samples, tiny()), 12) and features.isfinite().all()
 
 

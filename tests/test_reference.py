@@ -12,8 +12,9 @@ from dynsize.simple_top_k import relaxed_top_k
 
 REFERENCE = Path(__file__).parent / "reference"
 OUR_NAMES = {  # the authors' name of each module of a layer → ours
-    "layer_norm.": "norm.", "layernorm.": "norm.", "linear_ff.": "expand.", "linear_out.": "project.",
-    "pointwise_conv1.": "expand.", "depthwise_conv.": "depthwise.", "pointwise_conv2.": "project.",
+    "layer_norm.": "norm.", "layernorm.": "norm.", "linear_ff.": "expand.",
+    "linear_out.": "project.", "pointwise_conv1.": "expand.", "depthwise_conv.": "depthwise.",
+    "pointwise_conv2.": "project.",
     "mhsa.in_proj_": "query_key_value.", "mhsa.out_proj.": "project.",
 }  # fmt: skip
 KINDS = ("ff1", "conv", "mhsa", "ff2")
@@ -30,7 +31,7 @@ def our_name(name: str) -> str:
         return f"blocks.{block}.norm.{rest.split('.')[-1]}"
     _, number, rest = rest.split(".", 2)
     kind = KINDS[int(number)]
-    if kind == "conv":  # there, `norm` stands behind the depthwise convolution
+    if kind == "conv":  # there, `norm` comes after the depthwise convolution
         rest = (
             rest.replace("layer_norm.", "NORM.")
             .replace("norm.", "depthwise_norm.")
@@ -52,8 +53,11 @@ def reference() -> tuple[Encoder, dict]:
     )  # fmt: skip
     encoder = Encoder(config, range(12)).double().eval()
     prefix = "weights/"
-    weights = {our_name(name.removeprefix(prefix)): torch.from_numpy(value)
-               for name, value in numbers.items() if name.startswith(prefix) and "layer_gates" not in name}  # fmt: skip
+    weights = {
+        our_name(name.removeprefix(prefix)): torch.from_numpy(value)
+        for name, value in numbers.items()
+        if name.startswith(prefix) and "layer_gates" not in name
+    }
     encoder.load_state_dict(weights)
     return encoder, {name: torch.from_numpy(value) for name, value in numbers.items()}
 
