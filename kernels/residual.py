@@ -34,7 +34,7 @@ SECOND = tl.constexpr(reference.SECOND % 2**64)
 NONE_DROPPED = tl.constexpr(reference.threshold(0.0))
 WIDEST = 8192  # columns: a program holds whole frames in registers
 CHUNK = 64  # frames of a program; weights and shares are then a 40th of its traffic
-FORWARD, BACKWARD = 4096, 2048  # elements of a tile; more of them halve the occupancy
+FORWARD, BACKWARD = 2048, 1024  # elements of a tile; twice as many halve the occupancy
 WARPS = 8
 NUMBERS = ["branch_rows", "rows", "frames", "utterances"]  # one machine code for all their values
 
@@ -58,8 +58,10 @@ def place(frames, CHUNK: tl.constexpr):
 def gate_of(gate_ptr, row, branch_rows):
     """Return the gate of `row`, (1, 1): 0 after the branch, 1 in it where there are no gates."""
     if gate_ptr is None:
-        return (row < branch_rows).to(tl.float32)
-    return load(gate_ptr + row, row < branch_rows)
+        gate = (row < branch_rows).to(tl.float32)
+    else:
+        gate = load(gate_ptr + row, row < branch_rows)
+    return gate
 
 
 @triton.jit
@@ -68,19 +70,19 @@ def dropout(values, seed_ptr, row, utterances, frame, P: tl.constexpr, WIDTH: tl
 
     `frame`: (FRAMES, 1), their numbers. `P`: the lowest draw that is kept.
     """
-    if P == NONE_DROPPED:
-        return values
-    seed = tl.load(seed_ptr + row % utterances)
-    word = tl.arange(0, values.shape[1] // 4)[None, :]
-    number = frame.to(tl.int64) * ((WIDTH + 3) // 4) + word
-    z = number * WEYL + seed
-    z = z.to(tl.uint64, bitcast=True)  # so that shifts to the right bring zeros
-    z = (z ^ (z >> 30)) * FIRST
-    z = (z ^ (z >> 27)) * SECOND
-    z = z ^ (z >> 31)
-    shift = 16 * tl.arange(0, 4)[None, None, :]
-    draws = tl.reshape(z[:, :, None] >> shift, values.shape)
-    return tl.where(draws.to(tl.int16) >= P, values, 0.0)
+    if P != NONE_DROPPED:
+        seed = tl.load(seed_ptr + row % utterances)
+        word = tl.arange(0, values.shape[1] // 4)[None, :]
+        number = frame.to(tl.int64) * ((WIDTH + 3) // 4) + word
+        z = number * WEYL + seed
+        z = z.to(tl.uint64, bitcast=True)  # so that shifts to the right bring zeros
+        z = (z ^ (z >> 30)) * FIRST
+        z = (z ^ (z >> 27)) * SECOND
+        z = z ^ (z >> 31)
+        shift = 16 * tl.arange(0, 4)[None, None, :]
+        draws = tl.reshape(z[:, :, None] >> shift, values.shape)
+        values = tl.where(draws.to(tl.int16) >= P, values, 0.0)
+    return values
 
 
 @triton.jit

@@ -36,7 +36,6 @@ TARGETS = {
     "gfx90a": (GPUTarget("hip", "gfx90a", 64), 64 << 10, 64 << 10, 2048, 32),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 2048, 32),
 }
-WIDTHS = (144, 512)
 POINTER_AND_MASK = dict(
     create_masked_load=(0, 1), create_masked_store=(0, 2), create_atomic_rmw=(1, 3)
 )
@@ -47,18 +46,24 @@ def fused(*arguments) -> tuple[Tensor, Tensor]:
     return GatedResidualLayerNorm.apply(*arguments, 1e-5)
 
 
-def cases(widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[tuple]:
-    """Return name, function and arguments of each op that is compiled, with all it can have."""
-    found = []
-    for width, dtype in itertools.product(widths, dtypes):
-        gate = torch.ones(2, requires_grad=True)
+def cases(every: bool) -> list[tuple]:
+    """Return name, function and arguments of what is compiled: `every` width and dtype, or few."""
+    gate = torch.ones(2, requires_grad=True)
+    log_probs, *others = benchmark.ctc_inputs(2, 80, 250, "cpu")
+    found = [("CTC, U 50", CtcLoss.apply, [log_probs, *others])]
+    found.append(("CTC, the loss alone", CtcLoss.apply, [log_probs.detach(), *others]))
+    widths = (144, 256, 384, 512) if every else (512,)
+    types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
+    for width, dtype in itertools.product(widths, types):
         arguments = benchmark.residual_inputs(3, gate, width, 5, dtype)
         found.append((f"residual, D {width}, {dtype}", fused, arguments))
-    found.append(("CTC, U 50", CtcLoss.apply, benchmark.ctc_inputs(2, 80, 250, "cpu")))
+    x, branch, _, scale, _, _, *norm = benchmark.residual_inputs(3, gate, 144, 5, torch.float32)
+    arguments = [x, branch, None, scale, 0.0, None, *norm]
+    found.append(("residual without gates and dropout", fused, arguments))
     return found
 
 
-def machine_code(widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[dict]:
+def machine_code(every: bool) -> list[dict]:
     """Compile the kernels for all targets, as a launch there would, and read the code's needs.
 
     Leaves this process unable to launch.
@@ -76,9 +81,11 @@ def machine_code(widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> li
             get_current_stream=lambda device: 0,
         )
         triton.runtime.driver.set_active(SimpleNamespace(**driver))
-        for name, function, arguments in cases(widths, dtypes):
+        for name, function, arguments in cases(every):
             codes.clear()
-            benchmark.passes(function, arguments)[1]()
+            _, backward = benchmark.passes(function, arguments)
+            if any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+                backward()
             records += [dict(op=name, target=target) | resources(code, target) for code in codes]
     return records
 
@@ -162,7 +169,4 @@ class ChainBytes(TorchDispatchMode):
 
 
 if __name__ == "__main__":
-    every = len(sys.argv) > 1  # for a table of all
-    widths = (144, 256, 384, 512) if every else WIDTHS
-    types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
-    print(json.dumps(machine_code(widths, types)))
+    print(json.dumps(machine_code(every=len(sys.argv) > 1)))
