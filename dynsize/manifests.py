@@ -37,7 +37,8 @@ def manifest(file: Path, _: object) -> Iterator[Entry]:
             reader = lhotse_cut if of_lhotse else manifest_row
             entries += reader(file, where, id, row)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: {error!r} in {shown(json.dumps(row))}; {FORMS}") from error
+            what = f"no {error}" if isinstance(error, LookupError) else str(error)
+            raise ValueError(f"{where}: {what} in {shown(json.dumps(row))}; {FORMS}") from error
     names = Counter(without_ending(entry.path) for entry in entries if not entry.id)
     for entry in entries:
         id = entry.id
@@ -79,7 +80,8 @@ def lhotse_cut(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
     begin, length = seconds(row["start"], where), seconds(row["duration"], where)
     supervisions = row["supervisions"] or [dict(start=0, duration=length, text=None)]
     for part in supervisions:
-        first, last = float(part["start"]), float(part["start"]) + float(part["duration"])
+        first = part["start"]  # below 0 where a supervision begins before its cut
+        last = first + seconds(part["duration"], where)
         channel = part.get("channel", row.get("channel", 0))
         sources = [s for s in row["recording"]["sources"] if channel in s["channels"]]
         if not sources or sources[0]["type"] != "file":
@@ -90,7 +92,7 @@ def lhotse_cut(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
             placed(file, encodable(sources[0]["source"]), where),
             None if part.get("text") is None else encodable(part["text"]),
             encodable(part.get("speaker") or ""),
-            seconds(begin + max(first, 0.0), where),  # a supervision may reach out of its cut
+            seconds(begin + max(first, 0.0), where),
             seconds(begin + min(last, length), where),
             sources[0]["channels"].index(channel),
         )

@@ -112,9 +112,9 @@ def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[
     if empty := [u for u in corpus.utterances if not u.text]:
         yield f"{len(empty)} empty transcripts, as {empty[0].id}; they train silence"
     rate, id = corpus.densest
-    _, hop = window_and_hop(config)
-    frames = config.sample_rate / (4 * hop)
-    yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
+    frames = config.sample_rate / (4 * window_and_hop(config)[1])
+    if rate:
+        yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
     yield from longer_than_the_rest(corpus.utterances, config)
 
 
@@ -151,7 +151,7 @@ def is_sign(character: str) -> bool:
 
 def help_for(characters: list[str]) -> str:
     """Return what changes such characters."""
-    helped = [c for c in characters if plain(c) != c]
+    helped = [c for c in characters if plain(c) != c.lower()]
     if not helped:
         return "no normaliser changes them; errors of spelling?"
     return f"--normaliser plain changes {' '.join(helped[:MOST_NAMED])}"

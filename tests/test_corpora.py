@@ -1,6 +1,8 @@
 """Every kind of corpus: what is read, what is left out, what is refused; and what is kept between runs."""
 
 import dataclasses
+import errno
+import gzip
 import json
 import os
 import random
@@ -276,7 +278,12 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", '"text": "LOW"', '"text": "\\ud800"', ["train.jsonl:1", "surrogates"]),
         ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "-0.5"]),
         ("manifest", '"offset": 0.5', '"offset": 1e999', ["train.jsonl:2", "inf"]),
-        ("manifest", '"offset": 0.5', '"offset": [0.5]', ["train.jsonl:2", "'[0.5]' is not a time"]),
+        (
+            "manifest",
+            '"offset": 0.5',
+            '"offset": [0.5]',
+            ["train.jsonl:2", "'[0.5]' is not a time"],
+        ),
         (
             "manifest",
             '"offset": 0.5',
@@ -367,6 +374,227 @@ def test_audio_that_changes_after_listing_is_corrupt(tmp_path, how):
         read_audio(utterance, RATE)
 
 
+def write_manifest(root: Path, content: object, name: str = "train.json", indent: int = 0) -> Path:
+    """Write `content` as JSON beside a file talk.wav of 2 s."""
+    write_audio(root / "talk.wav")
+    data = json.dumps(content, indent=indent or None).encode()
+    (root / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return root
+
+
+def cut(**changes) -> dict:
+    """One of lhotse's cuts as its manifests hold it."""
+    recording = dict(
+        id="talk",
+        sources=[dict(type="file", channels=[0], source="talk.wav")],
+        sampling_rate=RATE,
+        num_samples=2 * RATE,
+        duration=2.0,
+        channel_ids=[0],
+    )
+    said = dict(id="talk-s", recording_id="talk", start=0.0, duration=1.0, channel=0, text="LOW")
+    said |= dict(speaker="anna", language="English")
+    whole = dict(id="talk-0", start=0.5, duration=1.0, channel=0, type="MonoCut")
+    return whole | dict(supervisions=[said], recording=recording) | changes
+
+
+NEMO = dict(audio_filepath="talk.wav", text="LOW", duration=2.0)
+SPEECHBRAIN = {"u-1": dict(wav="{data_root}/talk.wav", length=2.0, words="LOW", spk_id="anna")}
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz"])
+@pytest.mark.parametrize("indent", [0, 2])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([NEMO], ("talk", "LOW", "", (0, 16000))),
+        ([NEMO | dict(id=7, speaker="anna")], ("7", "LOW", "anna", (0, 16000))),
+        ([dict(key="k", wav="talk.wav", txt="LOW")], ("k", "LOW", "", (0, 16000))),
+        (SPEECHBRAIN, ("u-1", "LOW", "anna", (0, 16000))),
+        ([cut()], ("talk-0", "LOW", "anna", (4000, 12000))),
+    ],
+    ids=["nemo", "nemo with id", "wenet", "speechbrain", "lhotse"],
+)
+def test_manifests_of_every_form(tmp_path, name, indent, content, expected):
+    write_manifest(tmp_path, content, name, indent)
+    [utterance] = read(tmp_path).utterances
+    assert (utterance.id, utterance.text, utterance.speaker, utterance.span) == expected
+
+
+def test_lhotses_cuts_give_an_utterance_for_each_supervision(tmp_path):
+    said = cut()["supervisions"][0]
+    parts = [said | dict(id="a", start=-0.25, duration=0.5), said | dict(id="b", start=0.5)]
+    lines = [cut(supervisions=parts), cut(id="c", supervisions=[said | dict(duration=9.0)])]
+    write_audio(tmp_path / "talk.wav")
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    corpus = read(tmp_path)
+    spans = {utterance.id: utterance.span for utterance in corpus.utterances}
+    assert spans == {"a": (4000, 6000), "b": (8000, 12000), "c": (4000, 12000)}
+
+
+def test_lhotses_channels_may_lie_in_files_of_their_own(tmp_path):
+    write_audio(tmp_path / "second.wav")
+    sources = [dict(type="file", channels=[0], source="talk.wav")]
+    sources.append(dict(type="file", channels=[1], source="second.wav"))
+    said = cut()["supervisions"][0] | dict(channel=1)
+    recording = cut()["recording"] | dict(sources=sources)
+    write_manifest(tmp_path, [cut(supervisions=[said], recording=recording)])
+    [utterance] = read(tmp_path).utterances
+    assert utterance.path.endswith("second.wav") and utterance.channel == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ([NEMO, dict(text="LOW")], 7, "no path"),
+        ([NEMO, NEMO | dict(text=7)], 7, "no string"),
+        ([NEMO, dict(audio_filepath="talk.wav")], 7, "has no text"),
+        ([NEMO, NEMO | dict(id=["x"])], 7, "no string"),
+        ([NEMO, 7], 7, "expected is a line of JSON"),
+        ({"u": SPEECHBRAIN["u-1"] | dict(wav=dict(file="talk.wav", start=0))}, 2, "no string"),
+        ([cut(type="MixedCut")], 2, "only cuts of one recording"),
+        ([cut(recording=cut()["recording"] | dict(transforms=[dict(name="Speed")]))], 2, "as it"),
+        ([dict(id="r", recording_id="r", sources=[], sampling_rate=8000)], 2, "lhotse's cuts"),
+        ([cut(recording=cut()["recording"] | dict(sources=[dict(type="url", channels=[0])]))], 2,
+         "no audio file for the channel 0"),
+    ],
+)  # fmt: skip
+def test_what_a_manifest_lacks_is_told_with_its_line(tmp_path, content, line, words):
+    write_manifest(tmp_path, content, indent=1)
+    with pytest.raises(ValueError, match=rf"train\.json:{line}: .*{words}"):
+        read(tmp_path)
+
+
+def test_a_text_may_be_missing_where_nothing_is_scored(tmp_path):
+    write_manifest(tmp_path, [dict(audio_filepath="talk.wav")])
+    corpus = read_corpus(tmp_path, ["train"], tiny(), scored=False)
+    assert [(u.id, u.text) for u in corpus.utterances] == [("talk", "")]
+    kaldi = write_corpus(tmp_path / "kaldi", "kaldi")
+    (kaldi / "train/text").unlink()
+    with pytest.raises(ValueError, match=r"segments:1: the utterance anna-1 has no text"):
+        read(kaldi)
+    texts = [u.text for u in read_corpus(kaldi, ["train"], tiny(), scored=False).utterances]
+    assert texts == ["", "", ""]
+
+
+def test_an_utterance_without_an_id_has_the_name_of_its_file(tmp_path):
+    write_audio(tmp_path / "deep/a b.wav")
+    rows = [NEMO, NEMO | dict(offset=1, duration=0.5), dict(audio_filepath="deep/a b.wav", text="")]
+    write_manifest(tmp_path, rows, indent=1)
+    assert [u.id for u in read(tmp_path).utterances] == ["a_b", "talk-2", "talk-7"]
+
+
+def test_damaged_gzip_data_is_told(tmp_path):
+    write_manifest(tmp_path, [NEMO] * 99, "train.json.gz")
+    whole = (tmp_path / "train.json.gz").read_bytes()
+    for damaged in (whole[:40], b"no gzip", whole[:30] + b"xx" + whole[32:]):
+        (tmp_path / "train.json.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"train\.json\.gz:\d+: "):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["kaldi", "manifest"])
+def test_paths_relative_to_the_working_directory_are_found(tmp_path, monkeypatch, kind):
+    root = write_corpus(tmp_path / "corpus", kind)
+    write_audio(tmp_path / "recipe/audio/here.wav")
+    file = root / LISTS[kind]
+    file.write_text(file.read_text().replace("talk.wav", "audio/here.wav"))
+    monkeypatch.chdir(tmp_path / "recipe")
+    paths = {utterance.path for utterance in read(root).utterances}
+    assert str(tmp_path / "recipe/audio/here.wav") in paths
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        read(root)
+    assert f"{file}:1: no audio: 'audio/here.wav' doesn't exist" in str(error.value)
+    assert str(tmp_path) in str(error.value) and str(file.parent) in str(error.value)
+
+
+def test_missing_audio_is_told_with_what_lies_there(tmp_path):
+    folder = write_corpus(tmp_path / "corpus", "librispeech") / "train/1/2"
+    (folder / "1-2-0001.flac").rename(folder / "1-2-0001.txt")
+    for number in range(20):
+        (folder / f"x{number:02}").touch()
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "corpus")
+    said = str(error.value)
+    assert f"1-2.trans.txt:2: no audio for the utterance 1-2-0001: {folder}/1-2-0001" in said
+    assert ".flac,.wav" in said and "1-2-0001.txt" in said and "and 11 more" in said
+
+
+def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    (root / "train/0/7").rename(tmp_path / "elsewhere")
+    (root / "train/0/7").symlink_to(tmp_path / "elsewhere")
+    (root / "train/0/again").symlink_to(root / "train")  # a circle
+    (root / "linked").symlink_to(root / "train")
+    assert len(read(root).utterances) == 3
+    assert len(read(root, "linked").utterances) == 3
+
+
+def test_a_directory_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    hidden, scandir = root / "train/0/7", os.scandir
+
+    def refuse(path):
+        if str(path) == str(hidden):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=f"{hidden}: can't be listed: Permission denied"):
+        read(root)
+    stm = write_corpus(tmp_path / "stm", "stm")
+    shutil.rmtree(stm / "train/sph")
+    with pytest.raises(ValueError, match=r"train/sph: can't be listed: No such file"):
+        read(stm)
+
+
+@pytest.mark.parametrize("kind", CORPUS_KINDS)
+def test_a_pipe_in_place_of_a_list_is_refused(tmp_path, kind):
+    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"{file}:1: not a regular file"):
+        read(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("split", ["train+", "+train", "", ".", "../x", "/etc", "a/../../b"])
+def test_what_names_no_split_is_refused(tmp_path, split):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    with pytest.raises(ValueError, match=r"--train-splits '.*': names no split"):
+        read_corpus(root, [split], tiny(), "--train-splits")
+    with pytest.raises(ValueError, match=r"--dev-splits dev: no such split .*in .*: train"):
+        read_corpus(root, ["dev"], tiny(), "--dev-splits")
+
+
+@pytest.mark.parametrize("kind", CORPUS_KINDS)
+def test_unknown_words_are_taken_out_of_every_kind_and_counted(tmp_path, kind):
+    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
+    file = file.with_name("text") if kind == "kaldi" else file
+    old = "Low, mid!" if kind == "common-voice" else "TOP"
+    file.write_text(file.read_text().replace(old, f"<unk> {old} <UNK>"))
+    corpus = read(tmp_path / "corpus")
+    assert old in [u.text.removeprefix("HIGH ") for u in corpus.utterances]
+    assert not any("unk" in u.text.lower() for u in corpus.utterances)
+    counts = {what: n for what, n in corpus.changes.items() if "unk" in what.lower()}
+    assert sum(counts.values()) == (5 if kind == "stm" else 2)
+
+
+def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
+    file = write_corpus(tmp_path / "corpus", "stm") / LISTS["stm"]
+    lines = ["talk a anna 0 1 <o,f0,male> { Um / uh / @ } Yes (eh) {NOISE} no(2)"]
+    file.write_text("\n".join([*lines, "call b bert 0 1 Top", "call A bert 0 1 {NOISE} <sil>"]))
+    corpus = read(tmp_path / "corpus", normaliser="lower")
+    noted, plain = corpus.utterances
+    assert (noted.text, noted.reference) == ("um yes eh no", "{ um / uh / @ } yes (eh) no")
+    assert (plain.text, plain.reference, plain.channel) == ("top", "", 1)
+    assert list(corpus.left_out["no words but marks"]) == ["talks.stm:3"]
+    file.write_text("talk a anna 0 1 yes\ntalk a anna 1 2 [laughter] no\n")
+    with pytest.raises(ValueError, match=r"talks\.stm:2: '\[laughter\]' is not understood; in"):
+        read(tmp_path / "corpus")
+
+
 NASTY = [
     b"\0",
     b"\xff",
@@ -406,6 +634,11 @@ NASTY += [
     b"\xd9\xa3",
     b"1_0",
     b"\x1c",
+    b"}",
+    b" / ",
+    b"(",
+    b")",
+    b"{ a / b }",
 ]
 edits = st.tuples(
     st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4)
@@ -413,28 +646,33 @@ edits = st.tuples(
 
 
 @pytest.fixture(scope="module")
-def all_kinds(tmp_path_factory) -> dict[str, Path]:
-    """A corpus of each kind; the lists may be changed by one test after the other."""
+def all_forms(tmp_path_factory) -> dict[str, Path]:
+    """The list of a corpus of each kind and form; one test after the other changes it."""
     folder = tmp_path_factory.mktemp("mutated")
-    return {kind: write_corpus(folder / kind, kind) for kind in CORPUS_KINDS}
+    files = {kind: write_corpus(folder / kind, kind) / LISTS[kind] for kind in CORPUS_KINDS}
+    notation = "talk 1 anna 0 1 <o,f0,male> { um / @ } LOW (uh) {NOISE} MID(2) <sil>\n"
+    files["stm"].write_text(STM + notation)
+    forms = {"array": [NEMO, NEMO], "dictionary": SPEECHBRAIN, "cuts": [cut(), cut(id="b")]}
+    for name, content in forms.items():
+        files[name] = write_manifest(folder / name, content, indent=1) / "train.json"
+    files["gzip"] = write_manifest(folder / "gzip", [NEMO], "train.json.gz") / "train.json.gz"
+    return files
 
 
-@pytest.mark.parametrize("kind", CORPUS_KINDS)
-@settings(max_examples=400)
+@pytest.mark.parametrize("form", [*CORPUS_KINDS, "array", "dictionary", "cuts", "gzip"])
+@settings(max_examples=225)
 @given(st.sampled_from(sorted(KALDI)), st.lists(edits, min_size=1, max_size=3), st.booleans())
 def test_mutated_lists_are_read_or_refused_with_file_and_line(
-    all_kinds, kind, name, edits, doubled
+    all_forms, form, name, edits, doubled
 ):
-    root = all_kinds[kind]
-    file = root / "train" / name if kind == "kaldi" else root / LISTS[kind]
+    file = all_forms[form]
+    root = file.parents[len(Path(LISTS.get(form, "")).parts) - 1 if form in LISTS else 0]
+    file = file.with_name(name) if form == "kaldi" else file
     whole = file.read_bytes()
     mutated = whole * 2 if doubled else whole
     for start, length, new in edits:
-        mutated = (
-            mutated[: start % len(mutated or b"-")]
-            + new
-            + mutated[start % len(mutated or b"-") + length :]
-        )
+        first = start % len(mutated or b"-")
+        mutated = mutated[:first] + new + mutated[first + length :]
     file.write_bytes(mutated)
     try:
         corpus, said = read(root), ""
