@@ -154,7 +154,7 @@ def study(options: argparse.Namespace) -> None:
 def describe(trainer: Trainer) -> None:
     """Print what is about to be trained, on what."""
     config, model = trainer.config, trainer.model
-    print("corpus     " + trainer.summary().replace("\n", "\n           "))
+    print("corpus     " + trainer.summary.replace("\n", "\n           "))
     print(
         f"network    {config.blocks} blocks, {model.sizes[-1]} layers of width {config.width}, "
         f"{parameters(model):,} parameters, {trainer.tokenizer.labels} labels with the blank"

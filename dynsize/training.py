@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -119,18 +120,22 @@ class Trainer:
         """The number of updates that are done."""
         return self.state["update"]
 
+    @cached_property
     def summary(self) -> str:
-        """Return what the corpus holds, and what is odd in it, its dev and its test splits."""
+        """What the corpus holds, and what is odd in it, its dev and its test splits.
+
+        It is empty in all processes but the first.
+        """
         others: dict[str, Corpus | str] = {}
         flags = {"--dev-splits": self.config.dev_splits, "--test-splits": self.config.test_splits}
-        for flag, splits in flags.items():
+        for flag, splits in flags.items() if processes.rank() == 0 else ():
             for split in splits:
                 try:
                     root = corpus_root(self.config)
                     others[split] = read_corpus(root, [split], self.config, flag)
-                except ValueError as error:
+                except (ValueError, OSError) as error:
                     others[split] = str(error)
-        return summary(self.corpus, self.config, others)
+        return "" if processes.rank() else summary(self.corpus, self.config, others)
 
     # Beginning, stopping and resuming.
 
@@ -179,7 +184,7 @@ class Trainer:
         for source in self.starts_from:
             if source.parent.resolve() == self.run.resolve():
                 raise ValueError(f"{self.run}: has {source.name}, from which this training starts")
-        run_directory.begin(self.run, self.config, self.summary())
+        run_directory.begin(self.run, self.config, self.summary)
         run_directory.note_left_out(self.run, self.corpus.left_out)
         return self
 

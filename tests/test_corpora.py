@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from conftest import RATE, SPLITS, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import batching, cache, corpora
+from dynsize import batching, cache, corpora, training
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, epoch_plan
 from dynsize.config import CORPUS_KINDS, fields, preset
@@ -858,6 +859,40 @@ def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path
     logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert logged["waiting"] == pytest.approx(sum(record["waiting"] for record in records))
     assert logged["padding"] == pytest.approx(sum(record["padding"] for record in records) / 4)
+
+
+def test_a_training_tells_how_its_dev_and_test_splits_differ(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    file = root / "dev-other/2/7/2-7.trans.txt"
+    file.write_text(file.read_text().replace("W", "w").replace("O", "Ö"))
+    shutil.rmtree(root / "test-other")
+    Trainer(tiny(corpus=str(root)), tmp_path / "run").begin()
+    told = (tmp_path / "run/corpus.txt").read_text()
+    assert "note: dev-other: other case than in training, w " in told
+    assert "note: dev-other: characters that training never had, Ö " in told
+    assert "test-clean: 6 utterances" in told and "labels a second" in told
+    assert "note: test-other is not checked: --test-splits test-other: no such split" in told
+
+
+def test_a_resumed_training_plans_its_epoch_alone(tones, tmp_path, monkeypatch):
+    config = tiny(corpus=str(tones), updates=30, save_every=1, batch_utterances=8)
+    first = Trainer(config, tmp_path / "run").begin()
+    for record in first.updates():
+        if record["update"] == 20:
+            break
+    assert first.state["epoch"] >= 4
+    planned = []
+
+    def plan(frames, config, epoch):
+        planned.append(epoch)
+        return epoch_plan(frames, config, epoch)
+
+    monkeypatch.setattr(training, "epoch_plan", plan)
+    again = Trainer.resume(tmp_path / "run")
+    ids = [[u.id for u in batch.utterances] for batch in islice(again.batches(), 3)]
+    assert planned[0] == again.state["epoch"] - len(planned) + 1 == first.state["epoch"]
+    rest = [[u.id for u in batch.utterances] for batch in islice(first.batches(), 3)]
+    assert ids == rest
 
 
 def spoil(file: Path, how: str) -> None:
