@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tones
-from in_process import TINY, run
+from in_process import SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config
 from dynsize.terminal import one_line, printable, reported
@@ -21,7 +21,12 @@ VALUES = {
     str: ["", " ", "nowhere", "../nowhere", "/nowhere", "mps", "train+", "\x1b[31m", "a\nb", "é"],
 }
 # Flags of which some possible values only take long: more processes, more updates.
-SLOW = {"workers": ["-1", "65", "nan"], "updates": ["0", "-1", "x"], "corpus": ["", "a\nb", "é"]}
+SLOW = {
+    "workers": ["-1", "65", "nan"],
+    "updates": ["0", "-1", "x"],
+    "corpus": ["", "a\nb", "é"],
+    "--audio-seconds": ["0", "0.1", "1", "601", "-1", "nan", "inf", "x"],
+}
 WHOLE = ["--threads 0", "--threads -1", "--threads 99999", "--threads x", "--resume nowhere",
          "--resume nowhere --study", "--resume=nowhere --seed=7", "--study --overwrite",
          "--preset nothing", "--preset", "--colour red", "--run"]  # fmt: skip
@@ -54,6 +59,12 @@ def check(done, script: str) -> None:
         assert line.startswith(f"{script}: ") and line.isprintable() and len(line) < 1100, line
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Trainings draw none: they would take longer than all else."""
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
+
+
 @pytest.fixture(scope="module")
 def few_tones(tmp_path_factory) -> Path:
     splits = {"train": 6, "dev-clean": 2, "dev-other": 2}
@@ -84,7 +95,8 @@ def test_any_flags_of_prune_end_well_or_with_one_clear_line(few_tones, tmp_path)
     draw = random.Random("flags of prune.py")
     for number in range(40):
         flag = draw.choice(PRUNING)
-        value = draw.choice(VALUES[int if number % 2 else float])
+        values = VALUES[int if number % 2 else float]
+        value = draw.choice(SLOW.get(flag, values))
         short = ["--audio-seconds", "0.2", "--output", f"pruned{number}"]
         check(run("prune.py", "run", *short, flag, value, cwd=tmp_path), "prune.py")
 
