@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SPLITS, write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config, spoken
@@ -28,6 +29,12 @@ def started(script: str, *arguments: str | Path, cwd: Path) -> subprocess.Comple
     """A script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Trainings in this process draw none: tests/test_plots.py looks at them."""
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
 
 
 @pytest.fixture
@@ -426,6 +433,47 @@ def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
     stream.flush()
     assert b"done: \\xe9/checkpoint.pt" in stream.buffer.getvalue()
     assert checkpoint.load(tmp_path / "é").training["update"] == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--resume=run --seed=7", ["--seed"]),
+        ("--sizes 2 5 8 --resume run", ["--sizes"]),
+        ("--resume=run --study", ["--study", "--resume"]),
+        ("--resume run --preset demo", ["--preset", "--resume"]),
+        ("--resume run --run other", ["--run", "--resume"]),
+        ("--overwrite --resume=run", ["--overwrite", "--resume"]),
+    ],
+)
+def test_resume_refuses_what_changes_the_result(trained, refuse, flags, words):
+    said = refuse("train.py", *flags.split(), cwd=trained)
+    assert all(word in said for word in words), said
+
+
+def test_resume_accepts_what_does_not_change_the_result(work, tones):
+    stopped = checkpoint.load(work / "run")
+    stopped.model.config = dataclasses.replace(stopped.model.config, updates=16)
+    save_again(stopped)
+    free = ["--threads", "1", "--log-every=1", "--workers", "0", "--keep", "2", "--device=cpu"]
+    done = run("train.py", "--resume", "run", *free, "--corpus", tones, cwd=work)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (
+        "\nupdate 13/16  " in done.stdout and checkpoint.load(work / "run").model.config.keep == 2
+    )
+
+
+def test_resume_tells_that_batches_or_the_corpus_differ(work, tmp_path):
+    stopped = checkpoint.load(work / "run")
+    stopped.model.config = dataclasses.replace(stopped.model.config, updates=14)
+    save_again(stopped)
+    other = write_tones(tmp_path / "other", SPLITS | {"train": 23})
+    flags = ["--corpus", other, "--batch-seconds", "4"]
+    with pytest.warns(UserWarning, match=r"utterances|batch-seconds") as told:
+        done = run("train.py", "--resume", "run", *flags, cwd=work)
+    said = " ".join(str(warning.message) for warning in told)
+    assert done.returncode == 0, done.stderr
+    assert "other" in said and "utterances" in said and "--batch-seconds" in said
 
 
 def test_prune_never_replaces_its_source(work, refuse):
