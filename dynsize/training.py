@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -673,7 +674,8 @@ def fingerprint_of(corpus: Corpus) -> str:
 def new_network(config: Config, labels: int) -> Supernet:
     """Return the initial network of a training.
 
-    Raises ValueError where `layers_from` has another number of layers.
+    Raises ValueError where `layers_from` has another number of layers, and for a network that does
+    not fit into the memory.
     """
     ranking = None
     if config.layers_from:
@@ -685,7 +687,23 @@ def new_network(config: Config, labels: int) -> Supernet:
     if config.method == "layerdrop":
         ranking = every_other(config.layers, config.sizes)
     size = config.size if 0 < config.size < config.layers else None
+    with torch.device("meta"):  # weights without memory
+        check_memory(Supernet(config, labels, ranking, size))
     return Supernet(config, labels, ranking, size)
+
+
+def check_memory(model: Supernet) -> None:
+    """Raise ValueError where a network can't be trained in this machine's memory.
+
+    A float32 weight takes 16 bytes: itself, its gradient and AdamW's two moments.
+    """
+    weights = sum(weight.numel() for weight in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 16 * weights > memory:
+        raise ValueError(
+            f"a network of {weights:,} weights takes {16e-9 * weights:.0f} GB in training, "
+            f"more than the {1e-9 * memory:.0f} GB of this machine: lower --blocks or --width"
+        )
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:

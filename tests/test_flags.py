@@ -101,6 +101,13 @@ def test_any_flags_of_prune_end_well_or_with_one_clear_line(few_tones, tmp_path)
         check(run("prune.py", "run", *short, flag, value, cwd=tmp_path), "prune.py")
 
 
+def test_a_network_beyond_the_memory_is_refused(few_tones, tmp_path):
+    huge = ["--blocks", "64", "--width", "8192", "--sizes", "256"]
+    done = run("train.py", "--corpus", few_tones, *TINY, *huge, cwd=tmp_path)
+    check(done, "train.py")
+    assert "GB" in done.stderr and "--width" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_every_number_has_limits_and_none_is_not_finite():
     for setting in config.fields():
         kind = typing.get_type_hints(config.Config)[setting.name]
