@@ -180,6 +180,9 @@ def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
     config = preset("digits", method="ortho-softmax", updates=2000, seed=3)
     scores = torch.nn.Parameter(ortho_softmax.initial_scores(config))
     assert scores.abs().max() < 0.01 and scores.shape == (24, 24)
+    assert len(scores.unique(dim=0)) == 24  # equal rows would have equal gradients
+    other = dataclasses.replace(config, seed=4)
+    assert not torch.equal(scores, ortho_softmax.initial_scores(other))
     useful = torch.linspace(0, 1, 24)[
         torch.randperm(24, generator=torch.Generator().manual_seed(0))
     ]
