@@ -95,7 +95,8 @@ class Convolution(nn.Module):
             return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         x = x.to(self.depthwise.weight.dtype)
         x = x.transpose(1, 2)[:, :, None]  # (R, D, 1, T)
-        weight = self.depthwise.weight[:, :, None]  # (D, 1, 1, K)
+        weight = self.depthwise.weight.flatten()  # so its gradient has its strides, as DDP wants
+        weight = weight.view(x.shape[1], 1, 1, -1)  # (D, 1, 1, K)
         weight = weight.contiguous(memory_format=torch.channels_last)
         padding = (0, weight.shape[-1] // 2)
         with torch.autocast("cpu", enabled=False):
@@ -357,7 +358,8 @@ class Stack:
         self.x = x.to(torch.promote_types(x.dtype, torch.float32))  # (S·B, T', D), S = 1 here
         self.streams = [0] * networks  # the stream of each network, from 0, not falling
         self.pending: Pending | None = None
-        autocast = torch.is_autocast_enabled(x.device.type)
+        # The device `meta`, which tests use, has no autocast.
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         self.branch_dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.x.dtype
 
     def rows(self, networks: int) -> int:

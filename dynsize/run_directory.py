@@ -23,7 +23,8 @@ FIRST = {CONFIG, "corpus.txt", LEFT_OUT}  # what is there before the first updat
 OURS = (
     *("metrics.jsonl", "left-out.txt", "corpus.txt", "ranking.json"),
     *("checkpoint.pt", "checkpoint-[0-9].pt", "best.pt", "size-[0-9]*.pt"),
-    *("evaluation/*/*/results.json", "evaluation/*/*/size-[0-9]*.txt"),
+    *("evaluation/*/*/results.*", "evaluation/*/*/*.trn", "evaluation/*/*/aligned-[0-9]*.txt"),
+    *("plots/*.png", "plots/*.svg"),
     "config.json",
 )
 ONLY_OURS = {"step1_share", "subnet_loss", "stochastic_depth"}  # settings in our config.json alone
@@ -83,8 +84,8 @@ def begin(run: Path, config: Config, corpus: str) -> None:
         for path in run.glob(pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
-    for folder in sorted(run.glob("evaluation/**/"), reverse=True):
-        if not any(folder.iterdir()):
+    for folder in (*sorted(run.glob("evaluation/**/"), reverse=True), run / "plots"):
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     write_config(run, config)
     files.write(run / "corpus.txt", (corpus + "\n").encode(errors="surrogateescape"))

@@ -18,6 +18,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from dynsize import files
 from dynsize.cache import user_cache
 
 SAMPLE_RATE = 16000  # Hz
@@ -165,7 +166,7 @@ class Espeak:
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
     """Writes all splits. The same in every new process for the same seed and minutes; no sentence is there twice."""
     espeak, draw = Espeak(seed), random.Random(seed)
-    unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
+    unfinished = files.unfinished(directory)
     said: set[str] = set()
     total = round(sum(minutes.values()))
     bar = tqdm(total=total, desc="speaking the corpus", unit="min", leave=False, disable=None)

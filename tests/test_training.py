@@ -1,15 +1,19 @@
 """The loop: it learns, resumes exactly, guards against losses that are not finite, and survives corrupt audio."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import time
+import weakref
 
 import pytest
 import torch
 from conftest import tiny, write_tones
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import checkpoint, training
+from dynsize import batching, checkpoint, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.training import Trainer
@@ -131,7 +135,12 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
 
 def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
     run = trainer(
-        tones, tmp_path / "run", method="layerdrop", shared_output_layer=True, sizes=(4, 8), updates=3
+        tones,
+        tmp_path / "run",
+        method="layerdrop",
+        shared_output_layer=True,
+        sizes=(4, 8),
+        updates=3,
     )
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {
@@ -370,3 +379,131 @@ def test_checkpoints_of_a_run_can_be_loaded(tones, tmp_path):
     run = trainer(tones, tmp_path / "run", updates=3)
     weights = weights_after(run)
     assert same(dict(checkpoint.load(tmp_path / "run").model.named_parameters()), weights)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of tensors from the CPU to another device."""
+
+    counted = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if function in copies and result.device.type != "cpu":
+            sources = [value for value in args if isinstance(value, torch.Tensor)]
+            self.counted += sources[-1].device.type == "cpu"
+        return result
+
+
+def on_meta(tones, folder, monkeypatch, update: int, **changes) -> tuple[Trainer, list]:
+    """A trainer with all tensors on the device `meta`, where to wait for a number fails, and its
+    first batches. Its one wait for the device gives ones."""
+    run = Trainer(tiny(corpus=str(tones), updates=40, **changes), folder)
+    run.state["update"] = update
+    drawn = list(itertools.islice(run.batches(), 2))
+    run.device = torch.device("meta")
+    run.model.to("meta")
+    everything = dict(params=run.model.parameters(), factor=1.0)
+    run.optimizer = torch.optim.AdamW([everything], foreach=True)  # fused has no kernel there
+
+    def ones(*tensors: torch.Tensor) -> list[list[float]]:
+        return [[1.0] * tensor.numel() for tensor in tensors]
+
+    monkeypatch.setattr(training, "wait_for", ones)
+    return run, drawn
+
+
+@pytest.mark.parametrize("update", [1, 30], ids=["step 1", "step 2"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(relaxation="straight-through"),
+        dict(relaxation="soft"),
+        dict(method="iterative-zero-out", delta=2),
+        dict(method="ortho-softmax"),
+        dict(method="layerdrop", shared_output_layer=True),
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
+    tones, tmp_path, monkeypatch, update, method
+):
+    run, drawn = on_meta(tones, tmp_path / "run", monkeypatch, update, **method)
+    (tmp_path / "run").mkdir()
+    assert "losses" in run.train_on(drawn[:1])
+    with Copies() as copies:
+        torch.tensor([1.0], device="meta")
+    assert copies.counted == 1
+    with Copies() as copies:
+        assert "losses" in run.train_on(drawn[1:])
+    assert copies.counted == 5  # features, lengths, labels, label lengths, seeds
+    assert len(run.optimizer.state) > 10
+
+
+def test_weights_that_are_not_finite_are_never_saved(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", updates=8, save_every=4)
+    updates = run.updates()
+    for _ in range(5):
+        next(updates)
+    before = (tmp_path / "run" / checkpoint.NAME).read_bytes()
+    with torch.no_grad():
+        run.model.encoder.blocks[0]["norm"].weight[3] = math.inf
+    with pytest.raises(FloatingPointError, match=r"checkpoint\.pt: not written, as weights.*norm"):
+        run.save()
+    run.model.encoder.blocks[0]["norm"].weight.data[3] = 1.0
+    next(iter(run.optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"training\.optimizer"):
+        run.save()
+    assert (tmp_path / "run" / checkpoint.NAME).read_bytes() == before
+
+
+def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
+    run = trainer(tones, tmp_path / "run", log_every=2)
+    before = time.time()
+    list(run.updates())
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    logged = [line for line in lines(tmp_path / "run") if "losses" in line]
+    assert "NaN" not in text and "Infinity" not in text
+    assert all(before <= line["time"] <= time.time() for line in logged)
+    epochs = [line["epoch"] for line in logged]
+    assert epochs[0] == 0 and epochs == sorted(epochs) and epochs[-1] > 0
+    for line in logged:
+        assert ("scores" in line) == (line["step"] == 1)
+        if line["step"] == 1:
+            scores = line["scores"]
+            assert sorted(line["ranking"]) == list(range(8)) and len(scores) == 8
+            ranked = [scores[layer] for layer in line["ranking"]]
+            assert ranked == sorted(ranked, reverse=True)
+
+
+def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
+    run = trainer(tones, tmp_path / "run", updates=3)
+    weights = sum(weight.numel() for weight in run.model.parameters())
+    add, alive, reserved = run.add_gradients, [], []
+    ones_like = torch.ones_like
+
+    def kept(tensor, *arguments, **named):
+        made = ones_like(tensor, *arguments, **named)
+        reserved.append(weakref.ref(made))
+        return made
+
+    def gradients(*arguments, **named):
+        tensors = [made() for made in reserved if made() is not None]
+        alive.append(sum(tensor.numel() for tensor in tensors))
+        return add(*arguments, **named)
+
+    monkeypatch.setattr(torch, "ones_like", kept)
+    monkeypatch.setattr(run, "add_gradients", gradients)
+    list(run.updates())
+    assert min(alive[:2]) >= 2 * weights and max(alive[2:]) < 2 * weights
+
+
+def test_features_in_memory_have_a_limit(tones, monkeypatch):
+    config = tiny(corpus=str(tones))
+    run = Trainer(config, tones / "never written")
+    size = run.examples[0].features.nbytes
+    monkeypatch.setattr(batching, "MOST_KEPT", 3 * size)
+    for index in range(len(run.examples)):
+        run.examples[index]
+    assert 1 <= len(run.examples.kept) <= 4
+    assert sum(kept.nbytes for kept in run.examples.kept.values()) <= 3 * size
