@@ -388,10 +388,12 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if function in copies and result.device.type != "cpu":
+        aten = torch.ops.aten
+        if result is not None and function in (aten._to_copy.default, aten.copy_.default):
             sources = [value for value in args if isinstance(value, torch.Tensor)]
-            self.counted += sources[-1].device.type == "cpu"
+            self.counted += sources[-1].device.type == "cpu" != result.device.type
+        if function is aten.lift_fresh.default:  # the end of torch.tensor(...)
+            self.counted += result.device.type != "cpu"
         return result
 
 
