@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from conftest import tiny, write_tones
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynsize import batching, checkpoint, training
@@ -388,11 +389,21 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        if result is not None and function in (aten._to_copy.default, aten.copy_.default):
+        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if function in copies:
             sources = [value for value in args if isinstance(value, torch.Tensor)]
             self.counted += sources[-1].device.type == "cpu" != result.device.type
-        if function is aten.lift_fresh.default:  # the end of torch.tensor(...)
+        return result
+
+
+class Made(TorchFunctionMode):
+    """Counts the tensors that are made on another device from numbers of the CPU."""
+
+    counted = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
             self.counted += result.device.type != "cpu"
         return result
 
@@ -433,11 +444,12 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
     run, drawn = on_meta(tones, tmp_path / "run", monkeypatch, update, **method)
     (tmp_path / "run").mkdir()
     assert "losses" in run.train_on(drawn[:1])
-    with Copies() as copies:
-        torch.tensor([1.0], device="meta")
-    assert copies.counted == 1
-    with Copies() as copies:
+    with Copies() as copies, Made() as made:
+        torch.zeros(1).to("meta").new_tensor([1.0])
+        assert copies.counted == made.counted == 1
+        copies.counted = made.counted = 0
         assert "losses" in run.train_on(drawn[1:])
+    assert made.counted == 0
     assert copies.counted == 5  # features, lengths, labels, label lengths, seeds
     assert len(run.optimizer.state) > 10
 
