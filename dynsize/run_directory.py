@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import IO
@@ -138,31 +137,31 @@ def log(run: Path, record: dict) -> None:
         file.write(line + "\n")
 
 
-def forget_after(run: Path, update: int) -> None:
-    """Take from metrics.jsonl the lines from after an update, and lines that are damaged."""
+def forget_after(run: Path, update: int) -> list[dict]:
+    """Take from metrics.jsonl the lines from after an update, and lines that are damaged.
+
+    Returns what the other lines tell.
+    """
     metrics = run / METRICS
     if not metrics.exists():
-        return
-    content = metrics.read_bytes()
-    lines = content.splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and update_of(line) <= update]
+        return []
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    records = [(line, record_of(line)) for line in lines]
+    kept = [(line, r) for line, r in records if r is not None and r["update"] <= update]
     if len(kept) < len(lines):
-        files.write(metrics, b"".join(kept))
+        files.write(metrics, b"".join(line for line, _ in kept))
+    return [record for _, record in kept]
 
 
-def update_of(line: bytes) -> float:
-    """Return the update of a line of metrics.jsonl; infinity where the line is damaged."""
+def record_of(line: bytes) -> dict | None:
+    """Return what a line of metrics.jsonl tells; None where it is damaged."""
     try:
-        return int(json.loads(line)["update"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return math.inf
-
-
-def validations(run: Path) -> list[dict]:
-    """Return the lines of a whole metrics.jsonl that tell of a validation."""
-    metrics = run / METRICS
-    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-    return [record for record in map(json.loads, lines) if "dev" in record]
+        record = json.loads(line)
+        counts = [of_size["errors"] for of_size in record.get("dev", {}).values()]
+        whole = all(isinstance(number, int) for number in [record["update"], *counts])
+        return record if whole and line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def note_left_out(run: Path, left_out: dict[str, dict[str, str]]) -> None:

@@ -160,11 +160,11 @@ class Trainer:
             trainer.locked = run_directory.lock(run)
             run_directory.check_unchanged(run, found)
             run_directory.clean(run)
-            run_directory.forget_after(run, trainer.update)
+            for record in run_directory.forget_after(run, trainer.update):
+                if "dev" in record:
+                    trainer.note_validation(record["update"], record["dev"])
             if changes:
                 run_directory.write_config(run, config)
-            for line in run_directory.validations(run):
-                trainer.note_validation(line["update"], line["dev"])
         trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
 

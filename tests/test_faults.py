@@ -1,5 +1,8 @@
 """What can happen to a run that takes days: it is killed, the disk is full, files are damaged, two start at once."""
 
+import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -10,6 +13,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,11 +23,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import checkpoint, training
+from dynsize import checkpoint, files, training
+from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
@@ -358,3 +364,293 @@ def test_accumulated_batches_make_one_update(tones, tmp_path):
         math.isfinite(sum(r["losses"].values())) for r in records
     )
     assert sum(record["audio_seconds"] for record in records) > 3 * 4 * 0.8
+
+
+# What a training must not harm.
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def foreign(kind: str, folder: Path, tones: Path) -> None:
+    """Make a directory that is not a run."""
+    if kind == "corpus":
+        shutil.copytree(tones, folder)
+        return
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    text = {"hugging face": '{"model_type": "bert"}', "list": "[1]", "broken": "{", "none": None}[
+        kind
+    ]
+    if text:
+        (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["corpus", "hugging face", "list", "broken", "none"])
+def test_a_directory_of_others_is_never_replaced(tones, tmp_path, kind):
+    folder = tmp_path / "theirs"
+    foreign(kind, folder, tones)
+    before = everything_in(folder)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not a run directory"):
+            check_new(folder, overwrite)
+    with pytest.raises(ValueError, match="not a run directory"):
+        begun(folder if kind == "corpus" else tones, folder)
+    assert everything_in(folder) == before
+
+
+def test_only_our_files_are_replaced(tones, tmp_path):
+    run = tmp_path / "run"
+    finish(begun(tones, run, updates=2))
+    (run / "evaluation" / "checkpoint" / "test").mkdir(parents=True)
+    (run / "evaluation" / "checkpoint" / "test" / "results.json").write_text("{}")
+    theirs = [run / "notes.txt", run / "mine" / "checkpoint.pt", run / "checkpoint-old.pt"]
+    (run / "mine").mkdir()
+    for path in theirs:
+        path.write_text("theirs")
+    begun(tones, run)
+    assert all(path.read_text() == "theirs" for path in theirs)
+    left = {path.name for path in run.iterdir()} - {path.name for path in theirs} - {"mine"}
+    assert left == {"config.json", "corpus.txt", "left-out.txt", "lock"}
+
+
+def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
+    run = tmp_path / "full"
+    finish(begun(tones, run, updates=2))
+    before = everything_in(run)
+    loaded = dataclasses.replace(checkpoint.load(run), training=None)
+    with pytest.raises(ValueError, match="from which this training starts"):
+        Trainer(tiny(corpus=str(tones)), run, loaded).begin()
+    alone = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, layers_from=str(run))
+    with pytest.raises(ValueError, match="from which this training starts"):
+        Trainer(alone, run).begin()
+    assert everything_in(run) == before
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(tones, tmp_path):
+    run = tmp_path / "run"
+    late = Trainer(tiny(corpus=str(tones)), run)
+    finish(begun(tones, run, updates=2))
+    before = everything_in(run)
+    with pytest.raises(ValueError, match="another training wrote here"):
+        late.begin()
+    assert everything_in(run) == before
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "config.json.host.1.unfinished"]])
+def test_a_directory_that_was_only_just_made_can_be_started_again(tones, tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in left:
+        (run / name).touch()
+    check_new(run, overwrite=False)
+    finish(begun(tones, run, updates=2))
+    assert not list(run.glob("*.unfinished"))
+    with pytest.raises(ValueError, match=r"exists already; --resume"):
+        check_new(run, overwrite=False)
+
+
+# Damage, and file systems.
+
+
+def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
+    run = tmp_path / "run"
+    trainer = begun(tones, run, log_every=1)
+    list(itertools.islice(trainer.updates(), 7))
+    trainer.save()
+    trainer.locked.close()
+    metrics, draw = run / "metrics.jsonl", random.Random(0)
+    whole = metrics.read_bytes().splitlines(keepends=True)
+    noise = [b"\n", b"\0" * 40 + b"\n", b"{}\n", b"[3]\n", b'{"update": null}\n', b"\xff\xfe\n"]
+    noise += [b"[" * 9999 + b"\n", b'{"update": 1e999}\n', whole[0][:50] + b"\n"]
+    damaged = draw.sample([*whole, *noise], len(whole) + len(noise))
+    metrics.write_bytes(b"".join(damaged) + whole[1][:30])
+    resumed = Trainer.resume(run)
+    assert (resumed.best, resumed.validated) == (trainer.best, 6)
+    for _ in range(300):  # one bit is wrong
+        changed = bytearray(b"".join(whole))
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        (tmp_path / "metrics.jsonl").write_bytes(changed)
+        for record in forget_after(tmp_path, 7):
+            if "dev" in record:
+                resumed.note_validation(record["update"], record["dev"])
+    finish(resumed)
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    assert sorted(lines[: len(whole)]) == sorted(whole)
+    assert all("update" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tones, tmp_path, monkeypatch, number):
+    run = tmp_path / "run"
+    finish(begun(tones, run, save_every=4))
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == checkpoint.NAME:
+            raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt: can't be read: .*one before"):
+        assert checkpoint.load(run).training["update"] == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_and_used(tones, tmp_path, monkeypatch, number):
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match="no locks"):
+        trainer = begun(tones, tmp_path / "run", updates=2)
+    finish(trainer)
+
+
+def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dead = fork.Process(target=int)
+    dead.start()
+    dead.join()
+    caches = [tmp_path / "cache" / "dynsize", tmp_path / "features"]
+    (caches[1] / "ab").mkdir(parents=True)
+    caches[0].mkdir(parents=True)
+    gone, kept = [], []
+    for pid, paths in ((dead.pid, gone), (os.getpid(), kept)):
+        end = f"{files.HOST}.{pid}.unfinished"
+        paths += [caches[0] / f"durations-1.{end}", caches[1] / "ab" / f"cd.{end}"]
+        spoken = caches[0] / f"spoken-2.{end}"
+        (spoken / "train").mkdir(parents=True)
+        paths.append(spoken)
+    kept += [caches[0] / "mine.unfinished", caches[0] / "spoken-2.elsewhere.1.unfinished"]
+    for path in gone + kept:
+        if not path.is_dir():
+            path.touch()
+    run = tmp_path / "run"
+    trainer = begun(tones, run, updates=4, cache_features=str(caches[1]))
+    assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
+    list(itertools.islice(trainer.updates(), 1))
+    trainer.save()
+    trainer.locked.close()
+    (run / "checkpoint.pt.host.1.unfinished").touch()
+    (run / "theirs.unfinished").touch()
+    Trainer.resume(run)
+    assert [path.name for path in run.glob("*.unfinished")] == ["theirs.unfinished"]
+
+
+# Resuming with changes.
+
+
+def test_a_resumed_training_takes_what_does_not_change_what_is_learned(tones, tmp_path):
+    expected = finish(begun(tones, tmp_path / "unbroken"))
+    run = tmp_path / "run"
+    trainer = begun(tones, run)
+    list(itertools.islice(trainer.updates(), 6))
+    trainer.locked.close()
+    for name, value in dict(seed=7, updates=99, sizes=(2, 8), dropout=0.5).items():
+        with pytest.raises(ValueError, match=f"--{name}.* with --resume"):
+            Trainer.resume(run, {name: value})
+    with pytest.raises(ValueError, match="--workers -1"):
+        Trainer.resume(run, dict(workers=-1))
+    moved = shutil.copytree(tones, tmp_path / "moved")
+    changes = dict(corpus=str(moved), workers=1, log_every=5, save_every=3, keep=2)
+    resumed = Trainer.resume(run, changes)
+    assert same(finish(resumed), expected) and resumed.config.log_every == 5
+    assert json.loads((run / "config.json").read_text())["corpus"] == str(moved)
+
+
+def test_a_resumed_training_tells_what_makes_its_result_another(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    run = tmp_path / "run"
+    trainer = begun(root, run)
+    list(itertools.islice(trainer.updates(), 6))
+    trainer.locked.close()
+    with pytest.warns(UserWarning, match="--batch-seconds 3.*not that of an unbroken training"):
+        Trainer.resume(run, dict(batch_seconds=3.0)).locked.close()
+    transcript = root / "train" / "0" / "7" / "0-7.trans.txt"
+    transcript.write_text(transcript.read_text().replace("LOW", "MID", 1))
+    with pytest.warns(UserWarning, match="corpus: the ids or texts of its 24 utterances"):
+        Trainer.resume(run)
+
+
+# Signals and worker processes.
+
+
+def signalled(tones: Path, run: Path, workers: int, after: float) -> tuple[int, str]:
+    """Start a training in its process group, end the group with SIGTERM some time after the first
+    line of its log, and return the exit code and what it said."""
+    trained = trainer_command(tones, run, workers)
+    process = subprocess.Popen(trained, start_new_session=True, **OUTPUT)
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as timeout and torchrun do
+    said, _ = process.communicate(timeout=100)
+    return process.returncode, said
+
+
+OUTPUT = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+UPDATES = 2000  # more than are done before the signal
+
+
+def trainer_command(tones: Path, run: Path, workers: int) -> list[str]:
+    """The command of a long training, by the script."""
+    root = Path(training.__file__).parents[1]
+    flags = (
+        f"--corpus {tones} --run {run} --workers {workers} --updates {UPDATES} --device cpu "
+        "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 "
+        "--width 16 --attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 "
+        "--batch-seconds 5 --precision float32 --log-every 1 --validate-every 2000 --save-every "
+        "2000 --threads 1"
+    )
+    return [sys.executable, str(root / "train.py"), *flags.split()]
+
+
+def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.Tensor]:
+    """The weights after some updates of the same training, which nothing stops."""
+    config = dataclasses.replace(checkpoint.load(run).model.config, workers=0)
+    trainer = Trainer(config, run.with_name(f"{run.name}-unbroken")).begin()
+    list(itertools.islice(trainer.updates(), update))
+    return dict(trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_to_the_process_group_saves_and_ends(tones, tmp_path, workers):
+    torch.set_num_threads(1)
+    run = tmp_path / "run"
+    code, said = signalled(tones, run, workers, after=0.1)
+    assert code == 128 + signal.SIGTERM and "stopped and saved at update" in said, said
+    stopped = checkpoint.load(run)
+    update = stopped.training["update"]
+    assert 1 <= update < UPDATES and f"at update {update}" in said
+    resumed = Trainer.resume(run, dict(workers=0))
+    list(itertools.islice(resumed.updates(), 2))
+    expected = weights_of_unbroken(tones, run, update + 2)
+    assert same(dict(resumed.model.named_parameters()), expected)
+
+
+def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path):
+    run = tmp_path / "run"
+    changes = dict(workers=2, updates=300, save_every=300, validate_every=300)
+    trainer = begun(tones, run, **changes)
+    updates = trainer.updates()
+    list(itertools.islice(updates, 3))
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*--workers 2"):
+        list(updates)
+    assert checkpoint.load(run).training["update"] == trainer.update >= 3
+
+
+def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):
+    trainer = begun(tones, tmp_path / "run", workers=2, updates=6)
+    updates = trainer.updates()
+    next(updates)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    assert len(list(updates)) == 5
