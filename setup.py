@@ -8,6 +8,7 @@ TRITON = [
 ]  # the GPU kernels; torch's CUDA builds bring it along
 LM = ["flashlight-text>=0.0.7"]  # its wheel brings KenLM, which scores n-gram language models
 PLOTS = ["matplotlib>=3.9"]
+TENSORBOARD = ["tensorboard>=2.14"]
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ruff>=0.6"]
 
 setup(
@@ -32,6 +33,7 @@ setup(
         "triton": TRITON,
         "lm": LM,
         "plots": PLOTS,
-        "test": DEMO + TRITON + LM + PLOTS + TEST,
+        "tensorboard": TENSORBOARD,
+        "test": DEMO + TRITON + LM + PLOTS + TENSORBOARD + TEST,
     },
 )

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,6 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
     if parsed.study and parsed.overwrite:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
+    if parsed.tensorboard and not find_spec("tensorboard"):
+        parser.error("--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     parsed.preset = parsed.preset or "demo"
     return parsed
 
@@ -82,6 +84,11 @@ def flags_parser(preset: str) -> Parser:
         action="store_true",
         help="train by each algorithm and each size alone, for one table in "
         f"runs/study-{preset}; the same command goes on after a stop",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard",
     )
     add_settings(parser, configuration.preset(preset))
     return parser
@@ -143,7 +150,7 @@ def study(options: argparse.Namespace) -> None:
     config = configuration.preset(options.preset, **changes(options))
     folder = options.run or Path("runs") / f"study-{options.preset}"
     while trainer := next_training(config, folder):
-        train(trainer)
+        train(trainer, options.tensorboard)
         draw(trainer.run)
         del trainer  # before the next one reads its corpus
     print(results(config, folder))
@@ -245,9 +252,31 @@ def signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(trainer: Trainer) -> None:
+def to_tensorboard(run: Path) -> Callable[[dict], None]:
+    """Return a function that writes the numbers of a line of metrics.jsonl for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # needs tensorboard
+
+    board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(values: dict, update: int, prefix: str = "") -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                write(value, update, f"{prefix}{name}/")
+            elif isinstance(value, int | float):
+                board.add_scalar(f"{prefix}{name}", value, update)
+
+    def write_line(record: dict) -> None:
+        write(record, record["update"])
+        board.flush()  # a process that ends loses what is not written
+
+    return write_line
+
+
+def train(trainer: Trainer, tensorboard: bool) -> None:
     """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
+    if tensorboard and not processes.rank():
+        trainer.board = to_tensorboard(trainer.run)
     progress = Progress(trainer)
     with signals(trainer), progress.bar:
         for record in trainer.updates():
@@ -281,7 +310,7 @@ def main() -> None:
             study(options)
             return
         trainer = start(options)
-        train(trainer)
+        train(trainer, options.tensorboard)
         run = printable(trainer.run)
         print(f"done: {run}/{NAME}; python prune.py {run} cuts its subnets")
         draw(trainer.run)

@@ -207,6 +207,11 @@ class Config:
         "algorithm",
         "method none: a run whose ranking chooses the layers; empty: the first ones",
     )
+    teacher: str = setting(
+        "",
+        "algorithm",
+        "method none: a run whose largest network teaches its frame posteriors, beside CTC",
+    )
     relaxation: str = setting(
         "straight-through",
         "algorithm",
@@ -429,6 +434,7 @@ class Config:
                 f"must be 0 to {self.layers}, and needs --method none",
             ),
             "layers_from": (not self.layers_from or alone, "needs --method none"),
+            "teacher": (not self.teacher or alone, "needs --method none"),
         }
 
 

@@ -39,7 +39,7 @@ def learner(
     smaller = sizes or (old.layers // 3, 2 * old.layers // 3)
     intervals = ("log_every", "validate_every", "save_every")
     changes = {name: max(1, min(getattr(old, name), updates)) for name in intervals}
-    changes |= dict(size=0, layers_from="", updates=max(1, updates))
+    changes |= dict(size=0, layers_from="", teacher="", updates=max(1, updates))
     changes |= dict(sizes=tuple(sorted({*smaller, old.layers})))
     config = with_method(old, method, **changes)
     start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)

@@ -16,14 +16,14 @@ LOCK = "lock"  # held by the training in a run directory
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LEFT_OUT = "left-out.txt"
-FIRST = {CONFIG, "corpus.txt", LEFT_OUT}  # what is there before the first update
+FIRST = {CONFIG, "corpus.txt", LEFT_OUT, "tensorboard"}  # what is there before the first update
 # All files that a training and what is made from it leave in a run directory. `config.json` is the
 # last to be deleted: it tells that the directory is ours.
 OURS = (
     *("metrics.jsonl", "left-out.txt", "corpus.txt", "ranking.json"),
     *("checkpoint.pt", "checkpoint-[0-9].pt", "best.pt", "size-[0-9]*.pt"),
     *("evaluation/*/*/results.*", "evaluation/*/*/*.trn", "evaluation/*/*/aligned-[0-9]*.txt"),
-    *("plots/*.png", "plots/*.svg"),
+    *("plots/*.png", "plots/*.svg", "tensorboard/events.out.tfevents.*"),
     "config.json",
 )
 ONLY_OURS = {"step1_share", "subnet_loss", "stochastic_depth"}  # settings in our config.json alone
@@ -83,7 +83,8 @@ def begin(run: Path, config: Config, corpus: str) -> None:
         for path in run.glob(pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
-    for folder in (*sorted(run.glob("evaluation/**/"), reverse=True), run / "plots"):
+    folders = [*sorted(run.glob("evaluation/**/"), reverse=True), run / "plots"]
+    for folder in (*folders, run / "tensorboard"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     write_config(run, config)

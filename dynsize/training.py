@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from hashlib import sha256
@@ -26,6 +26,7 @@ from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
 from dynsize.ctc import ctc_loss
+from dynsize.distillation import distillation_loss, load_teacher
 from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, transcribe
 from dynsize.kernels import layer_gates
 from dynsize.run_directory import check_new
@@ -59,6 +60,7 @@ class Trainer:
 
     save_soon = False  # set from outside: save after the next update
     stop_soon = 0  # set from outside, to a signal's number: save after the next update and end
+    board: Callable[[dict], None] | None = None  # set from outside: gets each line that is logged
 
     def __init__(
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
@@ -71,6 +73,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = loaded.model if loaded else new_network(config, self.tokenizer.labels)
         self.model = model.to(self.device)
+        self.teacher: Supernet | None = None
+        if config.teacher:
+            teacher = load_teacher(config, self.tokenizer)
+            self.teacher = teacher.model.to(self.device)
+            self.starts_from.append(teacher.path)
         self.network = processes.wrapped(self.model)
         self.optimizer = optimizer_for(self.model, config)
         # `batches`: taken from the plans of all epochs. `first`: the number of the epoch's first
@@ -437,11 +444,11 @@ class Trainer:
         batch, with which the gradients of all processes become one.
         """
         config, model, step1 = self.config, self.model, update < step1_updates(self.config)
-        features, lengths, targets, target_lengths, seeds = batch.to(self.device)
+        features, frames, targets, target_lengths, seeds = batch.to(self.device)
         weights, gates = self.loss_weights(update), self.gates(update, seeds)
         networks, idle = len(weights), model.idle(list(weights), step1)
         with nullcontext() if sync or self.network is model else self.network.no_sync():
-            log_probs, lengths = self.network(features, lengths, list(weights), gates, seeds)
+            log_probs, lengths = self.network(features, frames, list(weights), gates, seeds)
             losses = ctc_loss(
                 log_probs.flatten(0, 1),  # (M·B, T', V)
                 lengths.repeat(networks),
@@ -455,6 +462,9 @@ class Trainer:
                 weight * loss for weight, loss in zip(weights.values(), losses, strict=True)
             ]
             loss = processes.count() * sum(weighted)
+            if self.teacher is not None and batch.utterances:
+                divergence = distillation_loss(self.teacher, features, frames, log_probs[0])
+                loss = loss + processes.count() * divergence / labels
             if step1 and sync:
                 now = (model.scores, model.ranking, update, config)
                 loss = loss + ALGORITHMS[config.method].extra_loss(*now)
@@ -617,6 +627,8 @@ class Trainer:
         """Add a line to metrics.jsonl, in the first process."""
         if not processes.rank():
             run_directory.log(self.run, record | dict(time=time.time()))
+            if self.board:
+                self.board(record)
 
     def note_left_out(self, left_out: dict[str, dict[str, str]]) -> None:
         """Add to left-out.txt the utterances that are not in it; why → id → what exactly."""

@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
 
 import matplotlib as mpl
+from conftest import tiny
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dynsize import plots
+from dynsize import plots, run_directory
 from dynsize.config import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -286,3 +287,32 @@ def test_evaluate_asks_for_matplotlib_before_it_decodes(monkeypatch, capsys):
         parse(["runs/demo", "--plots"])
     assert end.value.code == 2
     assert "--plots needs matplotlib: pip install -e '.[plots]'" in capsys.readouterr().err
+
+
+def test_a_new_training_in_the_directory_deletes_the_pictures_and_nothing_else(tmp_path):
+    run = write_run(tmp_path / "run")
+    plots.draw(run, run / "plots")
+    run_directory.begin(run, tiny(), "corpus")
+    assert not (run / "plots").exists()
+    plots.save(Figure(), run / "plots" / "training")
+    (run / "plots" / "notes.txt").write_text("mine")
+    run_directory.begin(run, tiny(), "corpus")
+    assert [path.name for path in (run / "plots").iterdir()] == ["notes.txt"]
+
+
+def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]' brings it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write = runpy.run_path(str(ROOT / "train.py"))["to_tensorboard"](tmp_path)
+    records = lines_of(2, SIZES)
+    for record in records:
+        write(record)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    expected = {"update", "step", "learning_rate", *(f"dev/{size}/wer" for size in SIZES)}
+    expected |= {f"losses/{k}" for record in records for k in record.get("losses", ())}
+    assert set(read.Tags()["scalars"]) == expected
+    shown = [(event.step, event.value) for event in read.Scalars("losses/8")]
+    logged = [(r["update"], r["losses"]["8"]) for r in records if "losses" in r]
+    assert [step for step, _ in shown] == [update for update, _ in logged]
+    assert [value for _, value in shown] == pytest.approx([loss for _, loss in logged])

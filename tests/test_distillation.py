@@ -1,0 +1,124 @@
+"""Distillation: the loss against a sum by hand, what it changes, resuming, and refused teachers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from dynsize.distillation import distillation_loss
+from dynsize.supernet import Supernet
+from dynsize.training import Trainer
+
+LABELS = 9
+
+
+def trained(tones: Path, run: Path, **changes) -> Trainer:
+    """Train to the end and return the trainer."""
+    config = tiny(corpus=str(tones), device="cpu", **changes)
+    trainer = Trainer(config, run).begin()
+    for _ in trainer.updates():
+        pass
+    return trainer
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return list(trainer.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def teacher(tones, tmp_path_factory) -> Path:
+    """Return the run of a supernet of 8 layers."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    trained(tones, run, updates=4)
+    return run
+
+
+def test_the_loss_is_the_divergence_of_the_frames_inside_the_utterances():
+    torch.manual_seed(0)
+    large, small = Supernet(tiny(), LABELS).eval(), Supernet(tiny(), LABELS).eval()
+    for network in (large, small):
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    features, lengths = torch.randn(2, 31, 12), torch.tensor([31, 14])
+    log_probs = small(features, lengths, [3])[0][0]
+    loss = distillation_loss(large, features, lengths, log_probs)
+    with torch.no_grad():
+        target = large(features, lengths, [8])[0][0].double().numpy()
+    p, q = np.exp(target), log_probs.detach().double().numpy()
+    expected = 0.0
+    for utterance, frames in enumerate((8, 4)):  # a quarter of the feature frames, rounded up
+        for frame in range(frames):
+            there, here = p[utterance, frame], q[utterance, frame]
+            expected += float(np.sum(there * (np.log(there) - here)))
+    assert expected > 1
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(weight.grad is None for weight in large.parameters())
+    assert any(weight.grad is not None for weight in small.parameters())
+    own = large(features, lengths, [8])[0][0]
+    assert distillation_loss(large, features, lengths, own).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_teacher_changes_what_is_learned_and_resuming_repeats_it(tones, teacher, tmp_path):
+    settings = dict(method="none", sizes=(8,), size=3, updates=6, save_every=3)
+    alone = trained(tones, tmp_path / "alone", **settings)
+    taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
+    pairs = zip(weights(alone), weights(taught), strict=True)
+    assert not all(torch.equal(first, second) for first, second in pairs)
+
+    config = tiny(corpus=str(tones), device="cpu", **settings, teacher=str(teacher))
+    broken = Trainer(config, tmp_path / "broken").begin()
+    for record in broken.updates():
+        if record["update"] == 4:  # the checkpoint is of update 3
+            break
+    resumed = Trainer.resume(tmp_path / "broken")
+    assert resumed.update == 3
+    for _ in resumed.updates():
+        pass
+    pairs = zip(weights(resumed), weights(taught), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
+def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
+    settings = dict(method="none", sizes=(8,), size=3, updates=40, dropout=0.0, validate_every=40)
+    settings |= dict(save_every=40, peak_learning_rate=5e-3)
+    alone = trained(tones, tmp_path / "alone", **settings)
+    taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
+    (batch,) = taught.load([[0, 1, 2, 3]])
+    features, lengths = batch.to(taught.device)[:2]
+    distances = []
+    for trainer in (alone, taught):
+        log_probs = trainer.model.eval()(features, lengths, [3])[0][0]
+        distances.append(distillation_loss(taught.teacher, features, lengths, log_probs).item())
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_a_teacher_needs_the_method_none():
+    with pytest.raises(ValueError, match="--teacher runs/full: needs --method none"):
+        tiny(teacher="runs/full")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(vocabulary=5, units="characters"), "its labels are not those of this training"),
+        (dict(hop_ms=12.5), r"was trained with --hop-ms 10\.0, not 12\.5"),
+        (dict(mel_bins=10), "was trained with --mel-bins 12, not 10"),
+    ],
+)
+def test_a_teacher_of_other_labels_or_features_is_refused(
+    tones, teacher, tmp_path, changes, message
+):
+    settings = dict(method="none", sizes=(8,), size=3, teacher=str(teacher), corpus=str(tones))
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(**settings, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_directory_of_the_teacher_is_not_replaced(tones, teacher):
+    config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(teacher))
+    with pytest.raises(ValueError, match="from which this training starts"):
+        Trainer(config, teacher).begin()
+    assert (teacher / "checkpoint.pt").exists()
