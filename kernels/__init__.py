@@ -66,13 +66,17 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     if not decide(device.type):
         return "torch"
     dtypes = dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32)
-    errors = {op: self_check.error_of(op, device, dtypes[op]) for op in dtypes}
-    failed = [op for op, error in errors.items() if error is None]
-    if len(failed) == len(errors):
+    errors, failed = [], []
+    for op, computed_in in dtypes.items():
+        error = self_check.error_of(op, device, computed_in)
+        if error is None:
+            failed.append(f", torch for {op}")
+        else:
+            errors.append(error)
+    if not errors:
         return "torch"
-    worst = max(error for error in errors.values() if error is not None)
-    checked = f"triton (checked: {worst:.0e})".replace("e-0", "e-")
-    return ", ".join([checked, *(f"torch for {op}" for op in failed)])
+    checked = f"triton (checked: {max(errors):.0e})".replace("e-0", "e-")
+    return checked + "".join(failed)
 
 
 def gated_residual_layer_norm(
@@ -102,8 +106,9 @@ def gated_residual_layer_norm(
     the device. Raises ValueError for shapes, dtypes or devices that don't fit.
     """
     check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows)
-    numbers = (len(x) if rows is None else rows, dtype or x.dtype, eps)
-    arguments = (x, branch, gate, scale, dropout_p, seed, weight, bias, *numbers)
+    rows = len(x) if rows is None else rows
+    dtype = dtype or x.dtype
+    arguments = (x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
     computed_in = branch.dtype if x.dtype == torch.float32 else x.dtype
     if not triton_runs("gated_residual_layer_norm", x.device, computed_in):
         return reference.gated_residual_layer_norm(*arguments)
@@ -130,7 +135,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 def check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows) -> None:
     """Raise ValueError where an argument of `gated_residual_layer_norm` doesn't fit."""
-    expect("x", x, x.shape, x, x.dim() == 3 and x.dtype in (torch.float32, torch.float64))
+    fits = x.dim() == 3 and x.dtype in (torch.float32, torch.float64)
+    expect("x", x, x.shape, x, fits)
     prefix = len(branch)  # R'
     fits = branch.is_floating_point() and prefix <= len(x)
     expect("branch", branch, (prefix, *x.shape[1:]), x, fits)

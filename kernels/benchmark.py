@@ -41,7 +41,8 @@ def residual_inputs(
     x = random(rows, frames, width)
     branch = random(len(gate), frames, width, dtype=dtype)
     seed = torch.zeros(1, dtype=torch.int64, device=gate.device)
-    return [x, branch, gate, 0.5, 0.1, seed, random(width), random(width), len(gate), dtype]
+    weight, bias = random(width), random(width)
+    return [x, branch, gate, 0.5, 0.1, seed, weight, bias, len(gate), dtype]
 
 
 def chain(x, branch, gate, scale, dropout_p, _, weight, bias, rows, dtype) -> tuple:
@@ -76,7 +77,8 @@ def ctc_inputs(utterances: int, labels: int, frames: int, device: str) -> list:
     logits = torch.randn(utterances, frames, labels, device=device)
     lengths = torch.full((utterances,), frames, device=device)
     targets = torch.randint(1, labels, (utterances, frames // 5), device=device)
-    return [logits.log_softmax(-1).requires_grad_(), lengths, targets, lengths // 5]
+    log_probs = logits.log_softmax(-1).requires_grad_()
+    return [log_probs, lengths, targets, lengths // 5]
 
 
 def torchs_ctc_loss(log_probs, lengths, labels, label_lengths) -> Tensor:
@@ -106,28 +108,32 @@ def show(name: str, limits: tuple[float, float], functions: list, arguments: lis
     ours, theirs = functions
     times = [limits]
     for function in (ours, theirs, torch.compile(theirs)):
-        times.append([milliseconds(call) for call in passes(function, arguments)])
+        forward, backward = passes(function, arguments)
+        times.append((milliseconds(forward), milliseconds(backward)))
     cells = [f"{forward:.3f} + {backward:.3f}" for forward, backward in times]
     print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:
     """Print the whole table."""
-    source, target = (torch.empty(2**26, device=DEVICE) for _ in range(2))
+    source = torch.empty(2**26, device=DEVICE)
+    target = torch.empty_like(source)
     rate = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))  # bytes a millisecond
     print(f"{torch.cuda.get_device_name()} copies {rate / 1e6:.0f} GB/s")
     print("| shape |", " | ".join(COLUMNS), "|")
     print("| --- |", " | ".join(["---"] * len(COLUMNS)), "|")
-    for width, kept in itertools.product(WIDTHS, range(1, SIZES + 1)):
+    shapes = itertools.product(WIDTHS, range(1, SIZES + 1))
+    for width, kept in shapes:
         gate = torch.ones(kept * UTTERANCES, device=DEVICE)
         arguments = residual_inputs(SIZES * UTTERANCES, gate, width, FRAMES)
         limits = tuple(size / rate for size in residual_bytes(arguments))
         functions = [kernels.gated_residual_layer_norm, chain]
         show(f"residual, D {width}, {kept} of {SIZES} sizes", limits, functions, arguments)
+    functions = [kernels.ctc_loss, torchs_ctc_loss]
     for labels in VOCABULARIES:
         arguments = ctc_inputs(SIZES * UTTERANCES, labels, FRAMES, DEVICE)
         limit = 2 * arguments[0].nbytes / rate  # the gradient is written, then multiplied
-        show(f"CTC, V {labels}", (limit, limit), [kernels.ctc_loss, torchs_ctc_loss], arguments)
+        show(f"CTC, V {labels}", (limit, limit), functions, arguments)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def log_sum(a, b, c):
     """Return log(exp a + exp b + exp c), −∞ where all three are −∞."""
     largest = tl.maximum(a, tl.maximum(b, c))
     finite = tl.where(largest == -float("inf"), 0.0, largest)
-    total = tl.exp(a - finite) + tl.exp(b - finite) + tl.exp(c - finite)
+    total = tl.exp(a - finite)
+    total += tl.exp(b - finite)
+    total += tl.exp(c - finite)
     return finite + tl.log(total)
 
 
@@ -47,7 +49,8 @@ def label_of(labels_ptr, s, last):
 def emission(log_probs_ptr, t, vocabulary, label, valid):
     """Return e(t, s) for the label of each state, −∞ where not `valid`."""
     at = tl.cast(t, tl.int64) * vocabulary + label
-    return tl.load(log_probs_ptr + at, mask=valid, other=-float("inf")).to(tl.float32)
+    log_prob = tl.load(log_probs_ptr + at, mask=valid, other=-float("inf"))
+    return log_prob.to(tl.float32)
 
 
 @triton.jit
@@ -119,7 +122,8 @@ def kernel(
     n = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + n).to(tl.int32)
     length = tl.maximum(tl.minimum(length, frames), 1)
-    last = 2 * tl.minimum(tl.load(label_lengths_ptr + n), most_labels).to(tl.int32)
+    labelled = tl.load(label_lengths_ptr + n).to(tl.int32)
+    last = 2 * tl.minimum(labelled, most_labels)
     log_probs = log_probs_ptr + n * frames * vocabulary
     labels = labels_ptr + n * most_labels
     alpha = alpha_ptr + n * frames * (2 * most_labels + 1)
@@ -156,7 +160,8 @@ def launch_ctc(
         grad = log_probs.new_zeros(log_probs.shape, dtype=torch.float32)
     tensors = (log_probs, lengths, labels, label_lengths, alpha, loss, grad)
     numbers = (frames, vocabulary, most_labels, states)
-    launch(kernel, n, *tensors, *numbers, warps=min(max(1, states // 128), 16))
+    warps = min(max(1, states // 128), 16)
+    launch(kernel, n, *tensors, *numbers, warps=warps)
     return loss, grad
 
 
@@ -174,4 +179,5 @@ class CtcLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_grad: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (loss_grad[:, None, None] * grad).to(ctx.dtype), None, None, None
+        log_probs_grad = loss_grad[:, None, None] * grad
+        return log_probs_grad.to(ctx.dtype), None, None, None

@@ -17,9 +17,22 @@ SECOND = -0x6B2FB644ECCEEE15
 
 
 def gated_residual_layer_norm(
-    x, branch, gate, scale, dropout_p, seed, weight, bias, rows=None, dtype=None, eps=1e-5
+    x: Tensor,  # (R, T, D)
+    branch: Tensor,  # (R', T, D)
+    gate: Tensor | None,  # (R',)
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,  # (B,)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kernels.gated_residual_layer_norm` describes."""
+    """Return y, (R, T, D), and LayerNorm of its first `rows` rows, in `dtype`.
+
+    `kernels.gated_residual_layer_norm` describes the arguments.
+    """
     keep = None
     if dropout_p:
         keep = kept(seed, x.shape[1], x.shape[2], dropout_p)
@@ -45,7 +58,9 @@ class GatedResidual(torch.autograd.Function):
         ctx, x: Tensor, branch: Tensor, gate: Tensor | None, scale: float, keep: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, keep)
-        ctx.scale, ctx.branch_rows, ctx.dtype = scale, len(branch), branch.dtype
+        ctx.scale = scale
+        ctx.branch_rows = len(branch)
+        ctx.branch_dtype = branch.dtype
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         y[len(branch) :] = x[len(branch) :]
         before = by_size(x[: len(branch)], keep)
@@ -71,7 +86,8 @@ class GatedResidual(torch.autograd.Function):
             if keep is not None:
                 products *= keep
             gate_grad = ctx.scale * products.sum((2, 3)).flatten()  # (R',)
-        return y_grad, branch_grad.flatten(0, 1).to(ctx.dtype), gate_grad, None, None
+        branch_grad = branch_grad.flatten(0, 1).to(ctx.branch_dtype)
+        return y_grad, branch_grad, gate_grad, None, None
 
 
 def by_size(tensor: Tensor, keep: Tensor | None) -> Tensor:

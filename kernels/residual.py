@@ -136,7 +136,8 @@ def forward_kernel(
         y = tl.where(gate != 0, x + factor * gate * branch, x)  # x + 0 would turn −0 into 0
         tl.store(y_ptr + at, y, mask=inside)
         z, _ = normalised(y, inside, eps, WIDTH)
-        tl.store(normed_ptr + at, z * weight + bias, mask=inside & (row < rows))
+        normed = z * weight + bias
+        tl.store(normed_ptr + at, normed, mask=inside & (row < rows))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -178,11 +179,13 @@ def backward_kernel(
         in_normed = inside & (row < rows)
         in_branch = inside & (row < branch_rows)
         normed_grad = load(normed_grad_ptr + at, in_normed)
-        z, r = normalised(load(y_ptr + at, in_normed), in_normed, eps, WIDTH)
+        y = load(y_ptr + at, in_normed)
+        z, r = normalised(y, in_normed, eps, WIDTH)
         weight_grad += normed_grad * z
         bias_grad += normed_grad
         w = normed_grad * weight
-        grad = r * (w - frame_mean(w, WIDTH) - z * frame_mean(w * z, WIDTH))
+        along_z = z * frame_mean(w * z, WIDTH)
+        grad = r * (w - frame_mean(w, WIDTH) - along_z)
         if y_grad_ptr is not None:
             grad += load(y_grad_ptr + at, inside)
         tl.store(x_grad_ptr + at, grad, mask=inside)
@@ -195,8 +198,10 @@ def backward_kernel(
     program = tl.full((1, 1), tl.program_id(0), tl.int64)
     share = shares_ptr + program * 2 * WIDTH + column
     stored = (column < WIDTH) & (row < rows)
-    tl.store(share, tl.sum(weight_grad, 0, keep_dims=True), mask=stored)
-    tl.store(share + WIDTH, tl.sum(bias_grad, 0, keep_dims=True), mask=stored)
+    weight_grad = tl.sum(weight_grad, 0, keep_dims=True)
+    bias_grad = tl.sum(bias_grad, 0, keep_dims=True)
+    tl.store(share, weight_grad, mask=stored)
+    tl.store(share + WIDTH, bias_grad, mask=stored)
     if gate_grad_ptr is not None:
         share = gate_grad_ptr + program
         total = factor * tl.sum(gate_grad, 0, keep_dims=True)
@@ -209,8 +214,9 @@ def launch(kernel: triton.runtime.JITFunction, programs: int, *arguments, warps:
     Inputs are made contiguous; outputs must be.
     """
     dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    tensor = next(a for a in dense if isinstance(a, Tensor))
     if programs:
-        with torch.cuda.device_of(next(a for a in dense if isinstance(a, Tensor))):
+        with torch.cuda.device_of(tensor):
             kernel[(programs,)](*dense, num_warps=warps)
 
 
@@ -227,7 +233,17 @@ def tile(width: int, elements: int) -> tuple[int, int, int, int]:
 
 
 def launch_forward(
-    x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel. Return y and the normalised rows.
 
@@ -286,20 +302,19 @@ def launch_backward(
         *tile(width, BACKWARD),
         warps=WARPS,
     )
-    return x_grad, None if branch is None else gate_grad.sum(1), shares.sum(0)
+    if gate_grad is not None:
+        gate_grad = gate_grad.sum(1)
+    return x_grad, gate_grad, shares.sum(0)
 
 
 class GatedResidualLayerNorm(torch.autograd.Function):
     """`kernels.gated_residual_layer_norm`, with all arguments given."""
 
     @staticmethod
-    def forward(
-        ctx, x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, branch, gate, scale, dropout_p, seed, *others) -> tuple[Tensor, Tensor]:
         seed = seed if dropout_p else None
-        y, normed = launch_forward(
-            x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
-        )
+        y, normed = launch_forward(x, branch, gate, scale, dropout_p, seed, *others)
+        weight, *_, eps = others
         of_gate = branch if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(y, weight, of_gate, gate, seed)
         ctx.set_materialize_grads(False)

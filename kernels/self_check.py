@@ -17,7 +17,11 @@ from dynsize.kernels import reference
 log = logging.getLogger(__name__)
 # The largest error that counts as right, relative to the largest number of its tensor. One rounding
 # to float16 is 5e-4 and to bfloat16 2e-3; in float32, CTC's sums of logarithms are off by 1e-5.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-3,
+    torch.bfloat16: 8e-3,
+}
 
 
 @functools.cache
@@ -95,10 +99,12 @@ def largest_error(ours: Callable, truth: Callable, arguments: Sequence) -> float
     Both functions take `arguments`, in which tensors of floats want gradients; `truth` gets these
     in float64. Returns NaN where a result is NaN.
     """
-    results, right = differentiated(ours, arguments), differentiated(truth, arguments, double=True)
+    results = differentiated(ours, arguments)
+    right = differentiated(truth, arguments, double=True)
     errors = []
     for result, exact in zip(results, right, strict=True):
-        errors.append((result - exact).abs().max() / exact.abs().max())
+        error = (result - exact).abs().max()
+        errors.append(error / exact.abs().max())
     return torch.stack(errors).max().item()
 
 
@@ -115,5 +121,7 @@ def differentiated(function: Callable, arguments: Sequence, double: bool = False
     cotangents = []
     for output in outputs:
         number = torch.arange(output.numel(), device=output.device)
-        cotangents.append((number % 5 - 1.0).to(output.dtype).view_as(output))
-    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+        cotangent = (number % 5 - 1.0).to(output.dtype)
+        cotangents.append(cotangent.view_as(output))
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return [*outputs, *gradients]
