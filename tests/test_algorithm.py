@@ -213,17 +213,24 @@ def test_schedules_of_ortho_softmax():
 
 @pytest.mark.parametrize("method", ALGORITHMS)
 @pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
-def test_no_update_of_step_1_waits_for_the_device(method, relaxation):
+def test_no_network_of_an_update_waits_for_the_device(method, relaxation, monkeypatch):
     """On the `meta` device a value that is read, or a tensor that lies elsewhere, raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no `meta`
     config = tiny(method=method, relaxation=relaxation)
-    scores = ALGORITHMS[method].initial_scores(config).to("meta").requires_grad_()
+    model = Supernet(config, 7).to("meta")
+    features = torch.zeros(2, 30, 12, device="meta")
+    lengths, seeds = torch.zeros(2, 2, dtype=torch.int64, device="meta")
     for update in (0, step1_updates(config) - 1):
-        arguments = (scores, list(range(8)), update, config)
-        gates = ALGORITHMS[method].layer_weights(*arguments)
-        loss = ALGORITHMS[method].extra_loss(*arguments)
-        total = torch.stack([gate for gate in gates if gate is not False]).sum() + loss
-        total.backward()
-    assert scores.grad.is_meta
+        now = (model.scores, model.ranking, update, config)
+        gates = [[True] * 8, ALGORITHMS[method].layer_weights(*now)]
+        log_probs, _ = model(features, lengths, [8, 5], gates, seeds)
+        (log_probs.sum() + ALGORITHMS[method].extra_loss(*now)).backward()
+    assert model.scores.grad.is_meta
+    gates = sandwich.gates([model.mask(size) for size in (8, 5, 3)], seeds, config)
+    log_probs, _ = model(features, lengths, [8, 5, 3], gates, seeds)
+    log_probs.sum().backward()
+    with pytest.raises(RuntimeError):
+        ALGORITHMS[method].rank(*now)  # this one waits
 
 
 def test_presets_have_the_papers_settings_of_each_method():
