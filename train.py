@@ -212,8 +212,10 @@ class Progress:
 
     def validation(self, record: dict) -> str:
         """Return the lines of a validation: word error rate and layers of each size."""
-        lines = [f"update {record['update']}, word error rate on dev:"]
-        for size, result in record["dev"].items():
+        results = record["dev"]
+        unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
+        lines = [f"update {record['update']}, {unit} error rate on dev:"]
+        for size, result in results.items():
             mask = self.trainer.model.mask(size)
             lines.append(f"  size {size:>3} {100 * result['wer']:6.2f}%  {layer_map(mask)}")
         return "\n".join(lines)

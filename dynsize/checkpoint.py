@@ -127,6 +127,8 @@ def history(run: Path) -> list[Path]:
 
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint file. Raises ValueError where it is missing, damaged or unreadable."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint: not a file")  # opening a pipe would wait
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -195,13 +195,14 @@ def reference_of(utterance: Utterance) -> Reference:
     return plain_reference(utterance.text)
 
 
-def errors_of(utterances: Sequence[Utterance], texts: Texts) -> list[Errors]:
-    """Return the word errors of each utterance that has a text."""
-    return [
-        errors_in(align(reference_of(utterance), text.split()))
-        for utterance, text in zip(utterances, texts, strict=True)
-        if text is not None
-    ]
+def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> list[Errors]:
+    """Return the errors that count, of each utterance that has a text.
+
+    They are in words, or in characters for a language that writes no `blanks`.
+    """
+    read = [(u, text) for u, text in zip(utterances, texts, strict=True) if text is not None]
+    scored = [score(utterance, text, blanks) for utterance, text in read]
+    return [s.words if blanks else s.characters for s in scored]
 
 
 def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
@@ -490,20 +491,12 @@ def errors_by_size(
     blanks: bool,
 ) -> dict[int, list[list[Errors]]]:
     """Return, for each size that all runs have, the errors of each run in the read utterances."""
+    chosen = [utterances[i] for i in read]
     return {
-        size: [
-            [unit_errors(utterances[i], texts[size][i] or "", blanks) for i in read]
-            for texts in runs
-        ]
+        size: [errors_of(chosen, [texts[size][i] for i in read], blanks) for texts in runs]
         for size in runs[0]
         if all(size in texts for texts in runs)
     }
-
-
-def unit_errors(utterance: Utterance, text: str, blanks: bool) -> Errors:
-    """Return the errors that count: in words, or in characters for a language without blanks."""
-    scored = score(utterance, text, blanks)
-    return scored.words if blanks else scored.characters
 
 
 def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:

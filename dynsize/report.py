@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynsize import files
 from dynsize.corpora import Utterance
 from dynsize.terminal import printable
 
@@ -24,15 +25,16 @@ SPEAKERS = 50  # at most, in Markdown; results.json has all
 def write(report: dict, scored: dict[int, list["Scored"]], output: Path) -> None:
     """Write all files of an evaluation to a directory; `results.json` is the last one."""
     output.mkdir(parents=True, exist_ok=True)
+    files.clean(output)
     references = [s.utterance.reference or s.utterance.text for s in next(iter(scored.values()))]
-    files = {"ref.trn": trn(references, next(iter(scored.values())))}
+    contents = {"ref.trn": trn(references, next(iter(scored.values())))}
     for size, of_size in scored.items():
-        files[f"hyp-{size}.trn"] = trn([s.text for s in of_size], of_size)
-        files[f"aligned-{size}.txt"] = "\n".join(map(aligned, of_size))
-    files["results.md"] = markdown(report)
-    files["results.json"] = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    for name, text in files.items():
-        (output / name).write_text(text, encoding="utf-8")
+        contents[f"hyp-{size}.trn"] = trn([s.text for s in of_size], of_size)
+        contents[f"aligned-{size}.txt"] = "\n".join(map(aligned, of_size))
+    contents["results.md"] = markdown(report)
+    contents["results.json"] = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    for name, text in contents.items():
+        files.write(output / name, text.encode())
 
 
 def written_id(utterance: Utterance) -> str:

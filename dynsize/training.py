@@ -29,12 +29,13 @@ from dynsize.ctc import ctc_loss
 from dynsize.distillation import distillation_loss, load_teacher
 from dynsize.evaluation import corpus_root, device_of, errors_of, kept_names, transcribe
 from dynsize.kernels import layer_gates
+from dynsize.recogniser import facts_of
 from dynsize.run_directory import check_new
 from dynsize.schedule import learning_rate, step1_updates
 from dynsize.summary import summary
 from dynsize.supernet import Supernet, layer_name
 from dynsize.tokenizer import tokenizer_for
-from dynsize.wer import Errors
+from dynsize.wer import Errors, writes_blanks
 
 __all__ = ["Trainer", "check_new"]
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
@@ -115,6 +116,7 @@ class Trainer:
         dev = read_corpus(root, config.dev_splits, config, "--dev-splits")
         for why, names in dev.left_out.items():
             self.corpus.left_out[f"{why} (dev)"] = names
+        self.blanks = writes_blanks(utterance.text for utterance in dev.utterances)
         self.dev_utterances = len(dev.utterances) + len(dev.left_out.get(UNREADABLE, ()))
         self.dev = self.examples_of(dev.utterances[processes.rank() :: processes.count()])
 
@@ -549,12 +551,14 @@ class Trainer:
     def validate(self) -> dict[int, dict]:
         """Decode dev with every size, and keep the network that has the fewest errors in best.pt.
 
-        Returns size → word error rate, counts, layers kept.
+        Returns size → the error rate `wer`, counts, layers kept; `measure` says whether the errors
+        are of words or of characters.
         """
         self.rank_layers()
         result = {}
         for size, errors in self.dev_errors().items():
-            counts = dict(wer=errors.rate, errors=errors.total, words=errors.words)
+            measure = "wer" if self.blanks else "cer"
+            counts = dict(wer=errors.rate, measure=measure, errors=errors.total, words=errors.words)
             result[size] = counts | dict(layers=kept_names(self.model, size))
         if self.note_validation(self.update, result):
             self.write("best.pt")
@@ -570,20 +574,23 @@ class Trainer:
         return is_best
 
     def dev_errors(self) -> dict[int, Errors]:
-        """Decode dev, each process its share; return size → word errors of all, largest first.
+        """Decode dev, each process its share; return size → errors of all, largest first.
 
+        They are in words, or in characters where the language writes no blanks.
         Utterances that can't be read are named in left-out.txt and not counted. Raises ValueError
         where they are more than the share `most_left_out`.
         """
         sizes = list(reversed(self.model.sizes))
-        texts, unreadable = transcribe(self.model, self.dev, sizes, "validating")
+        network = checkpoint.Checkpoint(
+            self.run, self.model, self.tokenizer, None, self.longest_seconds
+        )
+        facts = facts_of(network)
+        texts, unreadable = transcribe(self.model, self.dev, sizes, "validating", facts)
         self.note_left_out({f"{UNREADABLE} (dev)": unreadable})
         self.check_dev(unreadable)
         totals = {}
         for size in sizes:
-            read = [i for i, text in enumerate(texts[size]) if text is not None]
-            utterances = [self.dev.utterances[i] for i in read]
-            errors = errors_of(utterances, [texts[size][i] for i in read])
+            errors = errors_of(self.dev.utterances, texts[size], self.blanks)
             counts = torch.tensor(dataclasses.astuple(sum(errors, Errors())))
             totals[size] = Errors(*processes.total(counts).tolist())
         return totals

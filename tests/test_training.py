@@ -364,6 +364,18 @@ def test_bad_dev_audio_stops_before_training(tmp_path):
     assert run.update == 0
 
 
+def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    for transcript in root.rglob("*.trans.txt"):
+        text = re.sub("LOW|MID|HIGH|TOP", "低音", transcript.read_text())
+        transcript.write_text(text, encoding="utf-8")
+    (record,) = trainer(root, tmp_path / "run", updates=1).updates()
+    text = "".join(path.read_text("utf-8") for path in root.glob("dev-*/*/*/*.txt"))
+    for result in record["dev"].values():
+        assert result["measure"] == "cer"
+        assert result["words"] == text.count("低") + text.count("音")
+
+
 def test_one_size_trains_without_step_1(tones, tmp_path):
     records = list(trainer(tones, tmp_path / "run", sizes=(8,), updates=3).updates())
     assert [(record["step"], record["sizes"]) for record in records] == [(2, [8])] * 3
