@@ -22,6 +22,7 @@ from dynsize.config import Config, fields
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import Corpus, Utterance, read_audio
 from dynsize.features import feature_frames, log_mel, spec_augment
+from dynsize.text import shown
 from dynsize.tokenizer import Tokenizer
 
 # When utterances are sorted, each length is raised by a random share, at most this one, so that
@@ -288,8 +289,8 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
 
     These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels CTC
     can't align at the fastest speed: a label needs an encoder frame, and so does the blank between
-    two equal ones. Sets `corpus.densest`. Raises ValueError for characters without a label, and
-    where nothing is left.
+    two equal ones. Sets what the corpus holds of the tokenizer. Raises ValueError for characters
+    without a label, and where nothing is left.
     """
     good: list[Utterance] = []
     for utterance in corpus.utterances:
@@ -303,6 +304,9 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
             continue
         labels = labels_of(utterance, tokenizer)
         corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
+        if (spelled := tokenizer.decode(labels)) != utterance.text:
+            example = corpus.respelled[1] or f"{shown(utterance.text)} as {shown(spelled)}"
+            corpus.respelled = (corpus.respelled[0] + 1, example)
         repeats = sum(a == b for a, b in pairwise(labels))
         frames = fewest_encoder_frames(utterance, config)
         if 1 <= frames >= len(labels) + repeats:

@@ -71,7 +71,10 @@ class Corpus:
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)  # what was changed in texts → how often
     kinds: dict[str, str] = field(default_factory=dict)  # split → kind
-    densest: tuple[float, str] = (0.0, "")  # the highest rate of labels a second, and whose it is
+    # What the tokenizer says: the highest rate of labels a second and whose it is, and how many
+    # texts its units spell otherwise, with an example.
+    densest: tuple[float, str] = (0.0, "")
+    respelled: tuple[int, str] = (0, "")
 
     def leave_out(self, reason: str, name: str, what: str) -> None:
         self.left_out.setdefault(reason, {})[name] = what

@@ -115,6 +115,9 @@ def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[
     frames = config.sample_rate / (4 * window_and_hop(config)[1])
     if rate:
         yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
+    count, example = corpus.respelled
+    if count:
+        yield f"the tokenizer spells {count} texts otherwise, {example}; it is scored as an error"
     yield from longer_than_the_rest(corpus.utterances, config)
 
 

@@ -1,14 +1,17 @@
 """Audio files of every ending; MP3 files that don't tell their length; files that are refused."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import RATE, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dynsize.audio import ENDINGS, CorruptAudio, frame_bytes
+from dynsize.audio import ENDINGS, CorruptAudio, Header, frame_bytes, header_of, read_samples
 from dynsize.batching import features_of
 from dynsize.corpora import UNREADABLE, Corpus, read_audio, read_corpus
 
@@ -176,3 +179,16 @@ def test_features_that_are_not_finite_are_corrupt_audio(tmp_path):
         features_of(loud, tiny(), 1.0)
     with pytest.raises(CorruptAudio, match=r"infinite\.wav: samples that are not finite"):
         features_of(infinite, tiny(), 1.0)
+
+
+@given(st.binary(max_size=99), st.lists(st.binary(max_size=5), max_size=9), st.integers(2, 400))
+def test_any_bytes_are_an_mp3_or_are_refused(tmp_path_factory, start, parts, length):
+    frame = b"\xff\xfb\x90\xc4".ljust(length, b"\0")
+    path = tmp_path_factory.mktemp("bytes") / "a.mp3"
+    path.write_bytes(start + frame.join([b"", *parts, b""]))
+    header = header_of((str(path), None))
+    if isinstance(header, Header):
+        with suppress(CorruptAudio):
+            read_samples(str(path), (0, header.samples), header.rate, 0)
+    else:
+        assert "a.mp3" in str(header)

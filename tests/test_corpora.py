@@ -1,4 +1,4 @@
-"""Every kind of corpus: what is read, what is left out, what is refused; and what is kept between runs."""
+"""Every kind of corpus: what is read, left out, refused, and kept between runs."""
 
 import dataclasses
 import errno
@@ -63,7 +63,7 @@ LISTS["librispeech"] = "train/1/2/1-2.trans.txt"
 def write_audio(
     path: Path, seconds: float = 2.0, rate: int = RATE, channels: int = 1, **how: str
 ) -> Path:
-    """A ramp, half as high in the second channel, so that every sample tells its place and its channel."""
+    """Write a ramp, half as high in channel 1: a sample tells its place and its channel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 0.5, round(seconds * rate))
     soundfile.write(path, np.stack([ramp, ramp / 2], 1)[:, :channels], rate, **how)
@@ -713,8 +713,8 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
     assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE] and opened[2:] == [
         "1-2-0001.flac"
     ]
-    [kept] = [path for path in cache.user_cache().iterdir() if b"1-2-0001.flac" in path.read_bytes() and
-              str(root).encode() in path.read_bytes()]  # fmt: skip
+    name = str(root / "train/1/2/1-2-0001.flac").encode()
+    [kept] = [path for path in cache.user_cache().iterdir() if name in path.read_bytes()]
     whole = kept.read_bytes()
     for damaged in (b"", whole[:-9], whole.replace(b"8000", b"9000"), b"x" + whole, b"noise" * 99):
         kept.write_bytes(damaged)
@@ -910,7 +910,7 @@ def spoil(file: Path, how: str) -> None:
 
 
 def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
-    """Each file is named once and counted, whether it was lost before the listing or after; the others all train."""
+    """Each lost file is named once, whether it was lost before the listing or after it."""
     root, ways = (
         write_tones(tmp_path / "corpus", SPLITS | {"train": 450}),
         ("truncated", "empty", "noise", "directory"),
@@ -943,7 +943,7 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
 
 
 def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:
-    """Durations distributed as LibriSpeech's 960 hours: most of 11 to 17 s, a tail down to 1 s, some up to 35 s."""
+    """Return durations like LibriSpeech's: most 11 to 17 s, many down to 1 s, some to 35 s."""
     long = draw.normal(14.5, 1.7, utterances)
     short = draw.uniform(1.3, 13.0, utterances)
     longest = draw.uniform(17, 35, utterances)

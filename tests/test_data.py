@@ -1,25 +1,29 @@
-"""From files to batches: features, SpecAugment, corpora, tokenizer, batch plan, the embedded corpus, and bad input."""
+"""From files to batches: features, corpora, tokenizer, batch plan, the embedded corpus."""
 
+import io
 import math
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import torch
 from conftest import RATE, SPLITS, tiny, write_tones
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import spoken
+from dynsize import batching, spoken
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, collate, epoch_plan, keep_usable
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
-from dynsize.tokenizer import Tokenizer, train_tokenizer
+from dynsize.summary import summary
+from dynsize.tokenizer import Tokenizer, tokenizer_for, train_tokenizer
 
 
 def test_log_mel_of_a_tone_peaks_in_its_filter():
@@ -27,7 +31,7 @@ def test_log_mel_of_a_tone_peaks_in_its_filter():
     time = torch.arange(RATE) / RATE
     quiet = 1e-3 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
     for hz in (400, 1000, 2500):
-        # the tone sounds in the second half alone: normalisation takes away what is the same in all frames
+        # the tone sounds in the second half: what is the same in all frames is normalised away
         features = log_mel(quiet + torch.sin(2 * math.pi * hz * time) * (time > 0.5), config)
         edges = 700 * (
             10 ** (torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (60, 3900)), 22) / 2595)
@@ -188,27 +192,34 @@ def test_corrupt_audio_is_named(tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("how", "words"),
     [
-        (lambda root: root / "nowhere", ["nowhere", "no such directory"]),
-        (lambda root: (root / "train").rename(root / "other") and root, ["train", "no such split", "other"]),
-        (lambda root: (root / "train/0/7/0-7.trans.txt").write_text("\n") and root, ["train", "no utterances"]),
-        (lambda root: (root / "train/0/7/0-7-0000.flac").unlink() or root, ["0-7.trans.txt:1", "0-7-0000", "no audio"]),
-        (lambda root: write(root, np.zeros((800, 2))), ["0-7-0000.flac", "2 channels"]),
-        (lambda root: (root / "train/0/7/0-7.trans.txt").write_bytes(b"0-7-0000 \xff") and root, ["txt:1", "UTF-8"]),
+        ("no corpus", ["nowhere", "no such directory"]),
+        ("no split", ["train", "no such split", "other"]),
+        ("empty split", ["train", "no utterances"]),
+        ("no audio", ["0-7.trans.txt:1", "0-7-0000", "no audio"]),
+        ("stereo", ["0-7-0000.flac", "2 channels"]),
+        ("encoding", ["txt:1", "UTF-8"]),
     ],
-    ids=["no corpus", "no split", "empty split", "no audio", "stereo", "encoding"],
-)  # fmt: skip
-def test_bad_corpora_are_named(tmp_path, change, words):
-    root = change(write_tones(tmp_path, {"train": 2}))
+)
+def test_bad_corpora_are_named(tmp_path, how, words):
+    root = write_tones(tmp_path, {"train": 2})
+    folder = root / "train/0/7"
+    if how == "no corpus":
+        root = root / "nowhere"
+    elif how == "no split":
+        (root / "train").rename(root / "other")
+    elif how == "empty split":
+        (folder / "0-7.trans.txt").write_text("\n")
+    elif how == "no audio":
+        (folder / "0-7-0000.flac").unlink()
+    elif how == "stereo":
+        soundfile.write(folder / "0-7-0000.flac", np.zeros((800, 2)), RATE)
+    else:
+        (folder / "0-7.trans.txt").write_bytes(b"0-7-0000 \xff")
     with pytest.raises(ValueError) as error:
         read_corpus(root, ["train"], tiny())
     assert all(word in str(error.value) for word in words), error.value
-
-
-def write(root, audio):
-    soundfile.write(root / "train/0/7/0-7-0000.flac", audio, RATE)
-    return root
 
 
 @pytest.mark.parametrize(
@@ -223,6 +234,105 @@ def test_tokenizer_adapts_to_the_text(texts, units):
         assert again.decode(labels) == text
         assert all(0 < label < again.labels for label in labels)
     assert again.labels <= max(units, len(set("".join(texts))) + 1) + 1
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "characters"])
+@pytest.mark.parametrize("units", [1, 12, 5000])
+def test_units_of_every_kind_spell_the_texts(kind, units):
+    texts = ["LOW MID HIGH TOP", "TOP LOW", "MÄH 你好"]
+    tokenizer = train_tokenizer(texts, units, kind)
+    for text in texts:
+        labels = tokenizer.encode(text)
+        assert tokenizer.decode(labels) == text and 0 not in labels
+        if kind == "characters":
+            pieces = [tokenizer.pieces.id_to_piece(label) for label in labels]
+            assert pieces == list("▁" + text.replace(" ", "▁"))
+
+
+def test_a_decoded_text_has_single_spaces():
+    tokenizer = train_tokenizer(["LOW MID"], 1, "characters")
+    low, space = tokenizer.encode("LOW"), tokenizer.encode("L")[:1]
+    assert tokenizer.decode([*space, *low, *space, *space, *low, *space]) == "LOW LOW"
+
+
+def write_model(path: Path, **settings) -> Path:
+    """Train a SentencePiece model as its users do."""
+    model, texts = io.BytesIO(), ["low mid high top", "top low"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **{"vocab_size": 30} | settings,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(), None),
+        (dict(model_type="bpe"), None),
+        (dict(pad_id=0, unk_id=1, bos_id=2, eos_id=3), None),
+        (dict(byte_fallback=True, vocab_size=300), None),
+        (dict(unk_id=3, bos_id=-1, eos_id=-1), ["its unit 0 is", "--unk_id=0"]),
+    ],
+)
+def test_a_sentencepiece_model_is_used_where_unit_0_is_free(tmp_path, settings, words):
+    file = write_model(tmp_path / "own.model", **settings)
+    config = tiny(tokenizer=str(file))
+    if words:
+        with pytest.raises(ValueError) as error:
+            tokenizer_for([], config)
+        assert all(word in str(error.value) for word in ["own.model", *words])
+        return
+    tokenizer = tokenizer_for([], config)
+    labels = tokenizer.encode("low mid")
+    assert 0 not in labels and tokenizer.decode([*labels, tokenizer.unknown]) == "low mid"
+    if settings.get("byte_fallback"):
+        assert tokenizer.decode(tokenizer.encode("low ☃")) == "low ☃"
+    else:
+        with pytest.raises(ValueError, match="unknown to the tokenizer, '☃', in 'low ☃'"):
+            tokenizer.encode("low ☃")
+
+
+def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
+    for data in (b"", b"noise" * 99):
+        (tmp_path / "own.model").write_bytes(data)
+        with pytest.raises(ValueError, match=r"own\.model: not a SentencePiece model"):
+            tokenizer_for([], tiny(tokenizer=str(tmp_path / "own.model")))
+
+
+def test_texts_that_a_tokenizer_spells_otherwise_are_told(tones, tmp_path):
+    file = write_model(tmp_path / "own.model", normalization_rule_name="nmt_nfkc_cf")
+    config = tiny(tokenizer=str(file))
+    corpus = read_corpus(tones, ["train"], config)
+    text = corpus.utterances[0].text
+    keep_usable(corpus, tokenizer_for([], config), config)
+    told = summary(corpus, config, {})
+    assert f"spells 24 texts otherwise, {text!r} as {text.lower()!r}" in told
+
+
+def test_decoding_needs_no_labels(tones):
+    config = tiny()
+    utterances = read_corpus(tones, ["train"], config).utterances
+    examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=False)
+    assert examples[0].labels == [] and not examples[0].corrupt
+    examples.epoch = 0
+    with pytest.raises(ValueError, match=r"\.flac: the utterance 0-7-0000: characters unknown"):
+        examples[0]
+
+
+def test_features_in_memory_have_a_limit(tones, monkeypatch):
+    config = tiny()
+    utterances = read_corpus(tones, ["train"], config).utterances
+    examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=True)
+    monkeypatch.setattr(batching, "MOST_KEPT", 3 * examples[0].features.nbytes + 2)
+    for number in range(24):
+        assert torch.equal(examples[number].features, examples[number].features)
+    assert 2 <= len(examples.kept) < 6
+    assert sum(kept.nbytes for kept in examples.kept.values()) <= batching.MOST_KEPT
 
 
 def test_unknown_characters_are_named():
@@ -301,7 +411,8 @@ def test_the_spoken_corpus(tmp_path):
         "test-clean": 0.2,
         "test-other": 0.2,
     }
-    code = f"from dynsize.spoken import speak_corpus; from pathlib import Path; speak_corpus(Path('DIR'), 3, {minutes})"
+    code = "from dynsize.spoken import speak_corpus; from pathlib import Path; "
+    code += f"speak_corpus(Path('DIR'), 3, {minutes})"
     for name in ("one", "two"):
         subprocess.run(
             [sys.executable, "-c", code.replace("DIR", str(tmp_path / name))],
