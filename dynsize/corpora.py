@@ -96,15 +96,14 @@ def read_corpus(
     if not root.is_dir():
         raise ValueError(f"--corpus {root}: no such directory; it names a corpus, or is 'spoken'")
     corpus = Corpus()
-    listed: dict[Path, list[Entry]] = {}
+    listed: list[tuple[Path, list[Entry]]] = []
     for split in "+".join(splits).split("+"):
         kind, source, reader = recognise(root, split, config.corpus_kind, flag)
         corpus.kinds[split] = kind
         bar = tqdm(reader(source, corpus), split, unit="utt", delay=2, leave=False, disable=None)
-        listed[source] = list(bar)
-    paths = (entry.path for entries in listed.values() for entry in entries)
-    found, faults = headers(paths, root)
-    for source, entries in listed.items():
+        listed.append((source, list(bar)))
+    found, faults = headers((entry.path for _, entries in listed for entry in entries), root)
+    for source, entries in listed:
         before = len(corpus.utterances)
         seen: set[str] = set()  # two splits may have the same ids, as clean and noisy speech
         for entry in entries:
@@ -116,10 +115,16 @@ def read_corpus(
             add(corpus, entry, found.get(entry.path) or faults[entry.path], config)
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
-            faults = [what for names in corpus.left_out.values() for what in names.values()]
-            because = f" are left; the first: {faults[0]}" if faults else ""
-            raise ValueError(f"{source}: no utterances{because}")
+            raise ValueError(nothing_in(source, corpus))
     return corpus
+
+
+def nothing_in(source: Path, corpus: Corpus) -> str:
+    """Return the message on a split without utterances."""
+    for names in corpus.left_out.values():
+        for what in names.values():
+            return f"{source}: no utterances are left; the first: {what}"
+    return f"{source}: no utterances" + (f"; {contents(source)}" if source.is_dir() else "")
 
 
 def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, Callable]:
@@ -138,34 +143,48 @@ def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, 
 
 def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config) -> None:
     """Add an utterance to a corpus, or to what is left out of it."""
-    where, path = entry.where, entry.path
-    if entry.end is not None and entry.start >= entry.end:
-        raise ValueError(f"{where}: ends at {entry.end} s, but begins at {entry.start} s")
     if isinstance(header, FileNotFoundError):
-        raise no_audio(where, entry.id, path)
+        raise no_audio(entry.where, entry.id, entry.path)
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, entry.id, str(header))
+    span = span_of(entry, header)
+    if span is None:
+        times = f"{entry.start} to {entry.end or 'the last'} s"
+        has = f"{entry.path} has {header.samples / header.rate} s"
+        return corpus.leave_out(UNREADABLE, entry.id, f"{entry.where}: {times}, but {has}")
     channel = chosen_channel(entry, header)
-    length = header.samples / header.rate
-    end = length if entry.end is None else min(entry.end, length)
-    first, last = round(min(entry.start, length) * header.rate), round(end * header.rate)
-    if first >= last or (entry.end or 0) > length + OVERSHOOT:
-        span = f"{entry.start} to {entry.end or 'the last'} s"
-        what = f"{where}: {span}, but {path} has {length} s"
-        return corpus.leave_out(UNREADABLE, entry.id, what)
     raw, unknown = without_unknown(entry.text or "")
     corpus.changes["× <unk> taken out"] += unknown
     text = clean(raw, config.normaliser)
     if not text and (entry.text or "").strip() and not entry.reference:
-        return corpus.leave_out(NO_WORDS, entry.id, f"{where}: {shown(entry.text)}")
-    notation = clean_notation(entry.reference, config.normaliser) if entry.reference else ""
-    samples = round((last - first) * config.sample_rate / header.rate)
-    speaker = sys.intern(entry.speaker)
-    corpus.utterances.append(
-        Utterance(
-            entry.id, path, text, samples, (first, last), header.rate, channel, speaker, notation
-        )
+        return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {shown(entry.text)}")
+    spoken = Utterance(
+        id="_".join(entry.id.split()),  # one word, as files of hypotheses need it
+        path=entry.path,
+        text=text,
+        samples=round((span[1] - span[0]) * config.sample_rate / header.rate),
+        span=span,
+        rate=header.rate,
+        channel=channel,
+        speaker=sys.intern(entry.speaker),
+        reference=clean_notation(entry.reference, config.normaliser),
     )
+    corpus.utterances.append(spoken)
+
+
+def span_of(entry: Entry, header: Header) -> tuple[int, int] | None:
+    """Return the samples of an utterance in its file; None where the file does not hold them.
+
+    Raises ValueError for an end that is not after the start.
+    """
+    length = header.samples / header.rate
+    if entry.end is not None and entry.start >= entry.end:
+        raise ValueError(f"{entry.where}: ends at {entry.end} s, but begins at {entry.start} s")
+    end = length if entry.end is None else min(entry.end, length)
+    first, last = round(min(entry.start, length) * header.rate), round(end * header.rate)
+    if first >= last or (entry.end or 0) > length + OVERSHOOT:
+        return None
+    return first, last
 
 
 def chosen_channel(entry: Entry, header: Header) -> int:

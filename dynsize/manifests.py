@@ -46,7 +46,7 @@ def manifest(file: Path, _: object) -> Iterator[Entry]:
             name = without_ending(entry.path)
             number = entry.where.rpartition(":")[2]
             id = name if names[name] == 1 else f"{name}-{number}"
-        yield entry._replace(id="_".join(id.split()))
+        yield entry._replace(id=id)
 
 
 def manifest_row(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:

@@ -309,6 +309,7 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("kaldi", "talk talk.wav", "talk talk.wav\ntalk talk.wav", ["wav.scp:2", "twice"]),
         ("kaldi", "talk talk.wav", "talks talk.wav", ["segments:1", "anna-1", "no recording"]),
         ("librispeech", "1-2-0001", "1-2-0000", ["1-2.trans.txt:2", "twice"]),
+        ("librispeech", TRANSCRIPT, "\n", ["train: no utterances; in", "train: 1"]),
         ("librispeech", "1-2-0001", "../2/1-2-0001", ["1-2.trans.txt:2", "no audio"]),
         ("librispeech", "1-2-0001", "/etc/passwd", ["1-2.trans.txt:2", "no audio"]),
     ],
