@@ -156,7 +156,7 @@ def help_for(characters: list[str]) -> str:
     """Return what changes such characters."""
     helped = [c for c in characters if plain(c) != c.lower()]
     if not helped:
-        return "no normaliser changes them; errors of spelling?"
+        return "no normaliser changes them"
     return f"--normaliser plain changes {' '.join(helped[:MOST_NAMED])}"
 
 
