@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -654,3 +655,94 @@ def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker.pid, number)
     assert len(list(updates)) == 5
+
+
+# A crash at every file operation.
+
+
+class CrashAt:
+    """Ends this process, without any cleaning up, at the n-th operation on files of a folder.
+
+    Counted are the opening of files to write, renames, deletions, new directories and fsyncs. A
+    crash at an fsync leaves half of the file: what a power failure leaves of data in memory.
+    """
+
+    def __init__(self, folder: Path, number: int, count: Callable[[int], None]) -> None:
+        self.folder, self.left, self.count = os.fspath(folder), number, count
+        self.done = 0
+        self.fsync = os.fsync
+        os.fsync = self.synced
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and (
+            str(arguments[0]).startswith(self.folder)
+        ):
+            self.operation(lambda: None)
+
+    def synced(self, descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self.operation(lambda: is_file and os.ftruncate(descriptor, size // 2))
+        self.fsync(descriptor)
+
+    def operation(self, last: Callable[[], object]) -> None:
+        self.done += 1
+        self.count(self.done)
+        if self.done == self.left:
+            self.left = 0
+            last()
+            os._exit(9)
+
+
+SHORT = dict(updates=4, step1_share=0.5, save_every=1, validate_every=2, log_every=1, keep=2)
+
+
+def crashed(tones: Path, run: Path, number: int) -> int:
+    """Train in another process, which crashes at the n-th operation. Returns the operations done."""
+    counted = fork.Value("i", 0)
+
+    def train() -> None:
+        CrashAt(run, number, lambda done: setattr(counted, "value", done))
+        finish(begun(tones, run, **SHORT))
+
+    process = elsewhere(train)
+    process.join()
+    assert process.exitcode == (9 if number else 0)
+    return counted.value
+
+
+def goes_on_after_a_crash(tones: Path, run: Path, number: int, expected: dict) -> None:
+    """Crash at the n-th operation, then resume, or start again where nothing was learned yet."""
+    crashed(tones, run, number)
+    if run.exists() and checkpoint.history(run):
+        trainer = Trainer.resume(run)
+    else:
+        logged = (run / "metrics.jsonl").exists()
+        check_new(run, overwrite=logged)
+        trainer = begun(tones, run, **SHORT)
+    assert same(finish(trainer), expected)
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("config.json", "corpus.txt", "left-out.txt", "lock", "metrics.jsonl", "ranking.json"),
+        *("checkpoint.pt", "checkpoint-1.pt", "best.pt"),
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if "losses" in line] == [1, 2, 3, 4]
+    assert [line["update"] for line in lines if "dev" in line] == [2, 4]
+    assert checkpoint.load(run).training["update"] == 4
+    assert all(checkpoint.read(path) for path in (*checkpoint.history(run), run / "best.pt"))
+    trainer.locked.close()
+
+
+def test_a_training_goes_on_after_a_crash_at_any_operation_on_files(tones, tmp_path):
+    torch.set_num_threads(1)
+    expected = finish(begun(tones, tmp_path / "unbroken", **SHORT))
+    operations = crashed(tones, tmp_path / "counted", number=0)
+    assert operations > 40
+    every = os.environ.get("EVERY_OPERATION")  # else a few, other ones in each part of the training
+    numbers = range(1, operations + 1, 1 if every else operations // 6)
+    for number in numbers:
+        goes_on_after_a_crash(tones, tmp_path / f"{number}", number, expected)
