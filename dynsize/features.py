@@ -58,12 +58,10 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     frames = waveform.unfold(0, window, hop)  # (T, window)
     frames = (frames - frames.mean(1, keepdim=True)) * torch.hann_window(window)
     spectrum = 2 ** math.ceil(math.log2(window))
-    power = (
-        torch.view_as_real(torch.fft.rfft(frames, n=spectrum)).square().sum(-1)
-    )  # (T, spectrum // 2 + 1)
-    filters = mel_filters(
-        config.mel_bins, spectrum, config.sample_rate, config.lowest_hz, config.highest_hz
-    )
+    waves = torch.view_as_real(torch.fft.rfft(frames, n=spectrum))  # (T, spectrum // 2 + 1, 2)
+    power = waves.square().sum(-1)  # (T, spectrum // 2 + 1)
+    range_hz = (config.lowest_hz, config.highest_hz)
+    filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, *range_hz)
     features = (power @ filters + QUIETEST).log()
     return (features - features.mean(0)) / features.var(0, correction=0).add(1e-5).sqrt()
 
@@ -75,8 +73,9 @@ def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tenso
     """
     features = features.clone()
     time_masks = max(2, len(features) // config.time_mask_every) if config.time_mask_every else 0
-    of_time = (0, time_masks, config.time_mask_frames)
-    for axis, most, widest in ((1, config.frequency_masks, config.frequency_mask_bins), of_time):
+    over_bins = (1, config.frequency_masks, config.frequency_mask_bins)
+    over_time = (0, time_masks, config.time_mask_frames)
+    for axis, most, widest in (over_bins, over_time):
         for _ in range(draw.randint(min(2, most), most)):
             width = draw.randint(0, min(widest, features.shape[axis]))
             start = draw.randint(0, features.shape[axis] - width)

@@ -1,6 +1,7 @@
-"""The embedded corpus: sentences of a small grammar, spoken by espeak-ng, written in LibriSpeech's layout.
+"""The embedded corpus: sentences of a small grammar, spoken by espeak-ng, in LibriSpeech's layout.
 
-`python -m dynsize.spoken DIRECTORY` writes it there; `spoken_corpus` does so once, into the user's cache.
+`python -m dynsize.spoken DIRECTORY` writes it there; `spoken_corpus` does so once, into the user's
+cache.
 """
 
 import ctypes
@@ -23,45 +24,57 @@ from dynsize.cache import user_cache
 
 SAMPLE_RATE = 16000  # Hz
 VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a new corpus
-# Rule → its alternatives. What one writes in capitals is replaced by one of that rule's alternatives.
+# Rule → its alternatives. A word in capitals is replaced by one of that rule's alternatives.
 GRAMMAR = {
     "SENTENCE":
         "turn STATE the DEVICE in the ROOM | please turn STATE the DEVICE WHEN | "
-        "set the ROOM DEVICE to NUMBER percent | open the PART of the ROOM | close the PART of the ROOM WHEN | "
-        "make the ROOM lights COLOUR | make the lights COLOUR and the DEVICE COLOUR | "
-        "we need TEEN FOOD and TEEN FOOD | call PERSON at TIME | send a message to PERSON | "
-        "tell PERSON that dinner is at TIME | ask PERSON about the EVENT | remind me to call PERSON DAY at TIME | "
-        "add FOOD and FOOD to the shopping list | we need NUMBER more FOOD | play song number TEEN in the ROOM | "
-        "what time is the EVENT with PERSON | move the EVENT from TIME to TIME | "
-        "the EVENT with PERSON is on the ORDINAL of MONTH | PERSON was born on the ORDINAL of MONTH | "
-        "PERSON and PERSON will be here at TIME | my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT | "
-        "NUMBER plus NUMBER is NUMBER | start a timer for NUMBER minutes | is the PART of the ROOM open | "
+        "set the ROOM DEVICE to NUMBER percent | open the PART of the ROOM | "
+        "close the PART of the ROOM WHEN | make the ROOM lights COLOUR | "
+        "make the lights COLOUR and the DEVICE COLOUR | we need TEEN FOOD and TEEN FOOD | "
+        "call PERSON at TIME | send a message to PERSON | tell PERSON that dinner is at TIME | "
+        "ask PERSON about the EVENT | remind me to call PERSON DAY at TIME | "
+        "add FOOD and FOOD to the shopping list | we need NUMBER more FOOD | "
+        "play song number TEEN in the ROOM | what time is the EVENT with PERSON | "
+        "move the EVENT from TIME to TIME | the EVENT with PERSON is on the ORDINAL of MONTH | "
+        "PERSON was born on the ORDINAL of MONTH | PERSON and PERSON will be here at TIME | "
+        "my number is DIGIT DIGIT DIGIT DIGIT DIGIT DIGIT | NUMBER plus NUMBER is NUMBER | "
+        "start a timer for NUMBER minutes | is the PART of the ROOM open | "
         "lock the PART and wake PERSON",
     "STATE": "on | off",
     "WHEN": "DAY | at TIME | in NUMBER minutes | now",
     "DAY": "today | tonight | tomorrow | on WEEKDAY | next WEEKDAY",
     "WEEKDAY": "monday | tuesday | wednesday | thursday | friday | saturday | sunday",
-    "TIME": "HOUR | HOUR MINUTES | half past HOUR | quarter to HOUR | quarter past HOUR | HOUR in the PERIOD",
+    "TIME":
+        "HOUR | HOUR MINUTES | half past HOUR | quarter to HOUR | quarter past HOUR | "
+        "HOUR in the PERIOD",
     "PERIOD": "morning | afternoon | evening",
-    "HOUR": "two | three | four | five | six | seven | eight | nine | ten | eleven | noon | midnight",
+    "HOUR":
+        "two | three | four | five | six | seven | eight | nine | ten | eleven | noon | midnight",
     "MINUTES": "ten | fifteen | TENS | TENS five",
     "TENS": "twenty | thirty | forty | fifty",
-    "NUMBER": "DIGIT | TEEN | TEEN | TENS | TENS DIGIT | HIGH | HIGH DIGIT | one hundred | two hundred",
+    "NUMBER":
+        "DIGIT | TEEN | TEEN | TENS | TENS DIGIT | HIGH | HIGH DIGIT | one hundred | two hundred",
     "HIGH": "sixty | seventy | eighty | ninety",
-    "TEEN": "ten | eleven | twelve | thirteen | fourteen | fifteen | sixteen | seventeen | eighteen | nineteen",
+    "TEEN":
+        "ten | eleven | twelve | thirteen | fourteen | fifteen | sixteen | seventeen | "
+        "eighteen | nineteen",
     "DIGIT": "one | two | three | four | five | six | seven | eight | nine",
     "ORDINAL": "first | second | third | fourth | fifth | twentieth",
     "MONTH":
-        "january | february | march | april | may | june | july | august | september | october | november | december",
+        "january | february | march | april | may | june | july | august | september | "
+        "october | november | december",
     "DEVICE": "lights | heater | fan | radio | television | lamp",
     "PART": "door | window | curtains",
     "ROOM": "kitchen | bedroom | bathroom | garage | garden | office",
     "COLOUR": "red | green | blue | yellow | white",
-    "PERSON": "anna | ben | carol | david | emma | frank | grace | henry | julia | laura | peter | rachel",
+    "PERSON":
+        "anna | ben | carol | david | emma | frank | grace | henry | julia | laura | peter | "
+        "rachel",
     "FOOD": "bread | butter | cheese | coffee | eggs | milk | rice | sugar",
     "EVENT": "meeting | party | lesson",
 }  # fmt: skip
-# espeak-ng's voices: American (en-us) and British (en) English, spoken by variants of different sex, age and timbre
+# espeak-ng's voices: American (en-us) and British (en) English, in variants of different sex, age
+# and timbre
 VOICES = {
     "train": [
         "en-us",
@@ -87,17 +100,13 @@ MINUTES = {
 }  # of speech in each split
 SENTENCES_IN_CHAPTER = 10
 CHOICE = 5  # sentences from which each one is chosen
-RATE = (
-    100,
-    155,
-)  # of speaking, in words a minute as espeak-ng counts, is drawn between these: 130 to 200 in fact
-PITCH = (35, 65)  # of 0 to 99
-ESPEAK_SYNCHRONOUS, ESPEAK_UTF8, ESPEAK_RATE, ESPEAK_PITCH = (
-    2,
-    1,
-    1,
-    3,
-)  # constants of espeak-ng's speak_lib.h
+# The rate of speaking is drawn between these, in words a minute as espeak-ng counts them; they are
+# 130 to 200 words in fact.
+RATE = (100, 155)
+PITCH = (35, 65)  # drawn between these, of 0 to 99
+# Constants of espeak-ng's speak_lib.h
+ESPEAK_SYNCHRONOUS, ESPEAK_UTF8 = 2, 1
+ESPEAK_RATE, ESPEAK_PITCH = 1, 3
 
 
 def spoken_corpus() -> Path:
@@ -120,7 +129,7 @@ def spoken_corpus() -> Path:
 
 
 def sentence(draw: random.Random, rule: str = "SENTENCE") -> str:
-    """A sentence of the grammar, in lower case."""
+    """Return a sentence of the grammar, in lower case."""
     words = draw.choice(GRAMMAR[rule].split(" | ")).split()
     return " ".join(sentence(draw, word) if word in GRAMMAR else word for word in words)
 
@@ -134,9 +143,8 @@ class Espeak:
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
-        self.library.espeak_ng_SetRandSeed(
-            seed
-        )  # of the voices' breath and jitter; the time of day by default
+        # of the voices' breath and jitter; without it, the time of day
+        self.library.espeak_ng_SetRandSeed(seed)
         callback = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
         )
@@ -144,12 +152,13 @@ class Espeak:
         self.library.espeak_SetSynthCallback(self.callback)
 
     def receive(self, samples: ctypes.Array, count: int, events: int) -> int:
+        """Keep a piece of speech; the library calls this while it speaks."""
         if count:
             self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
     def speak(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
-        """(samples,) float32 at `SAMPLE_RATE`."""
+        """Return speech, (samples,) float32 at `SAMPLE_RATE`."""
         self.pieces: list[np.ndarray] = []
         self.library.espeak_SetVoiceByName(voice.encode())
         self.library.espeak_SetParameter(ESPEAK_RATE, rate, 0)
@@ -158,13 +167,15 @@ class Espeak:
         failed = self.library.espeak_Synth(data, len(data) + 1, 0, 0, 0, ESPEAK_UTF8, None, None)
         if failed or not self.pieces:
             raise ValueError(f"espeak-ng could not speak {text!r} with the voice {voice}")
-        return soxr.resample(
-            np.concatenate(self.pieces).astype(np.float32) / 2**15, self.rate, SAMPLE_RATE
-        )
+        audio = np.concatenate(self.pieces).astype(np.float32) / 2**15
+        return soxr.resample(audio, self.rate, SAMPLE_RATE)
 
 
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
-    """Writes all splits. The same in every new process for the same seed and minutes; no sentence is there twice."""
+    """Write all splits, in which no sentence is there twice.
+
+    They are the same in every new process for the same seed and minutes.
+    """
     espeak, draw = Espeak(seed), random.Random(seed)
     unfinished = files.unfinished(directory)
     said: set[str] = set()
@@ -185,14 +196,13 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
 def speak_split(
     directory: Path, split: str, minutes: float, espeak: Espeak, draw: random.Random, said: set[str]
 ) -> Iterator[float]:
-    """Writes chapters of one voice each, the voices in turn; yields the seconds of each utterance."""
-    voices, names = (
-        VOICES.get(split, VOICES["train"]),
-        [name for names in VOICES.values() for name in names],
-    )
-    seconds, number, heard = 0.0, 0, Counter()
+    """Write chapters of one voice each, the voices in turn; yield the seconds of each utterance."""
+    voices = VOICES.get(split, VOICES["train"])
+    names = [name for names in VOICES.values() for name in names]
+    seconds, number = 0.0, 0
+    heard: Counter[str] = Counter()
     while seconds < 60 * minutes:
-        # of a few sentences, the one with the rarest word: no word should be left with two or three examples
+        # of a few sentences, the one with the rarest word: no word should have few examples
         new = [text for text in (sentence(draw) for _ in range(CHOICE)) if text not in said]
         text = min(new, key=lambda text: min(heard[word] for word in text.split()), default="")
         if not text:
@@ -203,17 +213,19 @@ def speak_split(
         voice = voices[chapter % len(voices)]
         audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
         speaker = 100 + names.index(voice)
-        folder, name = directory / f"{speaker}" / f"{chapter}", f"{speaker}-{chapter}"
+        folder = directory / f"{speaker}" / f"{chapter}"
+        name = f"{speaker}-{chapter}"
         folder.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / f"{name}-{place:04}.flac", audio.clip(-1, 1), SAMPLE_RATE)
         with open(folder / f"{name}.trans.txt", "a") as file:
             file.write(f"{name}-{place:04} {text.upper()}\n")
-        number, seconds = number + 1, seconds + len(audio) / SAMPLE_RATE
+        number += 1
+        seconds += len(audio) / SAMPLE_RATE
         yield len(audio) / SAMPLE_RATE
 
 
 def main(arguments: list[str]) -> int:
-    """Speak the corpus into a directory. Returns the exit code; standard output says what failed."""
+    """Speak the corpus into a directory. Return the exit code; standard output says what failed."""
     if len(arguments) != 1:
         print("usage: python -m dynsize.spoken DIRECTORY")
         return 2

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import random
 import subprocess
 import sys
@@ -302,6 +303,10 @@ def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
         (tmp_path / "own.model").write_bytes(data)
         with pytest.raises(ValueError, match=r"own\.model: not a SentencePiece model"):
             tokenizer_for([], tiny(tokenizer=str(tmp_path / "own.model")))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "missing"):
+        with pytest.raises(ValueError, match=f"{name}: no such file"):
+            tokenizer_for([], tiny(tokenizer=str(tmp_path / name)))
 
 
 def test_texts_that_a_tokenizer_spells_otherwise_are_told(tones, tmp_path):
