@@ -124,11 +124,13 @@ def show_comparison(options: argparse.Namespace) -> None:
         print(f"{number}: {printable(', '.join(str(system.path) for system in side))}")
     for split in options.split or sides[0][0].config.test_splits:
         rows = compare(sides, split)
-        subject = f"{rows[0]['measure'].upper()} of the same {rows[0]['utterances']:,} utterances"
+        measure = rows[0]["measure"].upper()
+        subject = f"{measure} of the same {rows[0]['utterances']:,} utterances"
         lost = f" ({rows[0]['left_out']} left out: audio that can't be read)"
         subject += lost if rows[0]["left_out"] else ""
         print(f"\n{printable(split)}: {subject}; first minus second, in points\n")
-        header = ["first", "second", "first", "second", "difference", "95% interval", "verdict"]
+        rates = [f"{measure} of first", f"{measure} of second"]
+        header = ["first", "second", *rates, "difference", "95% interval", "verdict"]
         print(table(header, [comparison_row(row) for row in rows], text_columns=2), end="")
 
 
