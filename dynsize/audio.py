@@ -165,7 +165,7 @@ def opened(path: str) -> soundfile.SoundFile:
             if frame_bytes(first) and not told:
                 data = first + file.read()
                 return soundfile.SoundFile(io.BytesIO(length_frame(data) + data))
-    return soundfile.SoundFile(path)
+    return soundfile.SoundFile(os.fsencode(path))  # soundfile can't encode every path that exists
 
 
 def syncsafe(digits: bytes) -> int:
