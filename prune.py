@@ -170,10 +170,10 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
     for loaded, model, ms in zip(networks, models, taken, strict=True):
         name = "supernet" if loaded is networks[0] else f"size {model.size}"
         costs = f"{parameters(model):>11,} {macs(model, model.size):>13,}"
-        size = f"{pruning.file_bytes(loaded):>12,}"
+        size = f"{checkpoint.file_bytes(loaded):>12,}"
         file = printable(loaded.path)
         print(f"{name:9} {model.size:>6} {costs} {size} {ms:>12.1f}  {file}")
-    print("file bytes: without the optimizer's state")
+    print("file bytes: without the state of the training")
     print(f"kept layers, {LAYER_MAP}")
     for model in models[1:]:
         print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")

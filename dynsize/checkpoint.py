@@ -52,7 +52,21 @@ def save(
     Raises OSError, with the path, where the disk is full, and FloatingPointError for a weight that
     is not finite. Then nothing was changed.
     """
-    content = {
+    content = content_of(model, tokenizer, training, longest_seconds)
+    check_finite(path, content)
+    temporary = files.prepare(path, with_checksum(content))
+    names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
+    for age in range(keep - 1, 0, -1):
+        if names[age - 1].exists():
+            names[age - 1].replace(names[age])
+    files.put(temporary, path)
+
+
+def content_of(
+    model: Supernet, tokenizer: Tokenizer, training: dict | None, longest_seconds: float
+) -> dict:
+    """Return what a checkpoint's file holds."""
+    return {
         "format": FORMAT,
         "config": dataclasses.asdict(model.config),
         "weights": model.state_dict(),
@@ -61,13 +75,12 @@ def save(
         "training": training,
         "longest_seconds": longest_seconds,
     }
-    check_finite(path, content)
-    temporary = files.prepare(path, with_checksum(content))
-    names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
-    for age in range(keep - 1, 0, -1):
-        if names[age - 1].exists():
-            names[age - 1].replace(names[age])
-    files.put(temporary, path)
+
+
+def file_bytes(loaded: Checkpoint) -> int:
+    """Return the bytes that a checkpoint's file would have without the training's state."""
+    content = content_of(loaded.model, loaded.tokenizer, None, loaded.longest_seconds)
+    return len(with_checksum(content))
 
 
 def check_finite(path: Path, content: dict) -> None:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from dynsize import checkpoint
 from dynsize.baselines import shuffled
 from dynsize.config import with_method
@@ -98,17 +96,3 @@ def write_subnets(
         longest = supernet.longest_seconds
         checkpoint.save(file, subnets[size], supernet.tokenizer, longest_seconds=longest)
     return [checkpoint.load(file) for file in files.values()]
-
-
-def file_bytes(loaded: checkpoint.Checkpoint) -> int:
-    """Return the bytes of a checkpoint's file without the optimizer's state in it."""
-    return loaded.path.stat().st_size - tensor_bytes(loaded.training)
-
-
-def tensor_bytes(value: object) -> int:
-    """Return the bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(tensor_bytes, value.values()))
-    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
