@@ -274,7 +274,7 @@ def to_tensorboard(run: Path) -> Callable[[dict], None]:
     return write_line
 
 
-def train(trainer: Trainer, tensorboard: bool) -> None:
+def train(trainer: Trainer, tensorboard: bool = False) -> None:
     """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
     if tensorboard and not processes.rank():
