@@ -10,7 +10,8 @@ import math
 import sys
 from pathlib import Path
 
-from dynsize import checkpoint, pruning
+import dynsize
+from dynsize import checkpoint, export, pruning
 from dynsize.algorithms import ALGORITHMS
 from dynsize.evaluation import device_of
 from dynsize.subnet import COSTS, cut, latencies, macs, parameters
@@ -22,6 +23,7 @@ LONGEST = 600  # seconds of audio for which milliseconds are measured
 EXAMPLES = """\
   python prune.py runs/demo                          a file for each size that was trained
   python prune.py runs/demo --max-latency-ms 20      the largest size that takes at most 20 ms
+  python prune.py runs/demo --export onnx --int8     ONNX files of each size and of all in one
   python prune.py runs/full --method simple-top-k    learn which layers of a full model to keep"""
 
 
@@ -90,6 +92,15 @@ def add_sizes(parser: Parser) -> None:
 
 def add_learning(parser: Parser) -> None:
     """Add the flags of --method."""
+    deploy = parser.add_argument_group("deployment")
+    deploy.add_argument(
+        "--export",
+        choices=["onnx"],
+        help="write size-K.onnx beside size-K.pt, and supernet.onnx: all sizes in one file",
+    )
+    deploy.add_argument(
+        "--int8", action="store_true", help="with --export: a file NAME-int8.onnx for each, too"
+    )
     learn = parser.add_argument_group("learning which layers of a full-size model to keep")
     learn.add_argument(
         "--method", choices=list(ALGORITHMS), help="learn scores, then train all sizes jointly"
@@ -107,6 +118,8 @@ def contradiction(options: argparse.Namespace) -> str:
     budgets = budgets_of(options)
     if options.method and (options.ranking != "learned" or budgets):
         return "--method learns the layers of --sizes; cut by budget or ranking from its result"
+    if options.int8 and not options.export:
+        return "--int8 is a kind of file: --export onnx writes it"
     if options.updates is not None and not options.method:
         return "--updates says how long --method learns: name the method"
     if not 0 < options.audio_seconds <= LONGEST:
@@ -179,6 +192,36 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
         print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")
 
 
+def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
+    """Write the ONNX files of the supernet and of the subnets, and print what they cost.
+
+    Raises ValueError, and then has written none, for files that exist unless they may be replaced.
+    """
+    supernet, *subnets = networks
+    folder = subnets[0].path.parent if subnets else supernet.path.parent
+    sources = {folder / "supernet.onnx": (supernet, None)}
+    sources |= {loaded.path.with_suffix(".onnx"): (loaded, loaded.model.size) for loaded in subnets}
+    int8 = {file: file.with_stem(f"{file.stem}-int8") for file in sources if options.int8}
+    for file in [*sources, *int8.values()]:
+        if file.exists() and not options.overwrite:
+            raise ValueError(f"{file}: exists already; --overwrite replaces it")
+    print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
+    for file, (loaded, size) in sources.items():
+        export.export(loaded, size, file)
+        show_file(file)
+        if file in int8:
+            export.quantize(file, int8[file])
+            show_file(int8[file])
+
+
+def show_file(file: Path) -> None:
+    """Print what each size of an ONNX file costs."""
+    recogniser = dynsize.load(file)
+    for size in reversed(recogniser.sizes):
+        costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
+        print(f"{'':9} {size:>6} {costs}  {printable(file)}")
+
+
 def hint(networks: list[checkpoint.Checkpoint]) -> str:
     """Return the command that evaluates what was cut."""
     supernet, *subnets = networks
@@ -195,6 +238,8 @@ def main() -> None:
         run = learn(options) if options.method else options.supernet
         networks = prune(options, run)
         show(networks, options.audio_seconds)
+        if options.export:
+            deploy(networks, options)
         print(hint(networks))
 
 

@@ -9,6 +9,7 @@ TRITON = [
 LM = ["flashlight-text>=0.0.7"]  # its wheel brings KenLM, which scores n-gram language models
 PLOTS = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # to write and to run ONNX files
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ruff>=0.6"]
 
 setup(
@@ -32,8 +33,9 @@ setup(
         "demo": DEMO,
         "triton": TRITON,
         "lm": LM,
+        "onnx": ONNX,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
-        "test": DEMO + TRITON + LM + PLOTS + TENSORBOARD + TEST,
+        "test": DEMO + TRITON + LM + ONNX + PLOTS + TENSORBOARD + TEST,
     },
 )

@@ -1,4 +1,7 @@
-"""CTC (Graves et al. 2006): the loss with its analytic gradient, and greedy decoding. Label 0 is the blank."""
+"""CTC (Graves et al. 2006): the loss with its gradient, greedy decoding, beam search.
+
+Label 0 is the blank.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,11 +18,12 @@ WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-    """Negative log-likelihood of each utterance's labels, summed over all alignments.
+    """Returns the negative log-likelihood of each utterance's labels, (N,), over all alignments.
 
-    `log_probs`: (N, T, V) of any float dtype; computed in float32, or in float64 if they are. `lengths`: (N,) frames,
-    1 to T. `labels`: (N, U), padded with anything. `label_lengths`: (N,), 0 to U. Returns (N,); infinite, with a
-    gradient of 0, where the labels and the blanks between repeated ones don't fit into the frames.
+    It is infinite, with a gradient of 0, where the labels and the blanks between repeated ones
+    don't fit into the frames. `log_probs`: (N, T, V) of any float dtype; the loss is computed in
+    float32, or in float64 if they are. `lengths`: (N,) frames, 1 to T. `labels`: (N, U), padded
+    with anything. `label_lengths`: (N,), 0 to U.
     """
     if kernels.triton_runs("ctc_loss", log_probs.device, log_probs.dtype):
         return kernels.ctc_loss(log_probs, lengths, labels, label_lengths)
@@ -27,50 +31,44 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 
 class CtcLoss(torch.autograd.Function):
-    """−log Σ over alignments; the gradient is minus the posterior probability of each label in each frame.
+    """−log Σ over alignments; its gradient is minus each label's posterior probability in a frame.
 
-    The states are the labels with blanks around them, s = 0 … 2U. With e(t, s) the log-probability of the state's
-    label in frame t, α(t, s) = e(t, s) + log Σ exp α(t−1, s'), with s' = s, s−1 and, where state s is a label other
-    than that of s−2, s−2. β is the same recursion on the utterance and its labels reversed, so one loop over the
-    frames, on a batch of 2 N, gives both.
+    The states are the labels with blanks around them, s = 0 … 2U. With e(t, s) the log-probability
+    of the state's label in frame t, α(t, s) = e(t, s) + log Σ exp α(t−1, s'), with s' = s, s−1 and,
+    where state s is a label other than that of s−2, s−2. β is the same recursion on the utterance
+    and its labels reversed, so one loop over the frames, on a batch of 2 N, gives both.
     """
 
     @staticmethod
     def forward(
         ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        dtype, frames = torch.promote_types(log_probs.dtype, torch.float32), log_probs.shape[1]
-        last, state = (
-            2 * label_lengths[:, None],
-            torch.arange(2 * labels.shape[1] + 1, device=labels.device),
-        )
-        outside = (state > last)[:, None]  # (N, 1, S)
-        extended = with_blanks(labels).masked_fill(
-            outside[:, 0], BLANK
-        )  # the padding may hold anything
-        emitted = log_probs.to(dtype).gather(
-            2, extended[:, None].expand(-1, frames, -1)
-        )  # (N, T, S)
-        emitted = emitted.masked_fill(outside, -torch.inf)
-        backwards = flipped(flipped(emitted, lengths - 1, 1), last[:, 0], 2).masked_fill(
-            outside, -torch.inf
-        )
-        both_labels = torch.cat([extended, flipped(extended, last[:, 0], 1)])
-        alpha, beta = forward_variables(torch.cat([emitted, backwards]), both_labels).chunk(
-            2
-        )  # (N, T, S) each
-        beta = flipped(flipped(beta, lengths - 1, 1), last[:, 0], 2)
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        frames = log_probs.shape[1]
+        last = 2 * label_lengths  # (N,), the last state
+        state = torch.arange(2 * labels.shape[1] + 1, device=labels.device)
+        outside = state > last[:, None]  # (N, S)
+        extended = with_blanks(labels).masked_fill(outside, BLANK)  # padding may hold anything
+        by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
+        emitted = log_probs.to(dtype).gather(2, by_frame)
+        emitted = emitted.masked_fill(outside[:, None], -torch.inf)
+        backwards = flipped(flipped(emitted, lengths - 1, 1), last, 2)
+        backwards = backwards.masked_fill(outside[:, None], -torch.inf)
+        both = torch.cat([emitted, backwards])  # (2 N, T, S)
+        alpha, beta = forward_variables(
+            both, torch.cat([extended, flipped(extended, last, 1)])
+        ).chunk(2)
+        beta = flipped(flipped(beta, lengths - 1, 1), last, 2)
         at_end = alpha[torch.arange(len(alpha), device=alpha.device), lengths - 1]  # (N, S)
-        final = (state == last) | (state == last - 1)
+        final = (state == last[:, None]) | (state == last[:, None] - 1)
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
-        # α and β both contain e(t, s), so that one of them must go
+        # α and β both contain e(t, s), so one of them must go
         posterior = (alpha + beta - emitted.clamp(min=-1e30) - log_likelihood[:, None, None]).exp()
-        after = (
-            torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]
-        )  # (N, T, 1)
-        nowhere = after | outside | ~log_likelihood.isfinite()[:, None, None]
+        after = torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]
+        nowhere = after | outside[:, None] | ~log_likelihood.isfinite()[:, None, None]
         ctx.save_for_backward(posterior.masked_fill(nowhere, 0), extended)
-        ctx.vocabulary, ctx.dtype = log_probs.shape[2], log_probs.dtype
+        ctx.vocabulary = log_probs.shape[2]
+        ctx.dtype = log_probs.dtype
         return -log_likelihood
 
     @staticmethod
@@ -82,26 +80,29 @@ class CtcLoss(torch.autograd.Function):
 
 
 def with_blanks(labels: Tensor) -> Tensor:
-    """(N, U) labels → (N, S), with a blank before, between and behind them."""
+    """Returns (N, S) from (N, U) labels: a blank before, between and after them."""
     extended = labels.new_full((len(labels), 2 * labels.shape[1] + 1), BLANK)
     extended[:, 1::2] = labels
     return extended
 
 
 def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
-    """`x` with the entries 0 to `last`, (N,), of a dimension in reverse order; behind them is no matter what."""
+    """Returns `x` with the entries 0 to `last`, (N,), of a dimension in reverse order.
+
+    The entries after them are undefined.
+    """
     place = torch.arange(x.shape[dim], device=x.device)
     index = (last[:, None] - place).clamp(min=0)  # (N, size of the dimension)
-    return x.gather(
-        dim,
-        index.view(len(x), *(x.shape[d] if d == dim else 1 for d in range(1, x.dim()))).expand_as(
-            x
-        ),
-    )
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = x.shape[0], x.shape[dim]
+    return x.gather(dim, index.view(shape).expand_as(x))
 
 
 def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
-    """α of every frame and state. `emitted`: (N, T, S) log-probabilities; `labels`: (N, S). Returns (N, T, S)."""
+    """Returns α of every frame and state, (N, T, S).
+
+    `emitted`: (N, T, S) log-probabilities. `labels`: (N, S).
+    """
     skip = torch.zeros_like(labels, dtype=torch.bool)
     skip[:, 2:] = (labels[:, 2:] != BLANK) & (labels[:, 2:] != labels[:, :-2])
     skip_penalty = torch.zeros_like(emitted[:, 0]).masked_fill(~skip, -torch.inf)[:, 2:]
@@ -110,27 +111,25 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
     for t in range(1, emitted.shape[1]):
         before = alpha[:, t - 1]
         sources = before.new_full((3, *before.shape), -torch.inf)
-        sources[0], sources[1, :, 1:], sources[2, :, 2:] = (
-            before,
-            before[:, :-1],
-            before[:, :-2] + skip_penalty,
-        )
+        sources[0] = before
+        sources[1, :, 1:] = before[:, :-1]
+        sources[2, :, 2:] = before[:, :-2] + skip_penalty
         alpha[:, t] = sources.logsumexp(0) + emitted[:, t]
     return alpha
 
 
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-    """The best label of each frame, repeats joined, blanks removed. `log_probs`: (N, T, V). Returns N lists."""
+    """Returns the labels of each utterance's best path. `log_probs`: (N, T, V)."""
     best = log_probs.argmax(-1).cpu()
-    paths = (
-        torch.unique_consecutive(path[:length]).tolist()
-        for path, length in zip(best, lengths.tolist(), strict=True)
-    )
-    return [[label for label in path if label != BLANK] for path in paths]
+    paths = zip(best, lengths.tolist(), strict=True)
+    return [[label for label, _ in label_frames(path[:length])] for path, length in paths]
 
 
 def label_frames(path: Tensor) -> list[tuple[int, int]]:
-    """Returns the labels of a best path, (T,), each with the first frame in which it is emitted."""
+    """Returns the labels of a best path, (T,), each with the first frame in which it is emitted.
+
+    Repeats are joined, then blanks removed.
+    """
     labels, counts = torch.unique_consecutive(path, return_counts=True)
     first = counts.cumsum(0) - counts
     pairs = zip(labels.tolist(), first.tolist(), strict=True)
@@ -208,18 +207,18 @@ class BeamSearch:
         longer = total[:, None] + frame  # (P, V): prefixes with one more label
         longer[np.arange(len(last)), last] = self.blank + frame[last]
         longer[:, BLANK] = -np.inf
-        blank, label = total + frame[BLANK], self.label + frame[last]  # the same prefixes
+        blank = total + frame[BLANK]  # (P,): the same prefixes
+        label = self.label + frame[last]
         self.merge(blank, label, longer)
-        same = np.logaddexp(blank, label)
-        ranked = np.concatenate([same, longer.ravel()])
+        ranked = np.concatenate([np.logaddexp(blank, label), longer.ravel()])
         if self.words is not None:
-            ranked = ranked + self.word_scores()
+            ranked += self.word_scores()
         best = largest(ranked, self.beam)
-        old, new = best[best < len(last)], best[best >= len(last)] - len(last)
+        old = best[best < len(last)]
+        new = best[best >= len(last)] - len(last)  # in `longer`
         parents, added = np.divmod(new, len(frame))
-        grown = [
-            self.grown(self.prefixes[p], c) for p, c in zip(parents, added.tolist(), strict=True)
-        ]
+        pairs = zip(parents, added.tolist(), strict=True)
+        grown = [self.grown(self.prefixes[parent], label) for parent, label in pairs]
         self.prefixes = [self.prefixes[i] for i in old] + grown
         self.blank = np.concatenate([blank[old], np.full(len(new), -np.inf)])
         self.label = np.concatenate([label[old], longer.ravel()[new]])
@@ -253,17 +252,23 @@ class BeamSearch:
         prefix = Prefix(before, label, self.frame)
         self.known[before, label] = prefix
         if self.words is not None:
-            piece = self.labels[label]
-            begins = piece.startswith(WORD)
-            prefix.word = piece.removeprefix(WORD) if begins else before.word + piece
-            prefix.score, prefix.state = (
-                (before.ended, before.after) if begins else (before.score, before.state)
-            )
-            prefix.ended, prefix.after = prefix.score, prefix.state
-            if prefix.word:
-                prefix.after, gain = self.words.score(prefix.state, prefix.word)
-                prefix.ended += gain
+            self.add_piece(prefix, self.labels[label], self.words)
         return prefix
+
+    @staticmethod
+    def add_piece(prefix: Prefix, piece: str, words: WordScorer) -> None:
+        """Gives a prefix its unfinished word and its scores, from those of the prefix before it."""
+        before = prefix.before
+        if piece.startswith(WORD):
+            prefix.word = piece.removeprefix(WORD)
+            prefix.score, prefix.state = before.ended, before.after
+        else:
+            prefix.word = before.word + piece
+            prefix.score, prefix.state = before.score, before.state
+        prefix.ended, prefix.after = prefix.score, prefix.state
+        if prefix.word:
+            prefix.after, gain = words.score(prefix.state, prefix.word)
+            prefix.ended += gain
 
     def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
         """Returns the score and the labels of each prefix of the beam, the best one first.
@@ -278,10 +283,10 @@ class BeamSearch:
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of the `count` largest scores, in falling order, without those of −inf."""
-    best = (
-        np.argpartition(-scores, count)[:count] if count < len(scores) else np.arange(len(scores))
-    )
+    """Returns the indices of the `count` largest scores, the largest first, without −inf."""
+    best = np.arange(len(scores))
+    if count < len(scores):
+        best = np.argpartition(-scores, count)[:count]
     best = best[np.argsort(-scores[best], kind="stable")]
     return best[scores[best] > -np.inf]
 

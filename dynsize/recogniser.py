@@ -1,12 +1,14 @@
 """Text, with the time of each word, from audio of any length."""
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -21,12 +23,18 @@ from dynsize.features import log_mel, window_and_hop
 from dynsize.language_model import LM_WEIGHT, LanguageModel
 from dynsize.supernet import Supernet
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
 CONTEXT = 6  # a window's context on each side is its length divided by this
 LEAD = 0.08  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
+MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
 BLOCK = 10  # seconds of audio that are read at once
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
+
+ONNX_FORMAT = "dynsize onnx 1"
 
 Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
 
@@ -168,12 +176,57 @@ class Recogniser:
 
 
 def load(path: str | Path) -> Recogniser:
-    """Returns the recogniser of a run directory, of a supernet's checkpoint or of a cut size.
+    """Returns the recogniser of a run directory, of a supernet, of a cut size, of an ONNX file.
 
     Raises ValueError where `path` is none of these.
     """
+    if Path(path).suffix == ".onnx":
+        return load_onnx(Path(path))
     loaded = checkpoint.load(Path(path))
     return Recogniser(network_of(loaded.model), facts_of(loaded))
+
+
+def load_onnx(path: Path) -> Recogniser:
+    """Returns the recogniser of a file that `export.export` wrote."""
+    session = onnx_session(path)
+    content = json.loads(session.get_modelmeta().custom_metadata_map.get("dynsize", "{}"))
+    if content.get("format") != ONNX_FORMAT:
+        found = content.get("format", "none of dynsize's")
+        raise ValueError(f"{path}: its format is {found}, not {ONNX_FORMAT}; export it again")
+    facts = content["facts"]
+    facts |= dict(labels=tuple(facts["labels"]), sizes=tuple(facts["sizes"]))
+
+    def log_probs(audio: Tensor, size: int) -> Tensor:
+        result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
+        return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
+
+    return Recogniser(log_probs, Facts(**facts))
+
+
+def onnx_session(path: Path) -> "InferenceSession":
+    """Returns an ONNX file ready to run on the CPU, with as many threads as torch uses."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        install = "pip install 'dynsize[onnx]'"
+        raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen kinds
+        raise ValueError(f"{path}: not an ONNX file: {str(error).splitlines()[0]}") from error
+
+
+def onnx_inputs(
+    session: "InferenceSession", audio: Tensor, lengths: Sequence[int], size: int
+) -> dict[str, np.ndarray]:
+    """Returns the inputs of a file. `audio`: (B, samples), padded. `lengths`: in samples."""
+    inputs = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
+    return {node.name: inputs[node.name] for node in session.get_inputs()}
 
 
 def facts_of(loaded: Checkpoint) -> Facts:
@@ -181,8 +234,8 @@ def facts_of(loaded: Checkpoint) -> Facts:
     config, pieces = loaded.model.config, loaded.tokenizer.pieces
     window, hop = window_and_hop(config)
     labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
-    sizes, longest = tuple(loaded.model.sizes), loaded.longest_seconds
-    return Facts(config.sample_rate, window, hop, labels, sizes, longest)
+    longest = min(loaded.longest_seconds, MOST_SECONDS)
+    return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
 
 
 def network_of(model: Supernet) -> Network:

@@ -1,4 +1,4 @@
-"""Our CTC loss against torch's, which never runs in the product, and decoding against brute force."""
+"""The CTC loss against torch's, which never runs in the product; decoding against brute force."""
 
 import itertools
 import math
@@ -16,7 +16,10 @@ from dynsize.language_model import LanguageModel
 
 @st.composite
 def problems(draw):
-    """Log-probabilities in float64, lengths, labels, label lengths: alignable ones, empty targets and one frame too."""
+    """Draws logits in float64, lengths, labels and label lengths that can be aligned.
+
+    Empty targets and utterances of one frame are among them.
+    """
     n, t, v, u = (
         draw(st.integers(1, 5)),
         draw(st.integers(1, 20)),

@@ -1,0 +1,285 @@
+"""ONNX files of a network, with the features inside: audio in, log-probabilities out.
+
+`size-K.onnx` holds one size. `supernet.onnx` holds all of them and has the size as an input: each
+layer is in an `If` node, so weights are stored once and pruned layers do not run.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dynsize import files
+from dynsize.checkpoint import Checkpoint
+from dynsize.config import LAYERS
+from dynsize.conformer import padding_mask
+from dynsize.features import QUIETEST, mel_filters, window_and_hop
+from dynsize.recogniser import (
+    ONNX_FORMAT,
+    Facts,
+    facts_of,
+    network_of,
+    onnx_inputs,
+    onnx_session,
+)
+from dynsize.subnet import cut
+from dynsize.supernet import Supernet, layer_name
+
+TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
+BATCHES = {1: [4.0], 2: [1.0, 0.4], 5: [0.7, 0.02, 2.0, 0.3, 1.1]}  # utterances → seconds of each
+
+
+def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
+    """Write an ONNX file of one size of a network, or with `size` None of all its sizes.
+
+    The file computes in float32. It gets its name after it gave the checkpoint's log-probabilities.
+    Raises ValueError where a package of the extra `onnx` is missing, for a size that the network
+    can't have, and where results differ; then there is no file.
+    """
+    require_packages(path)
+    model = copy.copy(loaded.model).cpu().eval()
+    if size is not None and model.size is None:
+        model = cut(model, size)
+    model.config = dataclasses.replace(model.config, precision="float32")
+    facts = facts_of(dataclasses.replace(loaded, model=model))
+    unfinished = files.unfinished(path)
+    try:
+        with without_logging():
+            write(model, facts, size is None, unfinished)
+        compare(unfinished, model)
+        files.put(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def require_packages(path: Path) -> None:
+    """Raise ValueError where a package of the extra `onnx` is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        install = "pip install 'dynsize[onnx]'"
+        raise ValueError(f"{path}: exporting needs {error.name}: {install}") from error
+
+
+def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
+    """Write a network's file. With `choose` the size is an input."""
+    network = Deployed(model, tuple(model.sizes)).eval()
+    audio = torch.randn(2, 9000), torch.tensor([9000, 7000])
+    names = ["audio", "lengths"]
+    shapes: list[dict] = [{0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO}]
+    if choose:
+        audio = (*audio, torch.tensor(model.sizes[0]))
+        names.append("size")
+        shapes.append({})
+    program = torch.onnx.export(
+        network,
+        audio,
+        input_names=names,
+        output_names=["log_probs", "log_prob_lengths"],
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
+    )
+    layers = {size: [layer_name(n) for n in sorted(model.ranking[:size])] for size in model.sizes}
+    facts = dict(format=ONNX_FORMAT, facts=dataclasses.asdict(facts), layers=layers)
+    program.model.metadata_props["dynsize"] = json.dumps(facts)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in the source each one comes from
+    program.save(path, external_data=False)
+
+
+@contextmanager
+def without_logging() -> Iterator[None]:
+    """Keep from the terminal what the exporters advise: packages to install, steps to add."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def compare(path: Path, model: Supernet) -> None:
+    """Raise ValueError where a file gives other log-probabilities than its network, for some size.
+
+    Noise of several lengths, in batches of several sizes, is what they are compared on. Equal
+    log-probabilities mean equal text.
+    """
+    session = onnx_session(path)
+    reference = network_of(model)
+    generator = torch.Generator().manual_seed(0)
+    for utterances, seconds in BATCHES.items():
+        lengths = [max(1, round(s * model.config.sample_rate)) for s in seconds]
+        audio = 0.1 * torch.randn(utterances, max(lengths), generator=generator)
+        for size in model.sizes:
+            found, frames = session.run(None, onnx_inputs(session, audio, lengths, size))
+            for row, length in enumerate(lengths):
+                expected = reference(audio[row, :length], size).numpy()
+                got = found[row, : frames[row]]
+                if got.shape != expected.shape or not np.allclose(got, expected, 1e-5, TOLERANCE):
+                    where = f"size {size}, {length} samples in a batch of {utterances}"
+                    raise ValueError(f"{path}: other results than the checkpoint's: {where}")
+
+
+def quantize(path: Path, to: Path) -> None:
+    """Write an int8 file from a float file that `export` wrote.
+
+    Products of activations with weights are int8: activations are quantized as they come (dynamic
+    quantization), weights with a scale for each column. The features, the convolutions, and the
+    products of two activations stay float.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    features = [
+        node.name
+        for node in onnx.load(path).graph.node
+        if any(name.startswith("features.") for name in node.input)
+    ]
+    unfinished = files.unfinished(to)
+    try:
+        with without_logging():
+            quantize_dynamic(
+                path,
+                unfinished,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=features,
+                extra_options=dict(MatMulConstBOnly=True, EnableSubgraph=True),
+            )
+        onnx_session(unfinished)
+        files.put(unfinished, to)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Features(nn.Module):
+    """`features.log_mel` of a batch of padded utterances, with the spectrum as matrix products.
+
+    onnxruntime takes several times as long for its DFT. The Hann window is symmetric about sample
+    n/2 of its n, and a power spectrum does not depend on where time 0 is. So with time 0 there,
+    the real part is a product with the sums of samples i and n − i, and the imaginary part one
+    with their differences: half the products and half the bytes.
+    """
+
+    def __init__(self, model: Supernet) -> None:
+        super().__init__()
+        config = model.config
+        self.window, self.hop = window_and_hop(config)
+        self.hops = math.ceil(self.window / self.hop)  # that one window reaches over
+        spectrum = 2 ** math.ceil(math.log2(self.window))
+        limits = config.sample_rate, config.lowest_hz, config.highest_hz
+        filters = mel_filters(config.mel_bins, spectrum, *limits)  # (spectrum / 2 + 1, F)
+        # log(energy + q) = log(energy / q + 1) + log q, whose last term goes with the mean. As it
+        # stands the exporter would take a q of 1e-10 for 0.
+        self.register_buffer("filters", filters / QUIETEST)
+        self.half = self.window // 2
+        place = torch.arange(1, self.half + 1, dtype=torch.float64)
+        hann = torch.sin(math.pi * place / self.window).square()
+        hann[place == self.window / 2] /= 2  # this sample would count twice
+        angle = (place - self.window / 2)[:, None] * torch.arange(spectrum // 2 + 1)
+        angle = 2 * math.pi / spectrum * angle  # (n / 2, spectrum / 2 + 1)
+        self.register_buffer("cosines", (hann[:, None] * angle.cos()).float())
+        self.register_buffer("sines", (hann[:, None] * angle.sin()).float())
+
+    def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, T, F) and the (B,) frames inside. `audio`: (B, samples). `lengths`: (B,)."""
+        audio = audio * padding_mask(lengths, audio.shape[1])
+        power = self.power(audio)  # (B, T, spectrum / 2 + 1)
+        features = (power @ self.filters + 1).log().double()  # (B, T, F); sums need the precision
+        lengths = 1 + (lengths - self.window).clamp(min=0) // self.hop
+        inside = padding_mask(lengths, features.shape[1])[..., None]
+        count = lengths[:, None, None]
+        features = features - (features * inside).sum(1, keepdim=True) / count
+        variance = (features.square() * inside).sum(1, keepdim=True) / count
+        return (features / (variance + 1e-5).sqrt()).float(), lengths
+
+    def power(self, audio: Tensor) -> Tensor:
+        """Return the power spectrum of each frame. `audio`: (B, samples)."""
+        frames = audio.shape[1] // self.hop + 4  # four at least, as the VGG front-end needs
+        parts = frames + self.hops - 1
+        audio = F.pad(audio, (0, (self.hops + 4) * self.hop))[:, : parts * self.hop]
+        audio = audio.reshape(audio.shape[0], parts, self.hop)  # len() would fix the batch's size
+        windows = torch.cat([audio[:, i : i + frames] for i in range(self.hops)], dim=-1)
+        windows = windows[..., : self.window]
+        windows = windows - windows.mean(-1, keepdim=True)  # (B, T, n)
+        first = windows[..., 1 : self.half + 1]
+        second = windows[..., -self.half :].flip(-1)
+        real = (first + second) @ self.cosines
+        imaginary = (first - second) @ self.sines
+        return real.square() + imaginary.square()
+
+
+class Deployed(nn.Module):
+    """The networks of a checkpoint as straight-line code, in float32, for inference alone.
+
+    With `sizes` of one number it is that network; with several, `forward` takes the size.
+    """
+
+    def __init__(self, model: Supernet, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = Features(model)
+        self.encoder = model.encoder
+        self.sizes = sizes
+        self.place = {layer: place for place, layer in enumerate(model.ranking)}
+        output_layers = [model.output_layer(size) for size in sizes]
+        weights = [layer.weight.detach().T for layer in output_layers]
+        self.register_buffer("weight", torch.stack(weights))  # (M, D, V)
+        self.register_buffer("bias", torch.stack([layer.bias.detach() for layer in output_layers]))
+        self.register_buffer("trained", torch.tensor(sizes))
+
+    def forward(
+        self, audio: Tensor, lengths: Tensor, size: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (B, T', V), and the (B,) frames inside each utterance.
+
+        `audio`: (B, samples) float32. `lengths`: (B,) int64, in samples. `size`: () int64.
+        """
+        features, lengths = self.features(audio, lengths)
+        x = self.encoder.front_end(features, lengths)  # (B, T', D)
+        lengths = self.encoder.front_end.output_frames(lengths)
+        inside = padding_mask(lengths, x.shape[1])
+        for block, layers in enumerate(self.encoder.blocks):
+            for i, kind in enumerate(LAYERS):
+                place = self.place[4 * block + i]
+                if size is None and place < self.sizes[0]:
+                    x = residual(layers[kind], x, inside)
+                elif size is not None and kind in layers:
+                    x = optional(layers[kind], x, inside, size > place)
+            x = layers["norm"](x)
+        weight, bias = self.weight[0], self.bias[0]
+        if size is not None:
+            number = ((size >= self.trained).sum() - 1).clamp(min=0)
+            weight, bias = self.weight[number], self.bias[number]
+        return (x @ weight + bias).log_softmax(-1), lengths
+
+
+def residual(layer: nn.Module, x: Tensor, inside: Tensor) -> Tensor:
+    """Return x + scale · f(norm(x))."""
+    return x + layer.scale * layer(layer.norm(x), inside)
+
+
+def optional(layer: nn.Module, x: Tensor, inside: Tensor, kept: Tensor) -> Tensor:
+    """Return `residual`, or `x` where a layer is not `kept`, () bool: then it does not run."""
+    return torch.cond(
+        kept,
+        lambda x, inside: residual(layer, x, inside),
+        lambda x, inside: x.clone(),
+        (x, inside),
+    )

@@ -1,0 +1,232 @@
+"""ONNX files against the checkpoint's network, which computes its features by FFT."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RATE, tiny
+
+pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+import onnx
+
+import dynsize
+from dynsize import checkpoint
+from dynsize import export as exporting
+from dynsize.export import Features, export, quantize
+from dynsize.features import log_mel
+from dynsize.recogniser import network_of, onnx_inputs, onnx_session
+from dynsize.supernet import Supernet
+from dynsize.tokenizer import train_tokenizer
+
+RANKING = [2, 0, 3, 1]
+LENGTHS = [1, 150, 201, 5_003, 24_000]  # samples; a window has 200
+
+
+def saved(folder: Path, **changes) -> checkpoint.Checkpoint:
+    """The checkpoint of a supernet of one block whose layers and outputs are random."""
+    tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
+    torch.manual_seed(0)
+    config = tiny(blocks=1, sizes=(1, 2, 4), kernel=7, **changes)
+    model = Supernet(config, tokenizer.labels, RANKING)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
+    return checkpoint.load(folder / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory) -> checkpoint.Checkpoint:
+    """A supernet with `supernet.onnx` and `supernet-int8.onnx` beside it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("supernet")
+    loaded = saved(folder, rotary=True)
+    export(loaded, None, folder / "supernet.onnx")
+    quantize(folder / "supernet.onnx", folder / "supernet-int8.onnx")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> checkpoint.Checkpoint:
+    """A supernet with `size-2.onnx` and `size-2-int8.onnx` beside it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("single")
+    loaded = saved(folder, front_end="vgg", front_end_channels=(3, 4, 4, 3), precision="bfloat16")
+    export(loaded, 2, folder / "size-2.onnx")
+    quantize(folder / "size-2.onnx", folder / "size-2-int8.onnx")
+    return loaded
+
+
+def beside(loaded: checkpoint.Checkpoint, name: str) -> Path:
+    return loaded.path.with_name(name)
+
+
+def operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """The operators of a graph and of the graphs in it."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            yield from operators(attribute.g)
+
+
+@pytest.mark.parametrize("window_ms, hop_ms", [(25.0, 10.0), (25.125, 12.5), (40.0, 40.0)])
+def test_features_are_those_of_training(window_ms, hop_ms):
+    config = tiny(window_ms=window_ms, hop_ms=hop_ms, mel_bins=20)
+    features = Features(Supernet(config, 5))
+    audio = 0.1 * torch.randn(len(LENGTHS), max(LENGTHS))
+    audio[3, 2000:3000] = 0.0  # digital silence
+    found, frames = features(audio, torch.tensor(LENGTHS))
+    for row, length in enumerate(LENGTHS):
+        expected = log_mel(audio[row, :length], config)
+        assert frames[row] == len(expected)
+        torch.testing.assert_close(found[row, : frames[row]], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [[4], [2, 3], [0, 1, 2, 3, 4], [3, 3, 1, 0, 3, 2, 1]])
+@pytest.mark.parametrize("name", ["supernet", "single"])
+def test_a_file_gives_the_networks_log_probabilities(name, batch, request):
+    loaded = request.getfixturevalue(name)
+    path = beside(loaded, "supernet.onnx" if name == "supernet" else "size-2.onnx")
+    session = onnx_session(path)
+    loaded.model.config = tiny(**vars(loaded.model.config) | dict(precision="float32"))
+    network = network_of(loaded.model)
+    lengths = [LENGTHS[i] for i in batch]
+    torch.manual_seed(1)
+    audio = 0.1 * torch.randn(len(batch), max(lengths))
+    for size in (1, 2, 4) if name == "supernet" else (2,):
+        found, frames = session.run(None, onnx_inputs(session, audio, lengths, size))
+        for row, length in enumerate(lengths):
+            expected = network(audio[row, :length], size).numpy()
+            assert frames[row] == len(expected)
+            np.testing.assert_allclose(found[row, : frames[row]], expected, rtol=0, atol=1e-4)
+
+
+def test_the_recogniser_takes_a_file_as_it_takes_a_checkpoint(supernet, single):
+    audio = 0.1 * np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32)
+    for loaded, name, sizes in (
+        (supernet, "supernet.onnx", (1, 2, 4)),
+        (single, "size-2.onnx", (2,)),
+    ):
+        run, file = dynsize.load(loaded.path), dynsize.load(beside(loaded, name))
+        assert file.sizes == sizes
+        assert file.facts.labels == run.facts.labels and file.facts.step == run.facts.step
+        if name == "supernet.onnx":
+            for size in sizes:
+                expected = run.transcribe(audio, sample_rate=RATE, size=size)
+                assert file.transcribe(audio, sample_rate=RATE, size=size) == expected
+
+
+def test_weights_are_stored_once_and_each_layer_is_optional(supernet):
+    graph = onnx.load(beside(supernet, "supernet.onnx")).graph
+    assert Counter(operators(graph))["If"] == 4
+    weights = sum(weight.nbytes for weight in supernet.model.parameters())
+    others = sum(weight.nbytes for weight in Features(supernet.model).buffers())
+    bytes_ = beside(supernet, "supernet.onnx").stat().st_size
+    assert bytes_ < weights + others + 60_000  # the graph itself
+
+
+def test_a_file_of_one_size_has_no_other_layers(single):
+    path = beside(single, "size-2.onnx")
+    count = Counter(operators(onnx.load(path).graph))
+    assert count["If"] == count["Softmax"] - 1 == 0  # self-attention is kept
+    content = json.loads(onnx_session(path).get_modelmeta().custom_metadata_map["dynsize"])
+    assert content["layers"] == {"2": ["1.ff1", "1.mhsa"]}
+    assert content["facts"]["sample_rate"] == RATE and content["facts"]["sizes"] == [2]
+
+
+@pytest.mark.parametrize("name, products", [("supernet", 9), ("single", 6)])
+def test_int8_replaces_the_products_with_weights(name, products, request):
+    # front-end 1, ff1 2, conv 2, mhsa 2, ff2 2; of one size: front-end 1, ff1 2, mhsa 2, output 1
+    loaded = request.getfixturevalue(name)
+    name = "supernet" if name == "supernet" else "size-2"
+    before = Counter(operators(onnx.load(beside(loaded, f"{name}.onnx")).graph))
+    path = beside(loaded, f"{name}-int8.onnx")
+    after = Counter(operators(onnx.load(path).graph))
+    assert after["MatMulInteger"] == products == before["MatMul"] - after["MatMul"]
+    exact, rounded = dynsize.load(beside(loaded, f"{name}.onnx")), dynsize.load(path)
+    audio = 0.1 * torch.randn(2 * RATE)
+    for size in exact.sizes:
+        difference = exact.network(audio, size) - rounded.network(audio, size)
+        assert 0 < difference.abs().mean() < 0.3
+
+
+def test_a_file_with_other_results_is_refused_and_not_left(single, monkeypatch, tmp_path):
+    right = exporting.network_of
+    monkeypatch.setattr(
+        exporting, "network_of", lambda model: lambda audio, size: right(model)(audio, size) + 2e-4
+    )
+    monkeypatch.setattr(
+        exporting, "write", lambda *arguments: arguments[-1].write_bytes(original)
+    )  # the export that the fixture made, which takes its time
+    original = beside(single, "size-2.onnx").read_bytes()
+    with pytest.raises(ValueError, match="other results than the checkpoint's: size 2"):
+        export(single, 2, tmp_path / "size-2.onnx")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(exporting, "network_of", right)
+    export(single, 2, tmp_path / "size-2.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["size-2.onnx"]
+
+
+@pytest.fixture
+def prune(monkeypatch, capsys):
+    """Runs prune.py, here and now. Returns its exit code, its output and its errors."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    main = runpy.run_path(str(root / "prune.py"))["main"]
+
+    def prune(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prune.py", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return prune
+
+
+def test_prune_writes_files_of_each_size_and_of_all(supernet, prune, tmp_path, monkeypatch):
+    written = beside(supernet, "supernet.onnx").read_bytes()  # in place of an export's long time
+    asked = []
+
+    def export(loaded: checkpoint.Checkpoint, size: int | None, path: Path) -> None:
+        asked.append((loaded.model.size, size, path.name))
+        path.write_bytes(written)
+
+    monkeypatch.setattr(exporting, "export", export)
+    arguments = (supernet.path, "--output", tmp_path, "--export", "onnx", "--int8")
+    code, shown, error = prune(*arguments)
+    assert (code, error) == (0, "") and "size-2-int8.onnx" in shown
+    assert asked == [(None, None, "supernet.onnx"), (2, 2, "size-2.onnx"), (1, 1, "size-1.onnx")]
+    names = {path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"}
+    stems = ("supernet", "size-2", "size-1")
+    assert names == {f"{stem}{kind}.onnx" for stem in stems for kind in ("", "-int8")}
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    code, _, error = prune(*arguments)
+    assert code == 2 and "supernet.onnx: exists already; --overwrite replaces it" in error
+    code, _, error = prune(supernet.path, "--int8")
+    assert code == 2 and "--export onnx writes it" in error
+
+
+def test_refuses_files_that_it_did_not_write(tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    for name, why in (("bad.onnx", "not an ONNX file"), ("missing.onnx", "no such file")):
+        with pytest.raises(ValueError, match=why):
+            dynsize.load(tmp_path / name)
+    identity = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [1]) for end in "xy"]
+    graph = onnx.helper.make_graph([identity], "other", ends[:1], ends[1:])
+    imports = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=9, opset_imports=imports), tmp_path / "other.onnx"
+    )
+    with pytest.raises(ValueError, match=r"other\.onnx: its format is none of dynsize's"):
+        dynsize.load(tmp_path / "other.onnx")
