@@ -58,8 +58,9 @@ def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Conf
     iteration.
     """
     gates = layer_weights(scores, ranking, update, config)
-    total = torch.stack([gate for gate in gates if gate is not False]).sum()
-    return SPARSITY_LOSS * (total - size_at(update, config)).abs() / len(scores)
+    weights = [gate for gate in gates if gate is not False]
+    distance = torch.stack(weights).sum() - size_at(update, config)
+    return SPARSITY_LOSS * distance.abs() / len(scores)
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
@@ -68,9 +69,10 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
     left = size_before(update, config)
-    survivors = sorted(ranking[:left])
-    order = scores.detach().sort(descending=True, stable=True).indices.tolist()
-    return [layer for layer in order if layer in survivors] + list(ranking[left:])
+    survivors = set(ranking[:left])
+    order = scores.detach().sort(descending=True, stable=True).indices
+    ranked = [layer for layer in order.tolist() if layer in survivors]
+    return ranked + list(ranking[left:])
 
 
 def needs_ranking(update: int, config: Config) -> bool:

@@ -50,8 +50,8 @@ def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
 ) -> list[Tensor]:
     """Return the L gates of the subnet of size k, () each: P₁ + … + Pₖ. `scores`: (L, L)."""
-    chosen = choices(scores, update, config)[: size_at(update, config)]  # (k, L)
-    return list(chosen.sum(0).unbind())
+    weights = first_rows(scores, update, config).sum(0)  # (L,)
+    return list(weights.unbind())
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
@@ -59,11 +59,12 @@ def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Conf
 
     It is Σ_{i<j≤k} (Pᵢ · Pⱼ)² + Σ_{i≤k} (Pᵢ · Pᵢ − 1)²: 0 where the rows are one-hot and differ.
     """
-    chosen = choices(scores, update, config)[: size_at(update, config)]
-    products = chosen @ chosen.T  # (k, k)
-    between = products.triu(diagonal=1).square().sum()
-    within = (products.diagonal() - 1).square().sum()
-    return loss_weight(update, config) * (between + within)
+    rows = first_rows(scores, update, config)
+    products = rows @ rows.T  # (k, k)
+    orthogonal = products.triu(diagonal=1).square().sum()
+    lengths = products.diagonal() - 1
+    loss = orthogonal + lengths.square().sum()
+    return loss_weight(update, config) * loss
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
@@ -72,7 +73,8 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
     ranked: list[int] = []
-    for row in scores.detach().sort(descending=True, stable=True).indices.tolist():
+    order = scores.detach().sort(descending=True, stable=True).indices
+    for row in order.tolist():
         ranked.append(next(layer for layer in row if layer not in ranked))
     return ranked
 
@@ -85,6 +87,12 @@ def needs_ranking(update: int, config: Config) -> bool:
 def choices(scores: Tensor, update: int, config: Config) -> Tensor:
     """Return the distributions Pᵢ = softmax(Sᵢ / τ) of all rows, (L, L)."""
     return (scores / temperature(update, config)).softmax(1)
+
+
+def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
+    """Return the distributions of the first k rows, (k, L)."""
+    k = size_at(update, config)
+    return choices(scores, update, config)[:k]
 
 
 def temperature(update: int, config: Config) -> float:

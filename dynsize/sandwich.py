@@ -21,9 +21,13 @@ def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int,
     (seed, update), train with the weight `subnet_loss`. `sizes`: ascending.
     """
     *smaller, largest = sizes
-    draw = random.Random(f"sandwich {config.seed} {update}")
-    between = [draw.choice(smaller[1:])] if smaller[1:] else []
-    return {largest: 1.0} | dict.fromkeys(between + smaller[:1], config.subnet_loss)
+    weights = {largest: 1.0}
+    if len(smaller) > 1:
+        draw = random.Random(f"sandwich {config.seed} {update}")
+        weights[draw.choice(smaller[1:])] = config.subnet_loss
+    if smaller:
+        weights[smaller[0]] = config.subnet_loss
+    return weights
 
 
 def stochastic_depth(
@@ -39,7 +43,8 @@ def stochastic_depth(
     if config.stochastic_depth == 0:
         return [True] * len(smallest)
     stays = layer_gates(seeds, len(smallest), config.stochastic_depth)  # (L, B)
-    return [True if always else stay for always, stay in zip(smallest, stays, strict=True)]
+    gates = zip(smallest, stays, strict=True)
+    return [True if always else stay for always, stay in gates]
 
 
 def gates(

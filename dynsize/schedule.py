@@ -5,6 +5,7 @@ These are pure functions, so that a resumed training repeats them.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,13 @@ def size_before(update: int, config: Config) -> int:
     begin at 8 and 5.
     """
     smallest = config.sizes[0]
-    spans = max(1, -(-(config.layers - smallest) // config.delta))  # rounded up
+    lost = config.layers - smallest
+    spans = max(1, math.ceil(lost / config.delta))
     span = update * spans // max(1, step1_updates(config))
     return max(config.layers - config.delta * span, smallest)
 
 
 def size_after(update: int, config: Config) -> int:
     """Return the size to which the equal span of this update falls: 5, then 2 in the example."""
-    return max(size_before(update, config) - config.delta, config.sizes[0])
+    size = size_before(update, config) - config.delta
+    return max(size, config.sizes[0])

@@ -42,8 +42,10 @@ def layer_weights(
     relaxed = relaxed_top_k(scores, k)
     if config.relaxation == "soft":
         return list(relaxed.unbind())
-    binary = torch.zeros_like(scores).index_fill(0, by_score(scores)[:k], 1.0)
-    return list((binary + (relaxed - relaxed.detach())).unbind())
+    kept = by_score(scores)[:k]
+    binary = torch.zeros_like(scores).index_fill(0, kept, 1.0)
+    weights = binary + (relaxed - relaxed.detach())
+    return list(weights.unbind())
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
@@ -82,6 +84,7 @@ def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
     relaxed, a = torch.zeros_like(scores), scores
     for _ in range(k):
         relaxed = relaxed + a.softmax(0)
-        others = a.expand(len(a), -1).masked_fill(itself, -torch.inf).logsumexp(1)
+        others = a.expand(len(a), -1)  # row i: the scores without the i-th
+        others = others.masked_fill(itself, -torch.inf).logsumexp(1)
         a = a + others - a.logsumexp(0)
     return relaxed

@@ -70,9 +70,13 @@ def results(config: Config, folder: Path) -> str:
         tables.append(rate_table(split, rates[split], config))
         tables.append(difference_table(split, differences[split], config))
     text = "\n".join([*tables, NOTE + "\n"])
-    (folder / "study.json").write_text(json.dumps(rates, indent=2) + "\n")
-    (folder / "differences.json").write_text(json.dumps(differences, indent=2) + "\n")
-    (folder / "study.md").write_text(text, encoding="utf-8")
+    written = {
+        "study.json": json.dumps(rates, indent=2) + "\n",
+        "differences.json": json.dumps(differences, indent=2) + "\n",
+        "study.md": text,
+    }
+    for name, content in written.items():
+        (folder / name).write_text(content, encoding="utf-8")
     return text
 
 
@@ -104,11 +108,14 @@ def compared(trained: dict[str, checkpoint.Checkpoint], config: Config, split: s
 
 def rate_table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
     """Return the word error rates on a split, in percent with 95% intervals, largest size first."""
-    cells = {(name, row["size"]): rate(row) for name, sizes in rows.items() for row in sizes}
+    cells = {}
+    for name, sizes in rows.items():
+        for row in sizes:
+            cells[name, row["size"]] = rate(row)
     lines = [[f"{split}: size", "alone", *SHARED]]
     for size in reversed(config.sizes):
-        alone = cells[f"alone-{size}", size]
-        lines.append([str(size), alone, *(cells[method, size] for method in SHARED)])
+        names = [f"alone-{size}", *SHARED]
+        lines.append([str(size), *(cells[name, size] for name in names)])
     return markdown(lines)
 
 

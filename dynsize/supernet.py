@@ -52,10 +52,12 @@ class Supernet(nn.Module):
         Raises ValueError where it does not rank these layers, or where this is a subnet that has
         other layers.
         """
-        if not isinstance(state, list) or sorted(state) != list(range(self.config.layers)):
-            raise ValueError(f"not a ranking of {self.config.layers} layers: {state}")
-        if self.size is not None and set(state[: self.size]) != set(self.ranking[: self.size]):
-            raise ValueError(f"weights of a subnet with the layers {state[: self.size]}")
+        layers = range(self.config.layers)
+        if not isinstance(state, list) or sorted(state) != list(layers):
+            raise ValueError(f"not a ranking of {len(layers)} layers: {state}")
+        kept = state[: self.size]  # all in a supernet
+        if set(kept) != set(self.ranking[: self.size]):
+            raise ValueError(f"weights of a subnet with the layers {kept}")
         self.ranking = list(state)
 
     def ranked_scores(self) -> list[float | None]:
@@ -65,8 +67,10 @@ class Supernet(nn.Module):
         """
         if self.scores is None:
             return [None] * len(self.ranking)
-        rows = self.scores.detach().expand(len(self.ranking), -1).tolist()
-        return [row[layer] for row, layer in zip(rows, self.ranking, strict=True)]
+        layers = len(self.ranking)
+        rows = self.scores.detach().expand(layers, -1).tolist()
+        places = zip(rows, self.ranking, strict=True)
+        return [row[layer] for row, layer in places]
 
     def mask(self, size: int) -> list[bool]:
         """Return the binary mask of a size: True for the first `size` layers of the ranking."""
@@ -79,9 +83,13 @@ class Supernet(nn.Module):
         A size that was not trained has that of the largest trained size below it, or of the
         smallest one. Example: of trained sizes 16, 32, 48, size 40 has the output layer of 32.
         """
-        trained = max((s for s in self.sizes if s <= size), default=self.sizes[0])
-        name = "shared" if self.config.shared_output_layer else str(trained)
-        return self.output_layers[name]
+        if self.config.shared_output_layer:
+            return self.output_layers["shared"]
+        nearest = self.sizes[0]
+        for trained in self.sizes:  # ascending
+            if trained <= size:
+                nearest = trained
+        return self.output_layers[str(nearest)]
 
     def idle(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
         """Return the weights that have no gradient in an update of networks of these sizes.
