@@ -20,6 +20,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from dynsize.config import LAYERS
@@ -307,8 +308,15 @@ def label_sizes(axes: Axes, ways: dict[str, list[dict]], cost: str) -> None:
     for row in (row for rows in ways.values() for row in rows):
         of_size.setdefault(row["size"], []).append(row[cost] * COSTS[cost][1])
     top = axes.secondary_xaxis("top")
-    top.set_xticks([np.mean(found) for found in of_size.values()], [f"k={k}" for k in of_size])
+    places = {size: np.mean(found) for size, found in sorted(of_size.items())}
+    gaps = np.diff(sorted(places.values()))
+    narrow = len(gaps) > 0 and min(gaps) < 0.15 * sum(gaps)
+    raised = list(places)[1::2] if narrow else []
+    plain = [k for k in places if k not in raised]
+    for sizes, minor in ((plain, False), (raised, True)):
+        top.set_xticks([places[k] for k in sizes], [f"k={k}" for k in sizes], minor=minor)
     top.tick_params(labelsize=8)
+    top.tick_params(which="minor", length=3.5, pad=14, labelsize=8)
 
 
 # The training.
@@ -337,15 +345,15 @@ def training_figure(records: Sequence[dict], name: str) -> Figure:
     end1 = max((r["update"] for r in logged if r["step"] == 1), default=0)
     for axes in (losses, errors, rate):
         axes.axvspan(0, end1, color=STEP1, zorder=0)
-        axes.set_xlim(0, max(r["update"] for r in records))
+        axes.set_xlim(0, 1.01 * max(r["update"] for r in records))
     shares = [("step 1", 0, end1), ("step 2", end1, logged[-1]["update"])]
     for step, start, end in shares:
-        if end > start:
+        if end1 and end > start:
             place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom")
             losses.annotate(step, ((start + end) / 2, 1.01), **place)
     for axes in (losses, errors):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right")
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -367,6 +375,8 @@ def draw_losses(axes: Axes, logged: Sequence[dict], sizes: Sequence[int]) -> Non
     if subnet:
         axes.plot(*zip(*subnet, strict=True), color=K_COLOUR, label="subnet of step 1, size k")
     axes.set(ylabel="CTC loss (nats a label)", yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def line_of(place: int, sizes: Sequence[int]) -> dict:
