@@ -298,7 +298,7 @@ def gradients(outputs: Sequence[Tensor], weights: list[Tensor], cotangent: Tenso
 
 @given(METHODS, SEEDS, st.integers(0, 6), SIZES)
 def test_gradients_equal_those_of_separate_forwards(method, seed, update, size):
-    """So do their gradients, in both steps, with layer weights and with stochastic depth."""
+    """Networks that run together have the gradients that each has alone, in both steps."""
     model = network(seed, method=method)
     features, lengths = utterances(model, [17, 24])
     layer_weights = ALGORITHMS[method].layer_weights(
