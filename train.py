@@ -137,9 +137,10 @@ def start(options: argparse.Namespace) -> Trainer:
     """
     if options.resume:
         return Trainer.resume(options.resume, changes(options))
-    config = configuration.preset(options.preset, **changes(options))
     run = options.run or Path("runs") / options.preset
-    check_new(run, options.overwrite)
+    with processes.first_alone():
+        config = configuration.preset(options.preset, **changes(options))
+        check_new(run, options.overwrite)
     return Trainer(config, run).begin()
 
 

@@ -157,25 +157,33 @@ class Trainer:
         learned, and where no training can go on. The number of processes may be another one.
         """
         found = run_directory.stamp(run)
-        loaded = checkpoint.load(run)
-        if loaded.training is None:
-            raise ValueError(f"{loaded.path}: a network alone, with which no training can go on")
-        if not run.is_dir():
-            raise ValueError(f"{run}: a file; --resume names the directory of a training")
-        config = changed(loaded.model.config, changes or {})
+        with processes.first_alone():
+            loaded = checkpoint.load(run)
+            if loaded.training is None:
+                raise ValueError(f"{loaded.path}: a network alone, with which no training goes on")
+            if not run.is_dir():
+                raise ValueError(f"{run}: a file; --resume names the directory of a training")
+            config = changed(loaded.model.config, changes or {})
         loaded.model.config = config
         trainer = cls(config, run, loaded)
-        if not processes.rank():
-            trainer.locked = run_directory.lock(run)
-            run_directory.check_unchanged(run, found)
-            run_directory.clean(run)
-            for record in run_directory.forget_after(run, trainer.update):
-                if "dev" in record:
-                    trainer.note_validation(record["update"], record["dev"])
-            if changes:
-                run_directory.write_config(run, config)
+        with processes.first_alone():
+            if not processes.rank():
+                trainer.take_over(found)
         trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
+
+    def take_over(self, found: list[int]) -> None:
+        """Lock the run directory, and forget what an interrupted training did after its checkpoint.
+
+        Raises ValueError where the directory changed since its stamp was `found`.
+        """
+        self.locked = run_directory.lock(self.run)
+        run_directory.check_unchanged(self.run, found)
+        run_directory.clean(self.run)
+        for record in run_directory.forget_after(self.run, self.update):
+            if "dev" in record:
+                self.note_validation(record["update"], record["dev"])
+        run_directory.write_config(self.run, self.config)
 
     def begin(self) -> "Trainer":
         """Make the run directory, or replace the training in it; `check_new` asks before.
@@ -183,8 +191,13 @@ class Trainer:
         Raises ValueError where the directory is not one of ours, has what this training starts
         from, or was changed by another process since this training was created. Returns itself.
         """
-        if processes.rank():
-            return self
+        with processes.first_alone():
+            if not processes.rank():
+                self.make_directory()
+        return self
+
+    def make_directory(self) -> None:
+        """Make the run directory, locked and with its first files."""
         check_new(self.run, overwrite=True)
         self.run.mkdir(parents=True, exist_ok=True)
         self.locked = run_directory.lock(self.run)
@@ -196,7 +209,6 @@ class Trainer:
                 raise ValueError(f"{self.run}: has {source.name}, from which this training starts")
         run_directory.begin(self.run, self.config, self.summary)
         run_directory.note_left_out(self.run, self.corpus.left_out)
-        return self
 
     def stop(self, number: int, frame: object = None) -> None:
         """Save after the present update and end: a handler of signals.

@@ -324,7 +324,7 @@ def test_the_best_network_is_kept(tones, tmp_path):
     loaded = checkpoint.load(run / "best.pt")
     assert same(dict(loaded.model.named_parameters()), weights[best])
     assert loaded.longest_seconds == trainer.longest_seconds == pytest.approx(0.8)
-    with pytest.raises(ValueError, match="no training can go on"):
+    with pytest.raises(ValueError, match="no training goes on"):
         Trainer.resume(run / "best.pt")
 
 
