@@ -143,9 +143,11 @@ def read_results(source: Path) -> dict[str, dict[str, list[dict]]]:
 
 def way_of(run: Path, checkpoint: str) -> str:
     """Return the name for the results of one of a run's checkpoints, such as `alone (best)`."""
-    config = run / "config.json"
-    method = read_json(config)["method"] if config.exists() else "other"
-    way = "alone" if method == "none" else method
+    path = run / "config.json"
+    config = read_json(path) if path.exists() else dict(method="other")
+    way = config["method"]
+    if way == "none":
+        way = "distilled" if config.get("teacher") else "alone"
     return way if checkpoint == "checkpoint" else f"{way} ({checkpoint})"
 
 

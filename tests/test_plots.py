@@ -247,6 +247,25 @@ def test_one_size_alone_has_no_step_1(tmp_path):
     assert "step 1" not in (tmp_path / "pictures" / "training.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    "settings, checkpoint, way",
+    [
+        (dict(method="none"), "checkpoint", "alone"),
+        (dict(method="none", teacher="runs/full"), "checkpoint", "distilled"),
+        (dict(method="ortho-softmax"), "best", "ortho-softmax (best)"),
+    ],
+)
+def test_results_are_named_by_how_their_network_was_trained(tmp_path, settings, checkpoint, way):
+    run = write_run(tmp_path / "run", **settings)
+    folder = run / "evaluation" / checkpoint / "test"
+    folder.mkdir(parents=True)
+    rows = [result(8, 0.1)]
+    (folder / "results.json").write_text(json.dumps(dict(sizes=rows)))
+    found = plots.read_results(run)
+    assert list(found["test"]) == [way]
+    assert plots.mark_name(way) == way.split()[0]
+
+
 def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
     rows = [result(8, 0.0) | dict(interval=(0.0, 0.0))]
     figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}})
