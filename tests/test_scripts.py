@@ -412,7 +412,7 @@ def test_help_tells_every_flag_with_its_default(preset, monkeypatch, capsys):
         assert f"{field.metadata['help']} ({default})" in text
 
 
-@pytest.mark.parametrize("script", ["train.py", "prune.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_follows_the_width_of_the_terminal_and_shows_examples(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "62")
     with pytest.raises(SystemExit) as stop:
