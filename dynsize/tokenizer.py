@@ -88,7 +88,8 @@ def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> 
 def load_tokenizer(file: Path) -> Tokenizer:
     """Return the tokenizer in a SentencePiece model file.
 
-    Raises ValueError for a missing or damaged file, and where a text can need unit 0, which is CTC's blank.
+    Raises ValueError for a missing or damaged file, and where a text can need unit 0, which is
+    CTC's blank.
     """
     if not file.is_file():
         raise ValueError(f"--tokenizer {file}: no such file")
