@@ -16,7 +16,7 @@ LOCK = "lock"  # held by the training in a run directory
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LEFT_OUT = "left-out.txt"
-FIRST = {CONFIG, "corpus.txt", LEFT_OUT, "tensorboard"}  # what is there before the first update
+FIRST = {CONFIG, "corpus.txt", LEFT_OUT, "tensorboard"}  # before the first update
 # All files that a training and what is made from it leave in a run directory. `config.json` is the
 # last to be deleted: it tells that the directory is ours.
 OURS = (

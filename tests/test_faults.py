@@ -1,4 +1,4 @@
-"""What can happen to a run that takes days: it is killed, the disk is full, files are damaged, two start at once."""
+"""What can happen to a run of days: kills, full disks, damage, signals, two starts at once."""
 
 import dataclasses
 import errno
@@ -51,7 +51,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def elsewhere(function: Callable, *arguments) -> fork.Process:
-    """Starts a function in a process of its own, with one thread: the parent's other ones are not there."""
+    """Start a function in another process, with one thread: a fork has no other threads."""
 
     def alone() -> None:
         torch.set_num_threads(1)

@@ -102,7 +102,7 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
 
 
 def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
-    """`train.py`, or another script, in so many processes."""
+    """`train.py`, or another script, in this number of processes."""
     started = (
         torchrun(processes, *command) if processes > 1 else [sys.executable, *map(str, command)]
     )
