@@ -27,15 +27,18 @@ the mean rates. Two or three seeds show less than the whole spread of seeds.
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynsize import checkpoint
+from dynsize import checkpoint, decoding, language_model
 from dynsize.config import Config, are_splits
-from dynsize.corpora import UNREADABLE
-from dynsize.evaluation import System, compare, device_of, evaluate
+from dynsize.corpora import UNREADABLE, read_corpus
+from dynsize.evaluation import System, compare, corpus_root, device_of, evaluate
+from dynsize.language_model import LanguageModel
+from dynsize.recogniser import facts_of
 from dynsize.report import error_rates, examples, headline, percent, table
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 
@@ -43,6 +46,7 @@ EXAMPLES = """\
   python evaluate.py runs/demo
   python evaluate.py runs/demo/size-7.pt --device cpu
   python evaluate.py runs/demo --corpus mine --split test --normaliser plain
+  python evaluate.py runs/demo --lm 3gram.arpa --tune-lm
   python evaluate.py --compare runs/demo runs/alone
   python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1
   python evaluate.py --compare runs/demo other-system.trn"""
@@ -66,7 +70,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write to DIR/SPLIT")
     add("--overwrite", action="store_true", help="replace results that are there")
     add("--plots", action="store_true", help="draw the run in RUN/plots (needs matplotlib)")
+    language_model.add_flags(parser)
+    add("--tune-lm", action="store_true", help="choose weight and bonus on the dev splits")
     parsed = parser.parse_args(arguments)
+    if fault := language_model.contradiction(parsed):
+        parser.error(fault)
+    if parsed.tune_lm and (not parsed.lm or parsed.compare):
+        parser.error("--tune-lm is for one RUN with --lm")
+    if parsed.tune_lm and (parsed.lm_weight is not None or parsed.word_bonus is not None):
+        parser.error("--tune-lm chooses --lm-weight and --word-bonus: leave them out")
     if (parsed.network is None) != (parsed.compare is not None):
         parser.error("name one RUN, or several after --compare")
     if parsed.compare and len(parsed.compare) < 2:
@@ -92,8 +104,20 @@ def changed(config: Config, options: argparse.Namespace) -> Config:
 def opened(path: Path, options: argparse.Namespace) -> System:
     """Return the checkpoint, with its configuration changed by the command line."""
     loaded = checkpoint.load(path)
-    loaded.model.config = changed(loaded.model.config, options)
-    return System(loaded.path, loaded.model.config, loaded)
+    config = loaded.model.config = changed(loaded.model.config, options)
+    words = language_model.from_flags(options, facts_of(loaded).labels)
+    if words:
+        check_words(words, config, options)
+    decoder = decoding.decoder(loaded, language_model.beam_of(options), words)
+    return System(loaded.path, config, loaded, decoder)
+
+
+def check_words(words: LanguageModel, config: Config, options: argparse.Namespace) -> None:
+    """Print how many of the references' words a language model lacks. ValueError for too many."""
+    for split in options.split or config.test_splits:
+        utterances = read_corpus(corpus_root(config), [split], config).utterances
+        told = words.missing((u.text for u in utterances), decoding.MOST_UNKNOWN)
+        print(f"language model, {printable(split)}: {printable(told)}")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -156,11 +180,29 @@ def run(options: argparse.Namespace) -> None:
         if results.exists() and not options.overwrite:
             raise ValueError(f"{results}: exists already; --overwrite replaces it")
     print(f"device {hardware(config, device_of(config))}\n")
+    if options.lm or options.beam:
+        write_decoding(system, options, base / "decoding.json")
     for split in splits:
         report = evaluate(loaded, config, split, base / split, system.decoder)
         show(report, base / split)
     if options.plots:
         draw(loaded.path.parent)
+
+
+def write_decoding(system: System, options: argparse.Namespace, file: Path) -> None:
+    """Write how the splits are decoded, after choosing the weights if that was asked for."""
+    beam = language_model.beam_of(options)
+    content: dict[str, object] = dict(beam=beam)
+    if options.lm:
+        words = system.decoder.keywords["words"]
+        if options.tune_lm:
+            rows = decoding.tune(system.checkpoint, system.config, beam, words)
+            content["tuned_on"] = list(system.config.dev_splits)
+            content["tried"] = rows
+            print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
+        content |= dict(lm=str(options.lm), weight=words.weight, bonus=words.bonus)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def show(report: dict, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 import dynsize
-from dynsize.language_model import LM_WEIGHT
+from dynsize import language_model
 from dynsize.recogniser import Recogniser, Transcript, Word
 from dynsize.terminal import Parser, one_line, printable, reported, use_threads
 
@@ -18,7 +18,6 @@ DESCRIPTION = "Turns audio files into text with a trained network, at a size tha
 EXAMPLES = """  dynsize talk.flac --model runs/demo
   dynsize calls/*.wav --model runs/demo --size 7 --format srt --output captions
   arecord -f S16_LE -r 16000 -d 5 | dynsize - --model runs/demo"""
-LM_BEAM = 16
 CAPTION_PAUSE = 1.0  # seconds without a word, after which a new caption begins
 CAPTION_CHARACTERS = 60  # at most, in one caption
 
@@ -37,12 +36,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT for each file")
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--channel", type=int, help="of the audio; 1 is the first (the mean of all channels)")
-    add("--beam", type=int, help="prefixes that beam search keeps (1; 16 with --lm)")
-    add("--lm", type=Path, metavar="FILE", help="language model of words: an n-gram ARPA file")
-    add("--lm-weight", type=float, default=LM_WEIGHT, help=f"of the language model ({LM_WEIGHT})")
-    add("--word-bonus", type=float, default=0.0, help="added to a text's score for each word (0)")
+    language_model.add_flags(parser)
     parsed = parser.parse_args(arguments)
-    parsed.beam = parsed.beam or (LM_BEAM if parsed.lm else 1)
+    if fault := language_model.contradiction(parsed):
+        parser.error(fault)
     if parsed.channel is not None and parsed.channel < 1:
         parser.error(f"--channel {parsed.channel}: the first channel is 1")
     if parsed.format in ("srt", "vtt") and len(parsed.audio) > 1 and not parsed.output:
@@ -140,11 +137,13 @@ def run(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     files = outputs(options)
     recogniser = dynsize.load(options.model)
-    asked: dict[str, Any] = dict(size=chosen_size(recogniser, options), beam=options.beam)
-    asked["channel"] = None if options.channel is None else options.channel - 1
-    if options.lm:
-        values = options.lm, options.lm_weight, options.word_bonus
-        asked["language_model"] = recogniser.language_model(*values)
+    words = language_model.from_flags(options, recogniser.facts.labels)
+    asked: dict[str, Any] = dict(
+        size=chosen_size(recogniser, options),
+        beam=language_model.beam_of(options),
+        language_model=words,
+        channel=None if options.channel is None else options.channel - 1,
+    )
     code, texts = 0, []
     for name, file in zip(options.audio, files, strict=True):
         try:
@@ -155,8 +154,8 @@ def run(options: argparse.Namespace) -> int:
             continue
         texts.append(transcript.text)
         write(FORMATS[options.format](transcript, name), file)
-    if options.lm:
-        print(f"dynsize: {asked['language_model'].missing(texts)}", file=sys.stderr)
+    if words:
+        print(one_line(f"dynsize: {words.missing(texts)}"), file=sys.stderr)
     return code
 
 

@@ -3,6 +3,7 @@
 KenLM comes with the extra `lm`: the wheel of flashlight-text has it.
 """
 
+import argparse
 import math
 import os
 from collections import Counter
@@ -12,9 +13,9 @@ from pathlib import Path
 
 from dynsize.ctc import WORD
 
+LM_BEAM = 16  # prefixes, where a language model is given
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
 UNKNOWN = "<unk>"
-MOST_UNKNOWN = 0.2  # share of a text's words that may be missing in a language model
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
 TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
 
@@ -125,3 +126,37 @@ def check_spelling(path: Path, words: set[str], labels: Sequence[str]) -> None:
             wanted = f"write them in {case.__name__} case"
             raise ValueError(f"{path}: its words are not in the network's case; {wanted}")
     raise ValueError(f"{path}: the network's labels cannot spell its words")
+
+
+# The flags of the beam search, the same for every command.
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the beam search."""
+    add = parser.add_argument
+    add("--beam", type=int, help=f"prefixes that beam search keeps (1; with --lm {LM_BEAM})")
+    add("--lm", type=Path, metavar="FILE", help="language model of words: an n-gram ARPA file")
+    add("--lm-weight", type=float, metavar="X", help=f"of the language model ({LM_WEIGHT})")
+    add("--word-bonus", type=float, metavar="X", help="added to a text's score for each word (0)")
+
+
+def contradiction(options: argparse.Namespace) -> str:
+    """Return what is wrong with these flags, or an empty text."""
+    if options.beam is not None and options.beam < 1:
+        return f"--beam {options.beam}: must be 1 or more"
+    if not options.lm and (options.lm_weight is not None or options.word_bonus is not None):
+        return "--lm-weight and --word-bonus are a language model's: --lm names it"
+    return ""
+
+
+def beam_of(options: argparse.Namespace) -> int:
+    """Return how many prefixes the beam search keeps; 1 means greedy decoding."""
+    return options.beam or (LM_BEAM if options.lm else 1)
+
+
+def from_flags(options: argparse.Namespace, labels: Sequence[str]) -> LanguageModel | None:
+    """Return the language model that the flags name."""
+    if not options.lm:
+        return None
+    weight = LM_WEIGHT if options.lm_weight is None else options.lm_weight
+    return LanguageModel(options.lm, labels, weight, options.word_bonus or 0.0)

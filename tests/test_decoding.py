@@ -1,0 +1,107 @@
+"""evaluate.py with beam search and a language model, and the choice of its weights on dev."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TONES, tiny
+
+from dynsize import checkpoint, decoding
+from dynsize.supernet import Supernet
+from dynsize.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+UNIGRAMS = "".join(f"-0.7\t{word}\t0\n" for word in TONES)
+ARPA = (
+    f"\\data\\\nngram 1=7\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t0\n-1\t</s>\n{UNIGRAMS}"
+    "\n\\2-grams:\n-0.5\tLOW LOW\n\n\\end\\\n"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tones, tmp_path_factory) -> Path:
+    """A run directory with a network of random weights, and a language model of the tones."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer([" ".join(TONES)] * 9, 16)
+    torch.manual_seed(0)
+    model = Supernet(tiny(corpus=str(tones), device="cpu"), tokenizer.labels)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
+    (folder / "tones.arpa").write_text(ARPA)
+    return folder
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs evaluate.py, here and now. Returns its exit code, its output and its errors."""
+    main = runpy.run_path(str(ROOT / "evaluate.py"))["main"]
+
+    def evaluate(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return evaluate
+
+
+def test_the_beam_is_written_beside_the_results(run, tmp_path, evaluate):
+    code, _, error = evaluate(run, "--beam", 3, "--split", "test-other", "--output", tmp_path)
+    assert (code, error) == (0, "")
+    assert json.loads((tmp_path / "decoding.json").read_text()) == dict(beam=3)
+    assert (tmp_path / "test-other" / "results.json").exists()
+
+
+def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate, monkeypatch):
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    monkeypatch.setattr(decoding, "WEIGHTS", (0.0, 0.5))
+    monkeypatch.setattr(decoding, "BONUSES", (0.0, -20.0))
+    decoded_splits = []
+    read = decoding.read_corpus
+    monkeypatch.setattr(decoding, "read_corpus", lambda *a: decoded_splits.extend(a[1]) or read(*a))
+    lm = run / "tones.arpa"
+    arguments = (run, "--split", "test-other", "--output", tmp_path, "--lm", lm, "--beam", 2)
+    code, shown, error = evaluate(*arguments, "--tune-lm")
+    assert (code, error) == (0, "")
+    assert decoded_splits == ["dev-clean", "dev-other"]
+    assert "lacks 0 of " in shown
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    assert len(found["tried"]) == 4 and found["lm"] == str(lm) and found["beam"] == 2
+    best = min(found["tried"], key=lambda row: row["wer"])
+    assert (found["weight"], found["bonus"]) == (best["weight"], best["bonus"])
+    # a bonus of −20 leaves no word, so that every word of the reference is an error
+    assert [row["wer"] for row in found["tried"] if row["bonus"] < 0] == [1.0, 1.0]
+    code, _, error = evaluate(*arguments, "--overwrite", "--lm-weight", 0.3, "--word-bonus", -20)
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    assert (code, error) == (0, "") and found["weight"] == 0.3 and "tried" not in found
+    assert (
+        json.loads((tmp_path / "test-other" / "results.json").read_text())["sizes"][0]["wer"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (("--beam", "0"), "--beam 0: must be 1 or more"),
+        (("--word-bonus", "1"), "--lm names it"),
+        (("--tune-lm",), "--tune-lm is for one RUN with --lm"),
+        (("--lm", "x.arpa", "--tune-lm", "--lm-weight", "1"), "leave them out"),
+        (("--lm", "no.arpa"), "no.arpa: "),
+        (("--lm", "other.arpa"), "lacks "),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(run, evaluate, arguments, why, tmp_path, monkeypatch):
+    if "--lm" in arguments:
+        pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.arpa").write_text(ARPA.replace("HIGH", "OTHER").replace("LOW", "MIDLOW"))
+    code, _, error = evaluate(run, *arguments)
+    assert code == 2 and why in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["other.arpa"]
