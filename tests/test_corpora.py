@@ -698,7 +698,7 @@ def opened(monkeypatch) -> list[str]:
 
     def count(path, *arguments, **more):
         if not arguments:  # those that write name a mode
-            names.append(Path(path).name)
+            names.append(Path(os.fsdecode(path)).name)
         return header(path, *arguments, **more)
 
     monkeypatch.setattr(soundfile, "SoundFile", count)

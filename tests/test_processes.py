@@ -168,7 +168,7 @@ def test_dev_errors_of_two_processes_are_those_of_one(tones, tmp_path):
         assert training.returncode == 0, err
         lines = (tmp_path / f"run{count}" / "metrics.jsonl").read_text().splitlines()
         results[count] = [line["dev"] for line in map(json.loads, lines) if "dev" in line]
-        assert out.count("dev WER") == 2 * 3
+        assert out.count("error rate on dev") == 2  # one process prints, though two decode
     assert results[1] == results[2] and results[1][0]["8"]["words"] > 0
 
 
