@@ -38,9 +38,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, examples: str, files: str = "") -> None:
         """`files`: the arguments that are no flags, as the line of usage shows them."""
+        command = f"python {prog}" if prog.endswith(".py") else prog
         super().__init__(
             prog=prog,
-            usage=f"python %(prog)s {files}[--flag VALUE ...]",
+            usage=f"{command} {files}[--flag VALUE ...]",
             description=f"{description.rstrip()}\nDefaults are in parentheses.",
             epilog=f"examples:\n{examples}",
             allow_abbrev=False,
