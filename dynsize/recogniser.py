@@ -31,6 +31,7 @@ CONTEXT = 6  # a window's context on each side is its length divided by this
 LEAD = 0.08  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
+FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
 BLOCK = 10  # seconds of audio that are read at once
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 
@@ -275,14 +276,30 @@ def windowed_log_probs(
             stop = (start + window - first) * step + facts.window - facts.hop
             if len(audio) <= stop:
                 break
-            log_probs = network(torch.from_numpy(audio[(start - first) * step : stop]))
+            log_probs = network(filled(audio[(start - first) * step : stop], facts.hop))
             yield log_probs[done - start : window - context]
             done = start + window - context
             outdated = max(0, done - window) - first
             audio = audio[outdated * step :]
             first += outdated
     start = max(0, min(done - context, first + len(audio) // step - window))
-    yield network(torch.from_numpy(audio[(start - first) * step :]))[done - start :]
+    yield network(filled(audio[(start - first) * step :], facts.hop))[done - start :]
+
+
+def filled(audio: np.ndarray, hop: int) -> Tensor:
+    """Returns the samples, with faint noise in every hop that holds nothing but zeros.
+
+    Zeros, as in a muted call or between joined recordings, are far quieter than any recorded
+    silence: a few of them would decide the mean and the variance of a window's features.
+    """
+    audio = torch.from_numpy(audio)
+    parts = audio[: len(audio) // hop * hop].view(-1, hop)
+    silent = ~parts.any(1)
+    if silent.any():
+        audio = audio.clone()
+        noise = torch.randn(hop, generator=torch.Generator().manual_seed(0))
+        audio[: parts.numel()].view(-1, hop)[silent] = FAINT * noise
+    return audio
 
 
 def file_blocks(

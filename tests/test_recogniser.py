@@ -65,7 +65,9 @@ def speech(words: list[str], pauses: list[float], rate: int = RATE) -> np.ndarra
     parts = []
     for word, pause in zip(words, pauses, strict=True):
         parts += [np.zeros(round(pause * rate)), 0.4 * np.sin(2 * np.pi * TONES[word] * time)]
-    return np.concatenate([*parts, np.zeros(round(0.3 * rate))]).astype(np.float32)
+    audio = np.concatenate([*parts, np.zeros(round(0.3 * rate))])
+    noise = np.random.default_rng(0).standard_normal(len(audio))  # no digital silence
+    return (audio + 1e-4 * noise).astype(np.float32)
 
 
 sentences = st.lists(
@@ -109,6 +111,18 @@ def test_each_window_but_the_first_is_a_full_one_with_context_on_both_sides():
     full = facts().window_frames * STEP + WINDOW - HOP
     assert len(parts) > 5 and set(seen[:-1]) == {full} and full - STEP < seen[-1] < full + STEP
     assert facts().window_frames * STEP == pytest.approx(3.0 * RATE, abs=STEP)
+
+
+def test_digital_silence_becomes_faint_noise_and_all_else_stays():
+    audio = np.random.default_rng(0).standard_normal(20 * HOP + 7).astype(np.float32)
+    audio[3 * HOP - 9 : 9 * HOP + 9] = 0.0
+    seen = []
+    network = lambda window: detect(seen.append(window) or window)  # noqa: E731
+    list(windowed_log_probs(network, [audio], facts()))
+    changed = seen[0].numpy() != audio
+    assert changed[3 * HOP : 9 * HOP].all() and changed.sum() == 6 * HOP
+    assert 0 < np.abs(seen[0].numpy()[changed]).max() < 1e-3
+    assert (audio[3 * HOP : 9 * HOP] == 0).all()
 
 
 def test_memory_does_not_grow_with_the_audio():
