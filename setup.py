@@ -1,4 +1,4 @@
-"""pip install -e . installs the package; the extras add what the embedded corpus and the tests need."""
+"""pip install -e . installs the package; extras add what not everyone needs."""
 
 from setuptools import setup
 
@@ -6,7 +6,8 @@ DEMO = ["espeakng-loader>=0.2.4"]  # espeak-ng (GPL-3) speaks the embedded corpu
 TRITON = [
     "triton>=3.4; platform_system == 'Linux'"
 ]  # the GPU kernels; torch's CUDA builds bring it along
-LM = ["flashlight-text>=0.0.7"]  # its wheel brings KenLM, which scores n-gram language models
+# Its wheel brings KenLM, which scores n-gram language models. It has none for Python 3.13.
+LM = ["flashlight-text>=0.0.7; python_version < '3.13'"]
 PLOTS = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # to write and to run ONNX files
@@ -15,7 +16,7 @@ TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ru
 setup(
     name="dynsize",
     version="0.1.0",
-    description="Dynamic encoder size for speech recognition: one Conformer-CTC supernet, subnets of several sizes",
+    description="Dynamic encoder size for speech recognition: one supernet, subnets of several sizes",
     license="MIT",
     python_requires=">=3.10",
     packages=["dynsize", "dynsize.kernels"],

@@ -92,7 +92,9 @@ def parameters(model: Supernet, size: int | None = None) -> int:
     names = [(layer // 4, LAYERS[layer % 4]) for layer in pruned]
     modules = [blocks[block][kind] for block, kind in names if kind in blocks[block]]
     return (
-        weights_in(model.encoder) + weights_in(model.output_layer(size)) - sum(map(weights_in, modules))
+        weights_in(model.encoder)
+        + weights_in(model.output_layer(size))
+        - sum(map(weights_in, modules))
     )
 
 

@@ -1,8 +1,8 @@
-"""Time of one update of step 2 against one of the full size alone, beside the layer-rows that each computes.
+"""Print the time of an update of step 2 over that of the full size alone, and their layer-rows.
 
     python tests/measure_update.py RUN [BATCH_SECONDS]
 
-`RUN`: a run of any corpus; its ranking decides what is shared. No test: it prints, and asserts nothing.
+`RUN`: a run of any corpus; its ranking decides what the sizes share. No test: it asserts nothing.
 """
 
 import statistics
@@ -10,13 +10,31 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from dynsize import checkpoint
+from dynsize.batching import Batch
 from dynsize.config import LAYERS
 from dynsize.training import Trainer
 
 ROUNDS = 15
+
+
+def measured(trainer: Trainer, batch: Batch) -> tuple[float, int]:
+    """Return the seconds of one update, and the layer-rows that its forward pass computes."""
+    rows = []
+    hooks = [
+        block[kind].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        for block in trainer.model.encoder.blocks
+        for kind in LAYERS
+    ]
+    start = time.perf_counter()
+    trainer.train_on([batch])
+    seconds = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    return seconds, sum(rows)
 
 
 def main(run: Path, batch_seconds: str | None = None) -> None:
@@ -26,35 +44,17 @@ def main(run: Path, batch_seconds: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         together = Trainer(config, Path(folder))
         together.model.ranking = loaded.model.ranking
-        alone = Trainer(
-            replace(config, sizes=config.sizes[-1:], stochastic_depth=0.0), Path(folder)
-        )
-        rows, times = {}, {together: [], alone: []}
-        for batch, _ in zip(together.batches(), range(ROUNDS + 1), strict=False):
-            for trainer, taken in times.items():
-                count = rows[trainer] = [0]
-                hooks = [
-                    block[kind].register_forward_pre_hook(
-                        lambda _, inputs, count=count: count.__setitem__(
-                            0, count[0] + inputs[0].shape[0]
-                        )
-                    )
-                    for block in trainer.model.encoder.blocks
-                    for kind in LAYERS
-                ]
-                start = time.perf_counter()
-                trainer.train_on([batch])
-                taken.append(time.perf_counter() - start)
-                for hook in hooks:
-                    hook.remove()
-    ratios = [a / b for a, b in zip(times[together][1:], times[alone][1:], strict=True)]
-    print(
-        f"sizes {config.sizes}, batches of {config.batch_seconds:g} s, medians of {ROUNDS} rounds in turn"
-    )
-    print(f"layer-rows {rows[together][0] / rows[alone][0]:.2f} times those of the full size alone")
-    print(
-        f"time       {statistics.median(ratios):.2f} times ({1000 * statistics.median(times[together][1:]):.0f} ms)"
-    )
+        full = replace(config, sizes=config.sizes[-1:], stochastic_depth=0.0)
+        alone = Trainer(full, Path(folder))
+        rounds = []
+        for batch in islice(together.batches(), ROUNDS + 1):
+            rounds.append((*measured(together, batch), *measured(alone, batch)))
+    times = [of_all / of_full for of_all, _, of_full, _ in rounds[1:]]
+    _, rows, _, rows_of_full = rounds[-1]
+    milliseconds = 1000 * statistics.median(seconds for seconds, *_ in rounds[1:])
+    print(f"sizes {config.sizes}, batches of {config.batch_seconds:g} s, {ROUNDS} rounds in turn")
+    print(f"layer-rows {rows / rows_of_full:.2f} times those of the full size alone")
+    print(f"time       {statistics.median(times):.2f} times (median; {milliseconds:.0f} ms)")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def damage(data: bytes, kind: str, draw: random.Random) -> bytes:
         return bytes(changed)
     return {
         "cut": data[:a], "from the middle": data[a:], "a hole": data[:a] + data[b:],
-        "zeros": data[:a] + bytes(b - a) + data[b:], "swapped": data[:a] + data[b:c] + data[a:b] + data[c:],
+        "zeros": data[:a] + bytes(b - a) + data[b:],
+        "swapped": data[:a] + data[b:c] + data[a:b] + data[c:],
         "twice": data + data, "longer": data + data[a:b], "empty": b"", "noise": draw.randbytes(a),
         "pickle": pickle.dumps(Payload()), "pickle, cut": data[:a] + pickle.dumps(Payload()),
     }[kind]  # fmt: skip
@@ -701,7 +702,7 @@ SHORT = dict(updates=4, step1_share=0.5, save_every=1, validate_every=2, log_eve
 
 
 def crashed(tones: Path, run: Path, number: int) -> int:
-    """Train in another process, which crashes at the n-th operation. Returns the operations done."""
+    """Train in another process, which crashes at the n-th operation; return those done."""
     counted = fork.Value("i", 0)
 
     def train() -> None:

@@ -20,8 +20,9 @@ from dynsize.training import Trainer
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 TINY = (
-    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 --width 16 "
-    "--attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 --batch-seconds 2 --precision float32"
+    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 "
+    "--width 16 --attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 "
+    "--batch-seconds 2 --precision float32"
 ).split()
 CASES = {
     "step 1": (0, dict()),
@@ -44,7 +45,7 @@ def configured(corpus: str, case: str, batches: int) -> Config:
 
 
 def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, torch.Tensor]:
-    """Those of one update, in the middle of a training, as the optimizer gets them; zeros where it gets none."""
+    """Return the gradients that the optimizer gets in one update; empty where it gets none."""
     trainer = Trainer(configured(corpus, case, batches), folder)
     trainer.state |= dict(update=CASES[case][0], batches=CASES[case][0])
     for (

@@ -1,4 +1,4 @@
-"""The loop: it learns, resumes exactly, guards against losses that are not finite, and survives corrupt audio."""
+"""The loop: it learns, resumes exactly, and survives losses that are not finite and bad audio."""
 
 import dataclasses
 import itertools
@@ -199,7 +199,8 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
 
 def test_learns_its_training_data(tones, tmp_path):
     learned = trainer(
-        tones, tmp_path / "run", updates=300, peak_learning_rate=3e-3, width=32, dropout=0.0, time_mask_every=0,
+        tones, tmp_path / "run", updates=300, peak_learning_rate=3e-3, width=32, dropout=0.0,
+        time_mask_every=0,
         frequency_masks=0, validate_every=300, save_every=300, dev_splits=("train",),
     )  # fmt: skip
     *_, last = learned.updates()
@@ -330,8 +331,7 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     run.examples.keep = False
     run.examples.kept.clear()
     with pytest.raises(ValueError, match=r"of 24 training utterances.*--most-left-out 0\.1"):
-        for record in updates:
-            left_out.append(record["left_out"])
+        left_out.extend(record["left_out"] for record in updates)
     assert left_out[0] == 0 and left_out[-1] > 2 and left_out[-2] <= 2
     assert checkpoint.load(tmp_path / "run").training["update"] == run.update
 
