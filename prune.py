@@ -199,7 +199,8 @@ def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -
     """
     supernet, *subnets = networks
     folder = subnets[0].path.parent if subnets else supernet.path.parent
-    sources = {folder / "supernet.onnx": (supernet, None)}
+    suffix = "" if options.ranking == "learned" else f"-{options.ranking}"
+    sources = {folder / f"supernet{suffix}.onnx": (supernet, None)}
     sources |= {loaded.path.with_suffix(".onnx"): (loaded, loaded.model.size) for loaded in subnets}
     int8 = {file: file.with_stem(f"{file.stem}-int8") for file in sources if options.int8}
     for file in [*sources, *int8.values()]:
