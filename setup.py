@@ -16,7 +16,7 @@ TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ru
 setup(
     name="dynsize",
     version="0.1.0",
-    description="Dynamic encoder size for speech recognition: one supernet, subnets of several sizes",
+    description="Dynamic encoder size for speech recognition: one supernet, subnets of it",
     license="MIT",
     python_requires=">=3.10",
     packages=["dynsize", "dynsize.kernels"],
