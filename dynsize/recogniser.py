@@ -177,7 +177,7 @@ class Recogniser:
 
 
 def load(path: str | Path) -> Recogniser:
-    """Returns the recogniser of a run directory, of a supernet, of a cut size, of an ONNX file.
+    """Returns the recogniser of a run directory, of one checkpoint, or of an ONNX file.
 
     Raises ValueError where `path` is none of these.
     """
