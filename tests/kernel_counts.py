@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +26,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import interpreter_builder as builder
 from triton.runtime.jit import JITFunction
 
-from dynsize.kernels import benchmark
 from dynsize.kernels.ctc import CtcLoss
 from dynsize.kernels.residual import GatedResidualLayerNorm
 
@@ -41,23 +42,88 @@ POINTER_AND_MASK = dict(
 )
 
 
+def residual_inputs(
+    rows: int,
+    gate: Tensor,
+    width: int,
+    frames: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list:
+    """Return arguments of `gated_residual_layer_norm`, of which the tensors want gradients.
+
+    `gate`: (R',). As many rows are normalised as the branch has.
+    """
+    random = functools.partial(torch.randn, device=gate.device, requires_grad=True)
+    x = random(rows, frames, width)
+    branch = random(len(gate), frames, width, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64, device=gate.device)
+    weight, bias = random(width), random(width)
+    return [x, branch, gate, 0.5, 0.1, seed, weight, bias, len(gate), dtype]
+
+
+def chain(x, branch, gate, scale, dropout_p, _, weight, bias, rows, dtype) -> tuple:
+    """Return what `gated_residual_layer_norm` returns, as one would write it in torch."""
+    dropped = torch.native_dropout(branch, dropout_p, True)[0]
+    added = dropped * gate.to(branch.dtype)[:, None, None]
+    y = torch.add(x[: len(branch)], added, alpha=scale)
+    if len(branch) < len(x):
+        y = torch.cat([y, x[len(branch) :]])
+    normed = F.layer_norm(y[:rows], weight.shape, weight, bias)
+    return y, normed.to(dtype)
+
+
+def residual_bytes(arguments: list) -> tuple[int, int]:
+    """Return the bytes that forward and backward must move: each input and output once.
+
+    y is read backward only in the normalised rows, and the branch only where the gate learns.
+    """
+    x, branch, gate = arguments[:3]
+    rows, dtype = arguments[-2:]
+    y = rows * x[0].nbytes
+    normed = rows * x[0].numel() * dtype.itemsize
+    opened = int((gate != 0).sum()) * branch[0].nbytes
+    learned = branch.nbytes if gate.requires_grad else 0
+    forward = 2 * x.nbytes + opened + normed
+    backward = 2 * x.nbytes + y + normed + branch.nbytes + learned
+    return forward, backward
+
+
+def ctc_inputs(utterances: int, labels: int, frames: int, device: str) -> list:
+    """Return arguments of `ctc_loss`, with one label for each five frames."""
+    logits = torch.randn(utterances, frames, labels, device=device)
+    lengths = torch.full((utterances,), frames, device=device)
+    targets = torch.randint(1, labels, (utterances, frames // 5), device=device)
+    log_probs = logits.log_softmax(-1).requires_grad_()
+    return [log_probs, lengths, targets, lengths // 5]
+
+
+def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
+    """Return calls of the forward pass and of the backward pass."""
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    grads = [torch.ones_like(output) for output in outputs]
+    backward = functools.partial(torch.autograd.grad, outputs, leaves, grads, retain_graph=True)
+    return functools.partial(function, *arguments), backward
+
+
 def fused(*arguments) -> tuple[Tensor, Tensor]:
-    """Return the residual op's results by Triton; arguments as of `benchmark.chain`."""
+    """Return the residual op's results by Triton; arguments as of `chain`."""
     return GatedResidualLayerNorm.apply(*arguments, 1e-5)
 
 
 def cases(every: bool) -> list[tuple]:
     """Return name, function and arguments of what is compiled: `every` width and dtype, or few."""
     gate = torch.ones(2, requires_grad=True)
-    log_probs, *others = benchmark.ctc_inputs(2, 80, 250, "cpu")
+    log_probs, *others = ctc_inputs(2, 80, 250, "cpu")
     found = [("CTC, U 50", CtcLoss.apply, [log_probs, *others])]
     found.append(("CTC, the loss alone", CtcLoss.apply, [log_probs.detach(), *others]))
     widths = (144, 256, 384, 512) if every else (512,)
     types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
     for width, dtype in itertools.product(widths, types):
-        arguments = benchmark.residual_inputs(3, gate, width, 5, dtype)
+        arguments = residual_inputs(3, gate, width, 5, dtype)
         found.append((f"residual, D {width}, {dtype}", fused, arguments))
-    x, branch, _, scale, _, _, *norm = benchmark.residual_inputs(3, gate, 144, 5, torch.float32)
+    x, branch, _, scale, _, _, *norm = residual_inputs(3, gate, 144, 5, torch.float32)
     arguments = [x, branch, None, scale, 0.0, None, *norm]
     found.append(("residual without gates and dropout", fused, arguments))
     return found
@@ -83,7 +149,7 @@ def machine_code(every: bool) -> list[dict]:
         triton.runtime.driver.set_active(SimpleNamespace(**driver))
         for name, function, arguments in cases(every):
             codes.clear()
-            _, backward = benchmark.passes(function, arguments)
+            _, backward = passes(function, arguments)
             if any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
                 backward()
             records += [dict(op=name, target=target) | resources(code, target) for code in codes]
