@@ -22,6 +22,7 @@ from dynsize.kernels.reference import layer_gates as layer_gates
 from dynsize.kernels.reference import layer_seed as layer_seed
 
 log = logging.getLogger(__name__)
+INTEGERS = (torch.int32, torch.int64)  # that the kernels read
 
 
 @functools.cache
@@ -65,18 +66,14 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     """
     if not decide(device.type):
         return "torch"
-    dtypes = dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32)
-    errors, failed = [], []
-    for op, computed_in in dtypes.items():
-        error = self_check.error_of(op, device, computed_in)
-        if error is None:
-            failed.append(f", torch for {op}")
-        else:
-            errors.append(error)
-    if not errors:
+    errors = {}
+    for op, computed_in in dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32).items():
+        errors[op] = self_check.error_of(op, device, computed_in)
+    right = [error for error in errors.values() if error is not None]
+    if not right:
         return "torch"
-    checked = f"triton (checked: {max(errors):.0e})".replace("e-0", "e-")
-    return checked + "".join(failed)
+    checked = f"triton (checked: {max(right):.0e})".replace("e-0", "e-")
+    return checked + "".join(f", torch for {op}" for op in errors if errors[op] is None)
 
 
 def gated_residual_layer_norm(
@@ -126,8 +123,8 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     fits = log_probs.dim() == 3 and log_probs.shape[1] > 0 and log_probs.is_floating_point()
     expect("log_probs", log_probs, log_probs.shape, log_probs, fits)
     for name, tensor in dict(lengths=lengths, label_lengths=label_lengths).items():
-        expect(name, tensor, (n,), log_probs, is_integer(tensor))
-    expect("labels", labels, (n, labels.shape[-1]), log_probs, is_integer(labels))
+        expect(name, tensor, (n,), log_probs, tensor.dtype in INTEGERS)
+    expect("labels", labels, (n, labels.shape[-1]), log_probs, labels.dtype in INTEGERS)
     from dynsize.kernels.ctc import CtcLoss
 
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
@@ -152,11 +149,6 @@ def check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows) -> None
         expect("seed", seed, (utterances,), x, divides and seed.dtype == torch.int64)
     if rows is not None and not 0 <= rows <= len(x):
         raise ValueError(f"rows {rows} must be at least 0 and at most {len(x)}, the rows of x")
-
-
-def is_integer(tensor: Tensor) -> bool:
-    """Return whether the kernels can read `tensor` as integers."""
-    return tensor.dtype in (torch.int32, torch.int64)
 
 
 def expect(name: str, tensor: Tensor, shape: tuple, like: Tensor, fits: bool) -> None:

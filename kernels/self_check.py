@@ -6,7 +6,7 @@ gradients, on small tensors.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -56,15 +56,16 @@ def residual_error(device: torch.device, dtype: torch.dtype) -> float:
     gates = torch.tensor([1.0, 0.0, 0.3, -1.7], device=device)
     errors = []
     for gate, dropout_p, branch_rows, rows in ((gates, 0.25, 4, 2), (None, 0.0, 2, 6)):
-        shapes = (6, 70, 48), (branch_rows, 70, 48), (48,), (48,)
-        x, branch, weight, bias = drawn(device, *shapes)
-        arguments = [x, branch.to(dtype), gate, 0.5, dropout_p, seed, weight, bias, rows]
-        error = largest_error(
-            lambda *arguments: GatedResidualLayerNorm.apply(*arguments, dtype, 1e-5),
-            reference.gated_residual_layer_norm,
-            arguments,
-        )
-        errors.append(error)
+        tensors = drawn(device, (6, 70, 48), (branch_rows, 70, 48), (48,), (48,))
+        tensors[1] = tensors[1].to(dtype)
+        leaves = tensors if gate is None else [*tensors, gate]
+
+        def call(op, dtype, x, branch, weight, bias, gate=None, p=dropout_p, rows=rows):
+            return op(x, branch, gate, 0.5, p, seed, weight, bias, rows, dtype, 1e-5)
+
+        ours = functools.partial(call, GatedResidualLayerNorm.apply, dtype)
+        truth = functools.partial(call, reference.gated_residual_layer_norm, torch.float64)
+        errors.append(largest_error(ours, truth, leaves))
     return max(errors)
 
 
@@ -93,14 +94,13 @@ def drawn(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
 
-def largest_error(ours: Callable, truth: Callable, arguments: Sequence) -> float:
+def largest_error(ours: Callable, truth: Callable, leaves: list[Tensor]) -> float:
     """Return the largest error of outputs and gradients, relative to the largest number of each.
 
-    Both functions take `arguments`, in which tensors of floats want gradients; `truth` gets these
-    in float64. Returns NaN where a result is NaN.
+    `truth` gets the `leaves` in float64. Returns NaN where a result is NaN.
     """
-    results = differentiated(ours, arguments)
-    right = differentiated(truth, arguments, double=True)
+    results = differentiated(ours, leaves)
+    right = differentiated(truth, [leaf.double() for leaf in leaves])
     errors = []
     for result, exact in zip(results, right, strict=True):
         error = (result - exact).abs().max()
@@ -108,20 +108,12 @@ def largest_error(ours: Callable, truth: Callable, arguments: Sequence) -> float
     return torch.stack(errors).max().item()
 
 
-def differentiated(function: Callable, arguments: Sequence, double: bool = False) -> list[Tensor]:
+def differentiated(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
     """Return the outputs of `function` and the gradients of its inputs."""
-    arguments = list(arguments)
-    leaves = []
-    for i, argument in enumerate(arguments):
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            tensor = argument.double() if double else argument
-            arguments[i] = tensor.detach().requires_grad_()
-            leaves.append(arguments[i])
-    outputs = function(*arguments)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    outputs = function(*leaves)
     cotangents = []
     for output in outputs:
         number = torch.arange(output.numel(), device=output.device)
-        cotangent = (number % 5 - 1.0).to(output.dtype)
-        cotangents.append(cotangent.view_as(output))
-    gradients = torch.autograd.grad(outputs, leaves, cotangents)
-    return [*outputs, *gradients]
+        cotangents.append((number % 5 - 1).to(output.dtype).view_as(output))
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
