@@ -121,7 +121,7 @@ def check_words(words: LanguageModel, config: Config, options: argparse.Namespac
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a run directory or a checkpoint, and not a file of hypotheses."""
+    """Return whether a path is a run directory or a checkpoint, and not a file of hypotheses."""
     if not path.is_file():
         return True  # a directory, or what is refused as a checkpoint
     with open(path, "rb") as file:

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> "Recogniser":
-    """Returns the recogniser of a run directory, of one checkpoint, or of an ONNX file.
+    """Return the recogniser of a run directory, of one checkpoint, or of an ONNX file.
 
     Raises ValueError where `path` is none of these.
     """

@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def captions(transcript: Transcript) -> list[list[Word]]:
-    """Returns the words in captions: at most 60 characters each, and no pause of 1 s in them."""
+    """Return the words in captions: at most 60 characters each, and no pause of 1 s in them."""
     lines: list[list[Word]] = []
     for word in transcript.words:
         line = lines[-1] if lines else []
@@ -61,7 +61,7 @@ def captions(transcript: Transcript) -> list[list[Word]]:
 
 
 def clock(seconds: float, point: str) -> str:
-    """Returns a time as captions write it: 01:02:03.456, with a comma for the point in SRT."""
+    """Return a time as captions write it: 01:02:03.456, with a comma for the point in SRT."""
     total = round(1000 * seconds)
     minutes, milliseconds = divmod(total, 60_000)
     second, milliseconds = divmod(milliseconds, 1000)
@@ -95,7 +95,7 @@ def vtt(transcript: Transcript, name: str) -> str:
 
 
 def ctm(transcript: Transcript, name: str) -> str:
-    """Returns NIST's format: recording, channel, start, duration, word."""
+    """Return NIST's format: recording, channel, start, duration, word."""
     recording = "_".join(stem(name).split())  # the fields are separated by spaces
     return "".join(
         f"{recording} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}\n"
@@ -117,7 +117,7 @@ FORMATS: dict[str, Callable[[Transcript, str], str]] = {
 
 
 def outputs(options: argparse.Namespace) -> list[Path | None]:
-    """Returns the file to write for each audio file; None: standard output.
+    """Return the file to write for each audio file; None: standard output.
 
     Raises ValueError where one is there already, or would be written twice.
     """
@@ -133,7 +133,7 @@ def outputs(options: argparse.Namespace) -> list[Path | None]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Transcribes file after file. Returns the exit code: 2 where some file could not be read."""
+    """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
     use_threads(options.threads)
     files = outputs(options)
     recogniser = dynsize.load(options.model)
@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
-    """Returns the size that is asked for, or the largest one that is fast enough."""
+    """Return the size that is asked for, or the largest one that is fast enough."""
     if options.max_latency_ms is None:
         size = recogniser.sizes[-1] if options.size is None else options.size
         recogniser.check_size(size)
@@ -172,13 +172,13 @@ def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
 
 
 def transcribe(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
-    """Returns the text of a file; a long one has a progress bar on standard error."""
+    """Return the text of a file; a long one has a progress bar on standard error."""
     with tqdm(desc=printable(name), unit=" s", delay=2, leave=False, unit_scale=True) as bar:
         return recogniser.transcribe(name, progress=bar.update, **asked)
 
 
 def write(text: str, file: Path | None) -> None:
-    """Writes a text to a file, or to standard output."""
+    """Write a text to a file, or to standard output."""
     if file is None:
         print(text, end="", flush=True)
     else:

@@ -439,7 +439,7 @@ class Config:
 
 
 def are_splits(names: tuple[str, ...]) -> bool:
-    """Whether there are names, and each part of a name `A+B` stays inside the corpus."""
+    """Return whether there are names, and each part of a name `A+B` stays inside the corpus."""
     parts = [part for name in names for part in name.split("+")]
     return bool(parts) and all(
         part.strip()
@@ -476,7 +476,7 @@ def fault(setting: dataclasses.Field, value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -559,7 +559,7 @@ def for_method(config: Config) -> Config:
 
 
 def from_dict(values: dict) -> Config:
-    """The inverse of `dataclasses.asdict`, where tuples may have become lists."""
+    """Return the configuration of `dataclasses.asdict`, in which tuples may have become lists."""
     return Config(
         **{
             name: tuple(value) if isinstance(value, list) else value

@@ -4,6 +4,7 @@ Label 0 is the blank.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,7 @@ WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-    """Returns the negative log-likelihood of each utterance's labels, (N,), over all alignments.
+    """Return the negative log-likelihood of each utterance's labels, (N,), over all alignments.
 
     It is infinite, with a gradient of 0, where the labels and the blanks between repeated ones
     don't fit into the frames. `log_probs`: (N, T, V) of any float dtype; the loss is computed in
@@ -43,29 +44,29 @@ class CtcLoss(torch.autograd.Function):
     def forward(
         ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        dtype = torch.promote_types(log_probs.dtype, torch.float32)
         frames = log_probs.shape[1]
-        last = 2 * label_lengths  # (N,), the last state
-        state = torch.arange(2 * labels.shape[1] + 1, device=labels.device)
-        outside = state > last[:, None]  # (N, S)
-        extended = with_blanks(labels).masked_fill(outside, BLANK)  # padding may hold anything
+        last_frame = lengths - 1  # (N,)
+        last_state = 2 * label_lengths  # (N,)
+        extended = with_blanks(labels)  # (N, S)
+        state = torch.arange(extended.shape[1], device=labels.device)  # (S,)
+        outside = state > last_state[:, None]  # (N, S)
+        extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
         by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
-        emitted = log_probs.to(dtype).gather(2, by_frame)
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        emitted = log_probs.to(dtype).gather(2, by_frame)  # (N, T, S)
         emitted = emitted.masked_fill(outside[:, None], -torch.inf)
-        backwards = flipped(flipped(emitted, lengths - 1, 1), last, 2)
-        backwards = backwards.masked_fill(outside[:, None], -torch.inf)
-        both = torch.cat([emitted, backwards])  # (2 N, T, S)
-        alpha, beta = forward_variables(
-            both, torch.cat([extended, flipped(extended, last, 1)])
-        ).chunk(2)
-        beta = flipped(flipped(beta, lengths - 1, 1), last, 2)
-        at_end = alpha[torch.arange(len(alpha), device=alpha.device), lengths - 1]  # (N, S)
-        final = (state == last[:, None]) | (state == last[:, None] - 1)
+        alpha, beta = forward_backward(emitted, extended, last_frame, last_state)
+        utterance = torch.arange(len(alpha), device=alpha.device)
+        at_end = alpha[utterance, last_frame]  # (N, S)
+        final = (state == last_state[:, None]) | (state == last_state[:, None] - 1)
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
         # α and β both contain e(t, s), so one of them must go
-        posterior = (alpha + beta - emitted.clamp(min=-1e30) - log_likelihood[:, None, None]).exp()
-        after = torch.arange(frames, device=labels.device)[:, None] >= lengths[:, None, None]
-        nowhere = after | outside[:, None] | ~log_likelihood.isfinite()[:, None, None]
+        posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
+        posterior = (posterior - log_likelihood[:, None, None]).exp()
+        frame = torch.arange(frames, device=labels.device)[:, None]  # (T, 1)
+        after = frame > last_frame[:, None, None]  # (N, T, 1)
+        impossible = ~log_likelihood.isfinite()[:, None, None]  # (N, 1, 1)
+        nowhere = after | outside[:, None] | impossible
         ctx.save_for_backward(posterior.masked_fill(nowhere, 0), extended)
         ctx.vocabulary = log_probs.shape[2]
         ctx.dtype = log_probs.dtype
@@ -74,42 +75,72 @@ class CtcLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         posterior, extended = ctx.saved_tensors
-        occupied = posterior.new_zeros(*posterior.shape[:2], ctx.vocabulary)
-        occupied.scatter_add_(2, extended[:, None].expand_as(posterior), posterior)  # (N, T, V)
-        return (-grad[:, None, None] * occupied).to(ctx.dtype), None, None, None
+        utterances, frames, _ = posterior.shape
+        by_frame = extended[:, None].expand_as(posterior)  # (N, T, S)
+        occupied = posterior.new_zeros(utterances, frames, ctx.vocabulary)
+        occupied.scatter_add_(2, by_frame, posterior)  # (N, T, V)
+        log_probs_grad = -grad[:, None, None] * occupied
+        return log_probs_grad.to(ctx.dtype), None, None, None
 
 
 def with_blanks(labels: Tensor) -> Tensor:
-    """Returns (N, S) from (N, U) labels: a blank before, between and after them."""
-    extended = labels.new_full((len(labels), 2 * labels.shape[1] + 1), BLANK)
+    """Return (N, S) from (N, U) labels: a blank before, between and after them."""
+    utterances, count = labels.shape
+    extended = labels.new_full((utterances, 2 * count + 1), BLANK)
     extended[:, 1::2] = labels
     return extended
 
 
 def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
-    """Returns `x` with the entries 0 to `last`, (N,), of a dimension in reverse order.
+    """Return `x` with the entries 0 to `last`, (N,), of a dimension in reverse order.
 
     The entries after them are undefined.
     """
     place = torch.arange(x.shape[dim], device=x.device)
     index = (last[:, None] - place).clamp(min=0)  # (N, size of the dimension)
     shape = [1] * x.dim()
-    shape[0], shape[dim] = x.shape[0], x.shape[dim]
-    return x.gather(dim, index.view(shape).expand_as(x))
+    shape[0] = x.shape[0]
+    shape[dim] = x.shape[dim]
+    index = index.view(shape)
+    return x.gather(dim, index.expand_as(x))
+
+
+def forward_backward(
+    emitted: Tensor, labels: Tensor, last_frame: Tensor, last_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return α and β of every frame and state, (N, T, S) each.
+
+    `emitted`: (N, T, S) log-probabilities, −inf outside the states of an utterance. `labels`:
+    (N, S). `last_frame`, `last_state`: (N,). β is undefined after them.
+    """
+    reverse = flipped(emitted, last_frame, dim=1)
+    reverse = flipped(reverse, last_state, dim=2)
+    state = torch.arange(labels.shape[1], device=labels.device)
+    outside = state > last_state[:, None]  # (N, S)
+    reverse = reverse.masked_fill(outside[:, None], -torch.inf)
+    reverse_labels = flipped(labels, last_state, dim=1)
+    both = torch.cat([emitted, reverse])  # (2N, T, S)
+    both_labels = torch.cat([labels, reverse_labels])  # (2N, S)
+    alpha, beta = forward_variables(both, both_labels).chunk(2)
+    beta = flipped(beta, last_frame, dim=1)
+    beta = flipped(beta, last_state, dim=2)
+    return alpha, beta
 
 
 def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
-    """Returns α of every frame and state, (N, T, S).
+    """Return α of every frame and state, (N, T, S).
 
     `emitted`: (N, T, S) log-probabilities. `labels`: (N, S).
     """
-    skip = torch.zeros_like(labels, dtype=torch.bool)
-    skip[:, 2:] = (labels[:, 2:] != BLANK) & (labels[:, 2:] != labels[:, :-2])
-    skip_penalty = torch.zeros_like(emitted[:, 0]).masked_fill(~skip, -torch.inf)[:, 2:]
+    here = labels[:, 2:]  # (N, S − 2)
+    two_before = labels[:, :-2]
+    may_skip = (here != BLANK) & (here != two_before)
+    skip_penalty = emitted.new_zeros(may_skip.shape)
+    skip_penalty = skip_penalty.masked_fill(~may_skip, -torch.inf)
     alpha = torch.full_like(emitted, -torch.inf)
     alpha[:, 0, :2] = emitted[:, 0, :2]
     for t in range(1, emitted.shape[1]):
-        before = alpha[:, t - 1]
+        before = alpha[:, t - 1]  # (N, S)
         sources = before.new_full((3, *before.shape), -torch.inf)
         sources[0] = before
         sources[1, :, 1:] = before[:, :-1]
@@ -119,14 +150,17 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
 
 
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-    """Returns the labels of each utterance's best path. `log_probs`: (N, T, V)."""
-    best = log_probs.argmax(-1).cpu()
-    paths = zip(best, lengths.tolist(), strict=True)
-    return [[label for label, _ in label_frames(path[:length])] for path, length in paths]
+    """Return the labels of each utterance's best path. `log_probs`: (N, T, V)."""
+    paths = log_probs.argmax(-1).cpu()  # (N, T)
+    found = []
+    for path, length in zip(paths, lengths.tolist(), strict=True):
+        pairs = label_frames(path[:length])
+        found.append([label for label, _ in pairs])
+    return found
 
 
 def label_frames(path: Tensor) -> list[tuple[int, int]]:
-    """Returns the labels of a best path, (T,), each with the first frame in which it is emitted.
+    """Return the labels of a best path, (T,), each with the first frame in which it is emitted.
 
     Repeats are joined, then blanks removed.
     """
@@ -139,33 +173,28 @@ def label_frames(path: Tensor) -> list[tuple[int, int]]:
 class WordScorer(Protocol):
     """What the beam search asks of a language model. Scores are weighted natural logarithms."""
 
-    def start(self) -> object: ...  # the state at the beginning of an utterance
+    def start(self) -> object:
+        """Return the state at the beginning of an utterance."""
 
-    def score(self, state: object, word: str) -> tuple[object, float]: ...
+    def score(self, state: object, word: str) -> tuple[object, float]:
+        """Return the state after a word, and the word's score."""
 
-    def finish(self, state: object) -> float: ...  # of the utterance's end
+    def finish(self, state: object) -> float:
+        """Return the score of the utterance's end."""
 
 
+@dataclass(eq=False)
 class Prefix:
     """The labels of an utterance up to now, as the last one and the prefix before it."""
 
-    __slots__ = (
-        "__weakref__",
-        "after",
-        "before",
-        "ended",
-        "frame",
-        "label",
-        "score",
-        "state",
-        "word",
-    )
-
-    def __init__(self, before: "Prefix | None", label: int, frame: int) -> None:
-        self.before, self.label, self.frame = before, label, frame
-        self.word = ""  # the unfinished word at its end
-        self.score, self.state = 0.0, None  # language model: of the finished words
-        self.ended, self.after = 0.0, None  # the same, with the unfinished word as if it ended here
+    before: "Prefix | None"
+    label: int
+    frame: int
+    word: str = ""  # the unfinished word at its end
+    score: float = 0.0  # of its finished words, by the language model
+    state: object = None  # of the language model after them
+    ended_score: float = 0.0  # the same, as if the unfinished word ended here
+    ended_state: object = None
 
 
 class BeamSearch:
@@ -184,67 +213,90 @@ class BeamSearch:
     ) -> None:
         if beam < 1:
             raise ValueError(f"beam {beam}: must be 1 or more")
-        self.beam, self.labels, self.words = beam, labels, words
-        self.begins = np.array([label.startswith(WORD) for label in labels], dtype=float)  # (V,)
-        root = Prefix(None, BLANK, 0)
+        self.beam = beam
+        self.labels = labels
+        self.words = words
+        begins = [label.startswith(WORD) for label in labels]
+        self.begins = np.array(begins, dtype=float)  # (V,): 1 for a label that begins a word
+        root = Prefix(None, BLANK, frame=0)
         if words is not None:
-            root.state = root.after = words.start()
+            root.state = words.start()
+            root.ended_state = root.state
         self.prefixes = [root]
-        self.blank, self.label = np.zeros(1), np.full(1, -np.inf)  # (P,) each
+        # Log-probabilities (P,) of the alignments that end with a blank, or with the last label.
+        self.after_blank = np.zeros(1)
+        self.after_label = np.full(1, -np.inf)
         self.frame = 0
         self.known: WeakValueDictionary[tuple[Prefix, int], Prefix] = WeakValueDictionary()
 
     def advance(self, log_probs: Tensor) -> None:
-        """Goes on by the frames of `log_probs`, (T, V)."""
+        """Advance by the frames of `log_probs`, (T, V)."""
         with np.errstate(invalid="ignore"):  # of −inf − −inf in logaddexp
-            for frame in log_probs.double().cpu().numpy():
-                self.step(frame)
+            for of_frame in log_probs.double().cpu().numpy():
+                self.step(of_frame)
 
-    def step(self, frame: np.ndarray) -> None:
-        """Goes on by one frame, (V,) log-probabilities."""
+    def step(self, log_probs: np.ndarray) -> None:
+        """Advance by one frame. `log_probs`: (V,)."""
         last = np.array([prefix.label for prefix in self.prefixes])  # (P,)
-        total = np.logaddexp(self.blank, self.label)
-        longer = total[:, None] + frame  # (P, V): prefixes with one more label
-        longer[np.arange(len(last)), last] = self.blank + frame[last]
+        total = np.logaddexp(self.after_blank, self.after_label)
+        # the same prefixes
+        blank = total + log_probs[BLANK]  # (P,)
+        label = self.after_label + log_probs[last]  # (P,)
+        # prefixes with one more label; a repeated label needs a blank before it
+        longer = total[:, None] + log_probs  # (P, V)
+        longer[np.arange(len(last)), last] = self.after_blank + log_probs[last]
         longer[:, BLANK] = -np.inf
-        blank = total + frame[BLANK]  # (P,): the same prefixes
-        label = self.label + frame[last]
         self.merge(blank, label, longer)
-        ranked = np.concatenate([np.logaddexp(blank, label), longer.ravel()])
+        scores = np.logaddexp(blank, label)
+        scores = np.concatenate([scores, longer.ravel()])  # (P + P · V,)
         if self.words is not None:
-            ranked += self.word_scores()
-        best = largest(ranked, self.beam)
-        old = best[best < len(last)]
-        new = best[best >= len(last)] - len(last)  # in `longer`
-        parents, added = np.divmod(new, len(frame))
-        pairs = zip(parents, added.tolist(), strict=True)
-        grown = [self.grown(self.prefixes[parent], label) for parent, label in pairs]
-        self.prefixes = [self.prefixes[i] for i in old] + grown
-        self.blank = np.concatenate([blank[old], np.full(len(new), -np.inf)])
-        self.label = np.concatenate([label[old], longer.ravel()[new]])
+            scores += self.word_scores()
+        best = largest(scores, self.beam)
+        self.choose(best, blank, label, longer)
         self.frame += 1
 
     def merge(self, blank: np.ndarray, label: np.ndarray, longer: np.ndarray) -> None:
-        """Moves to a prefix of the beam what `longer` gives to it from the prefix before it."""
+        """Move to a prefix of the beam what `longer` gives to it from the prefix before it."""
         place = {prefix: i for i, prefix in enumerate(self.prefixes)}
         for i, prefix in enumerate(self.prefixes):
             parent = place.get(prefix.before)
-            if parent is not None:
-                entering = longer[parent, prefix.label]
-                if entering > np.logaddexp(blank[i], label[i]):
-                    prefix.frame = self.frame  # most alignments emit its label only now
-                label[i] = np.logaddexp(label[i], entering)
-                longer[parent, prefix.label] = -np.inf
+            if parent is None:
+                continue
+            entering = longer[parent, prefix.label]
+            if entering > np.logaddexp(blank[i], label[i]):
+                prefix.frame = self.frame  # most alignments emit its label only now
+            label[i] = np.logaddexp(label[i], entering)
+            longer[parent, prefix.label] = -np.inf
+
+    def choose(
+        self, best: np.ndarray, blank: np.ndarray, label: np.ndarray, longer: np.ndarray
+    ) -> None:
+        """Make the next beam of the `best` of P prefixes and P · V longer ones.
+
+        `best`: indices, 0 to P − 1 for the prefixes of the beam, then those of `longer`, (P, V).
+        """
+        count, vocabulary = longer.shape
+        old = best[best < count]
+        new = best[best >= count] - count
+        prefixes = [self.prefixes[i] for i in old]
+        for i in new.tolist():
+            parent, added = divmod(i, vocabulary)
+            prefixes.append(self.grown(self.prefixes[parent], added))
+        self.prefixes = prefixes
+        never = np.full(len(new), -np.inf)
+        self.after_blank = np.concatenate([blank[old], never])
+        self.after_label = np.concatenate([label[old], longer.ravel()[new]])
 
     def word_scores(self) -> np.ndarray:
-        """Returns the scores of the finished words of P prefixes, then of P · V longer ones."""
-        score = np.array([prefix.score for prefix in self.prefixes])
-        ended = np.array([prefix.ended for prefix in self.prefixes])
-        longer = score[:, None] + (ended - score)[:, None] * self.begins  # (P, V)
+        """Return the scores of the finished words of P prefixes, then of P · V longer ones."""
+        score = np.array([prefix.score for prefix in self.prefixes])  # (P,)
+        ended = np.array([prefix.ended_score for prefix in self.prefixes])
+        gain = ended - score  # of a label that begins a word
+        longer = score[:, None] + gain[:, None] * self.begins  # (P, V)
         return np.concatenate([score, longer.ravel()])
 
     def grown(self, before: Prefix, label: int) -> Prefix:
-        """Returns the prefix with one more label: the one that exists, or else a new one."""
+        """Return the prefix with one more label: the one that exists, or else a new one."""
         prefix = self.known.get((before, label))
         if prefix is not None:
             prefix.frame = self.frame
@@ -257,43 +309,49 @@ class BeamSearch:
 
     @staticmethod
     def add_piece(prefix: Prefix, piece: str, words: WordScorer) -> None:
-        """Gives a prefix its unfinished word and its scores, from those of the prefix before it."""
+        """Give a prefix its unfinished word and its scores, from those of the prefix before it."""
         before = prefix.before
         if piece.startswith(WORD):
             prefix.word = piece.removeprefix(WORD)
-            prefix.score, prefix.state = before.ended, before.after
+            prefix.score = before.ended_score
+            prefix.state = before.ended_state
         else:
             prefix.word = before.word + piece
-            prefix.score, prefix.state = before.score, before.state
-        prefix.ended, prefix.after = prefix.score, prefix.state
+            prefix.score = before.score
+            prefix.state = before.state
+        prefix.ended_score = prefix.score
+        prefix.ended_state = prefix.state
         if prefix.word:
-            prefix.after, gain = words.score(prefix.state, prefix.word)
-            prefix.ended += gain
+            prefix.ended_state, gain = words.score(prefix.state, prefix.word)
+            prefix.ended_score += gain
 
     def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
-        """Returns the score and the labels of each prefix of the beam, the best one first.
+        """Return the score and the labels of each prefix of the beam, the best one first.
 
         The labels are pairs of a label and the frame in which it is emitted.
         """
-        scores = np.logaddexp(self.blank, self.label)
+        scores = np.logaddexp(self.after_blank, self.after_label)
         if self.words is not None:
-            scores = scores + [p.ended + self.words.finish(p.after) for p in self.prefixes]
+            for i, prefix in enumerate(self.prefixes):
+                scores[i] += prefix.ended_score + self.words.finish(prefix.ended_state)
         order = largest(scores, self.beam)
         return [(float(scores[i]), labels_of(self.prefixes[i])) for i in order]
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of the `count` largest scores, the largest first, without −inf."""
+    """Return the indices of the `count` largest scores, the largest first, without −inf."""
     best = np.arange(len(scores))
     if count < len(scores):
         best = np.argpartition(-scores, count)[:count]
-    best = best[np.argsort(-scores[best], kind="stable")]
+    order = np.argsort(-scores[best], kind="stable")
+    best = best[order]
     return best[scores[best] > -np.inf]
 
 
 def labels_of(prefix: Prefix) -> list[tuple[int, int]]:
-    """Returns the labels of a prefix, each with its frame; frames never fall."""
-    pairs, frame = [], prefix.frame
+    """Return the labels of a prefix, each with its frame; frames never fall."""
+    pairs = []
+    frame = prefix.frame
     while prefix.before is not None:
         frame = min(frame, prefix.frame)
         pairs.append((prefix.label, frame))
@@ -308,10 +366,11 @@ def beam_search(
     labels: Sequence[str] = (),
     words: WordScorer | None = None,
 ) -> list[list[int]]:
-    """Returns the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
+    """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
     found = []
     for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
         search = BeamSearch(beam, labels, words)
         search.advance(of_utterance[:length])
-        found.append([label for label, _ in search.results()[0][1]])
+        _, best = search.results()[0]
+        found.append([label for label, _ in best])
     return found

@@ -51,20 +51,20 @@ class LanguageModel:
             raise ValueError(f"{path}: {str(error).splitlines()[-1]}") from error
 
     def start(self) -> object:
-        """Returns the state at the beginning of an utterance."""
+        """Return the state at the beginning of an utterance."""
         return self.model.start(False)
 
     def score(self, state: object, word: str) -> tuple[object, float]:
-        """Returns the state after a word, and the word's score."""
+        """Return the state after a word, and the word's score."""
         state, score = self.model.score(state, self.numbers.get(word, self.unknown))
         return state, self.weight * TO_NATURAL * score + self.bonus
 
     def finish(self, state: object) -> float:
-        """Returns the score of the utterance's end."""
+        """Return the score of the utterance's end."""
         return self.weight * TO_NATURAL * self.model.finish(state)[1]
 
     def missing(self, texts: Iterable[str], most: float = 1.0) -> str:
-        """Returns a line that says how many of the texts' words the model lacks.
+        """Return a line that says how many of the texts' words the model lacks.
 
         Raises ValueError where that is more than the share `most` of them.
         """
@@ -80,7 +80,7 @@ class LanguageModel:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keeps from the terminal what compiled code writes to standard error, as KenLM's progress."""
+    """Keep from the terminal what compiled code writes to standard error, as KenLM's progress."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -92,7 +92,7 @@ def silent() -> Iterator[None]:
 
 
 def unigrams(path: Path) -> Iterator[str]:
-    """Yields the words of an ARPA file, without the three that are marks."""
+    """Yield the words of an ARPA file, without the three that are marks."""
     try:
         with open(path, encoding="utf-8") as file:
             inside = False
@@ -113,7 +113,7 @@ def unigrams(path: Path) -> Iterator[str]:
 
 
 def check_spelling(path: Path, words: set[str], labels: Sequence[str]) -> None:
-    """Raises ValueError where the labels can spell hardly any word of a language model."""
+    """Raise ValueError where the labels can spell hardly any word of a language model."""
     letters = set("".join(labels[1:])) - {WORD}
 
     def share(spelled: Iterable[str]) -> float:

@@ -101,7 +101,7 @@ class Recogniser:
         language_model: LanguageModel | None = None,
         progress: Callable[[float], None] = lambda seconds: None,
     ) -> Transcript:
-        """Returns the text of `audio` with the times of its words.
+        """Return the text of `audio` with the times of its words.
 
         `audio`: a file that soundfile reads, `-` for a WAV on standard input, or a float array,
         (samples,) or (samples, channels), with its `sample_rate` in Hz. `size`: in layers, by
@@ -138,19 +138,19 @@ class Recogniser:
     def language_model(
         self, path: str | Path, weight: float = LM_WEIGHT, bonus: float = 0.0
     ) -> LanguageModel:
-        """Returns the n-gram model of an ARPA file for `transcribe`.
+        """Return the n-gram model of an ARPA file for `transcribe`.
 
         Each word adds weight · ln P(word | words before) + bonus to the score of a text.
         """
         return LanguageModel(Path(path), self.facts.labels, weight, bonus)
 
     def check_size(self, size: int) -> None:
-        """Raises ValueError for a size that the network lacks."""
+        """Raise ValueError for a size that the network lacks."""
         if size not in self.sizes:
             raise ValueError(f"size {size}: the sizes are {', '.join(map(str, self.sizes))}")
 
     def size_within(self, milliseconds: float) -> int:
-        """Returns the largest size that takes at most so long for 10 s of audio on this machine.
+        """Return the largest size that takes at most so long for 10 s of audio on this machine.
 
         Each size is measured once. Raises ValueError where the smallest one takes longer.
         """
@@ -165,7 +165,7 @@ class Recogniser:
         return max(within)
 
     def latency(self, size: int) -> float:
-        """Returns the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
+        """Return the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
         generator = torch.Generator().manual_seed(0)
         audio = torch.randn(round(LATENCY_SECONDS * self.facts.sample_rate), generator=generator)
         taken = []
@@ -177,7 +177,7 @@ class Recogniser:
 
 
 def load(path: str | Path) -> Recogniser:
-    """Returns the recogniser of a run directory, of one checkpoint, or of an ONNX file.
+    """Return the recogniser of a run directory, of one checkpoint, or of an ONNX file.
 
     Raises ValueError where `path` is none of these.
     """
@@ -188,7 +188,7 @@ def load(path: str | Path) -> Recogniser:
 
 
 def load_onnx(path: Path) -> Recogniser:
-    """Returns the recogniser of a file that `export.export` wrote."""
+    """Return the recogniser of a file that `export.export` wrote."""
     session = onnx_session(path)
     content = json.loads(session.get_modelmeta().custom_metadata_map.get("dynsize", "{}"))
     if content.get("format") != ONNX_FORMAT:
@@ -205,7 +205,7 @@ def load_onnx(path: Path) -> Recogniser:
 
 
 def onnx_session(path: Path) -> "InferenceSession":
-    """Returns an ONNX file ready to run on the CPU, with as many threads as torch uses."""
+    """Return an ONNX file ready to run on the CPU, with as many threads as torch uses."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -225,13 +225,13 @@ def onnx_session(path: Path) -> "InferenceSession":
 def onnx_inputs(
     session: "InferenceSession", audio: Tensor, lengths: Sequence[int], size: int
 ) -> dict[str, np.ndarray]:
-    """Returns the inputs of a file. `audio`: (B, samples), padded. `lengths`: in samples."""
+    """Return the inputs of a file. `audio`: (B, samples), padded. `lengths`: in samples."""
     inputs = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
     return {node.name: inputs[node.name] for node in session.get_inputs()}
 
 
 def facts_of(loaded: Checkpoint) -> Facts:
-    """Returns what decoding needs to know of a checkpoint's network."""
+    """Return what decoding needs to know of a checkpoint's network."""
     config, pieces = loaded.model.config, loaded.tokenizer.pieces
     window, hop = window_and_hop(config)
     labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
@@ -240,7 +240,7 @@ def facts_of(loaded: Checkpoint) -> Facts:
 
 
 def network_of(model: Supernet) -> Network:
-    """Returns a function that runs one size of a network on audio; pruned layers do not run."""
+    """Return a function that runs one size of a network on audio; pruned layers do not run."""
 
     @torch.inference_mode()
     def log_probs(audio: Tensor, size: int) -> Tensor:
@@ -256,7 +256,7 @@ def network_of(model: Supernet) -> Network:
 def windowed_log_probs(
     network: Callable[[Tensor], Tensor], blocks: Iterable[np.ndarray], facts: Facts
 ) -> Iterator[Tensor]:
-    """Yields the log-probabilities of audio of any length, in parts that follow each other.
+    """Yield the log-probabilities of audio of any length, in parts that follow each other.
 
     `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
     The network sees windows about as long as training's longest utterance, each with a sixth of
@@ -305,7 +305,7 @@ def filled(audio: np.ndarray, hop: int) -> Tensor:
 def file_blocks(
     path: str | Path, to_rate: int, sample_rate: int | None, channel: int | None
 ) -> Iterator[np.ndarray]:
-    """Yields the audio of a file, or of a WAV on standard input, resampled to `to_rate`.
+    """Yield the audio of a file, or of a WAV on standard input, resampled to `to_rate`.
 
     Raises ValueError for what can't be read, is truncated, or has no such channel.
     """
@@ -324,7 +324,7 @@ def file_blocks(
 
 
 def blocks_of(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Yields (samples, channels) float32 until the file ends. It may be a pipe."""
+    """Yield (samples, channels) float32 until the file ends. It may be a pipe."""
     while len(block := file.read(BLOCK * file.samplerate, dtype="float32", always_2d=True)):
         yield block
 
@@ -332,7 +332,7 @@ def blocks_of(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 def array_blocks(
     audio: np.ndarray, to_rate: int, sample_rate: int | None, channel: int | None
 ) -> Iterator[np.ndarray]:
-    """Yields an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
+    """Yield an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
     if sample_rate is None:
         raise ValueError("an array of samples needs its sample_rate")
     if audio.ndim not in (1, 2) or not np.issubdtype(audio.dtype, np.floating):
@@ -347,7 +347,7 @@ def array_blocks(
 def resampled(
     blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, channel: int | None, name: str
 ) -> Iterator[np.ndarray]:
-    """Yields one channel, (samples,) float32 at `to_rate`, of blocks of (samples, channels)."""
+    """Yield one channel, (samples,) float32 at `to_rate`, of blocks of (samples, channels)."""
     stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
     for block in blocks:
         if channel is not None and not 0 <= channel < block.shape[1]:
@@ -361,7 +361,7 @@ def resampled(
 
 
 def words_of(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> list[Word]:
-    """Returns the words of labels given with the encoder frame of each.
+    """Return the words of labels given with the encoder frame of each.
 
     CTC's labels are short peaks inside a word. So a word starts some time before its first label
     and ends some time after its last one, but words do not overlap and stay inside the audio.
