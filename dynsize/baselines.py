@@ -15,10 +15,14 @@ def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
     for size in [*sizes, layers]:
         rest = [layer for layer in range(layers) if layer not in ranking]
         more = size - len(ranking)
-        ranking += [rest[i * len(rest) // more] for i in range(more)]
+        for i in range(more):
+            place = i * len(rest) // more
+            ranking.append(rest[place])
     return ranking
 
 
 def shuffled(layers: int, seed: int) -> list[int]:
     """Return a random ranking."""
-    return random.Random(f"ranking {seed}").sample(range(layers), layers)
+    ranking = list(range(layers))
+    draw = random.Random(f"ranking {seed}")
+    return draw.sample(ranking, layers)

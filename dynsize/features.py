@@ -24,7 +24,9 @@ def feature_frames(samples: int, config: Config) -> int:
 def window_and_hop(config: Config) -> tuple[int, int]:
     """Return the lengths of the analysis window and of the hop, in samples."""
     samples_per_ms = config.sample_rate / 1000
-    return round(config.window_ms * samples_per_ms), round(config.hop_ms * samples_per_ms)
+    window = round(config.window_ms * samples_per_ms)
+    hop = round(config.hop_ms * samples_per_ms)
+    return window, hop
 
 
 @lru_cache(maxsize=4)
@@ -41,10 +43,16 @@ def mel_filters(
 
     corners = torch.linspace(mel(lowest_hz), mel(highest_hz), bins + 2, dtype=torch.float64)
     corners = 700 * (10 ** (corners / 2595) - 1)  # in Hz
-    hz = torch.linspace(0, sample_rate / 2, spectrum // 2 + 1, dtype=torch.float64)[:, None]
-    rising = (hz - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    falling = (corners[2:] - hz) / (corners[2:] - corners[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0).float()
+    left = corners[:-2]  # (bins,)
+    peak = corners[1:-1]
+    right = corners[2:]
+    highest = sample_rate / 2
+    hz = torch.linspace(0, highest, spectrum // 2 + 1, dtype=torch.float64)
+    hz = hz[:, None]  # (spectrum // 2 + 1, 1)
+    rising = (hz - left) / (peak - left)
+    falling = (right - hz) / (right - peak)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return triangles.float()
 
 
 def log_mel(waveform: Tensor, config: Config) -> Tensor:
@@ -54,16 +62,28 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     than one window, zeros are added. T is `feature_frames(samples, config)`.
     """
     window, hop = window_and_hop(config)
-    waveform = F.pad(waveform, (0, max(0, window - len(waveform))))
+    missing = max(0, window - len(waveform))
+    waveform = F.pad(waveform, (0, missing))
     frames = waveform.unfold(0, window, hop)  # (T, window)
-    frames = (frames - frames.mean(1, keepdim=True)) * torch.hann_window(window)
+    frames = frames - frames.mean(1, keepdim=True)
+    frames = frames * torch.hann_window(window)
     spectrum = 2 ** math.ceil(math.log2(window))
-    waves = torch.view_as_real(torch.fft.rfft(frames, n=spectrum))  # (T, spectrum // 2 + 1, 2)
+    waves = torch.fft.rfft(frames, n=spectrum)  # (T, spectrum // 2 + 1), complex
+    waves = torch.view_as_real(waves)  # (T, spectrum // 2 + 1, 2)
     power = waves.square().sum(-1)  # (T, spectrum // 2 + 1)
-    range_hz = (config.lowest_hz, config.highest_hz)
-    filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, *range_hz)
-    features = (power @ filters + QUIETEST).log()
-    return (features - features.mean(0)) / features.var(0, correction=0).add(1e-5).sqrt()
+    filters = mel_filters(
+        config.mel_bins,
+        spectrum,
+        config.sample_rate,
+        config.lowest_hz,
+        config.highest_hz,
+    )
+    energies = power @ filters  # (T, F)
+    features = (energies + QUIETEST).log()
+    mean = features.mean(0)  # (F,)
+    variance = features.var(0, correction=0)
+    deviation = variance.add(1e-5).sqrt()
+    return (features - mean) / deviation
 
 
 def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tensor:
@@ -72,12 +92,20 @@ def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tenso
     SpecAugment (Park et al. 2019) without time warping. T bounds the number of time masks.
     """
     features = features.clone()
-    time_masks = max(2, len(features) // config.time_mask_every) if config.time_mask_every else 0
-    over_bins = (1, config.frequency_masks, config.frequency_mask_bins)
-    over_time = (0, time_masks, config.time_mask_frames)
-    for axis, most, widest in (over_bins, over_time):
-        for _ in range(draw.randint(min(2, most), most)):
-            width = draw.randint(0, min(widest, features.shape[axis]))
-            start = draw.randint(0, features.shape[axis] - width)
-            features.narrow(axis, start, width).zero_()
+    mask(features, 1, config.frequency_masks, config.frequency_mask_bins, draw)
+    time_masks = 0
+    if config.time_mask_every > 0:
+        time_masks = max(2, len(features) // config.time_mask_every)
+    mask(features, 0, time_masks, config.time_mask_frames, draw)
     return features
+
+
+def mask(features: Tensor, axis: int, most: int, widest: int, draw: random.Random) -> None:
+    """Set up to `most` bands of `features`, each at most `widest` wide along `axis`, to 0."""
+    size = features.shape[axis]
+    least = min(2, most)
+    number = draw.randint(least, most)
+    for _ in range(number):
+        width = draw.randint(0, min(widest, size))
+        start = draw.randint(0, size - width)
+        features.narrow(axis, start, width).zero_()

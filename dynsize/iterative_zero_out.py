@@ -46,9 +46,12 @@ def layer_weights(
 
     `scores`: (L,).
     """
-    alive = set(ranking[: size_before(update, config)])
-    weights = enumerate(scores.sigmoid().unbind())
-    return [weight if layer in alive else False for layer, weight in weights]
+    left = size_before(update, config)
+    weights = scores.sigmoid()  # (L,)
+    gates: list[bool | Tensor] = list(weights.unbind())
+    for layer in ranking[left:]:
+        gates[layer] = False
+    return gates
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
@@ -58,8 +61,9 @@ def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Conf
     iteration.
     """
     gates = layer_weights(scores, ranking, update, config)
-    weights = [gate for gate in gates if gate is not False]
-    distance = torch.stack(weights).sum() - size_at(update, config)
+    weights = torch.stack([gate for gate in gates if gate is not False])  # (layers left,)
+    target = size_at(update, config)
+    distance = weights.sum() - target
     return SPARSITY_LOSS * distance.abs() / len(scores)
 
 
@@ -69,12 +73,16 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
     left = size_before(update, config)
-    survivors = set(ranking[:left])
-    order = scores.detach().sort(descending=True, stable=True).indices
-    ranked = [layer for layer in order.tolist() if layer in survivors]
-    return ranked + list(ranking[left:])
+    survivors = ranking[:left]
+    zeroed_out = ranking[left:]
+    ordered = scores.detach().sort(descending=True, stable=True)
+    by_score = ordered.indices.tolist()
+    ranked = [layer for layer in by_score if layer in survivors]
+    return [*ranked, *zeroed_out]
 
 
 def needs_ranking(update: int, config: Config) -> bool:
     """Return whether this update ends an iteration: then the ranking says what is zeroed out."""
-    return size_before(update + 1, config) < size_before(update, config)
+    left = size_before(update, config)
+    left_next = size_before(update + 1, config)
+    return left_next < left

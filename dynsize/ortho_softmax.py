@@ -59,12 +59,12 @@ def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Conf
 
     It is Σ_{i<j≤k} (Pᵢ · Pⱼ)² + Σ_{i≤k} (Pᵢ · Pᵢ − 1)²: 0 where the rows are one-hot and differ.
     """
-    rows = first_rows(scores, update, config)
+    rows = first_rows(scores, update, config)  # (k, L)
     products = rows @ rows.T  # (k, k)
     orthogonal = products.triu(diagonal=1).square().sum()
-    lengths = products.diagonal() - 1
-    loss = orthogonal + lengths.square().sum()
-    return loss_weight(update, config) * loss
+    lengths = products.diagonal() - 1  # (k,)
+    one_hot = lengths.square().sum()
+    return loss_weight(update, config) * (orthogonal + one_hot)
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
@@ -72,10 +72,12 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
 
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
+    ordered = scores.detach().sort(descending=True, stable=True)
+    rows = ordered.indices.tolist()  # of layers, the largest score first
     ranked: list[int] = []
-    order = scores.detach().sort(descending=True, stable=True).indices
-    for row in order.tolist():
-        ranked.append(next(layer for layer in row if layer not in ranked))
+    for row in rows:
+        not_taken = [layer for layer in row if layer not in ranked]
+        ranked.append(not_taken[0])
     return ranked
 
 
@@ -86,19 +88,22 @@ def needs_ranking(update: int, config: Config) -> bool:
 
 def choices(scores: Tensor, update: int, config: Config) -> Tensor:
     """Return the distributions Pᵢ = softmax(Sᵢ / τ) of all rows, (L, L)."""
-    return (scores / temperature(update, config)).softmax(1)
+    scaled = scores / temperature(update, config)
+    return scaled.softmax(1)
 
 
 def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
     """Return the distributions of the first k rows, (k, L)."""
     k = size_at(update, config)
-    return choices(scores, update, config)[:k]
+    rows = choices(scores, update, config)  # (L, L)
+    return rows[:k]
 
 
 def temperature(update: int, config: Config) -> float:
     """Return τ, which is multiplied by one constant each update, from 1 to 0.01 in step 1."""
     last = max(1, step1_updates(config) - 1)
-    return LAST_TEMPERATURE ** min(1.0, update / last)
+    done = min(1.0, update / last)
+    return LAST_TEMPERATURE**done
 
 
 def loss_weight(update: int, config: Config) -> float:

@@ -20,13 +20,16 @@ def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int,
     The largest size trains with weight 1. The smallest one and one between, drawn from
     (seed, update), train with the weight `subnet_loss`. `sizes`: ascending.
     """
-    *smaller, largest = sizes
+    smallest = sizes[0]
+    between = sizes[1:-1]
+    largest = sizes[-1]
     weights = {largest: 1.0}
-    if len(smaller) > 1:
+    if between:
         draw = random.Random(f"sandwich {config.seed} {update}")
-        weights[draw.choice(smaller[1:])] = config.subnet_loss
-    if smaller:
-        weights[smaller[0]] = config.subnet_loss
+        drawn = draw.choice(between)
+        weights[drawn] = config.subnet_loss
+    if smallest != largest:
+        weights[smallest] = config.subnet_loss
     return weights
 
 
@@ -43,8 +46,11 @@ def stochastic_depth(
     if config.stochastic_depth == 0:
         return [True] * len(smallest)
     stays = layer_gates(seeds, len(smallest), config.stochastic_depth)  # (L, B)
-    gates = zip(smallest, stays, strict=True)
-    return [True if always else stay for always, stay in gates]
+    gates: list[bool | Tensor] = list(stays)
+    for layer, kept in enumerate(smallest):
+        if kept:
+            gates[layer] = True
+    return gates
 
 
 def gates(

@@ -39,12 +39,13 @@ def layer_weights(
     for the others, and have the gradient of the relaxed weights. `soft`: the relaxed weights.
     """
     k = size_at(update, config)
-    relaxed = relaxed_top_k(scores, k)
+    relaxed = relaxed_top_k(scores, k)  # (L,)
     if config.relaxation == "soft":
         return list(relaxed.unbind())
     kept = by_score(scores)[:k]
-    binary = torch.zeros_like(scores).index_fill(0, kept, 1.0)
-    weights = binary + (relaxed - relaxed.detach())
+    binary = torch.zeros_like(scores).index_fill(0, kept, 1.0)  # (L,)
+    without_value = relaxed - relaxed.detach()  # 0, with the gradient of the relaxed weights
+    weights = binary + without_value
     return list(weights.unbind())
 
 
@@ -68,7 +69,8 @@ def needs_ranking(update: int, config: Config) -> bool:
 
 def by_score(scores: Tensor) -> Tensor:
     """Return (L,) int64, the layers by falling score, on the scores' device."""
-    return scores.detach().sort(descending=True, stable=True).indices
+    ordered = scores.detach().sort(descending=True, stable=True)
+    return ordered.indices
 
 
 def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
@@ -78,13 +80,17 @@ def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
     ones selected. The weights are not negative, sum to k, keep the order of the scores, and may
     exceed 1.
     """
-    # log(1 − p) is the log-sum-exp of all other scores minus that of all scores: in this form it
+    # log(1 − p) is the log-sum-exp of all other entries of a minus that of all: in this form it
     # stays finite where p is 1 to rounding.
-    itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    relaxed, a = torch.zeros_like(scores), scores
+    layers = len(scores)
+    itself = torch.eye(layers, dtype=torch.bool, device=scores.device)
+    relaxed = torch.zeros_like(scores)
+    a = scores
     for _ in range(k):
         relaxed = relaxed + a.softmax(0)
-        others = a.expand(len(a), -1)  # row i: the scores without the i-th
-        others = others.masked_fill(itself, -torch.inf).logsumexp(1)
-        a = a + others - a.logsumexp(0)
+        others = a.expand(layers, -1)  # (L, L)
+        others = others.masked_fill(itself, -torch.inf)  # row i: a without its i-th entry
+        sum_of_others = others.logsumexp(1)  # (L,)
+        sum_of_all = a.logsumexp(0)
+        a = a + sum_of_others - sum_of_all
     return relaxed

@@ -29,12 +29,14 @@ def cut(model: Supernet, size: int) -> Supernet:
         raise ValueError(
             f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers"
         )
-    subnet = Supernet(model.config, model.output_layer(size).out_features, model.ranking, size)
+    output_layer = model.output_layer(size)
+    subnet = Supernet(model.config, output_layer.out_features, model.ranking, size)
     weights = model.encoder.state_dict()
     kept = {name: weights[name] for name in subnet.encoder.state_dict()}
     subnet.encoder.load_state_dict(kept)
-    subnet.output_layer(size).load_state_dict(model.output_layer(size).state_dict())
-    return subnet.eval().to(next(model.parameters()).device)
+    subnet.output_layer(size).load_state_dict(output_layer.state_dict())
+    subnet.eval()
+    return subnet.to(output_layer.weight.device)
 
 
 def widened(model: Supernet, config: Config) -> Supernet:
@@ -73,7 +75,8 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
     def cost(size: int) -> float:
         return COSTS[budget](cut(model, size), size, seconds)
 
-    size = bisect_right(range(1, model.config.layers + 1), limit, key=cost)
+    sizes = range(1, model.config.layers + 1)
+    size = bisect_right(sizes, limit, key=cost)
     if size == 0:
         flag = budget.replace("_", "-")
         raise ValueError(f"--{flag} {limit:g}: a subnet of one layer has {cost(1):,.10g} already")
@@ -86,16 +89,24 @@ def parameters(model: Supernet, size: int | None = None) -> int:
     `size`: by default the largest. Layer scores and the other sizes' output layers do not count,
     so a size has the same number inside a supernet and cut out of it.
     """
-    size = model.sizes[-1] if size is None else size
-    blocks = model.encoder.blocks
-    pruned = [layer for layer, kept in enumerate(model.mask(size)) if not kept]
-    names = [(layer // 4, LAYERS[layer % 4]) for layer in pruned]
-    modules = [blocks[block][kind] for block, kind in names if kind in blocks[block]]
-    return (
-        weights_in(model.encoder)
-        + weights_in(model.output_layer(size))
-        - sum(map(weights_in, modules))
-    )
+    if size is None:
+        size = model.sizes[-1]
+    total = weights_in(model.encoder) + weights_in(model.output_layer(size))
+    for layer, kept in enumerate(model.mask(size)):
+        module = layer_module(model, layer)
+        if not kept and module is not None:
+            total -= weights_in(module)
+    return total
+
+
+def layer_module(model: Supernet, layer: int) -> nn.Module | None:
+    """Return a layer's module; None where the network was cut and lacks the layer."""
+    block, kind = divmod(layer, len(LAYERS))
+    modules = model.encoder.blocks[block]
+    name = LAYERS[kind]
+    if name not in modules:
+        return None
+    return modules[name]
 
 
 def weights_in(module: nn.Module) -> int:
@@ -108,15 +119,18 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
 
     Products of the attention are included.
     """
-    config, encoder = model.config, model.encoder
-    feature_count = feature_frames(round(seconds * config.sample_rate), config)
-    total = front_end_macs(encoder.front_end, feature_count, config.mel_bins)
-    frames = encoder.front_end.output_frames(feature_count)
+    config = model.config
+    front_end = model.encoder.front_end
+    samples = round(seconds * config.sample_rate)
+    frames_in = feature_frames(samples, config)
+    frames = front_end.output_frames(frames_in)
+    total = front_end_macs(front_end, frames_in, config.mel_bins)
     for layer, kept in enumerate(model.mask(size)):
         if kept:
-            module = encoder.blocks[layer // 4][LAYERS[layer % 4]]
+            module = layer_module(model, layer)
             total += layer_macs(module, frames)
-    return total + frames * model.output_layer(size).weight.numel()
+    output_layer = model.output_layer(size)
+    return total + frames * output_layer.weight.numel()
 
 
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:
@@ -124,7 +138,8 @@ def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) ->
 
     Self-attention has 2 · frames² · D more: queries with keys, and weights with values.
     """
-    total = frames * sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+    matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
+    total = frames * sum(matrix.numel() for matrix in matrices)
     if isinstance(layer, SelfAttention):
         total += 2 * frames**2 * layer.project.out_features
     return total
@@ -135,7 +150,8 @@ def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
     total = front_end.output_frames(frames) * front_end.project.weight.numel()
     for number, convolution in enumerate(front_end.convolutions):
         if convolution.stride[0] == 2:
-            frames, bins = (frames + 1) // 2, (bins + 1) // 2
+            frames = (frames + 1) // 2
+            bins = (bins + 1) // 2
         elif number == 2:  # after the first max-pooling of the VGG front-end
             frames //= 2
         total += frames * bins * convolution.weight.numel()
@@ -151,9 +167,11 @@ def latencies(
     `networks`: pairs of a network, on one device, and the size that runs. Measured from features to
     log-probabilities: the median of `repeats` rounds in turn, after one round to warm up.
     """
-    config = networks[0][0].config
-    device = next(networks[0][0].parameters()).device
-    frames = feature_frames(round(seconds * config.sample_rate), config)
+    first, _ = networks[0]
+    config = first.config
+    device = next(first.parameters()).device
+    samples = round(seconds * config.sample_rate)
+    frames = feature_frames(samples, config)
     features = torch.randn(1, frames, config.mel_bins, device=device)
     lengths = torch.tensor([frames], device=device)
     times: list[list[float]] = [[] for _ in networks]

@@ -31,16 +31,24 @@ class Supernet(nn.Module):
         size: int | None = None,
     ):
         super().__init__()
-        self.config, self.size = config, size
-        self.ranking = list(range(config.layers) if ranking is None else ranking)
+        if ranking is None:
+            ranking = range(config.layers)
+        self.config = config
+        self.size = size
         self.sizes = config.sizes if size is None else (size,)
-        self.encoder = Encoder(config, self.ranking[: self.sizes[-1]])
-        names = ["shared"] if config.shared_output_layer else map(str, self.sizes)
-        output_layers = {name: nn.Linear(config.width, labels) for name in names}
-        self.output_layers = nn.ModuleDict(output_layers)
+        self.ranking = list(ranking)
+        layers = self.ranking[: self.sizes[-1]]
+        self.encoder = Encoder(config, layers)
+        names = [str(size) for size in self.sizes]
+        if config.shared_output_layer:
+            names = ["shared"]
+        self.output_layers = nn.ModuleDict()
+        for name in names:
+            self.output_layers[name] = nn.Linear(config.width, labels)
         self.scores = None
         if size is None and config.method in ALGORITHMS:
-            self.scores = nn.Parameter(ALGORITHMS[config.method].initial_scores(config))
+            algorithm = ALGORITHMS[config.method]
+            self.scores = nn.Parameter(algorithm.initial_scores(config))
 
     def get_extra_state(self) -> list[int]:
         """Return the ranking, which is part of `state_dict`."""
@@ -97,8 +105,10 @@ class Supernet(nn.Module):
         These are the output layers of other sizes and, except in step 1 (`learning`), the scores.
         """
         used = [self.output_layer(size) for size in sizes]
-        others = [layer for layer in self.output_layers.values() if layer not in used]
-        weights = [weight for layer in others for weight in layer.parameters()]
+        weights: list[nn.Parameter] = []
+        for output_layer in self.output_layers.values():
+            if output_layer not in used:
+                weights.extend(output_layer.parameters())
         if self.scores is not None and not learning:
             weights.append(self.scores)
         return weights
@@ -124,10 +134,14 @@ class Supernet(nn.Module):
             gates = [self.mask(size) for size in sizes]
         with precision(self.config, features.device):
             x, lengths = self.encoder(features, lengths, gates, seeds)  # (M, B, T', D)
-            networks = zip(sizes, x, strict=True)
-            logits = torch.stack([self.output_layer(size)(stream) for size, stream in networks])
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return logits.to(wide).log_softmax(-1), lengths
+            by_size = []
+            for size, of_network in zip(sizes, x, strict=True):
+                output_layer = self.output_layer(size)
+                by_size.append(output_layer(of_network))
+            logits = torch.stack(by_size)  # (M, B, T', V)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = logits.to(dtype).log_softmax(-1)
+        return log_probs, lengths
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager:
@@ -138,21 +152,25 @@ def precision(config: Config, device: torch.device) -> AbstractContextManager:
     bfloat16 = config.precision == "bfloat16"
     if config.precision == "auto":
         bfloat16 = has_bfloat16(device)
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    if bfloat16:
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware computes in bfloat16 itself, without emulation."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     capabilities = torch.cpu.get_capabilities()
-    fast = ("avx512_bf16", "amx_bf16")
-    return device.type == "cpu" and any(capabilities.get(name) for name in fast)
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def layer_name(layer: int) -> str:
     """Return the name of a layer for people: layer 0 is `1.ff1`, the first of the first block."""
-    return f"{layer // 4 + 1}.{LAYERS[layer % 4]}"
+    block, kind = divmod(layer, len(LAYERS))
+    return f"{block + 1}.{LAYERS[kind]}"
 
 
 LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa, ff2; a dot: pruned"
@@ -160,5 +178,10 @@ LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa,
 
 def layer_map(mask: Sequence[bool]) -> str:
     """Return a mask for people, as `LAYER_MAP` says: `fcmf f.m.` for two blocks, the second cut."""
-    letters = [LAYERS[layer % 4][0] if kept else "." for layer, kept in enumerate(mask)]
-    return " ".join("".join(letters[i : i + 4]) for i in range(0, len(letters), 4))
+    text = ""
+    for layer, kept in enumerate(mask):
+        block, kind = divmod(layer, len(LAYERS))
+        if block > 0 and kind == 0:
+            text += " "
+        text += LAYERS[kind][0] if kept else "."
+    return text

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 
@@ -21,6 +21,9 @@ GAP = 1 << 21
 SUBSTITUTION = GAP * GAP
 INSERTION = SUBSTITUTION + GAP
 DELETION = SUBSTITUTION + GAP + 1
+# sclite's notation: `{ … }`, `(word)` or a word.
+SLOT = re.compile(r"\{([^{}]+)\}|\((\S+)\)(?!\S)|(\S+)")
+BETWEEN_ALTERNATIVES = re.compile(r"(?<!\S)/(?!\S)")
 NO_BLANKS = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()  # Unicode's names
 
 
@@ -34,7 +37,12 @@ class Errors:
     words: int = 0  # of the reference
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Errors(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.words + other.words,
+        )
 
     @property
     def total(self) -> int:
@@ -58,10 +66,10 @@ def sclite_reference(text: str) -> Reference:
     Raises ValueError for braces that are not in pairs, or inside each other.
     """
     slots: list[list[list[str]]] = []
-    for braces, optional, word in re.findall(r"\{([^{}]+)\}|\((\S+)\)(?!\S)|(\S+)", text):
+    for braces, optional, word in SLOT.findall(text):
         if braces:
-            alternatives = re.split(r"(?<!\S)/(?!\S)", braces)
-            slots.append([[w for w in a.split() if w != "@"] for a in alternatives])
+            alternatives = BETWEEN_ALTERNATIVES.split(braces)
+            slots.append([words_of(alternative) for alternative in alternatives])
         elif optional:
             slots.append([[optional], []])
         elif {"{", "}"} & set(word):
@@ -69,6 +77,11 @@ def sclite_reference(text: str) -> Reference:
         else:
             slots.append([[word]])
     return slots
+
+
+def words_of(alternative: str) -> list[str]:
+    """Return the words of an alternative in sclite's notation, where `@` is no word."""
+    return [word for word in alternative.split() if word != "@"]
 
 
 def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
@@ -82,16 +95,19 @@ def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
     table = []  # slot → alternative → rows: before its first word, then after each word
     for slot in reference:
         rows = [list(accumulate(words, after, initial=row)) for words in slot]
-        row = np.min([of_words[-1] for of_words in rows], axis=0)
+        last_rows = [of_words[-1] for of_words in rows]
+        row = np.min(last_rows, axis=0)
         table.append(rows)
     pairs: list[Pair] = []  # the last one first
     j = len(heard)
     for slot, rows in zip(reversed(reference), reversed(table), strict=True):
-        best = int(np.argmin([of_words[-1][j] for of_words in rows]))
+        costs = [of_words[-1][j] for of_words in rows]
+        best = int(np.argmin(costs))
         traced = trace(slot[best], heard[:j], rows[best])
         pairs += traced
         j -= sum(word is not None for _, word in traced)
-    pairs += [(None, word) for word in reversed(heard[:j])]
+    inserted = reversed(heard[:j])
+    pairs += [(None, word) for word in inserted]
     return pairs[::-1]
 
 
@@ -101,20 +117,24 @@ def trace(said: Sequence[str], heard: Sequence[str], rows: Sequence[np.ndarray])
     `rows`: the costs before the first word and after each word.
     """
     pairs: list[Pair] = []
-    i, j = len(said), len(heard)
+    i = len(said)
+    j = len(heard)
     while i > 0:
+        said_word = said[i - 1]
+        heard_word = heard[j - 1] if j > 0 else None
         cost = rows[i][j]
         diagonal = rows[i - 1][j - 1] if j > 0 else np.inf
-        same = j > 0 and said[i - 1] == heard[j - 1]
-        if cost == diagonal + (0 if same else SUBSTITUTION):
-            pairs.append((said[i - 1], heard[j - 1]))
+        if said_word != heard_word:
+            diagonal = diagonal + SUBSTITUTION
+        if cost == diagonal:
+            pairs.append((said_word, heard_word))
             i -= 1
             j -= 1
         elif cost == rows[i - 1][j] + DELETION:
-            pairs.append((said[i - 1], None))
+            pairs.append((said_word, None))
             i -= 1
         else:
-            pairs.append((None, heard[j - 1]))
+            pairs.append((None, heard_word))
             j -= 1
     return pairs
 
@@ -126,16 +146,19 @@ def first_row_and_step(heard: Sequence[str]) -> tuple[np.ndarray, Callable]:
     hypothesis's first j (Wagner and Fischer 1974). The step takes row i and the reference's next
     word, and returns row i + 1.
     """
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(heard))}
+    different_words = dict.fromkeys(heard)
+    numbers = {word: number for number, word in enumerate(different_words)}
     codes = np.array([numbers[word] for word in heard], dtype=np.int64)
     insertions = INSERTION * np.arange(len(heard) + 1)  # row 0
 
     def after(row: np.ndarray, word: str) -> np.ndarray:
-        differs = codes != numbers.get(word, -1)
+        code = numbers.get(word, -1)
+        substituted = row[:-1] + SUBSTITUTION * (codes != code)
         costs = row + DELETION
-        costs[1:] = np.minimum(costs[1:], row[:-1] + SUBSTITUTION * differs)
+        costs[1:] = np.minimum(costs[1:], substituted)
         # the cheapest entry to the left, with an insertion for each step from it
-        return np.minimum.accumulate(costs - insertions) + insertions
+        costs = np.minimum.accumulate(costs - insertions)
+        return costs + insertions
 
     return insertions, after
 
@@ -156,21 +179,27 @@ def count_errors(said: Sequence[str], heard: Sequence[str]) -> Errors:
     Keeps one row, so memory grows with the length and not with its square.
     """
     row, after = first_row_and_step(heard)
-    cost = int(reduce(after, said, row)[-1])
-    errors, gaps, deletions = cost // SUBSTITUTION, cost // GAP % GAP, cost % GAP
+    last_row = reduce(after, said, row)
+    cost = int(last_row[-1])
+    errors = cost // SUBSTITUTION
+    gaps = cost // GAP % GAP
+    deletions = cost % GAP
     return Errors(errors - gaps, deletions, gaps - deletions, len(said))
 
 
 def writes_blanks(texts: Iterable[str]) -> bool:
     """Return whether most letters are of scripts that write blanks between words."""
+    scripts = tuple(NO_BLANKS)
     letters = [c for text in texts for c in text if c.isalpha()]
-    without = sum(unicodedata.name(c, "").startswith(tuple(NO_BLANKS)) for c in letters)
+    names = [unicodedata.name(letter, "") for letter in letters]
+    without = sum(name.startswith(scripts) for name in names)
     return 2 * without <= len(letters)
 
 
 def interval(errors: Sequence[Errors]) -> tuple[float, float]:
     """Return the 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances."""
-    low, high = np.quantile(redrawn_rates([errors])[:, 0], [0.025, 0.975])
+    rates = redrawn_rates([errors])  # (draws, 1)
+    low, high = np.quantile(rates[:, 0], [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -187,26 +216,34 @@ def paired_interval(
 
     Raises ValueError for different numbers of utterances.
     """
-    lengths = {len(run) for run in [*first, *second]}
+    runs = [*first, *second]
+    lengths = {len(run) for run in runs}
     if len(lengths) > 1:
         numbers = " and ".join(map(str, sorted(lengths, reverse=True)))
         raise ValueError(f"{numbers} utterances can't be compared in pairs")
-    rates = redrawn_rates(first, second)
-    low, high = np.quantile(rates[:, 0] - rates[:, 1], [0.025, 0.975])
+    rates = redrawn_rates(first, second)  # (draws, 2)
+    differences = rates[:, 0] - rates[:, 1]
+    low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
 
 
 def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
     """Return the error rates (draws, sides) of utterances and runs, drawn with replacement."""
     draw = np.random.default_rng(0)
-    counts = [
-        np.array([[(e.total, e.words) for e in run] for run in side], dtype=float) for side in sides
-    ]  # (runs, utterances, 2) each
+    counts = [np.array([counted(run) for run in side]) for side in sides]  # (runs, utterances, 2)
+    utterances = counts[0].shape[1]
     rates = np.empty((DRAWS, len(sides)))
     for i in range(DRAWS):
-        utterances = draw.integers(counts[0].shape[1], size=counts[0].shape[1])
+        drawn = draw.integers(utterances, size=utterances)
         for side, of_side in enumerate(counts):
             runs = draw.integers(len(of_side), size=len(of_side))
-            total, words = of_side[:, utterances].sum(1)[runs].T  # (runs,) each
-            rates[i, side] = (total / np.maximum(words, 1)).mean()
+            by_run = of_side[:, drawn].sum(1)  # (runs, 2)
+            total, words = by_run[runs].T  # (runs,) each
+            rate = total / np.maximum(words, 1)
+            rates[i, side] = rate.mean()
     return rates
+
+
+def counted(run: Sequence[Errors]) -> np.ndarray:
+    """Return the errors and the words of each utterance, (utterances, 2)."""
+    return np.array([(errors.total, errors.words) for errors in run], dtype=float)
