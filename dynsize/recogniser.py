@@ -287,7 +287,7 @@ def windowed_log_probs(
 
 
 def filled(audio: np.ndarray, hop: int) -> Tensor:
-    """Returns the samples, with faint noise in every hop that holds nothing but zeros.
+    """Return the samples, with faint noise in every hop that holds nothing but zeros.
 
     Zeros, as in a muted call or between joined recordings, are far quieter than any recorded
     silence: a few of them would decide the mean and the variance of a window's features.
