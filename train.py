@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dynsize import config as configuration
 from dynsize import processes
 from dynsize.checkpoint import NAME
+from dynsize.fine_tuning import beginning
 from dynsize.study import next_training, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP, layer_map
@@ -35,6 +36,7 @@ EXAMPLES = """\
   python train.py --preset librispeech --corpus /data/LibriSpeech --run runs/mine
   python train.py --corpus mine --train-splits train --dev-splits dev --test-splits test
   python train.py --resume runs/mine --threads 4      go on after a stop
+  python train.py --init-from runs/mine/size-16.pt --corpus other --run runs/fine-tuned
   torchrun --nproc-per-node 4 train.py --preset tedlium2"""
 
 
@@ -48,6 +50,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     name = first.parse_known_args(arguments)[0].preset
     parser = flags_parser(name if name in configuration.PRESETS else "demo")
     parsed = parser.parse_args(arguments)
+    other = {"--resume": parsed.resume, "--preset": parsed.preset, "--study": parsed.study}
+    given = [flag for flag, value in other.items() if value]
+    if parsed.init_from and given:
+        parser.error(f"{given[0]} with --init-from: the settings are those of the checkpoint")
     alone = {"--preset": parsed.preset, "--run": parsed.run, "--study": parsed.study}
     alone["--overwrite"] = parsed.overwrite
     given = [flag for flag, value in alone.items() if value]
@@ -78,6 +84,15 @@ def flags_parser(preset: str) -> Parser:
         type=Path,
         metavar="RUN",
         help="go on with a run; other flags are allowed where they do not change what is learned",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="begin a new training with the weights of a run, a checkpoint or a size-K.pt, whose "
+        "settings it has except for those that flags change; features, network and layers stay. "
+        "The tokenizer stays too, unless --tokenizer, --units or --vocabulary is named: then the "
+        "output layers begin anew",
     )
     parser.add_argument(
         "--study",
@@ -139,9 +154,15 @@ def start(options: argparse.Namespace) -> Trainer:
         return Trainer.resume(options.resume, changes(options))
     run = options.run or Path("runs") / options.preset
     with processes.first_alone():
-        config = configuration.preset(options.preset, **changes(options))
+        loaded = None
+        if options.init_from:
+            loaded = beginning(options.init_from, changes(options))
+            config = loaded.model.config
+            print(f"weights    of {printable(loaded.path)}")
+        else:
+            config = configuration.preset(options.preset, **changes(options))
         check_new(run, options.overwrite)
-    return Trainer(config, run).begin()
+    return Trainer(config, run, loaded).begin()
 
 
 def study(options: argparse.Namespace) -> None:

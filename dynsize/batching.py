@@ -84,7 +84,10 @@ def labels_of(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
     try:
         return tokenizer.encode(utterance.text)
     except ValueError as error:
-        raise ValueError(f"{utterance.path}: the utterance {utterance.id}: {error}") from error
+        raise ValueError(
+            f"{utterance.path}: the utterance {utterance.id}: {error}; a tokenizer made from these "
+            "texts has them: leave out --tokenizer, or name --vocabulary with --init-from"
+        ) from error
 
 
 def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:

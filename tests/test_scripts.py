@@ -476,6 +476,77 @@ def test_resume_tells_that_batches_or_the_corpus_differ(work, tmp_path):
     assert "other" in said and "utterances" in said and "--batch-seconds" in said
 
 
+@pytest.fixture
+def with_other_words(tmp_path) -> Path:
+    """A corpus of the same tones with other words, some of whose letters are new."""
+    root = write_tones(tmp_path / "words")
+    for path in root.rglob("*.txt"):
+        path.write_text(path.read_text().replace("LOW", "BASS").replace("TOP", "JAZZ"))
+    return root
+
+
+def encoders(first: Path, second: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights of two checkpoints' encoders."""
+    models = [checkpoint.load(path).model for path in (first, second)]
+    return tuple(list(model.encoder.parameters()) for model in models)
+
+
+def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words):
+    assert run("prune.py", "run", "--sizes", "3", cwd=work).returncode == 0
+    flags = "--init-from run/size-3.pt --updates 1 --peak-learning-rate 1e-9".split()
+    done = run("train.py", *flags, "--run", "tuned", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "weights    of run/size-3.pt" in done.stdout
+    assert re.search(r"^training   none, sizes 8, 1 updates, in tuned$", done.stdout, re.M)
+    before, after = (checkpoint.load(work / path) for path in ("run/size-3.pt", "tuned"))
+    assert after.model.sizes == (3,) and after.model.ranking == before.model.ranking
+    assert torch.equal(after.tokenizer.model, before.tokenizer.model)
+    expected = before.model.state_dict()
+    for name, weight in after.model.named_parameters():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+    flags += ["--corpus", with_other_words, "--run", "other"]
+    refused = run("train.py", *flags, cwd=work)
+    assert refused.returncode == 2 and not (work / "other").exists()
+    assert "unknown to the tokenizer" in refused.stderr and "--vocabulary" in refused.stderr
+    done = run("train.py", *flags, "--vocabulary", "16", cwd=work)
+    assert done.returncode == 0, done.stderr
+    other = checkpoint.load(work / "other")
+    assert other.tokenizer.decode(other.tokenizer.encode("BASS JAZZ")) == "BASS JAZZ"
+    torch.testing.assert_close(*encoders(work / "run/size-3.pt", work / "other"), rtol=0, atol=1e-6)
+    resumed = run("train.py", "--resume", "other", cwd=work)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_supernet_is_trained_on_with_its_ranking(work):
+    flags = "--init-from run --step1-share 0 --updates 1 --peak-learning-rate 1e-9".split()
+    done = run("train.py", *flags, "--run", "tuned", cwd=work)
+    assert done.returncode == 0, done.stderr
+    before, after = (checkpoint.load(work / path).model for path in ("run", "tuned"))
+    assert after.sizes == (3, 5, 8) and after.ranking == before.ranking
+    assert torch.equal(after.scores, before.scores)
+    torch.testing.assert_close(*encoders(work / "run", work / "tuned"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--width 32", ["--width", "run/checkpoint.pt"]),
+        ("--mel-bins 20", ["--mel-bins"]),
+        ("--sizes 3 8", ["--sizes"]),
+        ("--method none", ["--method"]),
+        ("--preset demo", ["--preset", "--init-from"]),
+        ("--resume run", ["--resume", "--init-from"]),
+        ("--study", ["--study", "--init-from"]),
+        ("--run run --overwrite", ["checkpoint.pt, from which this training starts"]),
+    ],
+)
+def test_init_from_refuses_what_the_weights_were_not_trained_for(trained, refuse, flags, words):
+    flags = ["--init-from", "run", "--run", "new", *flags.split()]
+    said = refuse("train.py", *flags, cwd=trained)
+    assert all(word in said for word in words), said
+
+
 def test_prune_never_replaces_its_source(work, refuse):
     for flags in ("--method simple-top-k --output run --overwrite --updates 2", "--output run"):
         source = work / "run" / "checkpoint.pt"
