@@ -16,6 +16,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -74,12 +75,13 @@ def draw(source: Path, output: Path) -> list[Path]:
 
     Returns the files. Raises ValueError where there is no data at all.
     """
-    records, results = read_metrics(source), read_results(source)
+    records = read_metrics(source)
+    results = read_results(source)
     figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
         if any(record.get("losses") for record in records):
             figures["training"] = training_figure(records, source.name)
-        scored = [r for r in records if r.get("scores") and r.get("ranking") and r["step"] == 1]
+        scored = [record for record in records if has_scores(record)]
         if scored and (source / "ranking.json").exists():
             ranking = [row["layer"] for row in read_json(source / "ranking.json")]
             config = read_json(source / "config.json")
@@ -88,17 +90,31 @@ def draw(source: Path, output: Path) -> list[Path]:
             figures["cost"] = cost_figure(results)
         if not figures:
             raise ValueError(f"{source}: nothing to draw: no metrics.jsonl, evaluation or study")
-        return [path for name, figure in figures.items() for path in save(figure, output / name)]
+        return save_all(figures, output)
+
+
+def has_scores(record: dict) -> bool:
+    """Return whether a line of metrics.jsonl has the layer scores of step 1."""
+    return bool(record.get("scores") and record.get("ranking")) and record["step"] == 1
+
+
+def save_all(figures: dict[str, Figure], output: Path) -> list[Path]:
+    """Write figures to a directory under their names; return the files."""
+    paths: list[Path] = []
+    for name, figure in figures.items():
+        paths += save(figure, output / name)
+    return paths
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and SVG; return the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
-    figure.savefig(paths[0])
+    png = stem.with_name(f"{stem.name}.png")
+    svg = stem.with_name(f"{stem.name}.svg")
+    figure.savefig(png)
     figure.set_layout_engine("none")  # it takes a third of the time, and its result stays
-    figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+    figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
 
 
 # Reading.
@@ -107,8 +123,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def read_metrics(run: Path) -> list[dict]:
     """Return the lines of a run's metrics.jsonl, without damaged ones; none where it is missing."""
     path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
@@ -129,15 +147,19 @@ def read_json(path: Path) -> dict | list:
 def read_results(source: Path) -> dict[str, dict[str, list[dict]]]:
     """Return split → way to train → rows of results, of a study or of one run's evaluations."""
     found: dict[str, dict[str, list[dict]]] = {}
-    if (source / "study.json").exists():
-        for split, ways in read_json(source / "study.json").items():
+    study = source / "study.json"
+    if study.exists():
+        for split, ways in read_json(study).items():
+            of_split = found.setdefault(split, {})
             for name, rows in ways.items():
                 way = re.sub(r"-\d+$", "", name)  # alone-8, alone-16, ... are one line
-                found.setdefault(split, {}).setdefault(way, []).extend(rows)
+                of_split.setdefault(way, []).extend(rows)
         return found
     for path in sorted(source.glob("evaluation/*/*/results.json")):
+        split = path.parent.name
         way = way_of(source, path.parents[1].name)
-        found.setdefault(path.parent.name, {})[way] = read_json(path)["sizes"]
+        of_split = found.setdefault(split, {})
+        of_split[way] = read_json(path)["sizes"]
     return found
 
 
@@ -148,7 +170,9 @@ def way_of(run: Path, checkpoint: str) -> str:
     way = config["method"]
     if way == "none":
         way = "distilled" if config.get("teacher") else "alone"
-    return way if checkpoint == "checkpoint" else f"{way} ({checkpoint})"
+    if checkpoint == "checkpoint":
+        return way
+    return f"{way} ({checkpoint})"
 
 
 # The layers over training.
@@ -162,56 +186,81 @@ def layers_figure(scored: Sequence[dict], config: dict, ranking: list[str], name
     layer. The rows of the picture are grouped by the kind of the layer, block 1 on top.
     """
     blocks = config["blocks"]
-    rows = [4 * block + kind for kind in range(len(LAYERS)) for block in range(blocks)]
-    shades = np.ma.stack([scores_of_the_best(record) for record in scored], axis=1)  # (L, lines)
-    updates = [record["update"] for record in scored]
+    kinds = range(len(LAYERS))
+    rows = [4 * block + kind for kind in kinds for block in range(blocks)]  # layers
     figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
-    figure.suptitle(
-        f"{config['method']}: the layers over step 1, and what each size keeps ({name})"
-    )
-
-    edges = np.arange(len(rows) + 1) - 0.5
-    greys = ListedColormap(mpl.colormaps["Greys"](np.linspace(0.25, 1, 256)))
-    shade = left.pcolormesh([0, *updates], edges, shades[rows], cmap=greys, rasterized=True)
-    left.set_xlabel("update")
+    title = f"{config['method']}: the layers over step 1, and what each size keeps ({name})"
+    figure.suptitle(title)
+    shade = draw_scores(left, scored, rows)
     label = "score of each of the k best layers; the others are white"
     figure.colorbar(shade, ax=left, location="bottom", aspect=50, label=label)
     draw_k(left.twinx(), scored)
-
-    names = [f"{row // 4 + 1}.{LAYERS[row % 4]}" for row in rows]
-    for column, size in enumerate(config["sizes"]):
-        kept = set(ranking[:size])
-        for row, layer in enumerate(names):
-            colour = KEPT if layer in kept else "white"
-            right.add_patch(
-                Rectangle((column - 0.4, row - 0.5), 0.8, 1, facecolor=colour, edgecolor="0.7")
-            )
-    right.set(xlim=(-0.6, len(config["sizes"]) - 0.4), xlabel="size (layers)", title="kept: dark")
-    right.set_xticks(range(len(config["sizes"])), config["sizes"])
-    right.tick_params(labelleft=False)
+    draw_masks(right, config["sizes"], ranking, rows)
     label_rows(left, blocks)
     for axes in (left, right):
-        for kind in range(1, len(LAYERS)):
-            axes.axhline(kind * blocks - 0.5, color="white", linewidth=4)
-            axes.axhline(kind * blocks - 0.5, color="black", linewidth=0.8)
+        for kind in kinds[1:]:
+            border = kind * blocks - 0.5
+            axes.axhline(border, color="white", linewidth=4)
+            axes.axhline(border, color="black", linewidth=0.8)
     return figure
+
+
+def draw_scores(axes: Axes, scored: Sequence[dict], rows: Sequence[int]) -> QuadMesh:
+    """Draw the scores over the updates as shade, a row for each layer; return what is drawn."""
+    by_line = [scores_of_the_best(record) for record in scored]
+    shades = np.ma.stack(by_line, axis=1)  # (L, lines)
+    updates = [record["update"] for record in scored]
+    edges = np.arange(len(rows) + 1) - 0.5
+    greys = mpl.colormaps["Greys"](np.linspace(0.25, 1, 256))
+    axes.set_xlabel("update")
+    return axes.pcolormesh(
+        [0, *updates],
+        edges,
+        shades[rows],
+        cmap=ListedColormap(greys),
+        rasterized=True,
+    )
+
+
+def draw_masks(
+    axes: Axes, sizes: Sequence[int], ranking: Sequence[str], rows: Sequence[int]
+) -> None:
+    """Draw the layers that each size keeps: a column for each size, a row for each layer."""
+    for column, size in enumerate(sizes):
+        kept = set(ranking[:size])
+        for row, layer in enumerate(rows):
+            block, kind = divmod(layer, len(LAYERS))
+            colour = KEPT if f"{block + 1}.{LAYERS[kind]}" in kept else "white"
+            corner = (column - 0.4, row - 0.5)
+            box = Rectangle(corner, 0.8, 1, facecolor=colour, edgecolor="0.7")
+            axes.add_patch(box)
+    axes.set(xlim=(-0.6, len(sizes) - 0.4), xlabel="size (layers)", title="kept: dark")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.tick_params(labelleft=False)
 
 
 def scores_of_the_best(record: dict) -> np.ma.MaskedArray:
     """Return the scores (L,) of one line of metrics.jsonl, in which only the k best are seen."""
+    k = record["sizes"][-1]
+    others = record["ranking"][k:]
     scores = np.ma.array(record["scores"], dtype=float)
-    scores[record["ranking"][record["sizes"][-1] :]] = np.ma.masked
+    scores[others] = np.ma.masked
     return scores
 
 
 def label_rows(axes: Axes, blocks: int) -> None:
     """Label the rows: the number of each block, or of every second one, and each kind once."""
     axes.set_ylim(len(LAYERS) * blocks - 0.5, -0.5)
-    numbers = range(0, blocks, 1 if blocks <= 8 else 2)
-    ticks = [kind * blocks + block for kind in range(len(LAYERS)) for block in numbers]
-    axes.set_yticks(ticks, [str(tick % blocks + 1) for tick in ticks], fontsize=7)
-    middles = [(kind + 0.5) * blocks - 0.5 for kind in range(len(LAYERS))]
+    step = 1 if blocks <= 8 else 2
+    ticks: list[int] = []
+    middles = []
+    for kind in range(len(LAYERS)):
+        first = kind * blocks
+        ticks += range(first, first + blocks, step)
+        middles.append(first + blocks / 2 - 0.5)
+    numbers = [str(tick % blocks + 1) for tick in ticks]
+    axes.set_yticks(ticks, numbers, fontsize=7)
     kinds = axes.secondary_yaxis(-0.04)
     kinds.set_yticks(middles, LAYERS)
     kinds.tick_params(length=0)
@@ -221,9 +270,11 @@ def label_rows(axes: Axes, blocks: int) -> None:
 
 def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     """Draw the size of the subnet that trains in step 1, over the updates."""
-    sizes = [(record["update"], record["sizes"][-1]) for record in scored if record.get("sizes")]
+    logged = [record for record in scored if record.get("sizes")]
+    updates = [record["update"] for record in logged]
+    sizes = [record["sizes"][-1] for record in logged]
     outline = [withStroke(linewidth=4, foreground="black")]
-    axes.step(*zip(*sizes, strict=True), color=K_COLOUR, linewidth=2, path_effects=outline)
+    axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=outline)
     axes.set_ylim(0, None)
     axes.set_ylabel("line: k, layers of the subnet in step 1")
     axes.spines["right"].set_visible(True)
@@ -237,44 +288,62 @@ def cost_figure(results: dict[str, dict[str, list[dict]]]) -> Figure:
 
     `results`: split → way to train → rows with `size`, `wer`, `interval`, and the costs.
     """
-    rows = [row for ways in results.values() for of_way in ways.values() for row in of_way]
+    rows = [row for of_split in results.values() for row in rows_of(of_split)]
     costs = [cost for cost in COSTS if all(cost in row for row in rows)]
     if "milliseconds" in costs and "real_time_factor" in costs:
         costs.remove("real_time_factor")  # it is measured in batches, and less exactly
+    ways = list(dict.fromkeys(way for of_split in results.values() for way in of_split))
+    ways.sort(key=lambda way: list(MARKS).index(mark_name(way)))
     figure = Figure(figsize=(3.4 * len(costs), 1.2 + 2.6 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), len(costs), sharex="col", sharey="row", squeeze=False)
     figure.get_layout_engine().set(w_pad=0.1)  # inches
-    ways = list(dict.fromkeys(way for of_split in results.values() for way in of_split))
-    ways.sort(key=lambda way: list(MARKS).index(mark_name(way)))
     for (split, of_split), line in zip(results.items(), grid, strict=True):
         for cost, axes in zip(costs, line, strict=True):
-            for place, way in enumerate(ways):
-                shift = 4 * (place - (len(ways) - 1) / 2)  # points
-                draw_way(axes, way, of_split.get(way, []), cost, shift)
-            axes.grid(axis="y", color="0.9")
-            label_sizes(axes, of_split, cost)
+            draw_ways(axes, ways, of_split, cost)
+        bounds = [row["interval"] for row in rows_of(of_split)]
         line[0].set_ylabel(f"{printable(split)}: WER (%)")
-        bounds = [row["interval"] for of_way in of_split.values() for row in of_way]
-        line[0].set_ylim(*around(100 * np.array(bounds)))
+        line[0].set_ylim(around(100 * np.array(bounds)))
     for cost, axes in zip(costs, grid[-1], strict=True):
         label, factor = COSTS[cost]
+        values = np.array([row[cost] for row in rows])
         axes.set_xlabel(label)
-        axes.set_xlim(*around(factor * np.array([row[cost] for row in rows])))
-    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        axes.set_xlim(around(factor * values))
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle("word error rates with 95% intervals; equal costs are drawn side by side")
     return figure
 
 
+def rows_of(ways: dict[str, list[dict]]) -> list[dict]:
+    """Return the rows of all ways to train on one split."""
+    return [row for of_way in ways.values() for row in of_way]
+
+
 def around(values: np.ndarray) -> tuple[float, float]:
     """Return the limits of an axis that shows these values, none of which is negative."""
-    margin = 0.1 * (values.max() - values.min()) or 0.5
-    return max(0, values.min() - margin), values.max() + margin
+    lowest = values.min()
+    highest = values.max()
+    margin = 0.1 * (highest - lowest)
+    if margin == 0:
+        margin = 0.5
+    return max(0, lowest - margin), highest + margin
 
 
 def mark_name(way: str) -> str:
     """Return the key of `MARKS` for a way to train; `simple-top-k int8` has simple-top-k's."""
-    return way.split()[0] if way.split()[0] in MARKS else "other"
+    name = way.split()[0]
+    return name if name in MARKS else "other"
+
+
+def draw_ways(axes: Axes, ways: Sequence[str], of_split: dict[str, list[dict]], cost: str) -> None:
+    """Draw the word error rates of all ways to train on one split against one cost."""
+    middle = (len(ways) - 1) / 2
+    for place, way in enumerate(ways):
+        shift = 4 * (place - middle)  # points
+        rows = of_split.get(way, [])
+        draw_way(axes, way, rows, cost, shift)
+    axes.grid(axis="y", color="0.9")
+    label_sizes(axes, of_split, cost)
 
 
 def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float) -> None:
@@ -283,13 +352,14 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
     The markers of a variant, such as `simple-top-k int8`, are hollow.
     """
     mark = MARKS[mark_name(way)]
+    _, factor = COSTS[cost]
     rows = sorted(rows, key=lambda row: row[cost])
-    x = [row[cost] * COSTS[cost][1] for row in rows]
     wer = np.array([100 * row["wer"] for row in rows])
-    low, high = np.array([row["interval"] for row in rows]).reshape(-1, 2).T * 100
+    intervals = np.array([row["interval"] for row in rows])
+    low, high = 100 * intervals.reshape(-1, 2).T
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
-        x,
+        [row[cost] * factor for row in rows],
         wer,
         yerr=np.maximum(0, [wer - low, high - wer]),
         label=printable(way),
@@ -306,17 +376,21 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
 
 def label_sizes(axes: Axes, ways: dict[str, list[dict]], cost: str) -> None:
     """Label the top of the axes with the sizes, each at the mean cost of its networks."""
+    _, factor = COSTS[cost]
     of_size: dict[int, list[float]] = {}
-    for row in (row for rows in ways.values() for row in rows):
-        of_size.setdefault(row["size"], []).append(row[cost] * COSTS[cost][1])
-    top = axes.secondary_xaxis("top")
-    places = {size: np.mean(found) for size, found in sorted(of_size.items())}
+    for row in rows_of(ways):
+        costs = of_size.setdefault(row["size"], [])
+        costs.append(row[cost] * factor)
+    places = {size: np.mean(costs) for size, costs in sorted(of_size.items())}
     gaps = np.diff(sorted(places.values()))
     narrow = len(gaps) > 0 and min(gaps) < 0.15 * sum(gaps)
     raised = list(places)[1::2] if narrow else []
-    plain = [k for k in places if k not in raised]
-    for sizes, minor in ((plain, False), (raised, True)):
-        top.set_xticks([places[k] for k in sizes], [f"k={k}" for k in sizes], minor=minor)
+    lower = [size for size in places if size not in raised]
+    top = axes.secondary_xaxis("top")
+    for sizes, minor in ((lower, False), (raised, True)):
+        ticks = [places[size] for size in sizes]
+        labels = [f"k={size}" for size in sizes]
+        top.set_xticks(ticks, labels, minor=minor)
     top.tick_params(labelsize=8)
     top.tick_params(which="minor", length=3.5, pad=14, labelsize=8)
 
@@ -326,67 +400,87 @@ def label_sizes(axes: Axes, ways: dict[str, list[dict]], cost: str) -> None:
 
 def training_figure(records: Sequence[dict], name: str) -> Figure:
     """Draw losses, dev word error rates, and the learning rate over the updates of a training."""
-    figure = Figure(figsize=(8.5, 7), layout="constrained")
-    losses, errors, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
     logged = [record for record in records if record.get("losses")]
     validated = [record for record in records if record.get("dev")]
-    sizes = sorted({int(k) for r in validated for k in r["dev"]}, reverse=True)
-    if not sizes:  # no validation yet
-        sizes = sorted(map(int, logged[-1]["losses"]), reverse=True)
+    updates = [record["update"] for record in logged]
+    figure = Figure(figsize=(8.5, 7), layout="constrained")
+    losses, errors, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
     figure.suptitle(f"training of {printable(name)}")
+    sizes = {int(size) for record in validated for size in record["dev"]}
+    if not sizes:  # no validation yet
+        sizes = {int(size) for size in logged[-1]["losses"]}
+    sizes = sorted(sizes, reverse=True)
     draw_losses(losses, logged, sizes)
-    for place, size in enumerate(sizes):
-        points = [(r["update"], 100 * r["dev"][str(size)]["wer"]) for r in validated]
-        if points:
-            errors.plot(
-                *zip(*points, strict=True), marker="oDv^"[place % 4], **line_of(place, sizes)
-            )
-    errors.set(ylabel="dev WER (%)", ylim=(0, None))
-    rate.plot([r["update"] for r in logged], [r["learning_rate"] for r in logged], color="black")
+    draw_errors(errors, validated, sizes)
+    rate.plot(updates, [record["learning_rate"] for record in logged], color="black")
     rate.set(ylabel="learning rate", xlabel="update", ylim=(0, None))
-    end1 = max((r["update"] for r in logged if r["step"] == 1), default=0)
+    end1 = max((record["update"] for record in logged if record["step"] == 1), default=0)
     for axes in (losses, errors, rate):
         axes.axvspan(0, end1, color=STEP1, zorder=0)
-        axes.set_xlim(0, 1.01 * max(r["update"] for r in records))
-    shares = [("step 1", 0, end1), ("step 2", end1, logged[-1]["update"])]
-    for step, start, end in shares:
-        if end1 and end > start:
-            place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom")
-            losses.annotate(step, ((start + end) / 2, 1.01), **place)
+        axes.set_xlim(0, 1.01 * max(record["update"] for record in records))
+    if end1:
+        name_step(losses, "step 1", 0, end1)
+        name_step(losses, "step 2", end1, updates[-1])
     for axes in (losses, errors):
-        if axes.get_legend_handles_labels()[0]:
+        handles, _ = axes.get_legend_handles_labels()
+        if handles:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
+def name_step(axes: Axes, step: str, first: int, last: int) -> None:
+    """Write the name of a step above its updates, if it has any."""
+    if last > first:
+        middle = (first + last) / 2
+        above = ("data", "axes fraction")
+        axes.annotate(step, (middle, 1.01), xycoords=above, ha="center", va="bottom")
+
+
 def draw_losses(axes: Axes, logged: Sequence[dict], sizes: Sequence[int]) -> None:
     """Draw the CTC loss of each size, and in step 1 that of the subnet, whose k changes."""
+    full = str(sizes[0])
     for place, size in enumerate(sizes):
-        points = [
-            (record["update"], record["losses"][str(size)])
-            for record in logged
-            if str(size) in record["losses"] and (place == 0 or record["step"] == 2)
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), **line_of(place, sizes))
-    subnet = [
-        (record["update"], np.mean([v for k, v in record["losses"].items() if k != str(sizes[0])]))
-        for record in logged
-        if record["step"] == 1 and len(record["losses"]) > 1
-    ]
-    if subnet:
-        axes.plot(*zip(*subnet, strict=True), color=K_COLOUR, label="subnet of step 1, size k")
+        shown = [record for record in logged if str(size) in record["losses"]]
+        if str(size) != full:
+            shown = [record for record in shown if record["step"] == 2]
+        if shown:
+            updates = [record["update"] for record in shown]
+            losses = [record["losses"][str(size)] for record in shown]
+            axes.plot(updates, losses, **line_of(place, sizes))
+    updates = []
+    losses = []
+    for record in logged:
+        smaller = [loss for size, loss in record["losses"].items() if size != full]
+        if record["step"] == 1 and len(record["losses"]) > 1:
+            updates.append(record["update"])
+            losses.append(np.mean(smaller))
+    if updates:
+        axes.plot(updates, losses, color=K_COLOUR, label="subnet of step 1, size k")
     axes.set(ylabel="CTC loss (nats a label)", yscale="log")
     axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
+def draw_errors(axes: Axes, validated: Sequence[dict], sizes: Sequence[int]) -> None:
+    """Draw the dev word error rate of each size."""
+    updates = [record["update"] for record in validated]
+    for place, size in enumerate(sizes):
+        if updates:
+            rates = [100 * record["dev"][str(size)]["wer"] for record in validated]
+            marker = "oDv^"[place % 4]
+            axes.plot(updates, rates, marker=marker, **line_of(place, sizes))
+    axes.set(ylabel="dev WER (%)", ylim=(0, None))
+
+
 def line_of(place: int, sizes: Sequence[int]) -> dict:
     """Return how the lines of a size are drawn: the smaller, the lighter, with other dashes."""
-    shade = mpl.colormaps["magma"](0.75 * place / max(1, len(sizes) - 1))
-    line = SIZE_LINES[place % len(SIZE_LINES)]
+    last = max(1, len(sizes) - 1)
     return dict(
-        color=shade, linestyle=line, linewidth=1.3, markersize=4, label=f"size {sizes[place]}"
+        color=mpl.colormaps["magma"](0.75 * place / last),
+        linestyle=SIZE_LINES[place % len(SIZE_LINES)],
+        linewidth=1.3,
+        markersize=4,
+        label=f"size {sizes[place]}",
     )
 
 
@@ -405,7 +499,7 @@ def drawings(output: Path) -> list[Path]:
     """Write the two drawings of the idea: the stack of streams, and the two steps over time."""
     with mpl.rc_context(STYLE):
         figures = {"streams": streams_figure(), "steps": steps_figure()}
-        return [path for name, figure in figures.items() for path in save(figure, output / name)]
+        return save_all(figures, output)
 
 
 def streams_figure() -> Figure:
@@ -417,26 +511,28 @@ def streams_figure() -> Figure:
     flow(axes, 0, [0], streams)
     total = 0
     for place, (layer, gates) in enumerate(EXAMPLE.items(), start=1):
-        rows = streams[sum(gates) - 1] + 1
+        keeping = sum(gates)
+        rows = streams[keeping - 1] + 1
         total += rows
-        box = Rectangle(
-            (place - 0.2, -rows + 0.62), 0.4, rows - 0.24, facecolor="0.8", edgecolor="0"
-        )
+        corner = (place - 0.2, -rows + 0.62)
+        box = Rectangle(corner, 0.4, rows - 0.24, facecolor="0.8", edgecolor="0")
         axes.add_patch(box)
         axes.text(place, -(rows - 1) / 2, layer, ha="center", va="center")
         axes.text(place, -2.75, f"{rows} × B rows", ha="center", va="center", fontsize=8)
-        before, streams = streams, part(streams, gates)
-        came_from = [before[streams.index(stream)] for stream in range(streams[-1] + 1)]
+        before = streams
+        streams = part(before, gates)
+        firsts = [streams.index(stream) for stream in range(streams[-1] + 1)]
+        came_from = [before[network] for network in firsts]
         flow(axes, place, came_from, streams)
         for stream in range(rows, before[-1] + 1):  # it passes the layer
-            axes.plot([place - 0.2, place + 0.2], [-stream, -stream], color="0", linewidth=1.5)
+            ends = [place - 0.2, place + 0.2]
+            axes.plot(ends, [-stream, -stream], color="0", linewidth=1.5)
     for size, stream in zip(EXAMPLE_SIZES, streams, strict=True):
         axes.text(5.05, -stream, f"output layer of size {size}", va="center")
-    separate = sum(map(sum, EXAMPLE.values()))
+    separate = sum(sum(gates) for gates in EXAMPLE.values())
     axes.text(5.05, -2.75, f"{total} × B instead of {separate} × B", va="center", fontsize=8)
-    axes.text(
-        0.02, 0.75, "the stack: streams, and in brackets the sizes that each serves", fontsize=8
-    )
+    title = "the stack: streams, and in brackets the sizes that each serves"
+    axes.text(0.02, 0.75, title, fontsize=8)
     axes.text(0.02, -0.1, "front-end", va="top", fontsize=8)
     axes.text(0.02, -2.75, "computed:", va="center", fontsize=8)
     axes.set(xlim=(0, 6.4), ylim=(-3, 1))
@@ -445,43 +541,51 @@ def streams_figure() -> Figure:
 
 def flow(axes: Axes, place: int, came_from: Sequence[int], streams: Sequence[int]) -> None:
     """Draw the streams after a layer; one that parted there leaves its source before the layer."""
+    end = place + 0.8
+    if place == len(EXAMPLE):
+        end += 0.2
     for stream, source in enumerate(came_from):
-        apart = source != stream
-        start = place - 0.4 if apart else place + 0.2 * (place > 0)
-        below = start + 0.15 if apart else start
-        end = place + 0.8 + 0.2 * (place == len(EXAMPLE))
-        points = ([start, below, end], [-source, -stream, -stream])
-        axes.plot(*points, color="0", linewidth=1.5, solid_capstyle="butt")
-        served = [str(k) for k, s in zip(EXAMPLE_SIZES, streams, strict=True) if s == stream]
+        begin = place + 0.2 if place > 0 else 0
+        below = begin
+        if source != stream:
+            begin = place - 0.4
+            below = begin + 0.15
+        x = [begin, below, end]
+        y = [-source, -stream, -stream]
+        axes.plot(x, y, color="0", linewidth=1.5, solid_capstyle="butt")
+        pairs = zip(EXAMPLE_SIZES, streams, strict=True)
+        served = [str(size) for size, of_size in pairs if of_size == stream]
         label = f"{'abc'[stream]} ({' '.join(served)})"
         axes.text(place + 0.78, 0.08 - stream, label, ha="right", va="bottom", fontsize=8)
 
 
 def steps_figure() -> Figure:
     """Draw which networks train in the two steps, over the updates."""
-    layers, smallest, between, updates, end1 = 48, 12, (24, 36), 120, 60
+    layers = 48
+    smallest = 12
+    between = (24, 36)
+    updates = 120
+    end1 = 60
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(0, end1, color=STEP1, zorder=0)
     axes.plot([0, updates], [layers, layers], color="black", linewidth=2)
     k = [layers - 4 * (1 + update * 9 // end1) for update in range(end1)]
-    axes.step([*range(end1), end1], [*k, smallest], where="post", color=K_COLOUR, linewidth=2)
-    axes.plot([end1, updates], [smallest] * 2, color="black", linewidth=2, linestyle="--")
+    k.append(smallest)
+    axes.step(range(end1 + 1), k, where="post", color=K_COLOUR, linewidth=2)
+    step2 = [end1, updates]
+    axes.plot(step2, [smallest, smallest], color="black", linewidth=2, linestyle="--")
     draw = np.random.default_rng(0)
     drawn = draw.choice(between, updates - end1)
     axes.plot(np.arange(end1, updates) + 0.5, drawn, ".", color="black", markersize=4)
     text = dict(ha="center", va="bottom")
     axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
     axes.text((end1 + updates) / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    axes.text(
-        14,
-        15,
-        "subnet of the k best layers\nloss 0.3 · CTC, k falls\nthe layer scores learn",
-        **text,
-    )
+    subnet = "subnet of the k best layers\nloss 0.3 · CTC, k falls\nthe layer scores learn"
+    axes.text(14, 15, subnet, **text)
     axes.text(90, 37.5, "one random size between: loss 0.3 · CTC", **text)
     axes.text(90, smallest + 1, "smallest size: loss 0.3 · CTC", **text)
-    axes.text(end1, 3, "the layers are ranked, the masks are fixed", ha="center", va="bottom")
+    axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
     axes.axvline(end1, color="black", linewidth=0.8, ymin=0.13)
     axes.set(xlim=(0, updates), ylim=(0, layers + 6), xlabel="update", xticks=[])
     axes.set_ylabel("layers of the networks that train")
