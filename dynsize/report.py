@@ -26,10 +26,12 @@ def write(report: dict, scored: dict[int, list["Scored"]], output: Path) -> None
     """Write all files of an evaluation to a directory; `results.json` is the last one."""
     output.mkdir(parents=True, exist_ok=True)
     files.clean(output)
-    references = [s.utterance.reference or s.utterance.text for s in next(iter(scored.values()))]
-    contents = {"ref.trn": trn(references, next(iter(scored.values())))}
+    first = next(iter(scored.values()))
+    references = [s.utterance.reference or s.utterance.text for s in first]
+    contents = {"ref.trn": trn(references, first)}
     for size, of_size in scored.items():
-        contents[f"hyp-{size}.trn"] = trn([s.text for s in of_size], of_size)
+        texts = [s.text for s in of_size]
+        contents[f"hyp-{size}.trn"] = trn(texts, of_size)
         contents[f"aligned-{size}.txt"] = "\n".join(map(aligned, of_size))
     contents["results.md"] = markdown(report)
     contents["results.json"] = json.dumps(report, indent=2, allow_nan=False) + "\n"
@@ -44,10 +46,11 @@ def written_id(utterance: Utterance) -> str:
 
 def trn(texts: Sequence[str], scored: Sequence["Scored"]) -> str:
     """Return sclite's format: a line `TEXT (ID)` for each utterance."""
-    return "".join(
-        f"{printable(text)} ({written_id(s.utterance)})\n".lstrip()
-        for text, s in zip(texts, scored, strict=True)
-    )
+    content = ""
+    for text, s in zip(texts, scored, strict=True):
+        line = f"{printable(text)} ({written_id(s.utterance)})\n"
+        content += line.lstrip()
+    return content
 
 
 def aligned(scored: "Scored") -> str:
@@ -55,28 +58,52 @@ def aligned(scored: "Scored") -> str:
 
     Wrong words are marked in a third line: S substituted, D deleted, I inserted.
     """
-    rows: tuple[list[str], ...] = ([], [], [])
+    references = []
+    texts = []
+    marks = []
     for said, heard in scored.pairs:
-        mark = "D" if heard is None else "I" if said is None else "S" if said != heard else ""
-        words = [printable("*" * columns(heard or "") if said is None else said)]
-        words.append(printable("*" * columns(said or "") if heard is None else heard))
-        most = max(map(columns, words))
-        for row, word in zip(rows, [*words, mark], strict=True):
-            row.append(padded(word, most))
-    body = [" ".join(row).rstrip() for row in rows]
-    return f"{written_id(scored.utterance)}\nREF  {body[0]}\nHYP  {body[1]}\n     {body[2]}\n"
+        mark = mark_of(said, heard)
+        if said is None:
+            said = "*" * columns(heard)
+        if heard is None:
+            heard = "*" * columns(said)
+        said = printable(said)
+        heard = printable(heard)
+        width = max(columns(said), columns(heard))
+        references.append(padded(said, width))
+        texts.append(padded(heard, width))
+        marks.append(padded(mark, width))
+    lines = [
+        written_id(scored.utterance),
+        "REF  " + " ".join(references).rstrip(),
+        "HYP  " + " ".join(texts).rstrip(),
+        "     " + " ".join(marks).rstrip(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def mark_of(said: str | None, heard: str | None) -> str:
+    """Return the mark of a pair of words; nothing for a right one."""
+    if heard is None:
+        return "D"
+    if said is None:
+        return "I"
+    return "S" if said != heard else ""
 
 
 def columns(text: str) -> int:
     """Return the columns that a text takes on a terminal: East Asian characters take two."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+    combining = sum(unicodedata.combining(character) > 0 for character in text)
+    return len(text) + wide - combining
 
 
 def padded(text: str, width: int, right: bool = False) -> str:
     """Return a text with blanks up to a width in columns, before it if `right`."""
     blanks = " " * (width - columns(text))
-    return blanks + text if right else text + blanks
+    if right:
+        return blanks + text
+    return text + blanks
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 0) -> str:
@@ -84,17 +111,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns:
 
     The first `text_columns` columns begin at the left, the others end at the right.
     """
-    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    widths = [max(map(columns, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        sides = enumerate(zip(row, widths, strict=True))
-        parts = [padded(cell, width, right=i >= text_columns) for i, (cell, width) in sides]
-        lines.append(f"| {' | '.join(parts)} |")
-    rules = ["-" * width for width in widths]
-    rules[text_columns:] = [rule[:-1] + ":" for rule in rules[text_columns:]]
-    lines.insert(1, f"| {' | '.join(rules)} |")
-    return "\n".join(lines) + "\n"
+    cells = [table_cells(row) for row in [header, *rows]]
+    padded_columns = []
+    for number, column in enumerate(zip(*cells, strict=True)):
+        right = number >= text_columns
+        width = max(map(columns, column))
+        rule = "-" * (width - 1) + ":" if right else "-" * width
+        head, *rest = (padded(cell, width, right) for cell in column)
+        padded_columns.append([head, rule, *rest])
+    lines = [f"| {' | '.join(line)} |\n" for line in zip(*padded_columns, strict=True)]
+    return "".join(lines)
+
+
+def table_cells(row: Sequence[object]) -> list[str]:
+    """Return a row's cells as text that stays inside a Markdown table."""
+    texts = [printable(cell) for cell in row]
+    return [text.replace("|", "\\|") for text in texts]
 
 
 def percent(rate: float) -> str:
@@ -121,42 +153,59 @@ def headline(report: dict) -> str:
 
 def error_rates(report: dict) -> str:
     """Return the table of sizes: error rates, with the interval of the one that counts; costs."""
-    characters = report["measure"] == "cer"
-    names = ("CER", "WER") if characters else ("WER", "CER")
+    first = report["measure"]  # the one that counts
+    second = "wer" if first == "cer" else "cer"
     rows = []
     for row in report["sizes"]:
-        counts = row["characters"] if characters else row
-        rates = [row["cer"], row["wer"]] if characters else [row["wer"], row["cer"]]
-        bounds = row["cer_interval"] if characters else row["interval"]
-        errors = [counts[kind] for kind in ("substitutions", "deletions", "insertions")]
-        costs = [millions(row["parameters"]), millions(row["macs"])]
-        factor = f"{row['real_time_factor']:.4f}"
-        figures = [percent(rates[0]), spread(bounds), percent(rates[1])]
-        rows.append([row["size"], *figures, *errors, *costs, factor])
-    header = ["size", names[0], "95% interval", names[1], "sub", "del", "ins"]
-    return table([*header, "parameters", "MACs", "RTF"], rows)
+        counts = row["characters"] if first == "cer" else row
+        bounds = row["cer_interval"] if first == "cer" else row["interval"]
+        cells = [
+            row["size"],
+            percent(row[first]),
+            spread(bounds),
+            percent(row[second]),
+            counts["substitutions"],
+            counts["deletions"],
+            counts["insertions"],
+            millions(row["parameters"]),
+            millions(row["macs"]),
+            f"{row['real_time_factor']:.4f}",
+        ]
+        rows.append(cells)
+    rates = [first.upper(), "95% interval", second.upper()]
+    header = ["size", *rates, "sub", "del", "ins", "parameters", "MACs", "RTF"]
+    return table(header, rows)
 
 
 def examples(rows: Sequence[dict], width: int = 0) -> str:
     """Return utterances: the reference above the text of each size. `width`: cut lines there."""
     lines = []
     for row in rows:
-        worse = "  errors: {} → {}".format(*row["errors"]) if "errors" in row else ""
-        lines.append(row["id"] + worse)
+        title = row["id"]
+        if "errors" in row:
+            before, after = row["errors"]
+            title += f"  errors: {before} → {after}"
+        lines.append(title)
         lines.append(f"  reference  {row['reference'] or NOTHING}")
-        texts = row["texts"].items()
-        lines += [f"  size {size:<5}  {text or NOTHING}" for size, text in texts]
-    lines = [printable(line) for line in lines]
-    if width:
-        lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
-    return "\n".join(lines) + "\n"
+        for size, text in row["texts"].items():
+            lines.append(f"  size {size:<5}  {text or NOTHING}")
+    shown = ""
+    for line in lines:
+        line = printable(line)
+        if width and len(line) > width:
+            line = line[: width - 1] + "…"
+        shown += line + "\n"
+    return shown
 
 
 def markdown(report: dict) -> str:
     """Return the report as Markdown."""
-    facts = [f"{name} {printable(report[name])}" for name in ("checkpoint", "corpus", "normaliser")]
+    names = ("checkpoint", "corpus", "normaliser")
+    facts = [f"{name} {printable(report[name])}" for name in names]
     sizes = [row["size"] for row in report["sizes"]]
-    parts = [f"# {headline(report)}\n", ", ".join(facts) + "\n", error_rates(report)]
+    parts = [f"# {headline(report)}\n"]
+    parts.append(", ".join(facts) + "\n")
+    parts.append(error_rates(report))
     unit = "Characters" if report["measure"] == "cer" else "Words"
     parts.append(
         f"{unit} count for the interval, sub, del and ins: substitutions, deletions, insertions. "
@@ -172,13 +221,14 @@ def markdown(report: dict) -> str:
         parts.append(f"## Speakers\n\n{speakers(report)}")
     for row in report["sizes"]:
         parts.append(f"## Most frequent confusions at size {row['size']}\n")
-        pairs = [[s or NOTHING, h or NOTHING, count] for s, h, count in row["confusions"]]
-        parts.append(table(["said", "recognised", "times"], pairs, text_columns=2))
+        rows = []
+        for said, heard, count in row["confusions"]:
+            rows.append([said or NOTHING, heard or NOTHING, count])
+        parts.append(table(["said", "recognised", "times"], rows, text_columns=2))
     for why, names in report["left_out"].items():
         parts.append(f"## Left out: {printable(why)}\n")
-        parts.append(
-            "".join(f"* {printable(name)}: {printable(what)}\n" for name, what in names.items())
-        )
+        items = [f"* {printable(name)}: {printable(what)}\n" for name, what in names.items()]
+        parts.append("".join(items))
     return "\n".join(parts)
 
 
@@ -189,13 +239,17 @@ def indented(text: str) -> str:
 
 def speakers(report: dict) -> str:
     """Return the table of speakers, the worst at the largest size first."""
-    measure, first = report["measure"], report["sizes"][0]["speakers"]
-    worst = sorted(first, key=lambda speaker: -first[speaker][measure])
+    measure = report["measure"]
+    largest = report["sizes"][0]["speakers"]
+    worst = sorted(largest, key=lambda speaker: -largest[speaker][measure])
     rows = []
     for speaker in worst[:SPEAKERS]:
+        counts = largest[speaker]
         rates = [percent(row["speakers"][speaker][measure]) for row in report["sizes"]]
-        rows.append([speaker, first[speaker]["utterances"], first[speaker]["words"], *rates])
+        rows.append([speaker, counts["utterances"], counts["words"], *rates])
     sizes = [f"{measure.upper()}, size {row['size']}" for row in report["sizes"]]
     shown = table(["speaker", "utterances", "words", *sizes], rows, text_columns=1)
     left = len(worst) - len(rows)
-    return shown + (f"\n{left} more are in results.json.\n" if left else "")
+    if left:
+        shown += f"\n{left} more are in results.json.\n"
+    return shown

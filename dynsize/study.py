@@ -60,32 +60,36 @@ def results(config: Config, folder: Path) -> str:
     method and the same size alone to `differences.json` (split → rows, see `compared`).
     """
     trained = {name: checkpoint.load(folder / name) for name in plan(config)}
-    rates, differences, tables = {}, {}, []
+    rates: dict[str, dict[str, list[dict]]] = {}
+    differences: dict[str, list[dict]] = {}
+    tables = []
     for split in config.test_splits:
-        rates[split] = {
-            name: evaluated(loaded, config, split, folder / name)
-            for name, loaded in trained.items()
-        }
+        rates[split] = {}
+        for name, loaded in trained.items():
+            rates[split][name] = evaluated(loaded, config, split, folder / name)
         differences[split] = compared(trained, config, split)
         tables.append(rate_table(split, rates[split], config))
         tables.append(difference_table(split, differences[split], config))
     text = "\n".join([*tables, NOTE + "\n"])
-    written = {
-        "study.json": json.dumps(rates, indent=2) + "\n",
-        "differences.json": json.dumps(differences, indent=2) + "\n",
-        "study.md": text,
-    }
-    for name, content in written.items():
-        (folder / name).write_text(content, encoding="utf-8")
+    write(folder / "study.json", json.dumps(rates, indent=2) + "\n")
+    write(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
+    write(folder / "study.md", text)
     return text
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text as UTF-8."""
+    path.write_text(text, encoding="utf-8")
 
 
 def evaluated(loaded: checkpoint.Checkpoint, config: Config, split: str, run: Path) -> list[dict]:
     """Return the rows of an evaluation, one for each size, from its file if it is there."""
     output = run / "evaluation" / loaded.path.stem / split
-    if not (output / "results.json").exists():
+    file = output / "results.json"
+    if not file.exists():
         evaluate(loaded, config, split, output)
-    return json.loads((output / "results.json").read_text(encoding="utf-8"))["sizes"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return report["sizes"]
 
 
 def compared(trained: dict[str, checkpoint.Checkpoint], config: Config, split: str) -> list[dict]:
@@ -98,11 +102,21 @@ def compared(trained: dict[str, checkpoint.Checkpoint], config: Config, split: s
     sides = [[System(loaded.path, config, loaded)] for loaded in trained.values()]
     rows = []
     for row in compare(sides, split):
-        (first, size), (second, _) = row["first"], row["second"]
-        if names[first] in SHARED and names[second] == f"alone-{size}":
-            shown = {key: row[key] for key in ("measure", "rates", "difference", "interval")}
-            verdict = VERDICTS.get(row["verdict"], row["verdict"])
-            rows.append(dict(method=names[first], size=size, verdict=verdict) | shown)
+        first, size = row["first"]
+        second, _ = row["second"]
+        method = names[first]
+        if method in SHARED and names[second] == f"alone-{size}":
+            verdict = row["verdict"]
+            found = dict(
+                method=method,
+                size=size,
+                verdict=VERDICTS.get(verdict, verdict),
+                measure=row["measure"],
+                rates=row["rates"],
+                difference=row["difference"],
+                interval=row["interval"],
+            )
+            rows.append(found)
     return rows
 
 
@@ -115,32 +129,38 @@ def rate_table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
     lines = [[f"{split}: size", "alone", *SHARED]]
     for size in reversed(config.sizes):
         names = [f"alone-{size}", *SHARED]
-        lines.append([str(size), *(cells[name, size] for name in names)])
+        rates = [cells[name, size] for name in names]
+        lines.append([str(size), *rates])
     return markdown(lines)
 
 
 def difference_table(split: str, rows: list[dict], config: Config) -> str:
     """Return the differences on a split with their intervals and verdicts, largest size first."""
     cells = {(row["method"], row["size"]): change(row) for row in rows}
-    lines = [[f"{split}: size", *(f"{method} − alone" for method in SHARED)]]
+    names = [f"{method} − alone" for method in SHARED]
+    lines = [[f"{split}: size", *names]]
     for size in reversed(config.sizes):
-        lines.append([str(size), *(cells[method, size] for method in SHARED)])
+        changes = [cells[method, size] for method in SHARED]
+        lines.append([str(size), *changes])
     return markdown(lines)
 
 
 def rate(row: dict) -> str:
     """Return a word error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
+    wer = 100 * row["wer"]
     low, high = (100 * bound for bound in row["interval"])
-    return f"{100 * row['wer']:.2f}% [{low:.2f}, {high:.2f}]"
+    return f"{wer:.2f}% [{low:.2f}, {high:.2f}]"
 
 
 def change(row: dict) -> str:
     """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`."""
+    difference = 100 * row["difference"]
     low, high = (100 * bound for bound in row["interval"])
-    return f"{100 * row['difference']:+.2f} [{low:+.2f}, {high:+.2f}] {row['verdict']}"
+    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}] {row['verdict']}"
 
 
 def markdown(lines: list[list[str]]) -> str:
     """Return a table of which the first line is the header."""
     header, *rest = (f"| {' | '.join(cells)} |\n" for cells in lines)
-    return header + "|" + " ---: |" * len(lines[0]) + "\n" + "".join(rest)
+    rule = "|" + " ---: |" * len(lines[0]) + "\n"
+    return header + rule + "".join(rest)
