@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -67,7 +67,9 @@ class Trainer:
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
     ) -> None:
         processes.use_gpu(config.device)
-        self.config, self.run, self.device = config, run, device_of(config)
+        self.config = config
+        self.run = run
+        self.device = device_of(config)
         self.found = run_directory.stamp(run)
         self.starts_from = [loaded.path] if loaded else []
         self.read_corpora(loaded)
@@ -121,9 +123,9 @@ class Trainer:
         self.dev = self.examples_of(dev.utterances[processes.rank() :: processes.count()])
 
     def examples_of(self, utterances: list[Utterance]) -> Examples:
-        """Return the utterances as the loader reads them; without workers they are kept."""
-        keep = self.config.workers == 0
-        return Examples(utterances, self.tokenizer, self.config, keep=keep)
+        """Return the utterances as the loader reads them; without workers they stay in memory."""
+        in_memory = self.config.workers == 0
+        return Examples(utterances, self.tokenizer, self.config, keep=in_memory)
 
     @property
     def update(self) -> int:
@@ -136,16 +138,18 @@ class Trainer:
 
         It is empty in all processes but the first.
         """
+        if processes.rank():
+            return ""
         others: dict[str, Corpus | str] = {}
         flags = {"--dev-splits": self.config.dev_splits, "--test-splits": self.config.test_splits}
-        for flag, splits in flags.items() if processes.rank() == 0 else ():
+        for flag, splits in flags.items():
             for split in splits:
                 try:
                     root = corpus_root(self.config)
                     others[split] = read_corpus(root, [split], self.config, flag)
                 except (ValueError, OSError) as error:
                     others[split] = str(error)
-        return "" if processes.rank() else summary(self.corpus, self.config, others)
+        return summary(self.corpus, self.config, others)
 
     # Beginning, stopping and resuming.
 
@@ -238,26 +242,31 @@ class Trainer:
         Yields what each update did, with the dev word error rates after a validation. A checkpoint
         comes before a validation, so that a kill in between loses nothing.
         """
-        config, logged, saved = self.config, [], time.monotonic()
+        config = self.config
+        logged: list[dict] = []
+        saved = time.monotonic()
         if self.validation_is_pending():
             self.validate()
         if self.update < config.updates:
             self.rehearse()
         if self.update == 0:
             self.dev_errors()
-        batches, record = self.batches(), dict(stop=False)
-        while self.update < config.updates and not record["stop"]:
+        batches = self.batches()
+        stop = False
+        while self.update < config.updates and not stop:
             record = self.timed_update(batches)
+            stop = record["stop"]
             logged.append(record)
             if self.due(config.log_every):
                 self.log(mean_of(logged))
                 logged = []
             late = time.monotonic() - saved > 60 * config.save_minutes
             due = self.due(config.save_every) or self.due(config.validate_every)
-            if due or late or self.save_soon or record["stop"]:
-                self.save(config.keep)
-                self.save_soon, saved = False, time.monotonic()
-            if self.due(config.validate_every) and not record["stop"]:
+            if due or late or self.save_soon or stop:
+                self.save()
+                self.save_soon = False
+                saved = time.monotonic()
+            if self.due(config.validate_every) and not stop:
                 record["dev"] = self.validate()
             yield record
         if self.failure:
@@ -280,8 +289,10 @@ class Trainer:
         number = self.state["batches"] + processes.rank()  # of the next batch, in all epochs
         while True:
             epoch = self.state["epoch"]
-            plan = epoch_plan(self.frames_in(epoch), self.config, epoch)
-            mine = plan[max(0, number - self.state["first"]) :: processes.count()]
+            frames = self.frames_in(epoch)
+            plan = epoch_plan(frames, self.config, epoch)
+            place = max(0, number - self.state["first"])
+            mine = plan[place :: processes.count()]
             if mine:
                 yield from self.load(mine)
             number += len(mine) * processes.count()
@@ -303,9 +314,14 @@ class Trainer:
 
         So too little memory shows now and not after a day. Raises ValueError where it does.
         """
-        frames, config = self.frames_in(0), self.config
+        config = self.config
+        frames = self.frames_in(0)
         plan = epoch_plan(frames, config, 0)
-        worst = max(plan, key=lambda batch: len(batch) * max(frames[i] for i in batch))
+
+        def longest(batch: list[int]) -> int:
+            return max(frames[i] for i in batch)
+
+        worst = max(plan, key=lambda batch: len(batch) * longest(batch))
         (batch,) = self.load([worst])
         try:
             reserved = self.optimizer_memory()
@@ -315,11 +331,11 @@ class Trainer:
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
+            first_line = str(error).splitlines()[0]
             raise ValueError(
-                f"the largest batch, {len(worst)} utterances of up to "
-                f"{max(frames[i] for i in worst)} frames, does not fit into the memory: lower "
-                f"--batch-seconds {config.batch_seconds:g} (and raise --accumulate), or set "
-                f"--checkpoint-activations. {str(error).partition(chr(10))[0]}"
+                f"the largest batch, {len(worst)} utterances of up to {longest(worst)} frames, "
+                f"does not fit into the memory: lower --batch-seconds {config.batch_seconds:g} "
+                f"(and raise --accumulate), or set --checkpoint-activations. {first_line}"
             ) from error
         self.optimizer.zero_grad()
 
@@ -327,8 +343,9 @@ class Trainer:
         """Return tensors of the size of the optimizer's state, where it has none yet."""
         if self.optimizer.state:
             return []
-        weights = list(self.model.parameters())
-        return [torch.ones_like(weight) for weight in (*weights, *weights)]
+        moments = [torch.ones_like(weight) for weight in self.model.parameters()]
+        squares = [torch.ones_like(weight) for weight in self.model.parameters()]
+        return moments + squares
 
     # One update.
 
@@ -363,7 +380,8 @@ class Trainer:
         for batch in batches:
             self.note_left_out({UNREADABLE: batch.corrupt})
         self.count_left_out(read["left_out"])
-        update, step1 = self.update, self.update < step1_updates(self.config)
+        update = self.update
+        step1 = update < step1_updates(self.config)
         record = dict(
             update=update + 1,
             step=1 if step1 else 2,
@@ -385,23 +403,31 @@ class Trainer:
             self.state["skipped"] = 0
             self.learned = self.state.copy()
         self.optimizer.zero_grad()
-        last = update + 1 == step1_updates(self.config)
-        if step1 and (last or ALGORITHMS[self.config.method].needs_ranking(update, self.config)):
+        if step1 and self.ranking_is_needed(update):
             self.rank_layers()
         return record
+
+    def ranking_is_needed(self, update: int) -> bool:
+        """Return whether what comes after an update of step 1 depends on the ranking."""
+        if update + 1 == step1_updates(self.config):
+            return True
+        algorithm = ALGORITHMS[self.config.method]
+        return algorithm.needs_ranking(update, self.config)
 
     def read_by_all(self, batches: list[Batch]) -> dict[str, int | float]:
         """Return what all processes have read for an update. It is counted on the CPU."""
         utterances = [utterance for batch in batches for utterance in batch.utterances]
+        samples = sum(utterance.samples for utterance in utterances)
         counts = dict(
             utterances=len(utterances),
-            seconds=sum(u.samples for u in utterances) / self.config.sample_rate,
+            seconds=samples / self.config.sample_rate,
             labels=sum(int(batch.label_lengths.sum()) for batch in batches),
             left_out=sum(len(batch.corrupt) for batch in batches),
             stop=self.stop_soon > 0,
             failed=self.failure is not None,
         )
-        total = processes.total(torch.tensor(list(counts.values()), dtype=torch.float64))
+        here = torch.tensor(list(counts.values()), dtype=torch.float64)
+        total = processes.total(here)
         return dict(zip(counts, total.tolist(), strict=True))
 
     def step(self, batches: list[Batch], labels: float, record: dict) -> str:
@@ -411,13 +437,10 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = record["learning_rate"] * group["factor"]
-        read = [batch for batch in batches if batch.utterances] or [silence(self.config)]
-        losses = sum(
-            self.add_gradients(batch, self.update, max(1, labels), sync=batch is read[-1])
-            for batch in read
-        )
+        losses = self.add_all_gradients(batches, max(1, labels))
         stop = losses.new_full((1,), float(self.stop_soon > 0))
-        losses, stop = processes.total(torch.cat([losses, stop])).split([len(losses), 1])
+        total = processes.total(torch.cat([losses, stop]))
+        losses, stop = total.split([len(losses), 1])
         most = self.config.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
         scores = [self.model.scores] if self.scores_are_logged() else []
@@ -431,6 +454,15 @@ class Trainer:
         record["gradient_norm"] = norm
         self.optimizer.step()
         return ""
+
+    def add_all_gradients(self, batches: list[Batch], labels: float) -> Tensor:
+        """Add the gradients of an update's batches; return the sums of their losses, (M,)."""
+        read = [batch for batch in batches if batch.utterances]
+        if not read:
+            read = [silence(self.config)]
+        return sum(
+            self.add_gradients(batch, self.update, labels, sync=batch is read[-1]) for batch in read
+        )
 
     def scores_are_logged(self) -> bool:
         """Return whether the update that runs is one of step 1 of which a line is logged."""
@@ -446,10 +478,13 @@ class Trainer:
         """
         algorithm = ALGORITHMS[self.config.method]
         scores = torch.tensor(values).view_as(self.model.scores)
-        now = (scores, self.model.ranking, self.update, self.config)
-        shown = scores if scores.dim() == 1 else algorithm.layer_weights(*now)
+        ranking = self.model.ranking
+        shown = scores
+        if scores.dim() > 1:
+            shown = algorithm.layer_weights(scores, ranking, self.update, self.config)
         rounded = [round(float(score), 5) for score in shown]
-        return dict(scores=rounded, ranking=algorithm.rank(*now))
+        ranked = algorithm.rank(scores, ranking, self.update, self.config)
+        return dict(scores=rounded, ranking=ranked)
 
     def add_gradients(self, batch: Batch, update: int, labels: float, sync: bool) -> Tensor:
         """Add the gradient of a batch's losses, in nats per label; return the losses, (M,).
@@ -457,36 +492,51 @@ class Trainer:
         `labels`: of the whole update, in all processes. `sync`: whether this is the update's last
         batch, with which the gradients of all processes become one.
         """
-        config, model, step1 = self.config, self.model, update < step1_updates(self.config)
+        step1 = update < step1_updates(self.config)
         features, frames, targets, target_lengths, seeds = batch.to(self.device)
-        weights, gates = self.loss_weights(update), self.gates(update, seeds)
-        networks, idle = len(weights), model.idle(list(weights), step1)
-        with nullcontext() if sync or self.network is model else self.network.no_sync():
-            log_probs, lengths = self.network(features, frames, list(weights), gates, seeds)
+        weights = self.loss_weights(update)  # size → weight
+        sizes = list(weights)
+        networks = len(sizes)  # M
+        gates = self.gates(update, seeds)
+        idle = self.model.idle(sizes, step1)
+        with self.synchronised(sync):
+            log_probs, lengths = self.network(features, frames, sizes, gates, seeds)
             losses = ctc_loss(
                 log_probs.flatten(0, 1),  # (M·B, T', V)
                 lengths.repeat(networks),
                 targets.repeat(networks, 1),
                 target_lengths.repeat(networks),
             )
-            losses = losses.unflatten(0, (networks, len(seeds))).sum(1) / labels  # (M,)
+            losses = losses.unflatten(0, (networks, len(seeds)))  # (M, B)
+            losses = losses.sum(1) / labels  # (M,)
             if not batch.utterances:
                 losses = 0 * losses
-            weighted = [
-                weight * loss for weight, loss in zip(weights.values(), losses, strict=True)
-            ]
-            loss = processes.count() * sum(weighted)
+            pairs = zip(weights.values(), losses, strict=True)
+            weighted = sum(weight * loss for weight, loss in pairs)
+            total = processes.count() * weighted
             if self.teacher is not None and batch.utterances:
                 divergence = distillation_loss(self.teacher, features, frames, log_probs[0])
-                loss = loss + processes.count() * divergence / labels
+                total = total + processes.count() * divergence / labels
             if step1 and sync:
-                now = (model.scores, model.ranking, update, config)
-                loss = loss + ALGORITHMS[config.method].extra_loss(*now)
+                total = total + self.extra_loss(update)
             # Other processes wait for the gradient of every weight.
-            (loss + 0 * sum(weight.sum() for weight in idle)).backward()
+            nothing = 0 * sum(weight.sum() for weight in idle)
+            (total + nothing).backward()
         for weight in idle:
             weight.grad = None  # a zero would move the optimizer's state
         return losses.detach()
+
+    def synchronised(self, sync: bool) -> AbstractContextManager:
+        """Return a context in which, with `sync`, the gradients of all processes become one."""
+        if sync or self.network is self.model:
+            return nullcontext()
+        return self.network.no_sync()
+
+    def extra_loss(self, update: int) -> Tensor:
+        """Return the algorithm's extra loss in an update of step 1."""
+        algorithm = ALGORITHMS[self.config.method]
+        model = self.model
+        return algorithm.extra_loss(model.scores, model.ranking, update, self.config)
 
     def loss_weights(self, update: int) -> dict[int, float]:
         """Return the networks that an update trains, largest first: size → weight of its loss."""
@@ -500,10 +550,13 @@ class Trainer:
 
     def gates(self, update: int, seeds: Tensor) -> list[Gates]:
         """Return the gates of these networks, for utterances with these seeds."""
-        config, model = self.config, self.model
+        config = self.config
+        model = self.model
         if update < step1_updates(config):
-            now = (model.scores, model.ranking, update, config)
-            return [[True] * config.layers, ALGORITHMS[config.method].layer_weights(*now)]
+            algorithm = ALGORITHMS[config.method]
+            supernet = [True] * config.layers
+            subnet = algorithm.layer_weights(model.scores, model.ranking, update, config)
+            return [supernet, subnet]
         if config.method == "layerdrop":
             return [list(layer_gates(seeds, config.layers, config.layer_drop))]
         masks = [model.mask(size) for size in self.loss_weights(update)]
@@ -514,7 +567,8 @@ class Trainer:
 
         Note: this waits for the device.
         """
-        last, model = self.update - 1, self.model
+        last = self.update - 1
+        model = self.model
         if 0 <= last < step1_updates(self.config):
             algorithm = ALGORITHMS[self.config.method]
             model.ranking = algorithm.rank(model.scores, model.ranking, last, self.config)
@@ -524,8 +578,8 @@ class Trainer:
     def skip(self, batches: list[Batch], fault: str) -> None:
         """Log an update that changed nothing; end the training where too many were in a row."""
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
-        skipped = dict(update=self.update, skipped=fault, utterances=ids)
-        run_directory.log(self.run, skipped | dict(time=time.time()))
+        skipped = dict(update=self.update, skipped=fault, utterances=ids, time=time.time())
+        run_directory.log(self.run, skipped)
         self.state["skipped"] += 1
         if self.state["skipped"] < MOST_SKIPPED:
             return
@@ -541,7 +595,8 @@ class Trainer:
     def count_left_out(self, number: float) -> None:
         """Count utterances that could not be read; the next update ends where they are too many."""
         self.left_out += int(number)
-        utterances, most = len(self.corpus.utterances), self.config.most_left_out
+        utterances = len(self.corpus.utterances)
+        most = self.config.most_left_out
         if self.left_out > most * utterances and not processes.rank():
             self.failure = ValueError(
                 f"{self.left_out} of {utterances} training utterances could not be read, more than "
@@ -555,7 +610,7 @@ class Trainer:
         """
         self.state = self.learned | dict(skipped=0)
         if self.update > self.saved:
-            self.save(self.config.keep)
+            self.save()
         raise error
 
     # Dev.
@@ -569,9 +624,13 @@ class Trainer:
         self.rank_layers()
         result = {}
         for size, errors in self.dev_errors().items():
-            measure = "wer" if self.blanks else "cer"
-            counts = dict(wer=errors.rate, measure=measure, errors=errors.total, words=errors.words)
-            result[size] = counts | dict(layers=kept_names(self.model, size))
+            result[size] = dict(
+                wer=errors.rate,
+                measure="wer" if self.blanks else "cer",
+                errors=errors.total,
+                words=errors.words,
+                layers=kept_names(self.model, size),
+            )
         if self.note_validation(self.update, result):
             self.write("best.pt")
         self.log(dict(update=self.update, dev=result))
@@ -602,39 +661,41 @@ class Trainer:
         self.check_dev(unreadable)
         totals = {}
         for size in sizes:
-            errors = errors_of(self.dev.utterances, texts[size], self.blanks)
-            counts = torch.tensor(dataclasses.astuple(sum(errors, Errors())))
-            totals[size] = Errors(*processes.total(counts).tolist())
+            errors = sum(errors_of(self.dev.utterances, texts[size], self.blanks), Errors())
+            counts = torch.tensor(dataclasses.astuple(errors))
+            counts = processes.total(counts)
+            totals[size] = Errors(*counts.tolist())
         return totals
 
     def check_dev(self, unreadable: dict[str, str]) -> None:
         """Raise ValueError where too many dev utterances can't be read, by all processes."""
-        unlisted = len(self.corpus.left_out.get(f"{UNREADABLE} (dev)", ()))
-        lost = unlisted + int(processes.total(torch.tensor(len(unreadable))))
+        unlisted = self.corpus.left_out.get(f"{UNREADABLE} (dev)", {})
+        now = processes.total(torch.tensor(len(unreadable)))
+        lost = len(unlisted) + int(now)
         if lost > self.config.most_left_out * self.dev_utterances:
-            names = [*self.corpus.left_out.get(f"{UNREADABLE} (dev)", {}).values()]
-            first = next(iter([*names, *unreadable.values()]), "")
+            reasons = [*unlisted.values(), *unreadable.values(), ""]
+            first = reasons[0]
             what = f"{lost} of {self.dev_utterances} dev utterances can't be read"
             raise processes.in_first(ValueError(f"{what}, more than --most-left-out: {first}"))
 
     # What is written.
 
-    def save(self, keep: int | None = None) -> None:
+    def save(self) -> None:
         """Write the checkpoint, keep the ones before it, and write the ranking for people.
 
-        `keep`: how many checkpoints are kept, by default as configured. Raises FloatingPointError
-        where a weight is not finite.
+        Raises FloatingPointError where a weight is not finite.
         """
         self.rank_layers()
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.fingerprint
-        self.write(checkpoint.NAME, training=state, keep=keep or self.config.keep)
+        self.write(checkpoint.NAME, training=state, keep=self.config.keep)
         self.saved = self.update
         if processes.rank():
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
         ranked = [dict(layer=layer_name(layer), score=score) for layer, score in pairs]
-        files.write(self.run / "ranking.json", (json.dumps(ranked, indent=2) + "\n").encode())
+        text = json.dumps(ranked, indent=2) + "\n"
+        files.write(self.run / "ranking.json", text.encode())
 
     def write(self, name: str, **more: object) -> None:
         """Write the network to a file of the run directory, in the first process."""
@@ -656,8 +717,8 @@ class Trainer:
 
 def wait_for(*values: Tensor) -> list[list[float]]:
     """Return the numbers in some tensors: in an update, the one wait for the device."""
-    flat = torch.cat([value.detach().flatten().float() for value in values]).tolist()
-    numbers = iter(flat)
+    flat = torch.cat([value.detach().flatten().float() for value in values])
+    numbers = iter(flat.tolist())
     return [list(islice(numbers, value.numel())) for value in values]
 
 
@@ -667,8 +728,10 @@ def silence(config: Config) -> Batch:
     It has no utterances and one row of silence, whose loss counts as 0.
     """
     features = torch.zeros(1, 8, config.mel_bins)
-    none = torch.zeros(1, dtype=torch.long)
-    return Batch([], features, none + 8, none[:, None], none, none, corrupt={})
+    lengths = torch.tensor([8])
+    labels = torch.zeros(1, 1, dtype=torch.long)
+    zero = torch.zeros(1, dtype=torch.long)
+    return Batch([], features, lengths, labels, zero, zero, corrupt={})
 
 
 def changed(config: Config, changes: dict[str, object]) -> Config:
