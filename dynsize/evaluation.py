@@ -82,11 +82,12 @@ def transcribe(
     where there is a terminal. With `facts`, utterances that are longer than training's longest are
     decoded in windows, one after the other, so memory hardly grows with their length.
     """
-    most = math.inf if facts is None else facts.longest_seconds * facts.sample_rate
-    short: list[int] = []
-    long: list[int] = []
-    for index, utterance in enumerate(examples.utterances):
-        (short if utterance.samples <= most else long).append(index)
+    most = math.inf  # samples decoded without windows
+    if facts is not None:
+        most = facts.longest_seconds * facts.sample_rate
+    samples = [utterance.samples for utterance in examples.utterances]
+    short = [index for index, number in enumerate(samples) if number <= most]
+    long = [index for index, number in enumerate(samples) if number > most]
     texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
     unreadable: dict[str, str] = {}
     bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
@@ -95,8 +96,10 @@ def transcribe(
         windows = in_windows(model, examples, long, sizes, unreadable, facts)
         for indices, log_probs, lengths in chain(batches, windows):
             for size, of_size in zip(sizes, log_probs, strict=True):
-                for index, labels in zip(indices, decoder(of_size, lengths), strict=True):
-                    texts[size][index] = " ".join(examples.tokenizer.decode(labels).split())
+                found = decoder(of_size, lengths)
+                for index, labels in zip(indices, found, strict=True):
+                    words = examples.tokenizer.decode(labels).split()
+                    texts[size][index] = " ".join(words)
             bar.update(len(indices))
     return texts, unreadable
 
@@ -112,11 +115,14 @@ def in_batches(
 
     Covers the `chosen` indices. Audio that can't be read is added to `unreadable` instead.
     """
-    config, device = model.config, next(model.parameters()).device
+    config = model.config
+    device = next(model.parameters()).device
     frames = examples.frames()
+    chosen_frames = [frames[index] for index in chosen]
     most_frames = config.batch_seconds * 1000 / config.hop_ms
-    plan = batch_plan([frames[i] for i in chosen], most_frames, config.batch_utterances)
-    plan = [[chosen[n] for n in batch] for batch in plan]
+    plan = []
+    for batch in batch_plan(chosen_frames, most_frames, config.batch_utterances):
+        plan.append([chosen[number] for number in batch])
     for indices, batch in zip(plan, load(examples, plan), strict=True):
         unreadable.update(batch.corrupt)
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
@@ -143,18 +149,21 @@ def in_windows(
         except CorruptAudio as error:
             unreadable[utterance.id] = str(error)
             continue
-        of_sizes = [
-            torch.cat(list(windowed_log_probs(partial(network, size=size), [audio], facts)))
-            for size in sizes
-        ]
-        log_probs = torch.stack(of_sizes)[:, None]  # (M, 1, T, V)
-        yield [index], log_probs, torch.tensor([log_probs.shape[2]])
+        by_size = []
+        for size in sizes:
+            parts = windowed_log_probs(partial(network, size=size), [audio], facts)
+            by_size.append(torch.cat(list(parts)))  # (T, V)
+        log_probs = torch.stack(by_size)[:, None]  # (M, 1, T, V)
+        lengths = torch.tensor([log_probs.shape[2]])
+        yield [index], log_probs, lengths
 
 
 def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
     """Return the network of one size on the configured device, cut out of a supernet."""
     model = checkpoint.model
-    return (cut(model, size) if model.size is None else model).to(device_of(config))
+    if model.size is None:
+        model = cut(model, size)
+    return model.to(device_of(config))
 
 
 def decoded(
@@ -171,7 +180,8 @@ def decoded(
     facts = facts_of(checkpoint)
     texts, unreadable = transcribe(network, examples, [size], title, facts, decoder)
     normalised = NORMALISERS[network.config.normaliser]
-    return [None if t is None else normalised(t) for t in texts[size]], unreadable
+    found = [None if text is None else normalised(text) for text in texts[size]]
+    return found, unreadable
 
 
 # Scoring.
@@ -200,9 +210,12 @@ def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> li
 
     They are in words, or in characters for a language that writes no `blanks`.
     """
-    read = [(u, text) for u, text in zip(utterances, texts, strict=True) if text is not None]
-    scored = [score(utterance, text, blanks) for utterance, text in read]
-    return [s.words if blanks else s.characters for s in scored]
+    errors = []
+    for utterance, text in zip(utterances, texts, strict=True):
+        if text is not None:
+            scored = score(utterance, text, blanks)
+            errors.append(scored.words if blanks else scored.characters)
+    return errors
 
 
 def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
@@ -225,7 +238,8 @@ def scores(scored: Sequence[Scored]) -> dict:
     """Return what a report says about the texts of one size."""
     words = sum((s.words for s in scored), Errors())
     characters = sum((s.characters for s in scored), Errors())
-    confusions = Counter(pair for s in scored for pair in s.pairs if pair[0] != pair[1])
+    pairs = [pair for s in scored for pair in s.pairs]
+    confusions = Counter((said, heard) for said, heard in pairs if said != heard)
     return dict(
         wer=words.rate,
         interval=interval([s.words for s in scored]),
@@ -257,8 +271,12 @@ def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
     for speaker, group in sorted(groups.items()):
         words = sum((s.words for s in group), Errors())
         characters = sum((s.characters for s in group), Errors())
-        counts = dict(utterances=len(group), words=words.words)
-        rows[speaker] = counts | dict(wer=words.rate, cer=characters.rate)
+        rows[speaker] = dict(
+            utterances=len(group),
+            words=words.words,
+            wer=words.rate,
+            cer=characters.rate,
+        )
     return rows
 
 
@@ -280,13 +298,14 @@ def evaluate(
     utterances = corpus.utterances
     read = read_by_all(list(texts.values()), split)
     blanks = writes_blanks(utterances[i].text for i in read)
-    scored = {
-        size: [score(utterances[i], of_size[i] or "", blanks) for i in read]
-        for size, of_size in texts.items()
-    }
+    scored = {}
+    for size, of_size in texts.items():
+        scored[size] = [score(utterances[i], of_size[i], blanks) for i in read]
     audio_seconds = sum(utterances[i].samples for i in read) / config.sample_rate
     for size, row in rows.items():
-        row |= scores(scored[size]) | dict(real_time_factor=row.pop("seconds") / audio_seconds)
+        seconds = row.pop("seconds")
+        row |= scores(scored[size])
+        row["real_time_factor"] = seconds / audio_seconds
     found = dict(
         checkpoint=str(checkpoint.path),
         corpus=config.corpus,
@@ -322,7 +341,9 @@ def decoded_by_size(
         texts[size], unreadable = decoded(
             checkpoint, network, size, corpus.utterances, split, decoder
         )
-        rows[size] = costs(network, size) | dict(seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        rows[size] = costs(network, size)
+        rows[size]["seconds"] = seconds
         for name, why in unreadable.items():
             corpus.leave_out(UNREADABLE, name, why)
     return texts, rows
@@ -333,7 +354,8 @@ def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
 
     Raises ValueError where there is none.
     """
-    read = [i for i, of_one in enumerate(zip(*texts, strict=True)) if None not in of_one]
+    by_utterance = zip(*texts, strict=True)
+    read = [i for i, of_one in enumerate(by_utterance) if None not in of_one]
     if not read:
         raise ValueError(f"{split}: no utterance is left: the audio of none can be read")
     return read
@@ -352,8 +374,10 @@ def kept_names(model: Supernet, size: int) -> list[str]:
 
 def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
     """Return an utterance's reference beside its texts by several sizes."""
-    utterance = next(iter(scored.values()))[number].utterance
-    texts = {size: of_size[number].text for size, of_size in scored.items()}
+    texts = {}
+    for size, of_size in scored.items():
+        utterance = of_size[number].utterance
+        texts[size] = of_size[number].text
     return dict(id=utterance.id, reference=utterance.text, texts=texts)
 
 
@@ -366,7 +390,11 @@ def examples_of(scored: dict[int, list[Scored]]) -> list[dict]:
     shown = dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]])
     chosen = {size: scored[size] for size in shown}
     everything = range(len(scored[sizes[0]]))
-    differing = [n for n in everything if len({of_size[n].text for of_size in chosen.values()}) > 1]
+    differing = []
+    for number in everything:
+        texts = {of_size[number].text for of_size in chosen.values()}
+        if len(texts) > 1:
+            differing.append(number)
     pool = differing if len(differing) >= 3 else everything
     spread = dict.fromkeys(pool[len(pool) * part // 6] for part in (1, 3, 5))
     return [side_by_side(chosen, number) for number in spread]
@@ -377,12 +405,17 @@ def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
 
     The largest increase comes first. `errors` has both numbers.
     """
-    ends = {size: scored[size] for size in (max(scored), min(scored))}
+    largest = max(scored)
+    smallest = min(scored)
+    ends = {size: scored[size] for size in (largest, smallest)}
     found = []
-    for number, of_ends in enumerate(zip(*ends.values(), strict=True)):
-        errors = [errors_in(s.pairs).total for s in (of_ends[0], of_ends[-1])]
-        if errors[1] > errors[0]:
-            found.append(side_by_side(ends, number) | dict(errors=errors))
+    for number in range(len(scored[largest])):
+        before = errors_in(scored[largest][number].pairs).total
+        after = errors_in(scored[smallest][number].pairs).total
+        if after > before:
+            row = side_by_side(ends, number)
+            row["errors"] = [before, after]
+            found.append(row)
     found.sort(key=lambda row: row["errors"][0] - row["errors"][1])
     return found[:LISTED]
 
@@ -422,6 +455,7 @@ def read_hypotheses(path: Path, utterances: Sequence[Utterance], config: Config)
     Lines of other utterances are ignored. Raises ValueError for a line without id, an id that is
     there twice, and an utterance without a line.
     """
+    normalised = NORMALISERS[config.normaliser]
     found: dict[str, str] = {}
     for where, line in lines(path):
         if path.suffix == ".trn":
@@ -429,10 +463,12 @@ def read_hypotheses(path: Path, utterances: Sequence[Utterance], config: Config)
             if not bracket:
                 raise ValueError(f"{where}: not TEXT (ID): {line[:80]!r}")
         else:
-            name, text = [*line.split(maxsplit=1), ""][:2]
+            name, *rest = line.split(maxsplit=1)
+            text = rest[0] if rest else ""
         if name in found:
             raise ValueError(f"{where}: the utterance {name} is there twice")
-        found[name] = " ".join(NORMALISERS[config.normaliser](text).split())
+        words = normalised(text).split()
+        found[name] = " ".join(words)
     missing = [u.id for u in utterances if report.written_id(u) not in found]
     if missing:
         number = f"{len(missing)} of {len(utterances)} utterances"
@@ -476,12 +512,17 @@ def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
     corpora = []
     for system in chain.from_iterable(sides):
         config = system.config
-        corpora.append(read_corpus(corpus_root(config), [split], config))
-        first, other = ([(u.id, u.text) for u in c.utterances] for c in (corpora[0], corpora[-1]))
-        if first != other:
+        corpus = read_corpus(corpus_root(config), [split], config)
+        corpora.append(corpus)
+        if ids_and_texts(corpus) != ids_and_texts(corpora[0]):
             what = f"the {split} of {config.corpus} has other utterances than the first's"
             raise ValueError(f"{system.path}: {what}")
     return corpora[0]
+
+
+def ids_and_texts(corpus: Corpus) -> list[tuple[str, str]]:
+    """Return the id and the text of each utterance."""
+    return [(utterance.id, utterance.text) for utterance in corpus.utterances]
 
 
 def errors_by_size(
@@ -492,27 +533,35 @@ def errors_by_size(
 ) -> dict[int, list[list[Errors]]]:
     """Return, for each size that all runs have, the errors of each run in the read utterances."""
     chosen = [utterances[i] for i in read]
-    return {
-        size: [errors_of(chosen, [texts[size][i] for i in read], blanks) for texts in runs]
-        for size in runs[0]
-        if all(size in texts for texts in runs)
-    }
+    errors = {}
+    for size in runs[0]:
+        if all(size in texts for texts in runs):
+            errors[size] = []
+            for texts in runs:
+                chosen_texts = [texts[size][i] for i in read]
+                errors[size].append(errors_of(chosen, chosen_texts, blanks))
+    return errors
 
 
 def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
     """Return the rates of two sides, given as the errors of each run, and what they tell."""
-    rates = [sum(sum(run, Errors()).rate for run in side) / len(side) for side in (first, second)]
+    rates = [mean_rate(first), mean_rate(second)]
     low, high = paired_interval(first, second)
     verdict = "not significantly different"  # the interval contains 0
     if high < 0:
         verdict = "the first is better"
     elif low > 0:
         verdict = "the second is better"
-    runs = [len(first), len(second)]
     return dict(
         rates=rates,
         difference=rates[0] - rates[1],
         interval=(low, high),
         verdict=verdict,
-        runs=runs,
+        runs=[len(first), len(second)],
     )
+
+
+def mean_rate(side: list[list[Errors]]) -> float:
+    """Return the mean error rate of several runs."""
+    totals = [sum(run, Errors()) for run in side]
+    return sum(total.rate for total in totals) / len(side)

@@ -29,20 +29,32 @@ def learner(
     the model.
     """
     old = loaded.model.config
-    updates = max(1, old.updates // 3) if updates is None else updates
+    if updates is None:
+        updates = max(1, old.updates // 3)
     if updates < 0:
         raise ValueError(f"--updates {updates}: must be 0 or more")
-    if folder.resolve() in [loaded.path.resolve(), *loaded.path.resolve().parents]:
+    model_file = loaded.path.resolve()
+    if folder.resolve() in [model_file, *model_file.parents]:
         raise ValueError(f"--output {folder}: has the model {loaded.path}; choose another folder")
     smaller = sizes or (old.layers // 3, 2 * old.layers // 3)
-    intervals = ("log_every", "validate_every", "save_every")
-    changes = {name: max(1, min(getattr(old, name), updates)) for name in intervals}
-    changes |= dict(size=0, layers_from="", teacher="", updates=max(1, updates))
-    changes |= dict(sizes=tuple(sorted({*smaller, old.layers})))
-    config = with_method(old, method, **changes)
-    start = dataclasses.replace(loaded, model=widened(loaded.model, config), training=None)
+    all_sizes = {*smaller, old.layers}
+    some = max(1, updates)
+    config = with_method(
+        old,
+        method,
+        size=0,
+        sizes=tuple(sorted(all_sizes)),
+        layers_from="",
+        teacher="",
+        updates=some,
+        log_every=min(old.log_every, some),
+        validate_every=min(old.validate_every, some),
+        save_every=min(old.save_every, some),
+    )
+    model = widened(loaded.model, config)
+    initial = dataclasses.replace(loaded, model=model, training=None)
     check_new(folder, overwrite)
-    trainer = Trainer(config, folder, start).begin()
+    trainer = Trainer(config, folder, initial).begin()
     if updates == 0:
         trainer.save()
     return trainer
@@ -65,16 +77,21 @@ def sizes_to_cut(
     Without sizes and budgets: all that were trained, but for the full one. `budgets`: as in
     `subnet.largest_within`, whose milliseconds are those for `seconds` of audio.
     """
+    asked = set(sizes)
     within = [largest_within(model, name, limit, seconds) for name, limit in budgets.items()]
-    asked = [*sizes, *([min(within)] if within else [])]
-    return sorted(set(asked or model.sizes[:-1]), reverse=True)
+    if within:
+        asked.add(min(within))
+    if not asked:
+        asked.update(model.sizes[:-1])
+    return sorted(asked, reverse=True)
 
 
 def nearest_trained(model: Supernet, size: int) -> list[int]:
     """Return the two trained sizes next to one that was never trained; nothing for one that was."""
     if size in model.sizes or model.size is not None:
         return []
-    return sorted(sorted(model.sizes, key=lambda trained: abs(trained - size))[:2])
+    by_distance = sorted(model.sizes, key=lambda trained: abs(trained - size))
+    return sorted(by_distance[:2])
 
 
 def write_subnets(

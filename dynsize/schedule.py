@@ -20,7 +20,8 @@ def learning_rate(update: int, config: Config) -> float:
 
     It is linear from peak / 100 to the peak, back to peak / 100, then to 1e-8.
     """
-    peak, done = config.peak_learning_rate, (update + 1) / config.updates
+    peak = config.peak_learning_rate
+    done = (update + 1) / config.updates
     corners = [
         (0.0, peak / 100),
         (config.warmup, peak),
