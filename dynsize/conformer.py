@@ -155,14 +155,19 @@ def rotate(x: Tensor) -> Tensor:
     The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d), computed in float32:
     bfloat16 can't count frames.
     """
-    frames, half = x.shape[-2], x.shape[-1] // 2
-    speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(frames, device=x.device)[:, None] * speed  # (T, d/2)
-    sine, cosine = angle.sin(), angle.cos()
+    frames, width = x.shape[-2:]
+    half = width // 2
+    pair = torch.arange(half, device=x.device)  # (d/2,)
+    speed = 10000.0 ** (-pair / half)
+    frame = torch.arange(frames, device=x.device)[:, None]  # (T, 1)
+    angle = frame * speed  # (T, d/2)
+    sine = angle.sin()
+    cosine = angle.cos()
     first, second = x.float().chunk(2, dim=-1)  # (R, H, T, d/2) each
     first_turned = first * cosine - second * sine
     second_turned = first * sine + second * cosine
-    return torch.cat([first_turned, second_turned], dim=-1).to(x.dtype)
+    turned = torch.cat([first_turned, second_turned], dim=-1)  # (R, H, T, d)
+    return turned.to(x.dtype)
 
 
 LAYER_KINDS = {"ff1": FeedForward, "conv": Convolution, "mhsa": SelfAttention, "ff2": FeedForward}
@@ -177,9 +182,10 @@ class Conv2dFrontEnd(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = (1, *config.front_end_channels)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(channels)
-        )
+        self.convolutions = nn.ModuleList()
+        for c_in, c_out in pairwise(channels):
+            convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+            self.convolutions.append(convolution)
         bins = -(-config.mel_bins // 4)
         self.project = nn.Linear(channels[-1] * bins, config.width)
 
@@ -193,7 +199,8 @@ class Conv2dFrontEnd(nn.Module):
         x = features[:, None]  # (B, 1, T, F)
         for convolution in self.convolutions:
             x = zero_outside(x, lengths)
-            x = F.relu(convolution(x))
+            x = convolution(x)
+            x = F.relu(x)
             lengths = (lengths + 1) // 2
         x = x.transpose(1, 2).flatten(2)  # (B, ⌈T/4⌉, channels · ⌈F/4⌉)
         return self.project(x)
@@ -208,9 +215,10 @@ class VggFrontEnd(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = (1, *config.front_end_channels)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels)
-        )
+        self.convolutions = nn.ModuleList()
+        for c_in, c_out in pairwise(channels):
+            convolution = nn.Conv2d(c_in, c_out, 3, padding=1)
+            self.convolutions.append(convolution)
         self.project = nn.Linear(channels[-1] * config.mel_bins, config.width)
 
     @staticmethod
@@ -221,12 +229,14 @@ class VggFrontEnd(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Return (B, ⌊T/4⌋, D), one frame where T < 4. `features`: (B, T, F). `lengths`: (B,)."""
         missing = max(0, 4 - features.shape[1])
-        x = F.pad(features, (0, 0, 0, missing))[:, None]  # (B, 1, T, F)
+        x = F.pad(features, (0, 0, 0, missing))  # (B, T, F), T ≥ 4
+        x = x[:, None]  # (B, 1, T, F)
         for number, convolution in enumerate(self.convolutions):
             x = zero_outside(x, lengths)
             x = convolution(x)
             if number % 2 == 1:
-                x = F.max_pool2d(F.relu(x), (2, 1))
+                x = F.relu(x)
+                x = F.max_pool2d(x, (2, 1))
                 lengths = lengths // 2
         x = x.transpose(1, 2).flatten(2)  # (B, ⌊T/4⌋, channels · F)
         return self.project(x)
@@ -237,12 +247,14 @@ FRONT_ENDS = {"conv2d": Conv2dFrontEnd, "vgg": VggFrontEnd}
 
 def padding_mask(lengths: Tensor, frames: int) -> Tensor:
     """Return the mask (B, frames) of utterances with these `lengths`, (B,): True inside."""
-    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+    frame = torch.arange(frames, device=lengths.device)  # (frames,)
+    return frame < lengths[:, None]
 
 
 def zero_outside(x: Tensor, lengths: Tensor) -> Tensor:
     """Return `x`, (B, C, T, F), with zeros in the frames outside each utterance."""
-    return x * padding_mask(lengths, x.shape[2])[:, None, :, None]
+    inside = padding_mask(lengths, x.shape[2])  # (B, T)
+    return x * inside[:, None, :, None]
 
 
 def initialise(module: nn.Module) -> None:
@@ -296,8 +308,10 @@ class Encoder(nn.Module):
         """
         x = self.front_end(features, lengths)  # (B, T', D)
         lengths = self.front_end.output_frames(lengths)
-        inside = padding_mask(lengths, x.shape[1]).repeat(len(gates), 1)  # (M·B, T')
-        stack = Stack(x, networks=len(gates), dropout=0.0 if seeds is None else self.dropout)
+        inside = padding_mask(lengths, x.shape[1])  # (B, T')
+        inside = inside.repeat(len(gates), 1)  # (M·B, T')
+        dropout = 0.0 if seeds is None else self.dropout
+        stack = Stack(x, len(gates), dropout)
         for block, layers in enumerate(self.blocks):
             for i, kind in enumerate(LAYERS):
                 number = 4 * block + i
@@ -355,24 +369,30 @@ class Stack:
     def __init__(self, x: Tensor, networks: int, dropout: float) -> None:
         self.utterances = len(x)
         self.dropout = dropout
-        self.x = x.to(torch.promote_types(x.dtype, torch.float32))  # (S·B, T', D), S = 1 here
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.x = x.to(dtype)  # (S·B, T', D), S = 1 here
         self.streams = [0] * networks  # the stream of each network, from 0, not falling
         self.pending: Pending | None = None
+        self.branch_dtype = dtype
+        device = x.device.type
         # The device `meta`, which tests use, has no autocast.
-        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        self.branch_dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.x.dtype
+        if device != "meta" and torch.is_autocast_enabled(device):
+            self.branch_dtype = torch.get_autocast_dtype(device)
 
     def rows(self, networks: int) -> int:
         """Return the number of rows of the stack that the first `networks` networks need."""
-        return (self.streams[networks - 1] + 1) * self.utterances
+        last_stream = self.streams[networks - 1]
+        return (last_stream + 1) * self.utterances
 
     def normalise(self, norm: nn.LayerNorm, networks: int) -> Tensor:
         """Add what is pending, and return LayerNorm of the rows that a layer is computed for."""
-        return self.add_and_normalise(norm, self.rows(networks), self.branch_dtype)
+        rows = self.rows(networks)
+        return self.add_and_normalise(norm, rows, self.branch_dtype)
 
     def end_block(self, norm: nn.LayerNorm) -> None:
         """Add what is pending, and replace all rows by their LayerNorm, which ends a block."""
-        self.x = self.add_and_normalise(norm, len(self.x), self.x.dtype)
+        rows = len(self.x)
+        self.x = self.add_and_normalise(norm, rows, self.x.dtype)
 
     def add_and_normalise(self, norm: nn.LayerNorm, rows: int, dtype: torch.dtype) -> Tensor:
         """Add what is pending to `x`; return LayerNorm of the first `rows` rows, in `dtype`."""
@@ -403,11 +423,13 @@ class Stack:
         """
         before = self.streams
         self.streams = part(before, gate)
-        firsts = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
+        streams = range(self.streams[-1] + 1)
+        firsts = [self.streams.index(stream) for stream in streams]  # each stream's first network
         keeping = [network for network in firsts if gate[network] is not False]
         if self.streams != before:
-            self.x = self.repeated(self.x, [before[network] for network in firsts])
-            branch = self.repeated(branch, [before[network] for network in keeping])
+            sources = [before[network] for network in firsts]
+            self.x = self.repeated(self.x, sources)
+            branch = self.repeated(branch, sources[: len(keeping)])
         weights = self.by_row([gate[network] for network in keeping])
         self.pending = Pending(branch, weights, scale, seed)
 
@@ -448,8 +470,11 @@ def part(streams: Sequence[int], gate: Gates) -> list[int]:
     """
     parted = [0]
     for i in range(1, len(streams)):
-        together = streams[i] == streams[i - 1] and same(gate[i], gate[i - 1])
-        parted.append(parted[-1] if together else parted[-1] + 1)
+        stream = parted[-1]
+        together = streams[i] == streams[i - 1]
+        if not (together and same(gate[i], gate[i - 1])):
+            stream += 1
+        parted.append(stream)
     return parted
 
 
@@ -458,4 +483,6 @@ def same(first: Gate, second: Gate) -> bool:
 
     The values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
     """
-    return isinstance(first, bool) and isinstance(second, bool) and first == second
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return False
+    return first == second

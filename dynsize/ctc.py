@@ -48,8 +48,7 @@ class CtcLoss(torch.autograd.Function):
         last_frame = lengths - 1  # (N,)
         last_state = 2 * label_lengths  # (N,)
         extended = with_blanks(labels)  # (N, S)
-        state = torch.arange(extended.shape[1], device=labels.device)  # (S,)
-        outside = state > last_state[:, None]  # (N, S)
+        outside = after(last_state, extended.shape[1])  # (N, S)
         extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
         by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
@@ -58,16 +57,18 @@ class CtcLoss(torch.autograd.Function):
         alpha, beta = forward_backward(emitted, extended, last_frame, last_state)
         utterance = torch.arange(len(alpha), device=alpha.device)
         at_end = alpha[utterance, last_frame]  # (N, S)
-        final = (state == last_state[:, None]) | (state == last_state[:, None] - 1)
+        state = torch.arange(extended.shape[1], device=labels.device)  # (S,)
+        before_last = last_state - 1  # the last label; the last state is the blank after it
+        final = (state == last_state[:, None]) | (state == before_last[:, None])
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
         # α and β both contain e(t, s), so one of them must go
         posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
         posterior = (posterior - log_likelihood[:, None, None]).exp()
-        frame = torch.arange(frames, device=labels.device)[:, None]  # (T, 1)
-        after = frame > last_frame[:, None, None]  # (N, T, 1)
-        impossible = ~log_likelihood.isfinite()[:, None, None]  # (N, 1, 1)
-        nowhere = after | outside[:, None] | impossible
-        ctx.save_for_backward(posterior.masked_fill(nowhere, 0), extended)
+        padding = after(last_frame, frames)  # (N, T)
+        impossible = ~log_likelihood.isfinite()  # (N,)
+        nowhere = padding[:, :, None] | outside[:, None] | impossible[:, None, None]
+        posterior = posterior.masked_fill(nowhere, 0)
+        ctx.save_for_backward(posterior, extended)
         ctx.vocabulary = log_probs.shape[2]
         ctx.dtype = log_probs.dtype
         return -log_likelihood
@@ -89,6 +90,12 @@ def with_blanks(labels: Tensor) -> Tensor:
     extended = labels.new_full((utterances, 2 * count + 1), BLANK)
     extended[:, 1::2] = labels
     return extended
+
+
+def after(last: Tensor, size: int) -> Tensor:
+    """Return (N, size): True from the place after `last`, (N,), on."""
+    place = torch.arange(size, device=last.device)
+    return place > last[:, None]
 
 
 def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
@@ -115,8 +122,7 @@ def forward_backward(
     """
     reverse = flipped(emitted, last_frame, dim=1)
     reverse = flipped(reverse, last_state, dim=2)
-    state = torch.arange(labels.shape[1], device=labels.device)
-    outside = state > last_state[:, None]  # (N, S)
+    outside = after(last_state, labels.shape[1])  # (N, S)
     reverse = reverse.masked_fill(outside[:, None], -torch.inf)
     reverse_labels = flipped(labels, last_state, dim=1)
     both = torch.cat([emitted, reverse])  # (2N, T, S)
@@ -145,7 +151,8 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
         sources[0] = before
         sources[1, :, 1:] = before[:, :-1]
         sources[2, :, 2:] = before[:, :-2] + skip_penalty
-        alpha[:, t] = sources.logsumexp(0) + emitted[:, t]
+        entering = sources.logsumexp(0)
+        alpha[:, t] = entering + emitted[:, t]
     return alpha
 
 
@@ -165,9 +172,12 @@ def label_frames(path: Tensor) -> list[tuple[int, int]]:
     Repeats are joined, then blanks removed.
     """
     labels, counts = torch.unique_consecutive(path, return_counts=True)
-    first = counts.cumsum(0) - counts
-    pairs = zip(labels.tolist(), first.tolist(), strict=True)
-    return [(label, frame) for label, frame in pairs if label != BLANK]
+    end = counts.cumsum(0)
+    first = end - counts
+    emitted = labels != BLANK
+    labels = labels[emitted].tolist()
+    frames = first[emitted].tolist()
+    return list(zip(labels, frames, strict=True))
 
 
 class WordScorer(Protocol):
@@ -244,7 +254,8 @@ class BeamSearch:
         label = self.after_label + log_probs[last]  # (P,)
         # prefixes with one more label; a repeated label needs a blank before it
         longer = total[:, None] + log_probs  # (P, V)
-        longer[np.arange(len(last)), last] = self.after_blank + log_probs[last]
+        place = np.arange(len(last))
+        longer[place, last] = self.after_blank + log_probs[last]
         longer[:, BLANK] = -np.inf
         self.merge(blank, label, longer)
         scores = np.logaddexp(blank, label)
@@ -276,16 +287,19 @@ class BeamSearch:
         `best`: indices, 0 to P − 1 for the prefixes of the beam, then those of `longer`, (P, V).
         """
         count, vocabulary = longer.shape
-        old = best[best < count]
-        new = best[best >= count] - count
+        is_old = best < count
+        old = best[is_old]
+        new = best[~is_old] - count
         prefixes = [self.prefixes[i] for i in old]
         for i in new.tolist():
             parent, added = divmod(i, vocabulary)
-            prefixes.append(self.grown(self.prefixes[parent], added))
+            prefix = self.grown(self.prefixes[parent], added)
+            prefixes.append(prefix)
         self.prefixes = prefixes
         never = np.full(len(new), -np.inf)
+        grown = longer.ravel()[new]
         self.after_blank = np.concatenate([blank[old], never])
-        self.after_label = np.concatenate([label[old], longer.ravel()[new]])
+        self.after_label = np.concatenate([label[old], grown])
 
     def word_scores(self) -> np.ndarray:
         """Return the scores of the finished words of P prefixes, then of P · V longer ones."""
@@ -333,9 +347,13 @@ class BeamSearch:
         scores = np.logaddexp(self.after_blank, self.after_label)
         if self.words is not None:
             for i, prefix in enumerate(self.prefixes):
-                scores[i] += prefix.ended_score + self.words.finish(prefix.ended_state)
-        order = largest(scores, self.beam)
-        return [(float(scores[i]), labels_of(self.prefixes[i])) for i in order]
+                end = self.words.finish(prefix.ended_state)
+                scores[i] += prefix.ended_score + end
+        found = []
+        for i in largest(scores, self.beam):
+            labels = labels_of(self.prefixes[i])
+            found.append((float(scores[i]), labels))
+        return found
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:

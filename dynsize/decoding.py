@@ -22,7 +22,8 @@ def decoder(loaded: Checkpoint, beam: int, words: LanguageModel | None) -> Decod
     """Return what turns a network's log-probabilities into labels."""
     if beam == 1 and words is None:
         return greedy
-    return partial(beam_search, beam=beam, labels=facts_of(loaded).labels, words=words)
+    labels = facts_of(loaded).labels
+    return partial(beam_search, beam=beam, labels=labels, words=words)
 
 
 def tune(loaded: Checkpoint, config: Config, beam: int, words: LanguageModel) -> list[dict]:
@@ -31,8 +32,8 @@ def tune(loaded: Checkpoint, config: Config, beam: int, words: LanguageModel) ->
     The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
     the weight, the bonus and the word error rate of every pair.
     """
-    utterances = read_corpus(corpus_root(config), config.dev_splits, config).utterances
-    utterances = utterances[:MOST_TUNED]
+    corpus = read_corpus(corpus_root(config), config.dev_splits, config)
+    utterances = corpus.utterances[:MOST_TUNED]
     blanks = writes_blanks(utterance.text for utterance in utterances)
     size = loaded.model.sizes[-1]
     network = alone(loaded, size, config)
@@ -41,8 +42,10 @@ def tune(loaded: Checkpoint, config: Config, beam: int, words: LanguageModel) ->
         title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
         search = decoder(loaded, beam, words)
         texts, _ = decoded(loaded, network, size, utterances, title, search)
-        wer = sum(errors_of(utterances, texts, blanks), Errors()).rate
-        rows.append(dict(weight=words.weight, bonus=words.bonus, wer=wer))
+        errors = sum(errors_of(utterances, texts, blanks), Errors())
+        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
+        rows.append(row)
     best = min(rows, key=lambda row: row["wer"])
-    words.weight, words.bonus = best["weight"], best["bonus"]
+    words.weight = best["weight"]
+    words.bonus = best["bonus"]
     return rows
