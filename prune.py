@@ -162,6 +162,8 @@ def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]
     suffix = "" if options.ranking == "learned" else f"-{options.ranking}"
     sizes = pruning.sizes_to_cut(model, options.sizes, budgets_of(options), options.audio_seconds)
     files = {size: folder / f"size-{size}{suffix}.pt" for size in sizes}
+    if options.export:
+        check_exports([folder / f"supernet{suffix}.pt", *files.values()], options)
     subnets = pruning.write_subnets(supernet, files, options.overwrite)
     for size in sizes:
         if nearest := pruning.nearest_trained(model, size):
@@ -192,27 +194,41 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
         print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")
 
 
-def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
-    """Write the ONNX files of the supernet and of the subnets, and print what they cost.
+def check_exports(files: list[Path], options: argparse.Namespace) -> None:
+    """Raise ValueError where the ONNX files of these checkpoints can't be written.
 
-    Raises ValueError, and then has written none, for files that exist unless they may be replaced.
+    They can't where packages are missing, and where a file exists that must not be replaced.
     """
+    for file in files:
+        for name in onnx_files(file, options.int8):
+            export.require_packages(name)
+            if name.exists() and not options.overwrite:
+                raise ValueError(f"{name}: exists already; --overwrite replaces it")
+
+
+def onnx_files(file: Path, int8: bool) -> list[Path]:
+    """Return the names of the ONNX files of a checkpoint: the float one and, if asked, int8."""
+    names = [file.with_suffix(".onnx")]
+    if int8:
+        names.append(file.with_name(f"{file.stem}-int8.onnx"))
+    return names
+
+
+def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
+    """Write the ONNX files of the supernet and of the subnets, and print what they cost."""
     supernet, *subnets = networks
     folder = subnets[0].path.parent if subnets else supernet.path.parent
     suffix = "" if options.ranking == "learned" else f"-{options.ranking}"
-    sources = {folder / f"supernet{suffix}.onnx": (supernet, None)}
-    sources |= {loaded.path.with_suffix(".onnx"): (loaded, loaded.model.size) for loaded in subnets}
-    int8 = {file: file.with_stem(f"{file.stem}-int8") for file in sources if options.int8}
-    for file in [*sources, *int8.values()]:
-        if file.exists() and not options.overwrite:
-            raise ValueError(f"{file}: exists already; --overwrite replaces it")
+    sources = {folder / f"supernet{suffix}.pt": (supernet, None)}
+    sources |= {loaded.path: (loaded, loaded.model.size) for loaded in subnets}
     print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
     for file, (loaded, size) in sources.items():
-        export.export(loaded, size, file)
-        show_file(file)
-        if file in int8:
-            export.quantize(file, int8[file])
-            show_file(int8[file])
+        exact, *rounded = onnx_files(file, options.int8)
+        export.export(loaded, size, exact)
+        show_file(exact)
+        for smaller in rounded:
+            export.quantize(exact, smaller)
+            show_file(smaller)
 
 
 def show_file(file: Path) -> None:

@@ -212,6 +212,7 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, prune, tmp_path, m
         path.unlink()
     code, _, error = prune(*arguments)
     assert code == 2 and "supernet.onnx: exists already; --overwrite replaces it" in error
+    assert not list(tmp_path.glob("*.pt"))  # it was told before anything was written
     code, _, error = prune(supernet.path, "--int8")
     assert code == 2 and "--export onnx writes it" in error
 
