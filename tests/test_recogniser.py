@@ -233,11 +233,12 @@ def test_the_size_within_a_latency_is_the_largest_that_is_fast_enough():
     assert Recogniser(detect, facts()).size_within(1e6) == 2
 
 
-def network(seed: int = 0) -> tuple[Supernet, object]:
+def network(seed: int = 0, **changes) -> tuple[Supernet, object]:
     """A supernet whose layers and outputs are random, and a tokenizer for it."""
     tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
     torch.manual_seed(seed)
-    model = Supernet(tiny(), tokenizer.labels, [5, 2, 7, 0, 1, 3, 6, 4]).eval()
+    ranking = None if changes else [5, 2, 7, 0, 1, 3, 6, 4]
+    model = Supernet(tiny(**changes), tokenizer.labels, ranking).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
@@ -387,3 +388,18 @@ def test_captions_are_short():
     lines = command.captions(Transcript(words, 30.0))
     assert [word for line in lines for word in line] == words
     assert max(len(command.joined(line)) for line in lines) <= 60
+
+
+def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    found = re.search(r"^```python\n(import dynsize\n.*?)^```", readme, re.M | re.S)
+    if found is None:
+        pytest.skip("README.md has no Python that begins with `import dynsize`")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    model, tokenizer = network(blocks=5, sizes=(7, 13, 20))  # as the preset demo
+    checkpoint.save(tmp_path / "runs" / "demo" / "checkpoint.pt", model, tokenizer)
+    soundfile.write(tmp_path / "talk.flac", *soundfile.read(noise))
+    monkeypatch.chdir(tmp_path)
+    assert len(found[1].splitlines()) <= 25
+    exec(compile(found[1], "README.md", "exec"), {})
+    assert re.search(r"\d\.\d", capsys.readouterr().out)  # a time
