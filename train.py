@@ -206,7 +206,7 @@ class Progress:
             initial=self.first,
             ncols=min(WIDEST, shutil.get_terminal_size().columns),
             bar_format=BAR,
-            disable=processes.rank() > 0 or not sys.stderr.isatty(),
+            disable=not processes.is_first() or not sys.stderr.isatty(),
         )
 
     def show(self, record: dict) -> None:
@@ -299,7 +299,7 @@ def to_tensorboard(run: Path) -> Callable[[dict], None]:
 def train(trainer: Trainer, tensorboard: bool = False) -> None:
     """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
-    if tensorboard and not processes.rank():
+    if tensorboard and processes.is_first():
         trainer.board = to_tensorboard(trainer.run)
     progress = Progress(trainer)
     with signals(trainer), progress.bar:
@@ -315,7 +315,7 @@ def train(trainer: Trainer, tensorboard: bool = False) -> None:
 
 def draw(folder: Path) -> None:
     """Draw the pictures of a run or of a study, where matplotlib is installed."""
-    if processes.rank() or not find_spec("matplotlib"):
+    if not processes.is_first() or not find_spec("matplotlib"):
         return
     from dynsize import plots  # needs matplotlib
 
@@ -328,7 +328,7 @@ def main() -> None:
         options = parse(sys.argv[1:])
         use_threads(options.threads)
         processes.join()
-        if processes.rank():
+        if not processes.is_first():
             sys.stdout = io.StringIO()  # the first process speaks
         if options.study:
             study(options)

@@ -37,10 +37,11 @@ def use_gpu(device: str) -> None:
     """
     if count() == 1 or not torch.cuda.is_available() or device.partition(":")[0] == "cpu":
         return
-    number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= gpus:
+    gpu = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    if gpu >= gpus:
         raise ValueError(f"torchrun --nproc-per-node: must be at most {gpus}, the GPUs here")
-    torch.cuda.set_device(number)
+    torch.cuda.set_device(gpu)
 
 
 def count() -> int:
@@ -48,9 +49,14 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """Return the number of this process, from 0. The first one writes and prints."""
+def number() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Return whether this is the first process: the one that writes and prints."""
+    return number() == 0
 
 
 def wrapped(model: nn.Module) -> nn.Module:
@@ -73,7 +79,7 @@ def first_alone() -> Iterator[None]:
 
     Where it fails in the first process, the others end with exit code 2 and no message.
     """
-    if rank():
+    if not is_first():
         wait_for_first()
         yield
         return
@@ -93,4 +99,4 @@ def wait_for_first() -> None:
 
 def in_first(error: Exception) -> BaseException:
     """Return what to raise for an error that all processes have: only the first one reports it."""
-    return SystemExit(FAILED) if rank() else error
+    return error if is_first() else SystemExit(FAILED)

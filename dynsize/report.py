@@ -117,8 +117,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns:
         right = number >= text_columns
         width = max(map(columns, column))
         rule = "-" * (width - 1) + ":" if right else "-" * width
-        head, *rest = (padded(cell, width, right) for cell in column)
-        padded_columns.append([head, rule, *rest])
+        name, *rest = (padded(cell, width, right) for cell in column)
+        padded_columns.append([name, rule, *rest])
     lines = [f"| {' | '.join(line)} |\n" for line in zip(*padded_columns, strict=True)]
     return "".join(lines)
 

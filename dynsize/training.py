@@ -104,7 +104,7 @@ class Trainer:
         """
         config = self.config
         with processes.first_alone():
-            if not processes.rank():
+            if processes.is_first():
                 clean_caches(config)
             root = corpus_root(config)
             self.corpus = read_corpus(root, config.train_splits, config, "--train-splits")
@@ -120,7 +120,7 @@ class Trainer:
             self.corpus.left_out[f"{why} (dev)"] = names
         self.blanks = writes_blanks(utterance.text for utterance in dev.utterances)
         self.dev_utterances = len(dev.utterances) + len(dev.left_out.get(UNREADABLE, ()))
-        self.dev = self.examples_of(dev.utterances[processes.rank() :: processes.count()])
+        self.dev = self.examples_of(dev.utterances[processes.number() :: processes.count()])
 
     def examples_of(self, utterances: list[Utterance]) -> Examples:
         """Return the utterances as the loader reads them; without workers they stay in memory."""
@@ -138,7 +138,7 @@ class Trainer:
 
         It is empty in all processes but the first.
         """
-        if processes.rank():
+        if not processes.is_first():
             return ""
         others: dict[str, Corpus | str] = {}
         flags = {"--dev-splits": self.config.dev_splits, "--test-splits": self.config.test_splits}
@@ -171,7 +171,7 @@ class Trainer:
         loaded.model.config = config
         trainer = cls(config, run, loaded)
         with processes.first_alone():
-            if not processes.rank():
+            if processes.is_first():
                 trainer.take_over(found)
         trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
@@ -196,7 +196,7 @@ class Trainer:
         from, or was changed by another process since this training was created. Returns itself.
         """
         with processes.first_alone():
-            if not processes.rank():
+            if processes.is_first():
                 self.make_directory()
         return self
 
@@ -227,7 +227,7 @@ class Trainer:
 
     def tell_other_corpus(self, fingerprint: str) -> None:
         """Warn where the training utterances are not those of the checkpoint."""
-        if fingerprint != self.fingerprint and not processes.rank():
+        if fingerprint != self.fingerprint and processes.is_first():
             warnings.warn(
                 f"{self.config.corpus}: the ids or texts of its {len(self.corpus.utterances)} "
                 "utterances are not those with which this training began",
@@ -286,7 +286,7 @@ class Trainer:
 
         With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans.
         """
-        number = self.state["batches"] + processes.rank()  # of the next batch, in all epochs
+        number = self.state["batches"] + processes.number()  # of the next batch, in all epochs
         while True:
             epoch = self.state["epoch"]
             frames = self.frames_in(epoch)
@@ -597,7 +597,7 @@ class Trainer:
         self.left_out += int(number)
         utterances = len(self.corpus.utterances)
         most = self.config.most_left_out
-        if self.left_out > most * utterances and not processes.rank():
+        if self.left_out > most * utterances and processes.is_first():
             self.failure = ValueError(
                 f"{self.left_out} of {utterances} training utterances could not be read, more than "
                 f"--most-left-out {most:g}; {self.run / run_directory.LEFT_OUT} names them"
@@ -690,7 +690,7 @@ class Trainer:
         state["fingerprint"] = self.fingerprint
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
         self.saved = self.update
-        if processes.rank():
+        if not processes.is_first():
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
         ranked = [dict(layer=layer_name(layer), score=score) for layer, score in pairs]
@@ -699,13 +699,13 @@ class Trainer:
 
     def write(self, name: str, **more: object) -> None:
         """Write the network to a file of the run directory, in the first process."""
-        if not processes.rank():
+        if processes.is_first():
             more["longest_seconds"] = self.longest_seconds
             checkpoint.save(self.run / name, self.model, self.tokenizer, **more)
 
     def log(self, record: dict) -> None:
         """Add a line to metrics.jsonl, in the first process."""
-        if not processes.rank():
+        if processes.is_first():
             run_directory.log(self.run, record | dict(time=time.time()))
             if self.board:
                 self.board(record)
