@@ -65,12 +65,16 @@ def headers(
     paths = list(dict.fromkeys(paths))
     try:
         with ThreadPool(THREADS) as pool:
-            read = pool.imap(header_of, ((path, kept.get(path)) for path in paths), 200)
+            known = [(path, kept.get(path)) for path in paths]
+            read = pool.imap(header_of, known, 200)
             bar = tqdm(
                 read, "headers", len(paths), unit=" files", delay=2, leave=False, disable=None
             )
             for path, result in zip(paths, bar, strict=True):
-                (found if isinstance(result, Header) else faults)[path] = result
+                if isinstance(result, Header):
+                    found[path] = result
+                else:
+                    faults[path] = result
     finally:
         if any(kept.get(path) != header for path, header in found.items()):
             write_kept(file, kept | found)
@@ -118,8 +122,8 @@ def advice(path: str) -> str:
     if ending.lower() in FOREIGN:
         return f"{ending} is not read; ffmpeg -i {path} {stem}.flac converts it"
     with open(path, "rb") as file:
-        start = file.read(1024)
-    if start.startswith(b"NIST_1A") and (b"embedded-" in start):
+        first_bytes = file.read(1024)
+    if first_bytes.startswith(b"NIST_1A") and b"embedded-" in first_bytes:
         return f"compressed SPHERE is not read; sph2pipe -f rif {path} {stem}.wav converts it"
     return ""
 
@@ -157,14 +161,17 @@ def opened(path: str) -> soundfile.SoundFile:
     """
     if path.lower().endswith(".mp3"):
         with open(path, "rb") as file:
-            start = file.read(10)
-            tag = 10 + syncsafe(start[6:]) if start.startswith(b"ID3") else 0
+            first_bytes = file.read(10)
+            tag = 0
+            if first_bytes.startswith(b"ID3"):
+                tag = 10 + syncsafe(first_bytes[6:])
             file.seek(tag)
-            first = file.read(200)
-            told = any(name in first for name in (b"Xing", b"Info", b"VBRI"))
-            if frame_bytes(first) and not told:
-                data = first + file.read()
-                return soundfile.SoundFile(io.BytesIO(length_frame(data) + data))
+            first_frame = file.read(200)
+            told = any(name in first_frame for name in (b"Xing", b"Info", b"VBRI"))
+            if frame_bytes(first_frame) and not told:
+                data = first_frame + file.read()
+                data = length_frame(data) + data
+                return soundfile.SoundFile(io.BytesIO(data))
     return soundfile.SoundFile(os.fsencode(path))  # soundfile can't encode every path that exists
 
 
@@ -177,13 +184,20 @@ def syncsafe(digits: bytes) -> int:
 def frame_bytes(data: bytes, start: int = 0) -> int:
     """Return the length of the MPEG layer III frame at `start`, in bytes; 0 where none begins."""
     header = int.from_bytes(data[start : start + 4], "big")
-    version, layer = header >> 19 & 3, header >> 17 & 3
-    bits, rate, padding = header >> 12 & 15, header >> 10 & 3, header >> 9 & 1
-    if header >> 21 != 0x7FF or layer != 1 or version == 1 or bits in (0, 15) or rate == 3:
+    sync = header >> 21
+    version = header >> 19 & 3
+    layer = header >> 17 & 3
+    bits = header >> 12 & 15
+    rate = header >> 10 & 3
+    padding = header >> 9 & 1
+    if sync != 0x7FF or layer != 1 or version == 1:
         return 0
+    if bits in (0, 15) or rate == 3:
+        return 0
+    hz = RATES[version][rate]
     if version == 3:
-        return 144_000 * KBITS_1[bits] // RATES[3][rate] + padding
-    return 72_000 * KBITS_2[bits] // RATES[version][rate] + padding
+        return 144_000 * KBITS_1[bits] // hz + padding
+    return 72_000 * KBITS_2[bits] // hz + padding
 
 
 def length_frame(data: bytes) -> bytes:
@@ -192,15 +206,26 @@ def length_frame(data: bytes) -> bytes:
     It is what encoders write for this (Xing's "Info"): empty side information, the word, a flag
     and the number of frames.
     """
-    frames = start = 0
+    frames = 0
+    start = 0
     while start >= 0:
         length = frame_bytes(data, start)
-        frames += length > 0
-        start = start + length if length else data.find(b"\xff", start + 1)
-    version, mono = data[1] >> 3 & 3, data[3] >> 6 == 3
-    side = (17 if mono else 32) if version == 3 else (9 if mono else 17)  # bytes
-    header = bytes(
-        [data[0], data[1] | 1, data[2] & 0x0C | 0x90, data[3]]
-    )  # no checksum, 128 or 80 kbit/s
-    told = header + bytes(side) + b"Info" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
-    return told.ljust(frame_bytes(header), b"\0")
+        if length:
+            frames += 1
+            start += length
+        else:
+            start = data.find(b"\xff", start + 1)
+    version = data[1] >> 3 & 3
+    mono = data[3] >> 6 == 3
+    side = 17  # bytes
+    if version == 3 and not mono:
+        side = 32
+    if version != 3 and mono:
+        side = 9
+    no_checksum = data[1] | 1
+    bit_rate = data[2] & 0x0C | 0x90  # 128 or 80 kbit/s
+    header = bytes([data[0], no_checksum, bit_rate, data[3]])
+    flag = (1).to_bytes(4, "big")
+    number = frames.to_bytes(4, "big")
+    frame = header + bytes(side) + b"Info" + flag + number
+    return frame.ljust(frame_bytes(header), b"\0")

@@ -176,9 +176,12 @@ def join(
     speech = np.concatenate(pieces)
     if draw.random() < split.noisy:
         snr = decibels(split.snr_db, draw)
-        speech = speech + background(speaker, split, recordings, len(speech), draw) / snr
+        talkers = background(speaker, split, recordings, len(speech), draw)
+        speech = speech + talkers / snr
     noise = decibels(NOISE_DB, draw) * draw.standard_normal(len(speech))
-    return (decibels(GAIN_DB, draw) * speech + noise).clip(-1, 1), words
+    gain = decibels(GAIN_DB, draw)
+    audio = gain * speech + noise
+    return audio.clip(-1, 1), words
 
 
 def recording(
@@ -199,14 +202,19 @@ def background(
     for other in draw.choice(others, TALKERS, replace=False):
         pieces: list[np.ndarray] = []
         while sum(map(len, pieces)) < samples:
-            pieces += [silence(PAUSE_MS, draw), recording(other, split, recordings, draw)[1]]
+            pieces.append(silence(PAUSE_MS, draw))
+            _, audio = recording(other, split, recordings, draw)
+            pieces.append(audio)
         mixed += np.concatenate(pieces)[:samples]
-    return mixed * (LEVEL / np.sqrt(np.mean(mixed**2)))
+    level = np.sqrt(np.mean(mixed**2))
+    return mixed * (LEVEL / level)
 
 
 def silence(bounds_ms: tuple[float, float], draw: np.random.Generator) -> np.ndarray:
     """Return zeros, (samples,), with a random duration between these bounds in ms."""
-    return np.zeros(round(draw.uniform(*bounds_ms) * SAMPLE_RATE / 1000))
+    ms = draw.uniform(*bounds_ms)
+    samples = round(ms * SAMPLE_RATE / 1000)
+    return np.zeros(samples)
 
 
 def decibels(bounds: tuple[float, float], draw: np.random.Generator) -> float:
