@@ -92,15 +92,15 @@ def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tenso
     SpecAugment (Park et al. 2019) without time warping. T bounds the number of time masks.
     """
     features = features.clone()
-    mask(features, 1, config.frequency_masks, config.frequency_mask_bins, draw)
+    zero_bands(features, 1, config.frequency_masks, config.frequency_mask_bins, draw)
     time_masks = 0
     if config.time_mask_every > 0:
         time_masks = max(2, len(features) // config.time_mask_every)
-    mask(features, 0, time_masks, config.time_mask_frames, draw)
+    zero_bands(features, 0, time_masks, config.time_mask_frames, draw)
     return features
 
 
-def mask(features: Tensor, axis: int, most: int, widest: int, draw: random.Random) -> None:
+def zero_bands(features: Tensor, axis: int, most: int, widest: int, draw: random.Random) -> None:
     """Set up to `most` bands of `features`, each at most `widest` wide along `axis`, to 0."""
     size = features.shape[axis]
     least = min(2, most)

@@ -90,7 +90,7 @@ def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
         relaxed = relaxed + a.softmax(0)
         others = a.expand(layers, -1)  # (L, L)
         others = others.masked_fill(itself, -torch.inf)  # row i: a without its i-th entry
-        sum_of_others = others.logsumexp(1)  # (L,)
-        sum_of_all = a.logsumexp(0)
-        a = a + sum_of_others - sum_of_all
+        log_sum_of_others = others.logsumexp(1)  # (L,)
+        log_sum_of_all = a.logsumexp(0)
+        a = a + log_sum_of_others - log_sum_of_all
     return relaxed
