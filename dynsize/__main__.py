@@ -32,7 +32,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size.add_argument(
         "--max-latency-ms", type=float, help="the largest size as fast as this for 10 s of audio"
     )
-    add("--format", choices=FORMATS, default="txt", help="json, srt, vtt, ctm have times (txt)")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="txt",
+        help="json and ctm have the times of words, srt and vtt of captions (txt)",
+    )
     add("--output", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT for each file")
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--channel", type=int, help="of the audio; 1 is the first (the mean of all channels)")

@@ -8,10 +8,12 @@ A new algorithm is one module and one entry here. Its module has:
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
     extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
     rank(scores, ranking, update, config)            the layers, most important first
-    needs_ranking(update, config)                    whether the next update reads the ranking
+    needs_ranking(update, config)                    whether `rank` must run after this update
 
 `update` is the number of an update of step 1, from 0. `ranking` is the last one that `rank`
 returned, at first the layers in their order. No function but `rank` waits for the device.
+`size_at` is below L. The scores are (L,) or (L, L). A module imports `Config` for type checking
+alone, as config.py imports this table.
 """
 
 from types import ModuleType

@@ -5,7 +5,10 @@ input. A gate multiplies the output of its layer and is one of:
 
     False    the layer is pruned: this network does not compute it
     True     the layer is kept
-    Tensor   the layer is kept and its output is multiplied by this weight: () or (B,)
+    Tensor   the layer is computed, even where the weight is 0, and its output is multiplied by
+             this weight: () or (B,)
+
+Shapes: R is the number of rows that a layer computes, one for each utterance of each stream.
 
 A padding mask, `inside`, is True inside the utterance.
 """
@@ -280,7 +283,7 @@ def initialise(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """Front-end and N blocks of four layers, of which those in `layers` (their numbers) exist."""
+    """Front-end and N blocks. Of the blocks' layers only those numbered in `layers` are made."""
 
     def __init__(self, config: Config, layers: Sequence[int]) -> None:
         super().__init__()
@@ -441,7 +444,7 @@ class Stack:
 
     @staticmethod
     def repeated(x: Tensor, streams: Sequence[int]) -> Tensor:
-        """Return the rows of these streams, in which every stream of `x` occurs, in order."""
+        """Return `x` with its streams in the order of `streams`, where one may occur twice."""
         parts = x.chunk(streams[-1] + 1)  # (B, T', D) each
         return torch.cat([parts[stream] for stream in streams])
 

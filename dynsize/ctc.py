@@ -61,7 +61,7 @@ class CtcLoss(torch.autograd.Function):
         before_last = last_state - 1  # the last label; the last state is the blank after it
         final = (state == last_state[:, None]) | (state == before_last[:, None])
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
-        # α and β both contain e(t, s), so one of them must go
+        # e(t, s) is in both α and β: take it out once; −inf − −inf would be NaN
         posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
         posterior = (posterior - log_likelihood[:, None, None]).exp()
         padding = after(last_frame, frames)  # (N, T)
@@ -118,7 +118,7 @@ def forward_backward(
     """Return α and β of every frame and state, (N, T, S) each.
 
     `emitted`: (N, T, S) log-probabilities, −inf outside the states of an utterance. `labels`:
-    (N, S). `last_frame`, `last_state`: (N,). β is undefined after them.
+    (N, S). `last_frame`, `last_state`: (N,); β is undefined past them.
     """
     reverse = flipped(emitted, last_frame, dim=1)
     reverse = flipped(reverse, last_state, dim=2)
@@ -195,7 +195,7 @@ class WordScorer(Protocol):
 
 @dataclass(eq=False)
 class Prefix:
-    """The labels of an utterance up to now, as the last one and the prefix before it."""
+    """The labels of an utterance up to now: the last one, and a link to the prefix before it."""
 
     before: "Prefix | None"
     label: int
@@ -267,7 +267,7 @@ class BeamSearch:
         self.frame += 1
 
     def merge(self, blank: np.ndarray, label: np.ndarray, longer: np.ndarray) -> None:
-        """Move to a prefix of the beam what `longer` gives to it from the prefix before it."""
+        """Where a longer prefix is in the beam already, add its probability there instead."""
         place = {prefix: i for i, prefix in enumerate(self.prefixes)}
         for i, prefix in enumerate(self.prefixes):
             parent = place.get(prefix.before)
@@ -282,7 +282,7 @@ class BeamSearch:
     def choose(
         self, best: np.ndarray, blank: np.ndarray, label: np.ndarray, longer: np.ndarray
     ) -> None:
-        """Make the next beam of the `best` of P prefixes and P · V longer ones.
+        """Make the next beam of the prefixes and the longer prefixes that `best` names.
 
         `best`: indices, 0 to P − 1 for the prefixes of the beam, then those of `longer`, (P, V).
         """

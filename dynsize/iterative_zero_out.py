@@ -1,8 +1,10 @@
 """Iterative-Zero-Out, the paper's second algorithm.
 
-Step 1 has iterations. The i-th one ends when the nᵢ layers of smallest weight are zeroed out, Δ
-layers more than before it. In the subnet of step 1 a layer that is zeroed out is not computed, and
-it never comes back; the supernet computes all layers throughout.
+Step 1 has iterations. At the end of the i-th, nᵢ layers in all are zeroed out: those of earlier
+iterations, and the Δ layers of smallest weight among the rest.
+
+In the subnet of step 1 a layer that is zeroed out is not computed, and it never comes back; the
+supernet computes all layers throughout.
 
 The zeroed-out layers are the end of the ranking, and their number follows from the update, so the
 ranking is all that has to be stored.
@@ -55,7 +57,7 @@ def layer_weights(
 
 
 def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> Tensor:
-    """Return 5 · |(L − Σ layer weights) / L − nᵢ / L|.
+    """Return 5 · |(L − Σ layer weights) / L − nᵢ / L|: 5 · |Σ layer weights − (L − nᵢ)| / L.
 
     It is 0 where the layer weights sum to L − nᵢ, the number of layers left at the end of the
     iteration.

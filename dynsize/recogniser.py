@@ -259,6 +259,9 @@ def windowed_log_probs(
     """Yield the log-probabilities of audio of any length, in parts that follow each other.
 
     `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
+    Log-probabilities are joined, not texts: a border may lie inside a word or between two equal
+    labels, and a beam search goes on across it.
+
     The network sees windows about as long as training's longest utterance, each with a sixth of
     its length as context on both sides, whose frames are dropped. The last window is as long as
     the others, so its context before is longer. Audio of at most one window is seen whole.

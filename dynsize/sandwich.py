@@ -39,7 +39,7 @@ def stochastic_depth(
     """Return the supernet's L gates: True inside the smallest subnet's mask, else (B,) float32.
 
     In the supernet each utterance skips each layer outside the smallest subnet with the
-    probability `stochastic_depth`, layers that middle sizes keep among them.
+    probability `stochastic_depth`, also a layer that a middle size keeps.
 
     `smallest`: the mask of the smallest subnet. `seeds`: (B,) int64, one for each utterance.
     """
@@ -59,7 +59,8 @@ def gates(
     """Return the gates of the networks of one update from their masks, largest first.
 
     The largest network has stochastic depth. The gates of the others are their masks: they
-    compute the same with stochastic depth as without. A network that trains alone keeps its mask.
+    compute the same with stochastic depth as without. A network that trains alone has no
+    stochastic depth.
     """
     if len(masks) == 1:
         return [masks[0]]

@@ -43,11 +43,11 @@ def step1_updates(config: Config) -> int:
 
 
 def size_before(update: int, config: Config) -> int:
-    """Return the size at which the equal span of step 1 that holds this update begins.
+    """Return the size before the fall in this update's span.
 
     Step 1 is divided into equal spans. In each, the size falls by Δ layers, in the last one by
-    fewer if the smallest size is reached. Example: L = 8, Δ = 3, smallest size 2: the spans
-    begin at 8 and 5.
+    fewer where the smallest size is nearer. Example: with L = 8, Δ = 3, and the smallest size 3,
+    it falls from 8 to 5 in the first span and from 5 to 3 in the second.
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest
@@ -57,6 +57,6 @@ def size_before(update: int, config: Config) -> int:
 
 
 def size_after(update: int, config: Config) -> int:
-    """Return the size to which the equal span of this update falls: 5, then 2 in the example."""
+    """Return the size after the fall in this update's span: 5, then 3 in the example."""
     size = size_before(update, config) - config.delta
     return max(size, config.sizes[0])

@@ -17,9 +17,9 @@ from dynsize.supernet import Supernet
 def cut(model: Supernet, size: int) -> Supernet:
     """Return a network that has only the first `size` layers of the ranking, with their weights.
 
-    The weights are copies, on the same device. A size that was not trained gets the output layer of
-    the largest trained size below it. Raises ValueError for a network that was cut already, and for
-    a size that the supernet can't have.
+    The weights are copies, on the same device. A size that was not trained gets the output layer
+    that `Supernet.output_layer` names. Raises ValueError for a network that was cut already, and
+    for a size that the supernet can't have.
     """
     if model.size is not None:
         raise ValueError(
@@ -57,7 +57,7 @@ def widened(model: Supernet, config: Config) -> Supernet:
     return supernet
 
 
-# Budget → the cost of a cut subnet of some size, for so many seconds of audio.
+# Budget → function of a cut subnet, its size, and seconds of audio → cost.
 COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
     "max_params": lambda subnet, size, seconds: parameters(subnet, size),
     "max_macs": lambda subnet, size, seconds: macs(subnet, size),
@@ -66,7 +66,9 @@ COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
 
 
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
-    """Return the largest size whose cost is at most `limit`.
+    """Return the largest size, trained or not, whose cost is at most `limit`.
+
+    More layers must cost more.
 
     `budget`: one of `COSTS`; milliseconds are those for `seconds` of audio. Raises ValueError where
     a single layer costs more.
@@ -165,7 +167,8 @@ def latencies(
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
     `networks`: pairs of a network, on one device, and the size that runs. Measured from features to
-    log-probabilities: the median of `repeats` rounds in turn, after one round to warm up.
+    log-probabilities: the median of `repeats` rounds, in each of which every
+    network runs once, after one round to warm up.
     """
     first, _ = networks[0]
     config = first.config

@@ -15,9 +15,9 @@ from dynsize.conformer import Encoder, Gates
 
 
 class Supernet(nn.Module):
-    """Networks of several sizes that share all their weights.
+    """Networks of several sizes that share one encoder; each has its output layer.
 
-    `labels`: V, the CTC labels with the blank, which is label 0. `ranking`: the layers, most
+    `labels`: V, the number of CTC labels; label 0 is the blank. `ranking`: the layers, most
     important first; by default in their order. The ranking decides every mask, so it is part of
     `state_dict`, under `_extra_state`. With `size` it is a standalone subnet: it has the first
     `size` layers of the ranking and one output layer, and nothing else.
@@ -71,7 +71,7 @@ class Supernet(nn.Module):
     def ranked_scores(self) -> list[float | None]:
         """Return the score of each layer in the order of the ranking; None where none is learned.
 
-        Where the scores are a matrix, the n-th layer's is the one in row n.
+        Where the scores are a matrix, the n-th layer of the ranking has its score from row n.
         """
         if self.scores is None:
             return [None] * len(self.ranking)
@@ -88,8 +88,10 @@ class Supernet(nn.Module):
     def output_layer(self, size: int) -> nn.Linear:
         """Return the output layer for a network of `size` layers.
 
-        A size that was not trained has that of the largest trained size below it, or of the
-        smallest one. Example: of trained sizes 16, 32, 48, size 40 has the output layer of 32.
+        A size that was not trained has that of the largest trained size below it; where none is
+        below, that of the smallest trained size.
+
+        Example: of trained sizes 16, 32, 48, size 40 has the output layer of 32.
         """
         if self.config.shared_output_layer:
             return self.output_layers["shared"]

@@ -40,7 +40,8 @@ from dynsize.wer import Errors, writes_blanks
 __all__ = ["Trainer", "check_new"]
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
 SECOND_SIGNAL = 1.0  # seconds after which a second signal ends the training at once
-# What a resumed training may change, as it does not change what is learned.
+# What a resumed training may change without changing what is learned. `corpus`: the same corpus,
+# elsewhere.
 FREE = (
     *("device", "workers", "cache_features", "corpus", "corpus_kind", "most_left_out"),
     *("log_every", "validate_every", "save_every", "save_minutes", "keep"),
@@ -94,6 +95,7 @@ class Trainer:
             self.state = {name: loaded.training[name] for name in self.state}
             self.optimizer.load_state_dict(loaded.training["optimizer"])
             self.tell_other_corpus(loaded.training["fingerprint"])
+            self.tell_other_batches(loaded.training["batches_of_an_update"])
         self.learned = self.state.copy()  # as it was after the last update that was not skipped
         self.saved = self.update
 
@@ -217,13 +219,28 @@ class Trainer:
     def stop(self, number: int, frame: object = None) -> None:
         """Save after the present update and end: a handler of signals.
 
-        Schedulers may send a signal twice at once. One that comes later ends the process at once.
+        Schedulers may send a signal twice within a second, which counts once. A later one ends the
+        process without saving.
         """
         now = time.monotonic()
         if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
             raise SystemExit(128 + number)
         if not self.stop_soon:
             self.stop_soon, self.stopped_at = number, now
+
+    @property
+    def batches_of_an_update(self) -> int:
+        """The number of batches whose gradients make one update, in all processes."""
+        return processes.count() * self.config.accumulate
+
+    def tell_other_batches(self, number: int) -> None:
+        """Warn where an update had another number of batches in the training that goes on."""
+        if number != self.batches_of_an_update and processes.is_first():
+            warnings.warn(
+                f"{self.batches_of_an_update} batches make an update, in all processes, and not "
+                f"{number} as before: the result is not that of an unbroken training",
+                stacklevel=2,
+            )
 
     def tell_other_corpus(self, fingerprint: str) -> None:
         """Warn where the training utterances are not those of the checkpoint."""
@@ -304,15 +321,16 @@ class Trainer:
         return load(self.examples, plan, pin=self.device.type == "cuda")
 
     def frames_in(self, epoch: int) -> list[int]:
-        """Return the feature frames of each utterance in an epoch, which begins."""
+        """Begin an epoch; return the feature frames of each utterance in it."""
         self.examples.epoch = epoch
         self.left_out = 0
         return self.examples.frames()
 
     def rehearse(self) -> None:
-        """Run the largest batch as in both steps, while as much memory is taken as the optimizer's.
+        """Compute the gradients of the largest batch as in step 1 and as in step 2.
 
-        So too little memory shows now and not after a day. Raises ValueError where it does.
+        Meanwhile tensors take the memory that the optimizer's state will take, so too little memory
+        shows now and not after a day. Raises ValueError where it does.
         """
         config = self.config
         frames = self.frames_in(0)
@@ -489,8 +507,8 @@ class Trainer:
     def add_gradients(self, batch: Batch, update: int, labels: float, sync: bool) -> Tensor:
         """Add the gradient of a batch's losses, in nats per label; return the losses, (M,).
 
-        `labels`: of the whole update, in all processes. `sync`: whether this is the update's last
-        batch, with which the gradients of all processes become one.
+        `labels`: how many the whole update has, in all processes. `sync`: whether this is the
+        update's last batch, after which the gradients are averaged over the processes.
         """
         step1 = update < step1_updates(self.config)
         features, frames, targets, target_lengths, seeds = batch.to(self.device)
@@ -549,7 +567,7 @@ class Trainer:
         return sandwich.loss_weights(update, self.model.sizes, config)
 
     def gates(self, update: int, seeds: Tensor) -> list[Gates]:
-        """Return the gates of these networks, for utterances with these seeds."""
+        """Return the gates of the networks of `loss_weights`, for utterances with these seeds."""
         config = self.config
         model = self.model
         if update < step1_updates(config):
@@ -593,7 +611,7 @@ class Trainer:
         self.give_up(processes.in_first(error))
 
     def count_left_out(self, number: float) -> None:
-        """Count utterances that could not be read; the next update ends where they are too many."""
+        """Count utterances that could not be read; too many end the training at the next update."""
         self.left_out += int(number)
         utterances = len(self.corpus.utterances)
         most = self.config.most_left_out
@@ -688,6 +706,7 @@ class Trainer:
         self.rank_layers()
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.fingerprint
+        state["batches_of_an_update"] = self.batches_of_an_update
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
         self.saved = self.update
         if not processes.is_first():

@@ -2,7 +2,8 @@
 
 `gated_residual_layer_norm` ends one layer and begins the next: `reference.py` has its definition in
 torch, `residual.py` its kernel. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
-torch and calls this one where `triton_runs`; `ctc.py` has its kernel.
+torch and calls this one where `triton_runs`; `kernels/ctc.py` has its kernel. Neither kernel has
+run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
 
 The environment variable `DYNSIZE_KERNELS` (`auto`, `torch`, `triton`) forces one or the other.
 Before its first use on a device, each kernel is compared with torch (`self_check.py`); an op whose
@@ -94,13 +95,14 @@ def gated_residual_layer_norm(
     `x`: (R, T, D) float32 or float64, the stream; y has its shape and dtype. `branch`: (R', T, D)
     of any float dtype, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None for
     1. `seed`: (B,) int64, one for each utterance, needed where `dropout_p` is not 0; B divides R
-    and R', and row r drops what row r mod B drops, so that all sizes of an utterance drop the same.
+    and R', and row r uses seed r mod B, so that all sizes of an utterance drop the same.
     `weight`, `bias`: (D,). `rows`: how many rows are normalised, by default all. `dtype`: that of
     the normalised rows, by default that of `x`.
 
     Where the gate is 0, y is bitwise `x`, and NaN in the branch reaches neither the results nor
-    any gradient but the gate's, which is right there too. Differentiable once. Nothing waits for
-    the device. Raises ValueError for shapes, dtypes or devices that don't fit.
+    any gradient but the gate's, which is computed there too, so a gate of 0 can learn.
+    Differentiable once. Nothing waits for the device. Raises ValueError for shapes, dtypes or
+    devices that don't fit.
     """
     check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows)
     rows = len(x) if rows is None else rows

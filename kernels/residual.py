@@ -33,7 +33,7 @@ FIRST = tl.constexpr(reference.FIRST % 2**64)
 SECOND = tl.constexpr(reference.SECOND % 2**64)
 NONE_DROPPED = tl.constexpr(reference.threshold(0.0))
 WIDEST = 8192  # columns: a program holds whole frames in registers
-CHUNK = 64  # frames of a program; weights and shares are then a 40th of its traffic
+CHUNK = 64  # frames of a program, so that weights and shares are but a 40th of its traffic
 FORWARD, BACKWARD = 2048, 1024  # elements of a tile; twice as many halve the occupancy
 WARPS = 8
 NUMBERS = ["branch_rows", "rows", "frames", "utterances"]  # one machine code for all their values
@@ -56,7 +56,7 @@ def place(frames, CHUNK: tl.constexpr):
 
 @triton.jit
 def gate_of(gate_ptr, row, branch_rows):
-    """Return the gate of `row`, (1, 1): 0 after the branch, 1 in it where there are no gates."""
+    """Return the gate of `row`, (1, 1): 0 past the branch; without gates 1 in the branch."""
     if gate_ptr is None:
         gate = (row < branch_rows).to(tl.float32)
     else:
