@@ -188,20 +188,21 @@ class Features(nn.Module):
         filters = mel_filters(config.mel_bins, spectrum, *limits)  # (spectrum / 2 + 1, F)
         # log(energy + q) = log(energy / q + 1) + log q, whose last term goes with the mean. As it
         # stands the exporter would take a q of 1e-10 for 0.
-        self.register_buffer("filters", filters / QUIETEST)
+        heard = filters.any(1)  # (spectrum / 2 + 1,): the frequencies that a filter lets pass
+        self.register_buffer("filters", filters[heard] / QUIETEST)
         self.half = self.window // 2
         place = torch.arange(1, self.half + 1, dtype=torch.float64)
         hann = torch.sin(math.pi * place / self.window).square()
         hann[place == self.window / 2] /= 2  # this sample would count twice
-        angle = (place - self.window / 2)[:, None] * torch.arange(spectrum // 2 + 1)
-        angle = 2 * math.pi / spectrum * angle  # (n / 2, spectrum / 2 + 1)
+        angle = (place - self.window / 2)[:, None] * torch.arange(spectrum // 2 + 1)[heard]
+        angle = 2 * math.pi / spectrum * angle  # (n / 2, heard frequencies)
         self.register_buffer("cosines", (hann[:, None] * angle.cos()).float())
         self.register_buffer("sines", (hann[:, None] * angle.sin()).float())
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, T, F) and the (B,) frames inside. `audio`: (B, samples). `lengths`: (B,)."""
         audio = audio * padding_mask(lengths, audio.shape[1])
-        power = self.power(audio)  # (B, T, spectrum / 2 + 1)
+        power = self.power(audio)  # (B, T, heard frequencies)
         features = (power @ self.filters + 1).log().double()  # (B, T, F); sums need the precision
         lengths = 1 + (lengths - self.window).clamp(min=0) // self.hop
         inside = padding_mask(lengths, features.shape[1])[..., None]
@@ -211,7 +212,7 @@ class Features(nn.Module):
         return (features / (variance + 1e-5).sqrt()).float(), lengths
 
     def power(self, audio: Tensor) -> Tensor:
-        """Return the power spectrum of each frame. `audio`: (B, samples)."""
+        """Return the power of each frame at the heard frequencies. `audio`: (B, samples)."""
         frames = audio.shape[1] // self.hop + 4  # four at least, as the VGG front-end needs
         parts = frames + self.hops - 1
         audio = F.pad(audio, (0, (self.hops + 4) * self.hop))[:, : parts * self.hop]
