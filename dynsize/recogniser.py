@@ -315,6 +315,8 @@ def file_blocks(
     name = "standard input" if path == "-" else str(path)
     if sample_rate is not None:
         raise ValueError(f"{name}: a file has a sample rate; sample_rate is for arrays")
+    if path != "-" and not Path(path).exists():
+        raise ValueError(f"{name}: no such file")
     try:
         source = sys.stdin.fileno() if path == "-" else path
         with soundfile.SoundFile(source, closefd=path != "-") as file:

@@ -222,6 +222,8 @@ def test_refuses_what_is_no_audio(tmp_path):
     with pytest.raises(ValueError, match="size 3: the sizes are 1, 2"):
         recogniser.transcribe(np.zeros(9, np.float32), size=3, sample_rate=RATE)
     assert recogniser.transcribe(np.zeros(0, np.float32), sample_rate=RATE).text == ""
+    with pytest.raises(ValueError, match=r"nowhere\.flac: no such file"):
+        recogniser.transcribe(tmp_path / "nowhere.flac")
 
 
 def test_the_size_within_a_latency_is_the_largest_that_is_fast_enough():
