@@ -177,8 +177,15 @@ def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
 
 
 def transcribe(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
-    """Return the text of a file; a long one has a progress bar on standard error."""
-    with tqdm(desc=printable(name), unit=" s", delay=2, leave=False, unit_scale=True) as bar:
+    """Return the text of a file; on a terminal, a long one has a progress bar."""
+    with tqdm(
+        desc=printable(name),
+        unit=" s",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         return recogniser.transcribe(name, progress=bar.update, **asked)
 
 

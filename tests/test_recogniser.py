@@ -19,6 +19,7 @@ from conftest import RATE, TONES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from tqdm import tqdm
 
 import dynsize
 from dynsize import __main__ as command
@@ -367,6 +368,21 @@ def test_the_command_is_a_module_too(run, noise, of_unknown_length):
 TALK = Transcript(
     [Word("ONE", 0.5, 0.9), Word("TWO", 0.9, 1.25), Word("THREE", 3661.0, 3661.5)], 3662.0
 )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_gets_a_progress_bar(run, noise, monkeypatch, capsys, terminal):
+    bars = []
+
+    def bar(**options) -> tqdm:
+        bars.append(tqdm(**options | dict(delay=0)))
+        return bars[-1]
+
+    monkeypatch.setattr(command, "tqdm", bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    code, _, error = dynsize_says(capsys, noise, "--model", run)
+    assert code == 0 and len(bars) == 1
+    assert ("noise.wav" in error) == terminal
 
 
 def test_formats():
