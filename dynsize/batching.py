@@ -1,9 +1,11 @@
 """Which utterances form which batch, and the loader that reads them."""
 
 import io
+import multiprocessing
 import os
 import random
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -241,15 +243,28 @@ def started(loader: DataLoader) -> Iterator[Batch]:
 
     Their death is seen when the next batch is read. Without the handler that torch sets for it, it
     would interrupt this process anywhere, in the middle of an update too.
+
+    Where this process ends before the iterator does, it kills the workers. Python would send them
+    SIGTERM, which they ignore, and wait for ever.
     """
+    others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
     try:
-        return iter(loader)
+        iterator = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        weakref.finalize(iterator, kill, workers)
+        return iterator
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before)
+
+
+def kill(workers: set[multiprocessing.Process]) -> None:
+    """End the worker processes that still run."""
+    for worker in workers:
+        worker.kill()
 
 
 def ignore_signals(worker: int) -> None:

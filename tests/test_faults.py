@@ -584,15 +584,20 @@ def signalled(tones: Path, run: Path, workers: int, after: float) -> tuple[int, 
     line of its log, and return the exit code and what it said."""
     trained = trainer_command(tones, run, workers)
     process = subprocess.Popen(trained, start_new_session=True, **OUTPUT)
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_metrics(process, run)
     time.sleep(after)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # as timeout and torchrun do
     said, _ = process.communicate(timeout=100)
     return process.returncode, said
+
+
+def wait_for_metrics(process: subprocess.Popen, run: Path) -> None:
+    """Wait for the first line of a training's log, or for its end."""
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 OUTPUT = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -656,6 +661,21 @@ def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker.pid, number)
     assert len(list(updates)) == 5
+
+
+def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
+    run, corpus = tmp_path / "run", tmp_path / "corpus"
+    shutil.copytree(tones, corpus)
+    command = trainer_command(corpus, run, workers=2)
+    process = subprocess.Popen(command, start_new_session=True, **OUTPUT)
+    wait_for_metrics(process, run)
+    shutil.rmtree(corpus)
+    try:
+        said, _ = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 2 and "--most-left-out" in said, said
 
 
 # A crash at every file operation.
