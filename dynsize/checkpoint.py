@@ -6,6 +6,8 @@ comment.
 
 import dataclasses
 import io
+import math
+import pickle
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,12 +87,19 @@ def file_bytes(loaded: Checkpoint) -> int:
 
 def check_finite(path: Path, content: dict) -> None:
     """Raise FloatingPointError where a number of a checkpoint's weights or state is not finite."""
+    if name := not_finite(content):
+        raise FloatingPointError(
+            f"{path}: not written, as {name} is not finite; what was saved before is "
+            "untouched. Try a lower peak learning rate"
+        )
+
+
+def not_finite(content: dict) -> str:
+    """Return the name of a tensor that is not finite, '' where all are."""
     for name, tensor in tensors(content):
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FloatingPointError(
-                f"{path}: not written, as {name} is not finite; what was saved before is "
-                "untouched. Try a lower peak learning rate"
-            )
+            return name
+    return ""
 
 
 def tensors(content: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -155,6 +164,10 @@ def read(path: Path) -> Checkpoint:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return from_content(path, content)
+    except pickle.UnpicklingError as error:  # torch's text advises to run the code in the file
+        raise ValueError(
+            f"{path}: not a checkpoint: it holds more than tensors and plain values"
+        ) from error
     except Exception as error:  # torch raises a dozen kinds, according to what is wrong
         raise ValueError(f"{path}: not a checkpoint: {str(error).partition(chr(10))[0]}") from error
 
@@ -172,4 +185,8 @@ def from_content(path: Path, content: dict) -> Checkpoint:
     model = Supernet(config, tokenizer.labels, ranking, content["size"])
     model.load_state_dict(content["weights"])
     longest = float(content["longest_seconds"])
+    if name := not_finite(content):
+        raise ValueError(f"{name} is not finite; the network can't be used")
+    if not 0 < longest < math.inf:
+        raise ValueError(f"its longest_seconds is {longest}, not a time above 0")
     return Checkpoint(path, model.eval(), tokenizer, content["training"], longest)

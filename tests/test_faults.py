@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -252,6 +253,46 @@ def test_a_checkpoint_with_other_content_is_an_error(written, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"other\.pt: not a checkpoint"):
         checkpoint.load(tmp_path / "other.pt")
     assert not (tmp_path / "executed").exists()
+
+
+def other_content(written: Path, file: Path, monkeypatch, **changed) -> None:
+    """Write a file whose checksum is right and whose content is changed."""
+    content = torch.load(written, weights_only=True) | changed
+    loaded, save = checkpoint.load(written), torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda _, buffer: save(content, buffer))
+        checkpoint.save(file, loaded.model, loaded.tokenizer)
+
+
+def test_a_checkpoint_with_code_is_refused_without_advice_to_run_it(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "other.pt"
+    other_content(written, file, monkeypatch, training=Payload())
+    with pytest.raises(ValueError, match="more than tensors and plain values") as refused:
+        checkpoint.load(file)
+    assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0])
+def test_a_checkpoint_without_a_longest_time_is_refused(written, tmp_path, monkeypatch, seconds):
+    file = tmp_path / "other.pt"
+    other_content(written, file, monkeypatch, longest_seconds=seconds)
+    with pytest.raises(ValueError, match=rf"other\.pt: .*longest_seconds is {seconds}"):
+        checkpoint.load(file)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
+    written, tmp_path, monkeypatch, number
+):
+    weights = torch.load(written, weights_only=True)["weights"]
+    name = next(name for name, value in weights.items() if isinstance(value, torch.Tensor))
+    weights[name] = torch.full_like(weights[name], number)
+    file = tmp_path / "other.pt"
+    other_content(written, file, monkeypatch, weights=weights)
+    with pytest.raises(ValueError, match=rf"other\.pt: .*{re.escape(name)} is not finite"):
+        checkpoint.load(file)
 
 
 def test_one_training_at_a_time_has_a_run_directory(tones, tmp_path):
