@@ -264,7 +264,8 @@ def windowed_log_probs(
 
     The network sees windows about as long as training's longest utterance, each with a sixth of
     its length as context on both sides, whose frames are dropped. The last window is as long as
-    the others, so its context before is longer. Audio of at most one window is seen whole.
+    the others, so its context before is longer. Audio of at most one window is seen whole and as
+    it is, as in training.
     Memory holds two windows and a block, whatever the length of the audio.
     """
     step, window = facts.step, facts.window_frames
@@ -285,6 +286,9 @@ def windowed_log_probs(
             outdated = max(0, done - window) - first
             audio = audio[outdated * step :]
             first += outdated
+    if done == 0:
+        yield network(torch.from_numpy(audio))
+        return
     start = max(0, min(done - context, first + len(audio) // step - window))
     yield network(filled(audio[(start - first) * step :], facts.hop))[done - start :]
 
