@@ -17,13 +17,15 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LEFT_OUT = "left-out.txt"
 FIRST = {CONFIG, "corpus.txt", LEFT_OUT, "tensorboard"}  # before the first update
+PICTURES = ("training", "layers", "cost")  # names of what plots.py draws of a run or a study
 # All files that a training and what is made from it leave in a run directory. `config.json` is the
 # last to be deleted: it tells that the directory is ours.
 OURS = (
     *("metrics.jsonl", "left-out.txt", "corpus.txt", "ranking.json"),
     *("checkpoint.pt", "checkpoint-[0-9].pt", "best.pt", "size-[0-9]*.pt"),
     *("evaluation/*/*/results.*", "evaluation/*/*/*.trn", "evaluation/*/*/aligned-[0-9]*.txt"),
-    *("plots/*.png", "plots/*.svg", "tensorboard/events.out.tfevents.*"),
+    *(f"plots/{name}.{ending}" for name in PICTURES for ending in ("png", "svg")),
+    "tensorboard/events.out.tfevents.*",
     "config.json",
 )
 ONLY_OURS = {"step1_share", "subnet_loss", "stochastic_depth"}  # settings in our config.json alone
@@ -80,16 +82,22 @@ def begin(run: Path, config: Config, corpus: str) -> None:
     """Replace what is in a locked directory of ours by the first files of a new training."""
     clean(run)
     for pattern in OURS:
-        for path in run.glob(pattern):
+        for path in inside(run, pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
-    folders = [*sorted(run.glob("evaluation/**/"), reverse=True), run / "plots"]
-    for folder in (*folders, run / "tensorboard"):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    for pattern in ("evaluation/*/*", "evaluation/*", "evaluation", "plots", "tensorboard"):
+        for folder in inside(run, pattern):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
     write_config(run, config)
     files.write(run / "corpus.txt", (corpus + "\n").encode(errors="surrogateescape"))
     (run / LEFT_OUT).touch()
+
+
+def inside(run: Path, pattern: str) -> list[Path]:
+    """Return the paths of a pattern that are not reached by a symbolic link to a folder."""
+    found = run.resolve().glob(pattern)
+    return [path for path in found if path.parent.resolve() == path.parent]
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -128,7 +136,7 @@ def clean(run: Path) -> None:
 
 def left_unfinished(run: Path) -> list[Path]:
     """Return the files of ours that were never finished."""
-    return [path for pattern in OURS for path in run.glob(f"{pattern}.*.unfinished")]
+    return [path for pattern in OURS for path in inside(run, f"{pattern}.*.unfinished")]
 
 
 def log(run: Path, record: dict) -> None:
