@@ -259,15 +259,17 @@ def losses(record: dict) -> str:
 
 @contextmanager
 def signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM save and end the training; one that comes later ends it at once.
+    """Let SIGINT, SIGTERM and SIGHUP save and end the training; a later one ends it at once.
 
-    SIGUSR1 saves, and the training goes on.
+    SIGUSR1 saves, and the training goes on. SIGHUP stays ignored where nohup started the program.
     """
 
     def save(number: int, frame: object) -> None:
         trainer.save_soon = True
 
     handlers = {signal.SIGUSR1: save, signal.SIGINT: trainer.stop, signal.SIGTERM: trainer.stop}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = trainer.stop
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

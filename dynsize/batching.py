@@ -32,7 +32,8 @@ from dynsize.tokenizer import Tokenizer
 LENGTH_JITTER = 0.1
 MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
 UNALIGNED = "more labels than CTC can align"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that a training handles
+# What a training handles.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Return the exit code and the output of a script; `terminal`: as on one."""
     stream = Terminal if terminal else StringIO
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
     with (
         pytest.MonkeyPatch.context() as patch,

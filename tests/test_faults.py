@@ -620,15 +620,15 @@ def test_a_resumed_training_tells_what_makes_its_result_another(tmp_path):
 # Signals and worker processes.
 
 
-def signalled(tones: Path, run: Path, workers: int, after: float) -> tuple[int, str]:
-    """Start a training in its process group, end the group with SIGTERM some time after the first
+def signalled(tones: Path, run: Path, workers: int, after: float, number: int) -> tuple[int, str]:
+    """Start a training in its process group, end the group with a signal some time after the first
     line of its log, and return the exit code and what it said."""
     trained = trainer_command(tones, run, workers)
     process = subprocess.Popen(trained, start_new_session=True, **OUTPUT)
     wait_for_metrics(process, run)
     time.sleep(after)
-    os.killpg(process.pid, signal.SIGTERM)
-    os.killpg(process.pid, signal.SIGTERM)  # as timeout and torchrun do
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # as timeout and torchrun do
     said, _ = process.communicate(timeout=100)
     return process.returncode, said
 
@@ -666,12 +666,12 @@ def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.
     return dict(trainer.model.named_parameters())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_to_the_process_group_saves_and_ends(tones, tmp_path, workers):
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGHUP)])
+def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number):
     torch.set_num_threads(1)
     run = tmp_path / "run"
-    code, said = signalled(tones, run, workers, after=0.1)
-    assert code == 128 + signal.SIGTERM and "stopped and saved at update" in said, said
+    code, said = signalled(tones, run, workers, 0.1, number)
+    assert code == 128 + number and "stopped and saved at update" in said, said
     stopped = checkpoint.load(run)
     update = stopped.training["update"]
     assert 1 <= update < UPDATES and f"at update {update}" in said
@@ -679,6 +679,26 @@ def test_sigterm_to_the_process_group_saves_and_ends(tones, tmp_path, workers):
     list(itertools.islice(resumed.updates(), 2))
     expected = weights_of_unbroken(tones, run, update + 2)
     assert same(dict(resumed.model.named_parameters()), expected)
+
+
+def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
+    run = tmp_path / "run"
+    command = ["nohup", *trainer_command(tones, run, workers=0)]
+    process = subprocess.Popen(command, **OUTPUT)
+    wait_for_metrics(process, run)
+    process.send_signal(signal.SIGHUP)
+    before, deadline = updates_in(run), time.monotonic() + 100
+    while updates_in(run) < before + 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, said
+
+
+def updates_in(run: Path) -> int:
+    """The lines of a training's log."""
+    return len((run / "metrics.jsonl").read_bytes().splitlines())
 
 
 def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path):
@@ -699,7 +719,7 @@ def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):
     updates = trainer.updates()
     next(updates)
     for worker in multiprocessing.active_children():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             os.kill(worker.pid, number)
     assert len(list(updates)) == 5
 
