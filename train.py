@@ -6,6 +6,7 @@ Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes o
 
 import argparse
 import io
+import os
 import shutil
 import signal
 import sys
@@ -267,15 +268,28 @@ def signals(trainer: Trainer) -> Iterator[None]:
     def save(number: int, frame: object) -> None:
         trainer.save_soon = True
 
+    def hang_up(number: int, frame: object) -> None:
+        forget_closed_terminal()
+        trainer.stop(number)
+
     handlers = {signal.SIGUSR1: save, signal.SIGINT: trainer.stop, signal.SIGTERM: trainer.stop}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        handlers[signal.SIGHUP] = trainer.stop
+        handlers[signal.SIGHUP] = hang_up
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def forget_closed_terminal() -> None:
+    """Send the output and the errors nowhere, each where its terminal was closed."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def to_tensorboard(run: Path) -> Callable[[dict], None]:

@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -694,6 +695,24 @@ def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM, said
+
+
+def test_a_training_whose_terminal_closes_saves_and_ends(tones, tmp_path):
+    run = tmp_path / "run"
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        trainer_command(tones, run, workers=0),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    wait_for_metrics(process, run)
+    os.close(ours)
+    assert process.wait(100) == 128 + signal.SIGHUP
+    assert checkpoint.load(run).training["update"] == updates_in(run)
 
 
 def updates_in(run: Path) -> int:
