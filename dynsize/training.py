@@ -73,6 +73,7 @@ class Trainer:
         self.device = device_of(config)
         self.found = run_directory.stamp(run)
         self.starts_from = [loaded.path] if loaded else []
+        self.left_out = 0  # utterances that could not be read in this epoch, by all processes
         self.read_corpora(loaded)
         torch.manual_seed(config.seed)
         model = loaded.model if loaded else new_network(config, self.tokenizer.labels)
@@ -89,7 +90,6 @@ class Trainer:
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
         self.best = math.inf  # fewest errors on dev up to now
         self.validated = 0  # the last update after which dev was decoded
-        self.left_out = 0  # utterances that could not be read in this epoch, by all processes
         self.failure: Exception | None = None  # why this process can't go on
         if loaded and loaded.training:
             self.state = {name: loaded.training[name] for name in self.state}
@@ -102,7 +102,8 @@ class Trainer:
     def read_corpora(self, loaded: checkpoint.Checkpoint | None) -> None:
         """List the training and dev utterances, and train the tokenizer where none is loaded.
 
-        Raises ValueError where no training utterance is left.
+        Raises ValueError where no training utterance is left, and where more than the share
+        `most_left_out` can't be read.
         """
         config = self.config
         with processes.first_alone():
@@ -110,6 +111,11 @@ class Trainer:
                 clean_caches(config)
             root = corpus_root(config)
             self.corpus = read_corpus(root, config.train_splits, config, "--train-splits")
+        unreadable = self.corpus.left_out.get(UNREADABLE, {})
+        self.unlisted = len(unreadable)  # utterances whose audio could not be listed
+        if self.too_many_left_out():
+            told = f"{self.too_many_left_out()}; the first: {next(iter(unreadable.values()))}"
+            raise processes.in_first(ValueError(told))
         texts = (utterance.text for utterance in self.corpus.utterances)
         self.tokenizer = loaded.tokenizer if loaded else tokenizer_for(texts, config)
         keep_usable(self.corpus, self.tokenizer, config)
@@ -613,13 +619,21 @@ class Trainer:
     def count_left_out(self, number: float) -> None:
         """Count utterances that could not be read; too many end the training at the next update."""
         self.left_out += int(number)
-        utterances = len(self.corpus.utterances)
+        if processes.is_first() and (told := self.too_many_left_out()):
+            self.failure = ValueError(f"{told}; {self.run / run_directory.LEFT_OUT} names them")
+
+    def too_many_left_out(self) -> str:
+        """Return a message where more training utterances can't be read than may be, else ''.
+
+        They are those that could not be listed, and those that could not be read in this epoch.
+        """
+        lost = self.unlisted + self.left_out
+        utterances = self.unlisted + len(self.corpus.utterances)
         most = self.config.most_left_out
-        if self.left_out > most * utterances and processes.is_first():
-            self.failure = ValueError(
-                f"{self.left_out} of {utterances} training utterances could not be read, more than "
-                f"--most-left-out {most:g}; {self.run / run_directory.LEFT_OUT} names them"
-            )
+        if lost <= most * utterances:
+            return ""
+        what = f"{lost} of {utterances} training utterances could not be read"
+        return f"{what}, more than --most-left-out {most:g}"
 
     def give_up(self, error: BaseException) -> NoReturn:
         """Save what was learned since the last checkpoint, and end the training with an error.

@@ -336,6 +336,20 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     assert checkpoint.load(tmp_path / "run").training["update"] == run.update
 
 
+def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(tmp_path):
+    root = write_tones(tmp_path / "corpus")
+    files = sorted((root / "train" / "0" / "7").glob("*.flac"))
+    for file in files[:8]:
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"8 of 24 training .*--most-left-out 0\.3; the first: .*"):
+        trainer(root, tmp_path / "run", most_left_out=0.3)
+    assert not (tmp_path / "run").exists()
+    run = trainer(root, tmp_path / "run", most_left_out=0.34)
+    files[9].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"9 of 24 training .*--most-left-out 0\.34; .*names them"):
+        list(run.updates())
+
+
 def test_unreadable_dev_audio_is_left_out_and_named(tmp_path):
     root = write_tones(tmp_path / "corpus")
     run = trainer(root, tmp_path / "run", most_left_out=0.3)
