@@ -41,6 +41,7 @@ from dynsize.language_model import LanguageModel
 from dynsize.recogniser import facts_of
 from dynsize.report import error_rates, examples, headline, percent, table
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.text import counted
 
 EXAMPLES = """\
   python evaluate.py runs/demo
@@ -149,7 +150,7 @@ def show_comparison(options: argparse.Namespace) -> None:
     for split in options.split or sides[0][0].config.test_splits:
         rows = compare(sides, split)
         measure = rows[0]["measure"].upper()
-        subject = f"{measure} of the same {rows[0]['utterances']:,} utterances"
+        subject = f"{measure} of the same {counted(rows[0]['utterances'], 'utterance')}"
         lost = f" ({rows[0]['left_out']} left out: audio that can't be read)"
         subject += lost if rows[0]["left_out"] else ""
         print(f"\n{printable(split)}: {subject}; first minus second, in points\n")

@@ -27,6 +27,7 @@ from dynsize.study import next_training, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP, layer_map
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.text import counted
 from dynsize.training import Trainer, check_new, mean_of
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
@@ -184,13 +185,14 @@ def study(options: argparse.Namespace) -> None:
 def describe(trainer: Trainer) -> None:
     """Print what is about to be trained, on what."""
     config, model = trainer.config, trainer.model
+    blocks = counted(config.blocks, "block")
     print("corpus     " + trainer.summary.replace("\n", "\n           "))
     print(
-        f"network    {config.blocks} blocks, {model.sizes[-1]} layers of width {config.width}, "
+        f"network    {blocks}, {model.sizes[-1]} layers of width {config.width}, "
         f"{parameters(model):,} parameters, {trainer.tokenizer.labels} labels with the blank"
     )
     print(f"device     {hardware(config, trainer.device)}")
-    sizes = f"sizes {configuration.shown(config.sizes)}, {config.updates} updates"
+    sizes = f"sizes {configuration.shown(config.sizes)}, {counted(config.updates, 'update')}"
     print(f"training   {config.method}, {sizes}, in {printable(trainer.run)}")
     print(f"layers     {LAYER_MAP}", flush=True)
 

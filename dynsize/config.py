@@ -377,6 +377,7 @@ class Config:
             | self.feature_rules()
             | self.network_rules()
             | {
+                "corpus": (bool(self.corpus.strip()), "must be a directory, or spoken"),
                 "cooldown": (
                     self.cooldown <= 1 - self.warmup,
                     f"must be 0 to 1 - warmup = {1 - self.warmup:g}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dynsize import files
 from dynsize.corpora import Utterance
 from dynsize.terminal import printable
+from dynsize.text import counted
 
 if TYPE_CHECKING:
     from dynsize.evaluation import Scored
@@ -146,7 +147,7 @@ def headline(report: dict) -> str:
     """Return one line: how much was scored, and how much was left out."""
     first = report["sizes"][0]
     left_out = sum(map(len, report["left_out"].values()))
-    amount = f"{report['utterances']:,} utterances, {first['words']:,} words"
+    amount = f"{counted(report['utterances'], 'utterance')}, {counted(first['words'], 'word')}"
     minutes = f"{report['audio_seconds'] / 60:,.1f} minutes"
     return f"{printable(report['split'])}: {amount}, {minutes}; {left_out} left out"
 

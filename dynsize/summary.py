@@ -14,7 +14,7 @@ from dynsize.config import Config
 from dynsize.corpora import Corpus, Utterance
 from dynsize.features import window_and_hop
 from dynsize.terminal import printable
-from dynsize.text import plain, shown
+from dynsize.text import counted, plain, shown
 
 SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, 60, math.inf)  # edges of the histogram of durations
 MOST_SHOWN = 60  # characters with their counts
@@ -70,9 +70,10 @@ def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) 
 def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
     """Yield lines on how much there is, how long utterances are, and what was left out."""
     lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    speakers = len({utterance.speaker for utterance in corpus.utterances} - {""})
+    names = {utterance.speaker for utterance in corpus.utterances} - {""}
+    speakers = counted(len(names), "speaker")
     lost = sum(map(len, corpus.left_out.values()))
-    yield f"{size_of(corpus.utterances, config)}, {speakers} speakers; {lost} left out"
+    yield f"{size_of(corpus.utterances, config)}, {speakers}; {lost} left out"
     bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
     yield "seconds " + ", ".join(f"{low} to {high}: {n}" for (low, high), n in bars if n)
     yield from (f"{count} {what}" for what, count in corpus.changes.items() if count)
@@ -84,7 +85,7 @@ def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
 def size_of(utterances: list[Utterance], config: Config) -> str:
     """Return how many utterances there are, and how long they are together."""
     seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
-    return f"{len(utterances)} utterances, {duration(seconds)}"
+    return f"{counted(len(utterances), 'utterance')}, {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:
@@ -110,14 +111,15 @@ def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[
     if letters:
         yield f"rare characters, {named(letters, characters)}; {help_for(letters)}"
     if empty := [u for u in corpus.utterances if not u.text]:
-        yield f"{len(empty)} empty transcripts, as {empty[0].id}; they train silence"
+        yield f"{counted(len(empty), 'empty transcript')}, as {empty[0].id}, to train silence"
     rate, id = corpus.densest
     frames = config.sample_rate / (4 * window_and_hop(config)[1])
     if rate:
         yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
     count, example = corpus.respelled
     if count:
-        yield f"the tokenizer spells {count} texts otherwise, {example}; it is scored as an error"
+        texts = counted(count, "text")
+        yield f"the tokenizer spells {texts} otherwise, {example}; it is scored as an error"
     yield from longer_than_the_rest(corpus.utterances, config)
 
 
@@ -144,7 +146,7 @@ def differences(other: Corpus, training: Characters) -> Iterator[str]:
         names = named(unknown, characters)
         yield f"characters that training never had, {names}; {help_for(unknown)}"
     if empty := [u for u in other.utterances if not u.text]:
-        yield f"{len(empty)} empty transcripts, as {empty[0].id}"
+        yield f"{counted(len(empty), 'empty transcript')}, as {empty[0].id}"
 
 
 def is_sign(character: str) -> bool:

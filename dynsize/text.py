@@ -25,6 +25,11 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def lower(text: str) -> str:
     """Return the text in lower case; İ becomes i, one character."""
     return text.replace("İ", "i").lower()

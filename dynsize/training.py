@@ -243,7 +243,7 @@ class Trainer:
         """Warn where an update had another number of batches in the training that goes on."""
         if number != self.batches_of_an_update and processes.is_first():
             warnings.warn(
-                f"{self.batches_of_an_update} batches make an update, in all processes, and not "
+                f"batches of an update, in all processes: {self.batches_of_an_update}, and not "
                 f"{number} as before: the result is not that of an unbroken training",
                 stacklevel=2,
             )

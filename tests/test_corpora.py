@@ -854,7 +854,7 @@ def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path
         (tmp_path / "run/corpus.txt")
         .read_text()
         .splitlines()[1]
-        .startswith("24 utterances, 17.0 seconds, 1 speakers")
+        .startswith("24 utterances, 17.0 seconds, 1 speaker;")
     )
     assert all(
         0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"]

@@ -144,7 +144,7 @@ def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_pa
     stopped.model.config = shorter
     checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
     out, err = trained(tmp_path, TRAIN, "--resume", "run", processes=1).communicate(timeout=120)
-    assert "1 batches make an update, in all processes, and not 2 as before" in err
+    assert "batches of an update, in all processes: 1, and not 2 as before" in err
     ended = checkpoint.load(tmp_path / "run").training
     assert (
         ended["update"] == done + 3 and ended["batches"] == 2 * done + 3 and "done: run" in out

@@ -347,6 +347,7 @@ def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path
         ("--resume run --updates 9", ["--resume"]),
         ("--resume nowhere", ["nowhere"]),
         ("--run new --size 8", ["--size 8", "--method none"]),
+        ("--corpus= --run new", ["--corpus ''", "a directory, or spoken"]),
         ("--run new --method none --size 21", ["--size 21", "0 to 20"]),
         (
             "--corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none "
@@ -497,7 +498,7 @@ def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words
     done = run("train.py", *flags, "--run", "tuned", cwd=work)
     assert done.returncode == 0, done.stderr
     assert "weights    of run/size-3.pt" in done.stdout
-    assert re.search(r"^training   none, sizes 8, 1 updates, in tuned$", done.stdout, re.M)
+    assert re.search(r"^training   none, sizes 8, 1 update, in tuned$", done.stdout, re.M)
     before, after = (checkpoint.load(work / path) for path in ("run/size-3.pt", "tuned"))
     assert after.model.sizes == (3,) and after.model.ranking == before.model.ranking
     assert torch.equal(after.tokenizer.model, before.tokenizer.model)

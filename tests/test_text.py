@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from dynsize.batching import keep_usable
 from dynsize.corpora import Corpus, Utterance
 from dynsize.summary import duration, summary
-from dynsize.text import NORMALISERS, clean, clean_notation, parse_stm, shown
+from dynsize.text import NORMALISERS, clean, clean_notation, counted, parse_stm, shown
 from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import align, errors_in, sclite_reference
+
+
+def test_one_thing_is_counted_without_an_s():
+    told = [counted(number, "utterance") for number in (0, 1, 2, 1000)]
+    assert told == ["0 utterances", "1 utterance", "2 utterances", "1,000 utterances"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_the_characters_of_a_corpus_are_told_with_their_counts():
         (["ONE 2"], ["note: digits, 2 1, as in u0, 'ONE 2'"]),
         (["LOW, MID."], ["note: punctuation, , 1, . 1, as in u0", "--normaliser plain takes it"]),
         (["A" * 40000, "AÞ"], ["note: rare characters, Þ 1, as in u1, 'AÞ'", "no normaliser"]),
-        (["A", ""], ["note: 1 empty transcripts, as u1"]),
+        (["A", ""], ["note: 1 empty transcript, as u1"]),
     ],
 )
 def test_what_is_odd_in_texts_is_told_with_an_example(texts, words):
@@ -146,12 +151,12 @@ def test_nothing_is_odd_in_plain_texts():
 def test_other_splits_are_checked_against_training():
     dev, test = corpus_of("low", "LÖW", ""), corpus_of("LOW")
     found = told(corpus_of("LOW"), dev=dev, test=test, more="no such split").splitlines()
-    assert "dev: 3 utterances, 6.0 seconds" in found and "test: 1 utterances, 2.0 seconds" in found
+    assert "dev: 3 utterances, 6.0 seconds" in found and "test: 1 utterance, 2.0 seconds" in found
     [cased] = [line for line in found if line.startswith("note: dev: other case")]
     assert "l 1, o 1, w 1, as in u0, 'low'; --normaliser lower" in cased
     [new] = [line for line in found if line.startswith("note: dev: characters")]
     assert "never had, Ö 1, as in u1, 'LÖW'" in new
-    assert "note: dev: 1 empty transcripts, as u2" in found
+    assert "note: dev: 1 empty transcript, as u2" in found
     assert "note: more is not checked: no such split" in found
     assert not any(line.startswith("note: test") for line in found)
 
