@@ -138,7 +138,8 @@ def whole(run: Path) -> Iterator[Checkpoint]:
         try:
             yield read(path)
         except ValueError as error:
-            warnings.warn(f"{error}; the one before it is used", stacklevel=3)
+            # Located here, the same warning is shown once, whatever reads the run again.
+            warnings.warn(f"{error}; the one before it is used", stacklevel=1)
 
 
 def history(run: Path) -> list[Path]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,17 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
         pytest.raises(ValueError, match="none that is whole"),
     ):
         checkpoint.load(run)
+
+
+def test_a_damaged_checkpoint_is_named_once_in_a_process(tones, tmp_path):
+    run = tmp_path / "run"
+    finish(begun(tones, run, save_every=4))
+    (run / checkpoint.NAME).write_bytes(b"damaged")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        checkpoint.load(run)
+        next(checkpoint.whole(run))
+    assert [str(warning.message).count(checkpoint.NAME) for warning in told] == [1]
 
 
 @pytest.fixture(scope="module")
