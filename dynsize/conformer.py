@@ -354,7 +354,8 @@ class Pending(NamedTuple):
 class Stack:
     """The activations of all networks of one forward, stacked along the batch, largest first.
 
-    Two networks are one *stream* up to the first layer whose gates differ, and only then two: the
+    Two networks are one *stream* up to the first layer whose gates differ, and only then two (a
+    tensor counts as different from every other gate, as its values are not looked at): the
     stack has S streams of B rows. Because the networks are nested, those that keep a layer are the
     first ones, so their streams are the first rows of the stack: a slice, without a gather.
 
@@ -370,9 +371,10 @@ class Stack:
         mhsa    True  True   False     a: 4   b: 2 1        a b            a: 4   b: 2   c: 1
         ff2     True  False  False     a: 4   b: 2   c: 1   a              a: 4   b: 2   c: 1
 
-    At conv, the sizes 2 and 1 go on together without the layer. At mhsa they part: the layer was
-    computed for both as b; the output is pending for b alone, and c begins as b was before. Four
-    layers of three networks take 5 computations of a layer for B rows instead of 7.
+    At conv, the sizes 2 and 1 go on together without the layer. At mhsa they part. Its input was
+    still the same for both, so it was computed once, as b. Size 2 stays b and gets the output; size
+    1 becomes c, a copy of b without it. Four layers of three networks take 5 computations of a
+    layer for B rows instead of 7.
     """
 
     def __init__(self, x: Tensor, networks: int, dropout: float) -> None:

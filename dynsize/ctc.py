@@ -32,7 +32,10 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 
 class CtcLoss(torch.autograd.Function):
-    """−log Σ over alignments; its gradient is minus each label's posterior probability in a frame.
+    """−log Σ over alignments, with its gradient.
+
+    The gradient for log_probs[n, t, v] is minus the posterior probability that frame t emits label
+    v. It is 0 in the padding, and where no alignment exists.
 
     The states are the labels with blanks around them, s = 0 … 2U. With e(t, s) the log-probability
     of the state's label in frame t, α(t, s) = e(t, s) + log Σ exp α(t−1, s'), with s' = s, s−1 and,

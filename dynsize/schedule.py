@@ -43,11 +43,11 @@ def step1_updates(config: Config) -> int:
 
 
 def size_before(update: int, config: Config) -> int:
-    """Return the size before the fall in this update's span.
+    """Return the size with which this update's span begins.
 
-    Step 1 is divided into equal spans. In each, the size falls by Δ layers, in the last one by
-    fewer where the smallest size is nearer. Example: with L = 8, Δ = 3, and the smallest size 3,
-    it falls from 8 to 5 in the first span and from 5 to 3 in the second.
+    Step 1 is divided into equal spans. From one to the next the size falls by Δ layers. In the last
+    span fewer may go. Example: with L = 8, Δ = 3, and the smallest size 3, the first span begins
+    with 8 and ends with 5, the second begins with 5 and ends with 3.
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest
@@ -57,6 +57,10 @@ def size_before(update: int, config: Config) -> int:
 
 
 def size_after(update: int, config: Config) -> int:
-    """Return the size after the fall in this update's span: 5, then 3 in the example."""
+    """Return the size with which this update's span ends: 5, then 3 in the example.
+
+    Simple-Top-k's subnet has this size throughout the span. Iterative-Zero-Out zeroes out the
+    layers at the span's end.
+    """
     size = size_before(update, config) - config.delta
     return max(size, config.sizes[0])

@@ -77,8 +77,8 @@ def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
     """Return the relaxed weights r = p₁ + … + pₖ, (L,), of `scores` s, (L,).
 
     a₁ = s; pᵢ = softmax(aᵢ); aᵢ₊₁ = aᵢ + log(1 − pᵢ). Each softmax down-weights what the earlier
-    ones selected. The weights are not negative, sum to k, keep the order of the scores, and may
-    exceed 1.
+    ones selected, by 1 − p, but does not exclude it. So several can select the same layer, and its
+    weight may exceed 1. The weights are not negative, sum to k, and keep the order of the scores.
     """
     # log(1 − p) is the log-sum-exp of all other entries of a minus that of all: in this form it
     # stays finite where p is 1 to rounding.
