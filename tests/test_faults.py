@@ -20,7 +20,7 @@ import sys
 import termios
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -679,6 +679,15 @@ def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.
     return dict(trainer.model.named_parameters())
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """Give child processes SIGHUP's default, also where nohup started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGHUP)])
 def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number):
     torch.set_num_threads(1)
@@ -709,6 +718,7 @@ def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, said
 
 
+@pytest.mark.usefixtures("hang_up")
 def test_a_training_whose_terminal_closes_saves_and_ends(tones, tmp_path):
     run = tmp_path / "run"
     ours, theirs = os.openpty()
