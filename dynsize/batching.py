@@ -217,7 +217,8 @@ def load(
     """Yield batch after batch, read by the configured number of worker processes.
 
     `pin`: into memory from which a GPU copies while the CPU goes on. Raises ChildProcessError where
-    a worker process died.
+    a worker process died. torch tells so itself, or by an error of the connection over which the
+    batch's memory is handed over.
     """
     loader = DataLoader(
         examples,
@@ -230,8 +231,10 @@ def load(
     iterator = started(loader)
     try:
         yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        raised_in_worker = str(error).startswith("Caught")
+        of_loader = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+        if raised_in_worker or not of_loader:
             raise
         raise ChildProcessError(
             f"a loader process died: {error}; where memory was short, lower --workers "

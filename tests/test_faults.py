@@ -744,7 +744,8 @@ def updates_in(run: Path) -> int:
 
 def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path):
     run = tmp_path / "run"
-    changes = dict(workers=2, updates=300, save_every=300, validate_every=300)
+    # an epoch of 17 batches or more, of which workers read at most 4 ahead
+    changes = dict(workers=2, updates=300, save_every=300, validate_every=300, batch_seconds=1.0)
     trainer = begun(tones, run, **changes)
     updates = trainer.updates()
     list(itertools.islice(updates, 3))
