@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--device", help="cpu, cuda, cuda:N or auto, where milliseconds are measured (as trained)"
     )
     add_sizes(parser)
-    add_learning(parser)
+    add_export_and_learning(parser)
     parsed = parser.parse_args(arguments)
     if fault := contradiction(parsed):
         parser.error(fault)
@@ -90,8 +90,8 @@ def add_sizes(parser: Parser) -> None:
     )
 
 
-def add_learning(parser: Parser) -> None:
-    """Add the flags of --method."""
+def add_export_and_learning(parser: Parser) -> None:
+    """Add the flags that write ONNX files, and those that learn which layers to keep."""
     deploy = parser.add_argument_group("deployment")
     deploy.add_argument(
         "--export",

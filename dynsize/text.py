@@ -76,7 +76,7 @@ def parse_stm(raw: str, changes: Counter[str]) -> tuple[str, str]:
     """Return the plain text of an STM's transcript, and its notation for scoring.
 
     The notation is sclite's: `{ a / b c / @ }` are alternatives (@ is nothing), `(uh)` is a word
-    that may be missing; each sign but the parentheses is a word of its own. It is empty where the
+    that may be missing; each sign but the parentheses is a separate word. It is empty where the
     text has neither. The plain text takes the first alternative and keeps the optional words.
     Marks such as `<sil>`, `{NOISE}` and `%hesitation` are taken out and counted in `changes`, and
     `word(2)`, a pronunciation, is `word`. Raises ValueError for what is not understood.
