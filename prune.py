@@ -58,19 +58,22 @@ def add_sizes(parser: Parser) -> None:
         "--sizes", type=int, nargs="+", default=[], metavar="K", help="numbers of layers"
     )
     sizes.add_argument(
-        "--max-params", type=int, metavar="N", help="the largest size within this many weights"
+        "--max-params",
+        type=int,
+        metavar="N",
+        help="the largest size, trained or not, within this many weights",
     )
     sizes.add_argument(
         "--max-macs",
         type=int,
         metavar="N",
-        help="the largest size within these MACs for 1 s of audio",
+        help="the largest size, trained or not, within these MACs for 1 s of audio",
     )
     sizes.add_argument(
         "--max-latency-ms",
         type=float,
         metavar="MS",
-        help="the largest size within these milliseconds here",
+        help="the largest size, trained or not, that takes at most these milliseconds here",
     )
     sizes.add_argument(
         "--audio-seconds",

@@ -1,4 +1,4 @@
-"""Dynamic encoder size: one Conformer-CTC supernet whose subnets share all its weights."""
+"""Dynamic encoder size: one Conformer-CTC supernet, and subnets that share its weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -581,7 +581,7 @@ def steps_figure() -> Figure:
     text = dict(ha="center", va="bottom")
     axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
     axes.text((end1 + updates) / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    subnet = "subnet: the k best layers\n(Simple-Top-k: k falls)\nloss 0.3 · CTC"
+    subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss 0.3 · CTC"
     axes.text(14, 15, subnet, **text)
     axes.text(90, 37.5, "one random size between: loss 0.3 · CTC", **text)
     axes.text(90, smallest + 1, "smallest size: loss 0.3 · CTC", **text)

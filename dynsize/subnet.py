@@ -10,7 +10,7 @@ from torch import nn
 
 from dynsize.config import LAYERS, Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
-from dynsize.features import feature_frames
+from dynsize.features import feature_frames, log_mel
 from dynsize.supernet import Supernet
 
 
@@ -68,7 +68,7 @@ COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
     """Return the largest size, trained or not, whose cost is at most `limit`.
 
-    More layers must cost more.
+    It bisects: the cost must grow with the size.
 
     `budget`: one of `COSTS`; milliseconds are those for `seconds` of audio. Raises ValueError where
     a single layer costs more.
@@ -166,22 +166,21 @@ def latencies(
 ) -> list[float]:
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
-    `networks`: pairs of a network, on one device, and the size that runs. Measured from features to
-    log-probabilities: the median of `repeats` rounds, in each of which every
-    network runs once, after one round to warm up.
+    `networks`: pairs of a network, on one device, and the size that runs. Measured on noise, from
+    samples to log-probabilities: the median of `repeats` rounds, in each of which every network
+    runs once, after one round to warm up.
     """
     first, _ = networks[0]
     config = first.config
     device = next(first.parameters()).device
-    samples = round(seconds * config.sample_rate)
-    frames = feature_frames(samples, config)
-    features = torch.randn(1, frames, config.mel_bins, device=device)
-    lengths = torch.tensor([frames], device=device)
+    noise = torch.randn(round(seconds * config.sample_rate))
     times: list[list[float]] = [[] for _ in networks]
     for _ in range(repeats + 1):
         for (network, size), taken in zip(networks, times, strict=True):
             start = time.perf_counter()
-            log_probs, _ = network(features, lengths, [size])
+            features = log_mel(noise, config).to(device)  # (T, F)
+            lengths = torch.tensor([len(features)], device=device)
+            log_probs, _ = network(features[None], lengths, [size])
             log_probs[0, 0, 0, 0].item()  # wait for the device
             taken.append(time.perf_counter() - start)
     return [1000 * statistics.median(taken[1:]) for taken in times]
