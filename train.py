@@ -22,13 +22,15 @@ from tqdm import tqdm
 from dynsize import config as configuration
 from dynsize import processes
 from dynsize.checkpoint import NAME
-from dynsize.fine_tuning import beginning
+from dynsize.initial import beginning
+from dynsize.metrics import mean_of
+from dynsize.run_directory import check_new
 from dynsize.study import next_training, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP, layer_map
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 from dynsize.text import counted
-from dynsize.training import Trainer, check_new, mean_of
+from dynsize.training import Trainer
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar
@@ -186,10 +188,10 @@ def describe(trainer: Trainer) -> None:
     """Print what is about to be trained, on what."""
     config, model = trainer.config, trainer.model
     blocks = counted(config.blocks, "block")
-    print("corpus     " + trainer.summary.replace("\n", "\n           "))
+    print("corpus     " + trainer.data.summary.replace("\n", "\n           "))
     print(
         f"network    {blocks}, {model.sizes[-1]} layers of width {config.width}, "
-        f"{parameters(model):,} parameters, {trainer.tokenizer.labels} labels with the blank"
+        f"{parameters(model):,} parameters, {trainer.data.tokenizer.labels} labels with the blank"
     )
     print(f"device     {hardware(config, trainer.device)}")
     sizes = f"sizes {configuration.shown(config.sizes)}, {counted(config.updates, 'update')}"

@@ -7,9 +7,10 @@ from pathlib import Path
 from dynsize import checkpoint
 from dynsize.baselines import shuffled
 from dynsize.config import with_method
+from dynsize.run_directory import check_new
 from dynsize.subnet import cut, largest_within, widened
 from dynsize.supernet import Supernet
-from dynsize.training import Trainer, check_new
+from dynsize.training import Trainer
 
 RANKINGS = ("learned", "first", "random")
 

@@ -42,6 +42,11 @@ def step1_updates(config: Config) -> int:
     return round(config.step1_share * config.updates) if config.learns else 0
 
 
+def in_step1(update: int, config: Config) -> bool:
+    """Return whether an update is one of step 1."""
+    return update < step1_updates(config)
+
+
 def size_before(update: int, config: Config) -> int:
     """Return the size with which this update's span begins.
 

@@ -12,7 +12,8 @@ from dynsize import checkpoint
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, with_method
 from dynsize.evaluation import System, compare, evaluate
-from dynsize.training import Trainer, check_new
+from dynsize.run_directory import check_new
+from dynsize.training import Trainer
 
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
 VERDICTS = {"the first is better": "better", "the second is better": "worse"}

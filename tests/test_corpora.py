@@ -923,12 +923,12 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
         tiny(updates=20, batch_seconds=60.0, validate_every=20, workers=1), corpus=str(root)
     )
     trainer = Trainer(config, tmp_path / "run").begin()
-    assert set(trainer.corpus.left_out[UNREADABLE]) == {
+    assert set(trainer.data.corpus.left_out[UNREADABLE]) == {
         file.stem for file in victims[1:4]
     }  # a header can be whole
     for file, how in zip(victims[4:], (*ways, "removed"), strict=True):
         spoil(file, how)
-    batches = len(epoch_plan(trainer.examples.frames(), config, 0))
+    batches = len(epoch_plan(trainer.data.examples.frames(), config, 0))
     assert 2 * batches < config.updates  # so that each is met more than once
     records = list(trainer.updates())
     assert len(records) == 20 and all(
@@ -937,7 +937,7 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     names = {file.stem for file in victims}
     told = (tmp_path / "run/left-out.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in told) == sorted(names)
-    good = sum(u.samples for u in trainer.examples.utterances if u.id not in names)
+    good = sum(u.samples for u in trainer.data.examples.utterances if u.id not in names)
     assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(
         good / RATE
     )

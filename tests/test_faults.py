@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynsize import checkpoint, files, training
+from dynsize.batching import epoch_plan
 from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
@@ -378,14 +379,14 @@ def test_the_best_network_is_kept(tones, tmp_path):
     best = min(totals, key=totals.get)
     loaded = checkpoint.load(run / "best.pt")
     assert same(dict(loaded.model.named_parameters()), weights[best])
-    assert loaded.longest_seconds == trainer.longest_seconds == pytest.approx(0.8)
+    assert loaded.longest_seconds == trainer.data.longest_seconds == pytest.approx(0.8)
     with pytest.raises(ValueError, match="no training goes on"):
         Trainer.resume(run / "best.pt")
 
 
 def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, monkeypatch):
     trainer, seen = begun(tones, tmp_path / "run", batch_seconds=3.0), []
-    frames, run = trainer.examples.frames(), trainer.add_gradients
+    frames, run = trainer.data.examples.frames(), trainer.losses.add_gradients
 
     def full(batch, *arguments, **named):
         seen.append(batch.lengths.max().item() * len(batch.lengths))
@@ -393,13 +394,13 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
         return run(batch, *arguments, **named)
 
-    monkeypatch.setattr(trainer, "add_gradients", full)
+    monkeypatch.setattr(trainer.losses, "add_gradients", full)
     with pytest.raises(
         ValueError,
         match=r"largest batch.*--batch-seconds 3 .*--accumulate.*--checkpoint-activations",
     ):
         next(trainer.updates())
-    plans = [training.epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
+    plans = [epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
     most = [max(len(batch) * max(frames[i] for i in batch) for batch in plan) for plan in plans]
     assert seen == [most[0]] * 2 and max(most) <= 1.2 * most[0]
     assert all(weight.grad is None for weight in begun(tones, tmp_path / "b").model.parameters())

@@ -14,7 +14,7 @@ from conftest import tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import batching, checkpoint, training
+from dynsize import batching, checkpoint, losses, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.training import Trainer
@@ -221,7 +221,7 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
 
 def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch):
     run = trainer(tones, tmp_path / "run", updates=30)
-    loss, calls = training.ctc_loss, []
+    loss, calls = losses.ctc_loss, []
 
     def sometimes(*arguments):
         calls.append(1)
@@ -229,7 +229,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
 
     updates = run.updates()
     next(updates)
-    monkeypatch.setattr(training, "ctc_loss", sometimes)
+    monkeypatch.setattr(losses, "ctc_loss", sometimes)
     next(updates)
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     next(updates)
@@ -242,7 +242,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert "NaN" not in text.replace("loss nan", "") and '"losses"' in text
     skipped = [line for line in lines(tmp_path / "run") if "skipped" in line]
     assert [line["update"] for line in skipped] == [3, *range(8, 18)]
-    known = {utterance.id for utterance in run.examples.utterances}
+    known = {utterance.id for utterance in run.data.examples.utterances}
     assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
     assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
 
@@ -257,7 +257,7 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     transcript.write_text(transcript.read_text().replace("0-7-0008 ", "0-7-0008 " + "LOW " * 99))
     run = trainer(root, tmp_path / "run", updates=20)
     expected = {UNREADABLE: {"0-7-0003"}, "more labels than CTC can align": {"0-7-0008"}}
-    assert {why: set(names) for why, names in run.corpus.left_out.items()} == expected
+    assert {why: set(names) for why, names in run.data.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
     report = (tmp_path / "run" / "left-out.txt").read_text()
     assert sorted(line.partition("\t")[0] for line in report.splitlines()) == [
@@ -310,7 +310,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(t
     for _ in range(3):
         next(updates)
     (root / "train").rename(root / "elsewhere")
-    run.examples.kept.clear()
+    run.data.examples.kept.clear()
     expected = snapshot(run)
     with pytest.raises(ValueError, match=r"10 updates in a row.*is .*corpus still there"):
         list(updates)
@@ -328,8 +328,8 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     left_out = [next(updates)["left_out"]]
     for n in range(0, 24, 2):
         (root / "train" / "0" / "7" / f"0-7-{n:04}.flac").write_bytes(b"")
-    run.examples.keep = False
-    run.examples.kept.clear()
+    run.data.examples.keep = False
+    run.data.examples.kept.clear()
     with pytest.raises(ValueError, match=r"of 24 training utterances.*--most-left-out 0\.1"):
         left_out.extend(record["left_out"] for record in updates)
     assert left_out[0] == 0 and left_out[-1] > 2 and left_out[-2] <= 2
@@ -519,7 +519,7 @@ def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
     run = trainer(tones, tmp_path / "run", updates=3)
     weights = sum(weight.numel() for weight in run.model.parameters())
-    add, alive, reserved = run.add_gradients, [], []
+    add, alive, reserved = run.losses.add_gradients, [], []
     ones_like = torch.ones_like
 
     def kept(tensor, *arguments, **named):
@@ -533,7 +533,7 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
         return add(*arguments, **named)
 
     monkeypatch.setattr(torch, "ones_like", kept)
-    monkeypatch.setattr(run, "add_gradients", gradients)
+    monkeypatch.setattr(run.losses, "add_gradients", gradients)
     list(run.updates())
     assert min(alive[:2]) >= 2 * weights and max(alive[2:]) < 2 * weights
 
@@ -541,9 +541,9 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
 def test_features_in_memory_have_a_limit(tones, monkeypatch):
     config = tiny(corpus=str(tones))
     run = Trainer(config, tones / "never written")
-    size = run.examples[0].features.nbytes
+    size = run.data.examples[0].features.nbytes
     monkeypatch.setattr(batching, "MOST_KEPT", 3 * size)
-    for index in range(len(run.examples)):
-        run.examples[index]
-    assert 1 <= len(run.examples.kept) <= 4
-    assert sum(kept.nbytes for kept in run.examples.kept.values()) <= 3 * size
+    for index in range(len(run.data.examples)):
+        run.data.examples[index]
+    assert 1 <= len(run.data.examples.kept) <= 4
+    assert sum(kept.nbytes for kept in run.data.examples.kept.values()) <= 3 * size

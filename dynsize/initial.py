@@ -1,12 +1,17 @@
-"""The initial network of a training that begins with the weights of another one."""
+"""What a training starts with: its network and its optimizer.
+
+The network is new, or has the weights of another training.
+"""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from dynsize import checkpoint
+from dynsize.baselines import every_other
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config, fields, with_method
 from dynsize.corpora import read_corpus
@@ -61,3 +66,54 @@ def tokenizer_of(config: Config) -> Tokenizer:
     """Return the tokenizer for the configured corpus."""
     corpus = read_corpus(corpus_root(config), config.train_splits, config, "--train-splits")
     return tokenizer_for((utterance.text for utterance in corpus.utterances), config)
+
+
+def new_network(config: Config, labels: int) -> Supernet:
+    """Return the initial network of a training.
+
+    Raises ValueError where `layers_from` has another number of layers, and for a network that does
+    not fit into the memory.
+    """
+    ranking = None
+    if config.layers_from:
+        ranking = checkpoint.load(Path(config.layers_from)).model.ranking
+        if len(ranking) != config.layers:
+            raise ValueError(
+                f"{config.layers_from}: has {len(ranking)} layers, this network has {config.layers}"
+            )
+    if config.method == "layerdrop":
+        ranking = every_other(config.layers, config.sizes)
+    size = config.size if 0 < config.size < config.layers else None
+    with torch.device("meta"):  # weights without memory
+        check_memory(Supernet(config, labels, ranking, size))
+    return Supernet(config, labels, ranking, size)
+
+
+def check_memory(model: Supernet) -> None:
+    """Raise ValueError where a network can't be trained in this machine's memory.
+
+    A float32 weight takes 16 bytes: itself, its gradient and AdamW's two moments.
+    """
+    weights = sum(weight.numel() for weight in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 16 * weights > memory:
+        raise ValueError(
+            f"a network of {weights:,} weights takes {16e-9 * weights:.0f} GB in training, "
+            f"more than the {1e-9 * memory:.0f} GB of this machine: lower --blocks or --width"
+        )
+
+
+def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW, in which the layer scores have another learning rate and no weight decay."""
+    weights = [weight for name, weight in model.named_parameters() if name != "scores"]
+    groups = [dict(params=weights, factor=1.0)]
+    if model.scores is not None:
+        groups.append(dict(params=[model.scores], factor=config.score_rate, weight_decay=0.0))
+    return torch.optim.AdamW(
+        groups,
+        lr=0.0,
+        betas=(0.9, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
