@@ -209,9 +209,14 @@ class Trainer:
                 saved = time.monotonic()
             if self.due(config.validate_every) and not stop:
                 record["dev"] = self.validate()
+                stop = record["stop"] = self.update < config.updates and self.stop_is_asked_for()
             yield record
         if self.failure:
             self.give_up(self.failure)
+
+    def stop_is_asked_for(self) -> bool:
+        """Return whether any process got a signal to stop."""
+        return bool(processes.total(torch.tensor(int(self.stop_soon > 0))))
 
     def due(self, every: int) -> bool:
         """Return whether something that is done every so often is due after this update."""
@@ -375,10 +380,11 @@ class Trainer:
     def give_up(self, error: BaseException) -> NoReturn:
         """Save what was learned since the last checkpoint, and end the training with an error.
 
-        Updates that were skipped last are forgotten, so that a resumed training repeats them.
+        Updates that were skipped last are forgotten, also where they were saved, so that a resumed
+        training repeats them.
         """
         self.state = self.learned | dict(skipped=0)
-        if self.update > self.saved:
+        if self.update != self.saved:
             self.save()
         raise error
 

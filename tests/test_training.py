@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import time
 import weakref
 
@@ -219,8 +220,9 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
             assert moved == (size in used) == bool(run.optimizer.state[head])
 
 
-def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch):
-    run = trainer(tones, tmp_path / "run", updates=30)
+@pytest.mark.parametrize("save_every", [500, 10])
+def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch, save_every):
+    run = trainer(tones, tmp_path / "run", updates=30, save_every=save_every)
     loss, calls = losses.ctc_loss, []
 
     def sometimes(*arguments):
@@ -245,6 +247,24 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     known = {utterance.id for utterance in run.data.examples.utterances}
     assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
     assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
+    assert checkpoint.load(tmp_path / "run").training["update"] == 7  # a resumed training repeats 8
+
+
+def test_a_stop_while_dev_is_decoded_ends_the_training_after_it(tones, tmp_path, monkeypatch):
+    run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
+    results = run.dev.results
+
+    def stopped_meanwhile(model):
+        run.stop_soon = signal.SIGTERM
+        return results(model)
+
+    monkeypatch.setattr(run.dev, "results", stopped_meanwhile)
+    *_, last = run.updates()
+    assert last["update"] == 4 and last["stop"] and "dev" in last
+    assert checkpoint.load(tmp_path / "run").training["update"] == 4
+    resumed = Trainer.resume(tmp_path / "run")
+    resumed.stop_soon = 0
+    assert [record["update"] for record in resumed.updates()] == [5, 6, 7, 8, 9]
 
 
 def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
