@@ -156,17 +156,19 @@ def learn(options: argparse.Namespace) -> Path:
 def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]:
     """Write the subnets. Returns the supernet, and them as they are read back."""
     supernet = checkpoint.load(run)
-    model, folder = supernet.model, options.output or supernet.path.parent
+    model = supernet.model
+    folder = options.output or supernet.path.parent
     config = model.config
     device = device_of(dataclasses.replace(config, device=options.device or config.device))
     model.to(device)
     print(f"device     {hardware(config, device)}")
     pruning.rank(model, options.ranking, options.seed)
-    suffix = "" if options.ranking == "learned" else f"-{options.ranking}"
     sizes = pruning.sizes_to_cut(model, options.sizes, budgets_of(options), options.audio_seconds)
-    files = {size: folder / f"size-{size}{suffix}.pt" for size in sizes}
+    files = {size: pruning.named(folder / f"size-{size}.pt", options.ranking) for size in sizes}
     if options.export:
-        check_exports([folder / f"supernet{suffix}.pt", *files.values()], options)
+        onnx = [file.with_suffix(".onnx") for file in files.values()]
+        onnx.insert(0, onnx_path(supernet, options))
+        export.check_paths(onnx, options.int8, options.overwrite)
     subnets = pruning.write_subnets(supernet, files, options.overwrite)
     for size in sizes:
         if nearest := pruning.nearest_trained(model, size):
@@ -197,49 +199,23 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
         print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")
 
 
-def check_exports(files: list[Path], options: argparse.Namespace) -> None:
-    """Raise ValueError where the ONNX files of these checkpoints can't be written.
-
-    They can't where packages are missing, and where a file exists that must not be replaced.
-    """
-    for file in files:
-        for name in onnx_files(file, options.int8):
-            export.require_packages(name)
-            if name.exists() and not options.overwrite:
-                raise ValueError(f"{name}: exists already; --overwrite replaces it")
-
-
-def onnx_files(file: Path, int8: bool) -> list[Path]:
-    """Return the names of the ONNX files of a checkpoint: the float one and, if asked, int8."""
-    names = [file.with_suffix(".onnx")]
-    if int8:
-        names.append(file.with_name(f"{file.stem}-int8.onnx"))
-    return names
+def onnx_path(supernet: checkpoint.Checkpoint, options: argparse.Namespace) -> Path:
+    """Return the path of the supernet's ONNX file."""
+    folder = options.output or supernet.path.parent
+    return pruning.named(folder / "supernet.onnx", options.ranking)
 
 
 def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
-    """Write the ONNX files of the supernet and of the subnets, and print what they cost."""
+    """Write the ONNX files of the supernet and of the subnets, and print what each size costs."""
     supernet, *subnets = networks
-    folder = subnets[0].path.parent if subnets else supernet.path.parent
-    suffix = "" if options.ranking == "learned" else f"-{options.ranking}"
-    sources = {folder / f"supernet{suffix}.pt": (supernet, None)}
-    sources |= {loaded.path: (loaded, loaded.model.size) for loaded in subnets}
+    by_path = {onnx_path(supernet, options): supernet}
+    by_path |= {subnet.path.with_suffix(".onnx"): subnet for subnet in subnets}
     print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
-    for file, (loaded, size) in sources.items():
-        exact, *rounded = onnx_files(file, options.int8)
-        export.export(loaded, size, exact)
-        show_file(exact)
-        for smaller in rounded:
-            export.quantize(exact, smaller)
-            show_file(smaller)
-
-
-def show_file(file: Path) -> None:
-    """Print what each size of an ONNX file costs."""
-    recogniser = dynsize.load(file)
-    for size in reversed(recogniser.sizes):
-        costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
-        print(f"{'':9} {size:>6} {costs}  {printable(file)}")
+    for file in export.export_all(by_path, options.int8):
+        recogniser = dynsize.load(file)
+        for size in reversed(recogniser.sizes):
+            costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
+            print(f"{'':9} {size:>6} {costs}  {printable(file)}")
 
 
 def hint(networks: list[checkpoint.Checkpoint]) -> str:

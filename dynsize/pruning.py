@@ -70,6 +70,14 @@ def rank(model: Supernet, ranking: str, seed: int) -> None:
         model.ranking = shuffled(layers, seed)
 
 
+def named(file: Path, ranking: str) -> Path:
+    """Return the path of a file for a ranking: `size-7.pt` for the learned one, else another name.
+
+    Example: `size-7-random.pt` for the random one.
+    """
+    return file if ranking == "learned" else file.with_stem(f"{file.stem}-{ranking}")
+
+
 def sizes_to_cut(
     model: Supernet, sizes: Sequence[int], budgets: dict[str, float], seconds: float
 ) -> list[int]:

@@ -4,6 +4,7 @@
 cache.
 """
 
+import argparse
 import ctypes
 import os
 import random
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from tqdm import tqdm
 
 from dynsize import files
 from dynsize.cache import user_cache
+from dynsize.terminal import reported
 
+NAME = "dynsize.spoken"
 SAMPLE_RATE = 16000  # Hz
 VERSION = 1  # of the grammar, the voices and the drawing: a new number makes a new corpus
 # Rule → its alternatives. A word in capitals is replaced by one of that rule's alternatives.
@@ -121,9 +124,10 @@ def spoken_corpus() -> Path:
         # speech is always the same
         command = [sys.executable, "-m", "dynsize.spoken", str(directory)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
         if done.returncode != 0:
-            why = done.stdout.strip() or f"exit code {done.returncode}"
+            *_, why = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+            why = why.removeprefix(f"{NAME}: ")
             raise ValueError(f"the embedded corpus could not be spoken: {why}")
     return directory
 
@@ -138,8 +142,10 @@ class Espeak:
     """espeak-ng's library from the package espeakng-loader."""
 
     def __init__(self, seed: int) -> None:
-        import espeakng_loader  # only the demo needs it
-
+        try:
+            import espeakng_loader  # only the demo needs it
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}; pip install -e '.[demo]' installs it") from error
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
@@ -174,13 +180,16 @@ class Espeak:
 def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
     """Write all splits, in which no sentence is there twice.
 
-    They are the same in every new process for the same seed and minutes.
+    They are the same in every new process for the same seed and minutes. The progress bar is on
+    standard output: `spoken_corpus` reads the errors from the other stream. Raises ValueError where
+    espeak-ng or libsndfile fails.
     """
     espeak, draw = Espeak(seed), random.Random(seed)
     unfinished = files.unfinished(directory)
     said: set[str] = set()
     total = round(sum(minutes.values()))
-    bar = tqdm(total=total, desc="speaking the corpus", unit="min", leave=False, disable=None)
+    bar_options = dict(unit="min", leave=False, disable=None, file=sys.stdout)
+    bar = tqdm(total=total, desc="speaking the corpus", **bar_options)
     try:
         with bar:
             for split, length in minutes.items():
@@ -189,6 +198,8 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
                     bar.update(min(spoken / 60, total - bar.n))
         if not directory.exists():  # else another process was faster
             unfinished.rename(directory)
+    except soundfile.SoundFileError as error:
+        raise ValueError(str(error)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -224,23 +235,16 @@ def speak_split(
         yield len(audio) / SAMPLE_RATE
 
 
-def main(arguments: list[str]) -> int:
-    """Speak the corpus into a directory. Return the exit code; standard output says what failed."""
-    if len(arguments) != 1:
-        print("usage: python -m dynsize.spoken DIRECTORY")
-        return 2
-    try:
-        speak_corpus(Path(arguments[0]))
-    except ModuleNotFoundError as error:
-        print(f"{error}; pip install -e '.[demo]' installs it")
-        return 2
-    except (OSError, ValueError, soundfile.SoundFileError) as error:
-        print(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 2 and one line where the corpus can't be spoken."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dynsize.spoken", description="Speaks the embedded corpus with espeak-ng."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="written by this command")
+    options = parser.parse_args(arguments)
+    with reported(NAME, "stopped; nothing is left of the corpus"):
+        speak_corpus(options.directory)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -573,8 +573,10 @@ def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatc
 
     monkeypatch.setattr(spoken, "speak_split", full)
     monkeypatch.setattr(spoken, "Espeak", lambda seed: None)
-    assert spoken.main([str(tmp_path / "corpus")]) == 2 and not list(tmp_path.iterdir())
-    ended = subprocess.CompletedProcess([], 2, capsys.readouterr().out, "")
+    with pytest.raises(SystemExit) as stop:
+        spoken.main([str(tmp_path / "corpus")])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    ended = subprocess.CompletedProcess([], 2, "", capsys.readouterr().err)
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: ended)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = run("train.py", cwd=tmp_path)
