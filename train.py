@@ -10,9 +10,8 @@ import os
 import shutil
 import signal
 import sys
-import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dynsize import config as configuration
-from dynsize import processes
+from dynsize import metrics, processes
 from dynsize.checkpoint import NAME
 from dynsize.initial import beginning
-from dynsize.metrics import mean_of
 from dynsize.run_directory import check_new
 from dynsize.study import next_training, results
 from dynsize.subnet import parameters
-from dynsize.supernet import LAYER_MAP, layer_map
+from dynsize.supernet import LAYER_MAP
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 from dynsize.text import counted
 from dynsize.training import Trainer
@@ -203,12 +201,11 @@ class Progress:
     """What is shown of the updates: a bar on a terminal, elsewhere a line each logging interval."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.total = trainer, trainer.config.updates
-        self.first, self.began = trainer.update, time.monotonic()
-        self.recent: list[dict] = []  # records of the logging interval
+        self.trainer = trainer
+        self.intervals = metrics.Intervals(trainer.config, trainer.update)
         self.bar = tqdm(
-            total=self.total,
-            initial=self.first,
+            total=trainer.config.updates,
+            initial=trainer.update,
             ncols=min(WIDEST, shutil.get_terminal_size().columns),
             bar_format=BAR,
             disable=not processes.is_first() or not sys.stderr.isatty(),
@@ -216,50 +213,15 @@ class Progress:
 
     def show(self, record: dict) -> None:
         """Show an update."""
-        self.recent.append(record)
-        self.bar.set_description_str(losses(record), refresh=False)
+        losses = metrics.losses(record, self.trainer.config)
+        self.bar.set_description_str(losses, refresh=False)
         self.bar.update(record["update"] - self.bar.n)
-        ends = record["update"] % self.trainer.config.log_every == 0
-        if ends or record["update"] == self.total:
-            if self.bar.disable:
-                print(self.line(mean_of(self.recent)), flush=True)
-            self.recent = []
+        line = self.intervals.line(record)
+        if line and self.bar.disable:
+            print(line, flush=True)
         if "dev" in record:
-            self.bar.write(self.validation(record))
+            self.bar.write(metrics.validation(record, self.trainer.model))
             sys.stdout.flush()
-
-    def line(self, record: dict) -> str:
-        """Return the line of a logging interval, given its mean record."""
-        done = record["update"] - self.first
-        left = (time.monotonic() - self.began) / done * (self.total - record["update"])
-        parts = [losses(record), f"lr {record['learning_rate']:.1e}"]
-        parts.append(f"{record['audio_seconds_per_second']:.0f} audio s/s")
-        parts.append(f"{tqdm.format_interval(left)} left")
-        return f"update {record['update']}/{self.total}  {', '.join(parts)}"
-
-    def validation(self, record: dict) -> str:
-        """Return the lines of a validation: word error rate and layers of each size."""
-        results = record["dev"]
-        unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
-        lines = [f"update {record['update']}, {unit} error rate on dev:"]
-        for size, result in results.items():
-            mask = self.trainer.model.mask(size)
-            lines.append(f"  size {size:>3} {100 * result['wer']:6.2f}%  {layer_map(mask)}")
-        return "\n".join(lines)
-
-
-def losses(record: dict) -> str:
-    """Return the losses of the networks that an update trained, and what the update left out.
-
-    In step 1 the smaller network is named by the size that its layer weights have as their target.
-    """
-    target = "target " if record["step"] == 1 else ""
-    found = sorted(record.get("losses", {}).items(), reverse=True)
-    shown = " ".join(
-        f"{target if place else ''}{size}: {loss:.2f}" for place, (size, loss) in enumerate(found)
-    )
-    lost = f", {record['left_out']} left out" if record.get("left_out") else ""
-    return f"loss {shown or 'skipped'}, step {record['step']}{lost}"
 
 
 @contextmanager
@@ -296,31 +258,11 @@ def forget_closed_terminal() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
-def to_tensorboard(run: Path) -> Callable[[dict], None]:
-    """Return a function that writes the numbers of a line of metrics.jsonl for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter  # needs tensorboard
-
-    board = SummaryWriter(str(run / "tensorboard"))
-
-    def write(values: dict, update: int, prefix: str = "") -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                write(value, update, f"{prefix}{name}/")
-            elif isinstance(value, int | float):
-                board.add_scalar(f"{prefix}{name}", value, update)
-
-    def write_line(record: dict) -> None:
-        write(record, record["update"])
-        board.flush()  # a process that ends loses what is not written
-
-    return write_line
-
-
 def train(trainer: Trainer, tensorboard: bool = False) -> None:
     """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
     if tensorboard and processes.is_first():
-        trainer.board = to_tensorboard(trainer.run)
+        trainer.board = metrics.to_tensorboard(trainer.run)
     progress = Progress(trainer)
     with signals(trainer), progress.bar:
         for record in trainer.updates():

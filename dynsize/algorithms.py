@@ -5,6 +5,7 @@ A new algorithm is one module and one entry here. Its module has:
     DEFAULTS                  its values of the settings `delta`, `initial_score` and `score_rate`
     initial_scores(config)    the layer scores before the first update
     size_at(update, config)   the size by which the subnet is named
+    shown_size(size, config)  the same as a line of the log shows it: `target 5`
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
     extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
     rank(scores, ranking, update, config)            the layers, most important first

@@ -41,6 +41,11 @@ def size_at(update: int, config: Config) -> int:
     return size_after(update, config)
 
 
+def shown_size(size: int, config: Config) -> str:
+    """Return `target k`: the subnet still runs more layers."""
+    return f"target {size}"
+
+
 def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
 ) -> list[bool | Tensor]:

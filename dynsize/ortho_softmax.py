@@ -46,6 +46,11 @@ def size_at(update: int, config: Config) -> int:
     return draw.choice(config.sizes[:-1])
 
 
+def shown_size(size: int, config: Config) -> str:
+    """Return `soft k`: all layers run, with weights of sum k."""
+    return f"soft {size}"
+
+
 def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
 ) -> list[Tensor]:

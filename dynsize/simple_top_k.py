@@ -30,6 +30,11 @@ def size_at(update: int, config: Config) -> int:
     return size_after(update, config)
 
 
+def shown_size(size: int, config: Config) -> str:
+    """Return `k`, or with relaxed weights `soft k`: then all layers run, with weights of sum k."""
+    return f"soft {size}" if config.relaxation == "soft" else f"{size}"
+
+
 def layer_weights(
     scores: Tensor, ranking: Sequence[int], update: int, config: Config
 ) -> list[Tensor]:

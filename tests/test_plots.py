@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dynsize import plots, run_directory
+from dynsize import metrics, plots, run_directory
 from dynsize.config import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -350,7 +350,7 @@ def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path)
     pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]' brings it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write = runpy.run_path(str(ROOT / "train.py"))["to_tensorboard"](tmp_path)
+    write = metrics.to_tensorboard(tmp_path)
     records = lines_of(2, SIZES)
     for record in records:
         write(record)

@@ -15,7 +15,7 @@ from conftest import tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import batching, checkpoint, losses, training
+from dynsize import batching, checkpoint, losses, metrics, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.training import Trainer
@@ -534,6 +534,22 @@ def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
             assert sorted(line["ranking"]) == list(range(8)) and len(scores) == 8
             ranked = [scores[layer] for layer in line["ranking"]]
             assert ranked == sorted(ranked, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (dict(), "5"),
+        (dict(relaxation="soft"), "soft 5"),
+        (dict(method="iterative-zero-out"), "target 5"),
+        (dict(method="ortho-softmax"), "soft 5"),
+    ],
+)
+def test_a_line_names_the_size_of_step_1_as_the_algorithm_means_it(settings, shown):
+    record = dict(step=1, losses={8: 1.0, 5: 2.0})
+    line = metrics.losses(record, tiny(**settings))
+    assert line == f"loss 8: 1.00 {shown}: 2.00, step 1"
+    assert metrics.losses(record | dict(step=2), tiny(**settings)) == "loss 8: 1.00 5: 2.00, step 2"
 
 
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
