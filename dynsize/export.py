@@ -205,10 +205,12 @@ def quantize(path: Path, to: Path) -> None:
 class Features(nn.Module):
     """`features.log_mel` of a batch of padded utterances, with the spectrum as matrix products.
 
-    onnxruntime takes several times as long for its DFT. The Hann window is symmetric about sample
-    n/2 of its n, and a power spectrum does not depend on where time 0 is. So with time 0 there,
-    the real part is a product with the sums of samples i and n − i, and the imaginary part one
-    with their differences: half the products and half the bytes.
+    onnxruntime's DFT takes several times as long. So does a product with the waves of all N/2 + 1
+    frequencies. One step of a fast Fourier transform (radix 4) divides these products by four. Let
+    U_p(k) be the sum over the samples p, p + 4, p + 8, … of a window, each multiplied by
+    exp(−2πi · k · sample / N). The spectrum at frequency k + q · N/4 is the sum over p = 0 … 3 of
+    (−i)^(p · q) · U_p(k). The frequencies k = 0 … N/8 suffice, because a real signal has the same
+    power at frequency f and at N − f.
     """
 
     def __init__(self, model: Supernet) -> None:
@@ -216,48 +218,90 @@ class Features(nn.Module):
         config = model.config
         self.window, self.hop = window_and_hop(config)
         self.hops = math.ceil(self.window / self.hop)  # that one window reaches over
-        spectrum = 2 ** math.ceil(math.log2(self.window))
+        spectrum = 2 ** math.ceil(math.log2(self.window))  # N, at least 8
+        lowest = torch.arange(spectrum // 8 + 1)  # k
+        self.waves = constants(waves(self.window, spectrum, lowest))
         limits = config.sample_rate, config.lowest_hz, config.highest_hz
-        filters = mel_filters(config.mel_bins, spectrum, *limits)  # (spectrum / 2 + 1, F)
-        # log(energy + q) = log(energy / q + 1) + log q, whose last term goes with the mean. As it
-        # stands the exporter would take a q of 1e-10 for 0.
-        heard = filters.any(1)  # (spectrum / 2 + 1,): the frequencies that a filter lets pass
-        self.register_buffer("filters", filters[heard] / QUIETEST)
-        self.half = self.window // 2
-        place = torch.arange(1, self.half + 1, dtype=torch.float64)
-        hann = torch.sin(math.pi * place / self.window).square()
-        hann[place == self.window / 2] /= 2  # this sample would count twice
-        angle = (place - self.window / 2)[:, None] * torch.arange(spectrum // 2 + 1)[heard]
-        angle = 2 * math.pi / spectrum * angle  # (n / 2, heard frequencies)
-        self.register_buffer("cosines", (hann[:, None] * angle.cos()).float())
-        self.register_buffer("sines", (hann[:, None] * angle.sin()).float())
+        filters = mel_filters(config.mel_bins, spectrum, *limits)  # (N/2 + 1, F)
+        # log(energy + c) = log(energy / c + 1) + log c, whose last term goes with the mean. As it
+        # stands the exporter would take a c of 1e-10 for 0.
+        filters = filters / QUIETEST
+        quarter = spectrum // 4
+        frequencies = lowest, quarter + lowest, 2 * quarter - lowest, quarter - lowest  # by q
+        filters = [filters[f] for f in frequencies]  # (N/8 + 1, F) each
+        filters[2][-1] = 0.0  # q = 1 has this frequency, 3N/8, too
+        filters[3][[0, -1]] = 0.0  # q = 1 and q = 0 have these, N/4 and N/8
+        self.filters = constants(filters)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, T, F) and the (B,) frames inside. `audio`: (B, samples). `lengths`: (B,)."""
-        audio = audio * padding_mask(lengths, audio.shape[1])
-        power = self.power(audio)  # (B, T, heard frequencies)
-        features = (power @ self.filters + 1).log().double()  # (B, T, F); sums need the precision
+        energies = self.energies(self.windows(audio, lengths))
+        features = (energies + 1).log().double()  # (B, T, F); sums need the precision
         lengths = 1 + (lengths - self.window).clamp(min=0) // self.hop
         inside = padding_mask(lengths, features.shape[1])[..., None]
+        features = torch.where(inside, features, 0.0)
         count = lengths[:, None, None]
-        features = features - (features * inside).sum(1, keepdim=True) / count
+        features = features - features.sum(1, keepdim=True) / count
         variance = (features.square() * inside).sum(1, keepdim=True) / count
         return (features / (variance + 1e-5).sqrt()).float(), lengths
 
-    def power(self, audio: Tensor) -> Tensor:
-        """Return the power of each frame at the heard frequencies. `audio`: (B, samples)."""
+    def windows(self, audio: Tensor, lengths: Tensor) -> Tensor:
+        """Return the analysis windows, (B, T, n), each with mean 0.
+
+        An utterance shorter than a window is filled up with zeros. All other windows that reach
+        into the padding are outside the utterance.
+        """
+        first = audio[:, : self.window]
+        first = torch.where(padding_mask(lengths, first.shape[1]), first, 0.0)
         frames = audio.shape[1] // self.hop + 4  # four at least, as the VGG front-end needs
         parts = frames + self.hops - 1
-        audio = F.pad(audio, (0, (self.hops + 4) * self.hop))[:, : parts * self.hop]
+        zeros = audio.new_zeros(audio.shape[0], parts * self.hop - audio.shape[1])
+        audio = torch.cat([first, audio[:, self.window :], zeros], dim=1)
         audio = audio.reshape(audio.shape[0], parts, self.hop)  # len() would fix the batch's size
         windows = torch.cat([audio[:, i : i + frames] for i in range(self.hops)], dim=-1)
         windows = windows[..., : self.window]
-        windows = windows - windows.mean(-1, keepdim=True)  # (B, T, n)
-        first = windows[..., 1 : self.half + 1]
-        second = windows[..., -self.half :].flip(-1)
-        real = (first + second) @ self.cosines
-        imaginary = (first - second) @ self.sines
-        return real.square() + imaginary.square()
+        return windows - windows.mean(-1, keepdim=True)
+
+    def energies(self, windows: Tensor) -> Tensor:
+        """Return the energy in each mel bin, (B, T, F). `windows`: (B, T, n)."""
+        if self.window % 4:
+            windows = F.pad(windows, (0, -self.window % 4))
+        samples = windows.unflatten(-1, (-1, 4)).unbind(-1)  # four times (B, T, ⌈n/4⌉)
+        u0, u1, u2, u3 = (x @ waves for x, waves in zip(samples, self.waves, strict=True))
+        even = u0 + u2  # (B, T, 2 · (N/8 + 1)): the real parts, then the imaginary parts
+        even_difference = u0 - u2
+        odd = u1 + u3
+        real, imaginary = (u1 - u3).chunk(2, dim=-1)
+        odd_difference = torch.cat([imaginary, -real], dim=-1)  # multiplied by −i
+        spectra = (
+            even + odd,
+            even_difference + odd_difference,
+            even - odd,
+            even_difference - odd_difference,
+        )
+        energies = 0.0
+        for spectrum, filters in zip(spectra, self.filters, strict=True):
+            real, imaginary = (spectrum * spectrum).chunk(2, dim=-1)
+            energies = energies + (real + imaginary) @ filters
+        return energies
+
+
+def waves(window: int, spectrum: int, frequencies: Tensor) -> list[Tensor]:
+    """Return the waves of K frequencies under a Hann window, at samples p, p + 4, … for each p < 4.
+
+    Four tensors (⌈window / 4⌉, 2K): the real parts of all waves, then their imaginary parts.
+    """
+    sample = torch.arange(window, dtype=torch.float64)[:, None]
+    hann = torch.sin(math.pi * sample / window).square()
+    angle = -2 * math.pi / spectrum * sample * frequencies  # (window, K)
+    table = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()
+    table = F.pad(table, (0, 0, 0, -window % 4))
+    return [table[phase::4] for phase in range(4)]
+
+
+def constants(tensors: list[Tensor]) -> nn.ParameterList:
+    """Return constants of a module, whose names in a file begin with the module's."""
+    return nn.ParameterList([nn.Parameter(x.contiguous(), requires_grad=False) for x in tensors])
 
 
 class Deployed(nn.Module):
@@ -296,7 +340,9 @@ class Deployed(nn.Module):
                     x = residual(layers[kind], x, inside)
                 elif size is not None and kind in layers:
                     x = optional(layers[kind], x, inside, size > place)
-            x = layers["norm"](x)
+            # Over (B · T', D): onnxruntime replaces a sum and a LayerNorm over (B, T', D) by one
+            # kernel that takes four times as long as the two.
+            x = layers["norm"](x.flatten(0, 1)).unflatten(0, inside.shape)
         weight, bias = self.weight[0], self.bias[0]
         if size is not None:
             number = ((size >= self.trained).sum() - 1).clamp(min=0)
