@@ -19,7 +19,7 @@ from dynsize.supernet import LAYER_MAP, layer_map
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
 from train import train
 
-LONGEST = 600  # seconds of audio for which milliseconds are measured
+LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
 EXAMPLES = """\
   python prune.py runs/demo                          a file for each size that was trained
   python prune.py runs/demo --max-latency-ms 20      the largest size that takes at most 20 ms
@@ -125,8 +125,10 @@ def contradiction(options: argparse.Namespace) -> str:
         return "--int8 is a kind of file: --export onnx writes it"
     if options.updates is not None and not options.method:
         return "--updates says how long --method learns: name the method"
-    if not 0 < options.audio_seconds <= LONGEST:
-        return f"--audio-seconds {options.audio_seconds}: must be above 0 and at most {LONGEST}"
+    if not 0 < options.audio_seconds <= LONGEST_AUDIO:
+        return (
+            f"--audio-seconds {options.audio_seconds}: must be above 0 and at most {LONGEST_AUDIO}"
+        )
     for name, limit in budgets.items():
         if not 0 < limit < math.inf:
             return f"--{name.replace('_', '-')} {limit}: must be a number above 0"

@@ -202,10 +202,10 @@ class Progress:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.intervals = metrics.Intervals(trainer.config, trainer.update)
+        self.intervals = metrics.Intervals(trainer.config, trainer.done)
         self.bar = tqdm(
             total=trainer.config.updates,
-            initial=trainer.update,
+            initial=trainer.done,
             ncols=min(WIDEST, shutil.get_terminal_size().columns),
             bar_format=BAR,
             disable=not processes.is_first() or not sys.stderr.isatty(),
@@ -270,7 +270,7 @@ def train(trainer: Trainer, tensorboard: bool = False) -> None:
             if record["stop"]:
                 progress.bar.close()
                 run = printable(trainer.run)
-                print(f"stopped and saved at update {trainer.update}; ", end="")
+                print(f"stopped and saved at update {trainer.done}; ", end="")
                 print(f"python train.py --resume {run} goes on", flush=True)
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 

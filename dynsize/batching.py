@@ -46,7 +46,7 @@ class Example:
     utterance: Utterance
     labels: list[int]
     features: Tensor
-    seed: int  # of what the network draws for it in this epoch
+    seed: int  # of dropout and stochastic depth, drawn by (seed, epoch, id)
     corrupt: str = ""
 
 
@@ -59,8 +59,8 @@ class Batch:
     lengths: Tensor  # (B,) feature frames, int64, as all below
     labels: Tensor  # (B, U)
     label_lengths: Tensor  # (B,)
-    seeds: Tensor  # (B,)
-    corrupt: dict[str, str]  # id → why, of utterances that should have been among them
+    seeds: Tensor  # (B,), of dropout and stochastic depth
+    corrupt: dict[str, str]  # id → why, of the batch's utterances that could not be read
 
     @property
     def padding(self) -> float:
@@ -100,7 +100,7 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
     """
     if not config.cache_features:
         return computed_features(utterance, config, speed)
-    path = kept_path(utterance, config, speed)
+    path = cached_path(utterance, config, speed)
     if data := cache.read(path):
         return torch.from_numpy(np.load(io.BytesIO(data)))
     computed = computed_features(utterance, config, speed)
@@ -118,7 +118,7 @@ def computed_features(utterance: Utterance, config: Config, speed: float) -> Ten
     return computed
 
 
-def kept_path(utterance: Utterance, config: Config, speed: float) -> Path:
+def cached_path(utterance: Utterance, config: Config, speed: float) -> Path:
     """Return the file that keeps the features of an utterance as its audio is now."""
     try:
         status = os.stat(utterance.path)
@@ -148,8 +148,8 @@ class Examples(Dataset):
     ) -> None:
         self.utterances, self.tokenizer = utterances, tokenizer
         self.config, self.keep = config, keep
-        self.kept: dict[tuple[int, float], Tensor] = {}
-        self.kept_bytes = 0
+        self.in_memory: dict[tuple[int, float], Tensor] = {}
+        self.bytes_in_memory = 0
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -183,12 +183,12 @@ class Examples(Dataset):
 
     def features(self, index: int, speed: float) -> Tensor:
         """Return (T, F) of an utterance. Raises CorruptAudio."""
-        if (index, speed) in self.kept:
-            return self.kept[index, speed]
+        if (index, speed) in self.in_memory:
+            return self.in_memory[index, speed]
         features = features_of(self.utterances[index], self.config, speed)
-        if self.keep and self.kept_bytes + features.nbytes <= MOST_KEPT:
-            self.kept[index, speed] = features
-            self.kept_bytes += features.nbytes
+        if self.keep and self.bytes_in_memory + features.nbytes <= MOST_KEPT:
+            self.in_memory[index, speed] = features
+            self.bytes_in_memory += features.nbytes
         return features
 
 
@@ -331,7 +331,7 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
             corpus.respelled = (corpus.respelled[0] + 1, example)
         repeats = sum(a == b for a, b in pairwise(labels))
         frames = fewest_encoder_frames(utterance, config)
-        if 1 <= frames >= len(labels) + repeats:
+        if frames >= max(1, len(labels) + repeats):
             good.append(utterance)
         else:
             what = f"{frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"

@@ -29,8 +29,9 @@ def setting(
 ) -> typing.Any:
     """Return a field of `Config` with the words that `train.py --help` says about it.
 
-    A number, or each number of a tuple, lies from `least` to `most`, or below `below`. Every
-    setting that is a number has these limits, so it is finite. `choices`: all values of a text.
+    A number, or each number of a tuple, lies from `least` to `most`, or from `least` to below
+    `below`. Every setting that is a number has these limits, so it is finite. `choices`: the values
+    that a text may have.
     """
     limits = dict(least=least, most=most, below=below, choices=choices)
     return field(default=default, metadata=dict(section=section, help=help) | limits)
@@ -210,7 +211,7 @@ class Config:
     teacher: str = setting(
         "",
         "algorithm",
-        "method none: a run whose largest network teaches its frame posteriors, beside CTC",
+        "method none: a run, of whose largest network the frame posteriors are learned beside CTC",
     )
     relaxation: str = setting(
         "straight-through",
@@ -221,11 +222,12 @@ class Config:
     step1_share: float = share(
         0.25, "algorithm", "share of the updates that are step 1, which learns the scores"
     )
-    # None stands for the method's value in the preset: `__post_init__` puts it there.
+    # None stands for the method's value in the preset, by which `__post_init__` replaces it.
     delta: int = setting(
         None,
         "algorithm",
-        "layers by which the subnet of step 1 shrinks at a time; by default the method's",
+        "layers by which the subnet of step 1 shrinks at a time; by default the method's; "
+        "ortho-softmax has none",
         least=1,
         most=1024,
     )
@@ -299,7 +301,7 @@ class Config:
     precision: str = setting(
         "auto",
         "training",
-        "of the layers; auto: bfloat16 where the hardware computes it, else float32",
+        "number format of the layers; auto: bfloat16 where the hardware computes it, else float32",
         choices=("auto", "bfloat16", "float32"),
     )
     device: str = setting(
@@ -333,12 +335,12 @@ class Config:
     save_minutes: float = setting(
         10.0, "training", "most minutes between two checkpoints", least=0.01, most=1e6
     )
-    keep: int = setting(3, "training", "checkpoints that stay, newest first", least=1, most=10)
+    keep: int = setting(3, "training", "newest checkpoints that are kept", least=1, most=10)
     most_left_out: float = share(
         0.1, "training", "share of utterances that may be unreadable; with more the training ends"
     )
 
-    preset: str = "demo"  # where the method's settings come from; it has no flag among these
+    preset: str = "demo"  # whose METHOD_PRESETS apply; it has no help text, as it is no setting
 
     def __post_init__(self) -> None:
         for name, value in method_settings(self.preset, self.method).items():
@@ -367,30 +369,28 @@ class Config:
         return self.method in ALGORITHMS and len(self.sizes) > 1
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        """Return, for each setting that depends on others: whether its rule holds, and the rule."""
-        splits = {
-            name: (are_splits(getattr(self, name)), "must be names inside the corpus; A+B: A and B")
-            for name in ("train_splits", "dev_splits", "test_splits")
-        }
-        return (
-            splits
-            | self.feature_rules()
-            | self.network_rules()
-            | {
-                "corpus": (bool(self.corpus.strip()), "must be a directory, or spoken"),
-                "cooldown": (
-                    self.cooldown <= 1 - self.warmup,
-                    f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
-                ),
-                "device": (
-                    re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
-                    "must be auto, cpu, cuda or cuda:N",
-                ),
-            }
+        """Return the rules that limits can't express: setting → whether it holds, and the rule."""
+        rules = self.corpus_rules() | self.feature_rules() | self.network_rules()
+        rules["cooldown"] = (
+            self.cooldown <= 1 - self.warmup,
+            f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
         )
+        rules["device"] = (
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
+            "must be auto, cpu, cuda or cuda:N",
+        )
+        return rules
+
+    def corpus_rules(self) -> dict[str, tuple[bool, str]]:
+        """Return the rules of the settings of the corpus."""
+        rules = {"corpus": (bool(self.corpus.strip()), "must be a directory, or spoken")}
+        for name in ("train_splits", "dev_splits", "test_splits"):
+            names = getattr(self, name)
+            rules[name] = (are_splits(names), "must be names inside the corpus; A+B: A and B")
+        return rules
 
     def feature_rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules of the speech and its features."""
+        """Return the rules of the settings of the features."""
         nyquist = self.sample_rate / 2
         return {
             "speeds": (bool(self.speeds), "must be one or more"),
@@ -411,7 +411,7 @@ class Config:
         }
 
     def network_rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules of the network and its sizes."""
+        """Return the rules of the settings of the network and its sizes."""
         head_width, rest = divmod(self.width, self.attention_heads)
         channels = CHANNELS[self.front_end]
         alone = self.method == "none"
@@ -452,7 +452,7 @@ def are_splits(names: tuple[str, ...]) -> bool:
 
 
 def limits(setting: dataclasses.Field) -> str:
-    """Return what the numbers of a setting must be, for people; empty for other settings."""
+    """Return what the numbers of a setting must be, for people; '' for other settings."""
     least, most, below = (setting.metadata[name] for name in ("least", "most", "below"))
     if below is not None:
         return f"must be {least:g} or more and below {below:g}"
@@ -462,7 +462,7 @@ def limits(setting: dataclasses.Field) -> str:
 
 
 def fault(setting: dataclasses.Field, value: object) -> str:
-    """Return what a setting must be where this value is not within its limits, or an empty text."""
+    """Return what a setting must be, where this value is not that; else ''."""
     least, most, below, choices = (
         setting.metadata[name] for name in ("least", "most", "below", "choices")
     )
@@ -560,13 +560,11 @@ def for_method(config: Config) -> Config:
 
 
 def from_dict(values: dict) -> Config:
-    """Return the configuration of `dataclasses.asdict`, in which tuples may have become lists."""
-    return Config(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
+    """Return the configuration of `dataclasses.asdict(config)`, in which lists become tuples."""
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Config(**settings)
 
 
 def fields() -> tuple[dataclasses.Field, ...]:

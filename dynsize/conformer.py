@@ -1,15 +1,15 @@
 """The Conformer encoder: one forward for networks of several sizes. It knows gates, no algorithms.
 
-Each network of a forward is given by its gates, one for each of the L layers, numbered from the
-input. A gate multiplies the output of its layer and is one of:
+Each network of a forward is given by its gates, one for each of the L layers. Layers are numbered
+from the input, from 0: layer 4 · block + i is the i-th of `LAYERS` in that block. A gate multiplies
+the output of its layer and is one of:
 
     False    the layer is pruned: this network does not compute it
     True     the layer is kept
     Tensor   the layer is computed, even where the weight is 0, and its output is multiplied by
              this weight: () or (B,)
 
-Shapes: R is the number of rows that a layer computes, one for each utterance of each stream.
-
+Shapes: a layer computes R rows, one for each utterance of each stream that keeps it (see `Stack`).
 A padding mask, `inside`, is True inside the utterance.
 """
 
@@ -35,8 +35,8 @@ Gates = Sequence[Gate]
 UTTERANCES_AT_ONCE = 4
 
 
-# The prunable layers. Each is a residual layer x + scale · gate · dropout(f(norm(x))). `norm` is
-# its LayerNorm, which the encoder applies; `forward` is f.
+# The prunable layers. Each is a residual layer x + scale · gate · dropout(f(norm(x))). `forward` is
+# f alone. `norm` is its LayerNorm, which `Stack` applies, as it does the rest.
 
 
 class FeedForward(nn.Module):
@@ -319,8 +319,7 @@ class Encoder(nn.Module):
         """
         x = self.front_end(features, lengths)  # (B, T', D)
         lengths = self.front_end.output_frames(lengths)
-        inside = padding_mask(lengths, x.shape[1])  # (B, T')
-        inside = inside.repeat(len(gates), 1)  # (M·B, T')
+        inside = padding_mask(lengths, x.shape[1]).repeat(len(gates), 1)  # (M·B, T')
         dropout = 0.0 if seeds is None else self.dropout
         stack = Stack(x, len(gates), dropout)
         for block, layers in enumerate(self.blocks):
@@ -338,7 +337,7 @@ class Encoder(nn.Module):
         return stack.outputs(), lengths
 
     def run(self, layer: nn.Module, normed: Tensor, inside: Tensor) -> Tensor:
-        """Return `layer(normed, inside)`; where activations are checkpointed, nothing is kept."""
+        """Return `layer(normed, inside)`, with activations computed again if so configured."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, normed, inside, use_reentrant=False)
         return layer(normed, inside)
@@ -347,8 +346,8 @@ class Encoder(nn.Module):
 class Pending(NamedTuple):
     """A layer's output that is not added yet: scale · gate · dropout(branch)."""
 
-    branch: Tensor  # (R', T', D): the first R' rows of the stack; the other rows have gate 0
-    gate: Tensor | None  # (R',); None: 1 for each of these rows
+    branch: Tensor  # (R, T', D): for the first R rows of the stack; the others have gate 0
+    gate: Tensor | None  # (R,); None: 1 for each of these rows
     scale: float
     seed: Tensor | None  # (B,) int64: what dropout is drawn from
 
@@ -356,13 +355,13 @@ class Pending(NamedTuple):
 class Stack:
     """The activations of all networks of one forward, stacked along the batch, largest first.
 
-    Two networks are one *stream* up to the first layer whose gates differ, and only then two (a
-    tensor counts as different from every other gate, as its values are not looked at): the
-    stack has S streams of B rows. Because the networks are nested, those that keep a layer are the
-    first ones, so their streams are the first rows of the stack: a slice, without a gather.
+    Two networks are one *stream* up to the first layer whose gates differ, and two from there on.
+    A tensor counts as different from every other gate, as its values are not looked at. The stack
+    has S streams of B rows. Because the networks are nested, those that keep a layer are the first
+    ones, so their streams are the first rows of the stack: a slice, without a gather.
 
-    A layer does not add its own output. It leaves it *pending*, and the next LayerNorm adds it and
-    normalises the sum in one pass over memory.
+    A layer does not add its output to the stack. It leaves the output *pending*, and the next
+    LayerNorm adds it and normalises the sum in one op. On a GPU this op is one pass over memory.
 
     Example: three networks of one block, with 4, 2, and 1 of its four layers. The streams are a, b,
     and c, written with the sizes that they serve.

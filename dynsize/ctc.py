@@ -38,9 +38,10 @@ class CtcLoss(torch.autograd.Function):
     v. It is 0 in the padding, and where no alignment exists.
 
     The states are the labels with blanks around them, s = 0 … 2U. With e(t, s) the log-probability
-    of the state's label in frame t, α(t, s) = e(t, s) + log Σ exp α(t−1, s'), with s' = s, s−1 and,
-    where state s is a label other than that of s−2, s−2. β is the same recursion on the utterance
-    and its labels reversed, so one loop over the frames, on a batch of 2 N, gives both.
+    of the state's label in frame t, α(t, s) = e(t, s) + log Σ exp α(t−1, s'). The sum is over the
+    states before: s' = s, s' = s−1, and also s' = s−2 where state s is no blank and its label
+    differs from that of s−2. β is the same recursion on the utterance and its labels reversed, so
+    one loop over the frames, on a batch of 2 N, gives both.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 
 UNITS = {"tokenizer", "units", "vocabulary"}  # settings that ask for another tokenizer
-FREE = {"dropout"}  # a setting of the network that its weights do not depend on
+FREE_OF_WEIGHTS = {"dropout"}  # a setting of the network that its weights do not depend on
 CHOICE = {"method", "sizes", "size", "layers_from"}  # settings that decide which layers there are
 
 
@@ -59,7 +59,7 @@ def fixed_settings() -> set[str]:
     """Return the names of the settings that a network keeps when its training begins again."""
     sections = ("features", "network")
     names = {field.name for field in fields() if field.metadata["section"] in sections}
-    return (names | CHOICE) - FREE
+    return (names | CHOICE) - FREE_OF_WEIGHTS
 
 
 def tokenizer_of(config: Config) -> Tokenizer:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dynsize.schedule import size_after, size_before
+from dynsize.schedule import size_at_span_end, size_at_span_start
 
 if TYPE_CHECKING:
     from dynsize.config import Config
@@ -38,7 +38,7 @@ def size_at(update: int, config: Config) -> int:
     Logs show this size. Until the iteration ends, the subnet still runs all layers that the
     iterations before it have left, up to Δ more, with weights that the extra loss lowers.
     """
-    return size_after(update, config)
+    return size_at_span_end(update, config)
 
 
 def shown_size(size: int, config: Config) -> str:
@@ -53,7 +53,7 @@ def layer_weights(
 
     `scores`: (L,).
     """
-    left = size_before(update, config)
+    left = size_at_span_start(update, config)
     weights = scores.sigmoid()  # (L,)
     gates: list[bool | Tensor] = list(weights.unbind())
     for layer in ranking[left:]:
@@ -79,7 +79,7 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
 
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
-    left = size_before(update, config)
+    left = size_at_span_start(update, config)
     survivors = ranking[:left]
     zeroed_out = ranking[left:]
     ordered = scores.detach().sort(descending=True, stable=True)
@@ -90,6 +90,6 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
 
 def needs_ranking(update: int, config: Config) -> bool:
     """Return whether this update ends an iteration: then the ranking says what is zeroed out."""
-    left = size_before(update, config)
-    left_next = size_before(update + 1, config)
+    left = size_at_span_start(update, config)
+    left_next = size_at_span_start(update + 1, config)
     return left_next < left

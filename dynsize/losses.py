@@ -19,13 +19,13 @@ class Losses:
     """The losses by which a network learns: CTC, the algorithm's extra loss, distillation.
 
     All are in nats per label. With several processes the gradients become those of all batches.
-    `teacher`: the network of the distillation, None without.
+    `teacher`: the network of which `distillation_loss` learns; None for no distillation.
     """
 
     def __init__(self, model: Supernet, teacher: Supernet | None) -> None:
         self.model = model
         self.teacher = teacher
-        self.network = processes.wrapped(model)
+        self.wrapped = processes.wrapped(model)
 
     def add_all_gradients(self, batches: Sequence[Batch], update: int, labels: float) -> Tensor:
         """Add the gradients of an update's batches; return the sums of their CTC losses, (M,).
@@ -34,7 +34,7 @@ class Losses:
         """
         read = [batch for batch in batches if batch.utterances]
         if not read:
-            read = [silence(self.model.config)]
+            read = [silent_batch(self.model.config)]
         return sum(
             self.add_gradients(batch, update, labels, is_last=batch is read[-1]) for batch in read
         )
@@ -52,9 +52,9 @@ class Losses:
         sizes = list(weights)
         gates = steps.gates(model, update, seeds)
         step1 = in_step1(update, model.config)
-        idle = model.idle(sizes, step1)
+        unused = model.without_gradient(sizes, step1)
         with self.synchronised(is_last):
-            log_probs, lengths = self.network(features, frames, sizes, gates, seeds)
+            log_probs, lengths = self.wrapped(features, frames, sizes, gates, seeds)
             losses = ctc_losses(log_probs, lengths, targets, target_lengths) / labels  # (M,)
             if not batch.utterances:
                 losses = 0 * losses
@@ -67,17 +67,17 @@ class Losses:
             if step1 and is_last:
                 total = total + steps.extra_loss(model, update)
             # Other processes wait for the gradient of every weight.
-            nothing = 0 * sum(weight.sum() for weight in idle)
+            nothing = 0 * sum(weight.sum() for weight in unused)
             (total + nothing).backward()
-        for weight in idle:
+        for weight in unused:
             weight.grad = None  # a zero would move the optimizer's state
         return losses.detach()
 
     def synchronised(self, is_last: bool) -> AbstractContextManager:
         """Return a context in which the last batch's gradients become the mean of all processes."""
-        if is_last or self.network is self.model:
+        if is_last or self.wrapped is self.model:
             return nullcontext()
-        return self.network.no_sync()
+        return self.wrapped.no_sync()
 
 
 def ctc_losses(
@@ -97,7 +97,7 @@ def ctc_losses(
     return losses.unflatten(0, log_probs.shape[:2]).sum(1)
 
 
-def silence(config: Config) -> Batch:
+def silent_batch(config: Config) -> Batch:
     """Return a batch for a process that could read nothing, while others wait for its gradients.
 
     It has no utterances and one row of silence, whose loss counts as 0.

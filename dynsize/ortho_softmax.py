@@ -69,7 +69,7 @@ def extra_loss(scores: Tensor, ranking: Sequence[int], update: int, config: Conf
     orthogonal = products.triu(diagonal=1).square().sum()
     lengths = products.diagonal() - 1  # (k,)
     one_hot = lengths.square().sum()
-    return loss_weight(update, config) * (orthogonal + one_hot)
+    return extra_loss_weight(update, config) * (orthogonal + one_hot)
 
 
 def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) -> list[int]:
@@ -91,7 +91,7 @@ def needs_ranking(update: int, config: Config) -> bool:
     return False
 
 
-def choices(scores: Tensor, update: int, config: Config) -> Tensor:
+def distributions(scores: Tensor, update: int, config: Config) -> Tensor:
     """Return the distributions Pᵢ = softmax(Sᵢ / τ) of all rows, (L, L)."""
     scaled = scores / temperature(update, config)
     return scaled.softmax(1)
@@ -100,7 +100,7 @@ def choices(scores: Tensor, update: int, config: Config) -> Tensor:
 def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
     """Return the distributions of the first k rows, (k, L)."""
     k = size_at(update, config)
-    rows = choices(scores, update, config)  # (L, L)
+    rows = distributions(scores, update, config)  # (L, L)
     return rows[:k]
 
 
@@ -111,7 +111,7 @@ def temperature(update: int, config: Config) -> float:
     return LAST_TEMPERATURE**done
 
 
-def loss_weight(update: int, config: Config) -> float:
+def extra_loss_weight(update: int, config: Config) -> float:
     """Return the weight of the extra loss: it grows linearly from 0 to 1, then stays 1."""
     rise = RISE * step1_updates(config)
     return min(1.0, update / max(1.0, rise))

@@ -276,7 +276,7 @@ def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     outline = [withStroke(linewidth=4, foreground="black")]
     axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=outline)
     axes.set_ylim(0, None)
-    axes.set_ylabel("line: k, layers of the subnet in step 1")
+    axes.set_ylabel("line: k, size of the subnet in step 1")
     axes.spines["right"].set_visible(True)
 
 

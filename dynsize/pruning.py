@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dynsize import checkpoint
 from dynsize.baselines import shuffled
-from dynsize.config import with_method
+from dynsize.config import Config, with_method
 from dynsize.run_directory import check_new
 from dynsize.subnet import cut, largest_within, widened
 from dynsize.supernet import Supernet
@@ -29,29 +29,14 @@ def learner(
     of the model's. Raises ValueError for values that can't be, and where the new run would replace
     the model.
     """
-    old = loaded.model.config
     if updates is None:
-        updates = max(1, old.updates // 3)
+        updates = max(1, loaded.model.config.updates // 3)
     if updates < 0:
         raise ValueError(f"--updates {updates}: must be 0 or more")
     model_file = loaded.path.resolve()
     if folder.resolve() in [model_file, *model_file.parents]:
         raise ValueError(f"--output {folder}: has the model {loaded.path}; choose another folder")
-    smaller = sizes or (old.layers // 3, 2 * old.layers // 3)
-    all_sizes = {*smaller, old.layers}
-    some = max(1, updates)
-    config = with_method(
-        old,
-        method,
-        size=0,
-        sizes=tuple(sorted(all_sizes)),
-        layers_from="",
-        teacher="",
-        updates=some,
-        log_every=min(old.log_every, some),
-        validate_every=min(old.validate_every, some),
-        save_every=min(old.save_every, some),
-    )
+    config = learner_settings(loaded.model.config, method, sizes, max(1, updates))
     model = widened(loaded.model, config)
     initial = dataclasses.replace(loaded, model=model, training=None)
     check_new(folder, overwrite)
@@ -59,6 +44,24 @@ def learner(
     if updates == 0:
         trainer.save()
     return trainer
+
+
+def learner_settings(old: Config, method: str, sizes: Sequence[int], updates: int) -> Config:
+    """Return the settings with which a model's layers are learned; `old`: those of the model."""
+    smaller = sizes or (old.layers // 3, 2 * old.layers // 3)
+    all_sizes = {*smaller, old.layers}
+    return with_method(
+        old,
+        method,
+        size=0,
+        sizes=tuple(sorted(all_sizes)),
+        layers_from="",
+        teacher="",
+        updates=updates,
+        log_every=min(old.log_every, updates),
+        validate_every=min(old.validate_every, updates),
+        save_every=min(old.save_every, updates),
+    )
 
 
 def rank(model: Supernet, ranking: str, seed: int) -> None:

@@ -49,7 +49,7 @@ class Facts:
     hop: int  # from one feature frame to the next, in samples
     labels: tuple[str, ...]  # V SentencePiece units; the first one is the blank
     sizes: tuple[int, ...]  # in layers, ascending
-    longest_seconds: float  # of training's longest utterance
+    longest_seconds: float  # of training's longest utterance, but at most `MOST_SECONDS`
 
     @property
     def step(self) -> int:
@@ -262,11 +262,10 @@ def windowed_log_probs(
     Log-probabilities are joined, not texts: a border may lie inside a word or between two equal
     labels, and a beam search goes on across it.
 
-    The network sees windows about as long as training's longest utterance, each with a sixth of
-    its length as context on both sides, whose frames are dropped. The last window is as long as
-    the others, so its context before is longer. Audio of at most one window is seen whole and as
-    it is, as in training.
-    Memory holds two windows and a block, whatever the length of the audio.
+    The network sees windows about as long as training's longest utterance, at most `MOST_SECONDS`.
+    A sixth of a window on each side is context, whose frames are dropped. The last window is as
+    long as the others, so its context before is longer. Audio of at most one window is seen whole
+    and as it is, as in training. Memory holds two windows and a block, for audio of any length.
     """
     step, window = facts.step, facts.window_frames
     context = window // CONTEXT
@@ -372,8 +371,8 @@ def resampled(
 def words_of(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> list[Word]:
     """Return the words of labels given with the encoder frame of each.
 
-    CTC's labels are short peaks inside a word. So a word starts some time before its first label
-    and ends some time after its last one, but words do not overlap and stay inside the audio.
+    CTC's labels are short peaks inside a word. So a word starts `LEAD` before its first label and
+    ends `TAIL` after the frame of its last one, but words do not overlap and stay inside the audio.
     """
     spans: list[tuple[str, int, int]] = []  # text, first frame, last frame
     for label, frame in labels:

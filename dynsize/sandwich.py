@@ -39,7 +39,9 @@ def stochastic_depth(
     """Return the supernet's L gates: True inside the smallest subnet's mask, else (B,) float32.
 
     In the supernet each utterance skips each layer outside the smallest subnet with the
-    probability `stochastic_depth`, also a layer that a middle size keeps.
+    probability `stochastic_depth`, also a layer that a middle size keeps. A skipped layer has gate
+    0 for this utterance; it is computed all the same. The layers that are not skipped have gate 1:
+    they are not scaled up.
 
     `smallest`: the mask of the smallest subnet. `seeds`: (B,) int64, one for each utterance.
     """
@@ -58,9 +60,8 @@ def gates(
 ) -> list[Sequence[bool | Tensor]]:
     """Return the gates of the networks of one update from their masks, largest first.
 
-    The largest network has stochastic depth. The gates of the others are their masks: they
-    compute the same with stochastic depth as without. A network that trains alone has no
-    stochastic depth.
+    The largest network has stochastic depth. The gates of the others are their masks. A network
+    that trains alone has no stochastic depth.
     """
     if len(masks) == 1:
         return [masks[0]]

@@ -47,12 +47,12 @@ def in_step1(update: int, config: Config) -> bool:
     return update < step1_updates(config)
 
 
-def size_before(update: int, config: Config) -> int:
-    """Return the size with which this update's span begins.
+def size_at_span_start(update: int, config: Config) -> int:
+    """Return the size at the start of an update's span.
 
-    Step 1 is divided into equal spans. From one to the next the size falls by Δ layers. In the last
-    span fewer may go. Example: with L = 8, Δ = 3, and the smallest size 3, the first span begins
-    with 8 and ends with 5, the second begins with 5 and ends with 3.
+    Step 1 is divided into equal spans. In each the size falls by Δ layers, in the last one perhaps
+    by fewer. Example: with L = 8, Δ = 3, and the smallest size 3, the size is 8 at the start of the
+    first span and 5 at its end; it is 5 at the start of the second span and 3 at its end.
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest
@@ -61,11 +61,11 @@ def size_before(update: int, config: Config) -> int:
     return max(config.layers - config.delta * span, smallest)
 
 
-def size_after(update: int, config: Config) -> int:
-    """Return the size with which this update's span ends: 5, then 3 in the example.
+def size_at_span_end(update: int, config: Config) -> int:
+    """Return the size at the end of an update's span: 5, then 3 in the example.
 
     Simple-Top-k's subnet has this size throughout the span. Iterative-Zero-Out zeroes out the
-    layers at the span's end.
+    layers when the span ends.
     """
-    size = size_before(update, config) - config.delta
+    size = size_at_span_start(update, config) - config.delta
     return max(size, config.sizes[0])

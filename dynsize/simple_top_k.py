@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dynsize.schedule import size_after
+from dynsize.schedule import size_at_span_end
 
 if TYPE_CHECKING:
     from dynsize.config import Config
@@ -27,7 +27,7 @@ def initial_scores(config: Config) -> Tensor:
 
 def size_at(update: int, config: Config) -> int:
     """Return k, the size of the subnet in an update of step 1."""
-    return size_after(update, config)
+    return size_at_span_end(update, config)
 
 
 def shown_size(size: int, config: Config) -> str:

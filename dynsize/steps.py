@@ -1,5 +1,11 @@
 """What an update trains: in step 1 by the algorithm, in step 2 by the sandwich rule.
 
+An update of step 1 trains two networks. The supernet has all layers, each with gate True. The
+subnet has the algorithm's layer weights as gates, and the output layer of the largest trained size
+that is at most its size k. A layer whose weight is a tensor is computed even where that is 0, so
+the subnet takes as long as the supernet; only Iterative-Zero-Out saves the layers that it has
+zeroed out. There is no stochastic depth.
+
 `update` is the number of an update, from 0. The settings are the model's.
 """
 

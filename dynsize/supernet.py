@@ -101,7 +101,7 @@ class Supernet(nn.Module):
                 nearest = trained
         return self.output_layers[str(nearest)]
 
-    def idle(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
+    def without_gradient(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
         """Return the weights that have no gradient in an update of networks of these sizes.
 
         These are the output layers of other sizes and, except in step 1 (`learning`), the scores.

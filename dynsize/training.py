@@ -70,8 +70,8 @@ class Trainer:
         self.failure: Exception | None = None  # why this process can't go on
         if loaded and loaded.training:
             self.restore(loaded.training)
-        self.learned = self.state.copy()  # as it was after the last update that was not skipped
-        self.saved = self.update
+        self.last_good = self.state.copy()  # after the last update that was not skipped
+        self.saved = self.done
 
     def restore(self, training: dict) -> None:
         """Take a checkpoint's state; warn where its training had other utterances or batches."""
@@ -82,7 +82,7 @@ class Trainer:
         resuming.tell_other_batches(before, self.batches_of_an_update)
 
     def teacher_network(self) -> Supernet | None:
-        """Return the network of the distillation, None without."""
+        """Return the network that teaches this one, None where there is none."""
         if not self.config.teacher:
             return None
         loaded = load_teacher(self.config, self.data.tokenizer)
@@ -90,8 +90,8 @@ class Trainer:
         return loaded.model.to(self.device)
 
     @property
-    def update(self) -> int:
-        """The number of updates that are done."""
+    def done(self) -> int:
+        """The number of updates that are done; the next update has this number, from 0."""
         return self.state["update"]
 
     @property
@@ -132,7 +132,7 @@ class Trainer:
         self.locked = run_directory.lock(self.run)
         run_directory.check_unchanged(self.run, found)
         run_directory.clean(self.run)
-        for record in run_directory.forget_after(self.run, self.update):
+        for record in run_directory.forget_after(self.run, self.done):
             if "dev" in record:
                 self.note_validation(record["update"], record["dev"])
         run_directory.write_config(self.run, self.config)
@@ -163,10 +163,11 @@ class Trainer:
         run_directory.note_left_out(self.run, self.data.corpus.left_out)
 
     def stop(self, number: int, frame: object = None) -> None:
-        """Save after the present update and end: a handler of signals.
+        """Save and end as soon as the update that runs is done: a handler of signals.
 
-        Schedulers may send a signal twice within a second, which counts once. A later one ends the
-        process without saving.
+        While dev is decoded, that goes on to its end, and no further update is trained. Schedulers
+        may send a signal twice within a second, which counts once. A later signal ends the process
+        without saving.
         """
         now = time.monotonic()
         if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
@@ -188,13 +189,13 @@ class Trainer:
         saved = time.monotonic()
         if self.validation_is_pending():
             self.validate()
-        if self.update < config.updates:
+        if self.done < config.updates:
             rehearse(self.data, self.losses, self.optimizer)
-        if self.update == 0:
+        if self.done == 0:
             self.dev.errors(self.model)
         batches = self.batches()
         stop = False
-        while self.update < config.updates and not stop:
+        while self.done < config.updates and not stop:
             record = self.timed_update(batches)
             stop = record["stop"]
             logged.append(record)
@@ -209,7 +210,7 @@ class Trainer:
                 saved = time.monotonic()
             if self.due(config.validate_every) and not stop:
                 record["dev"] = self.validate()
-                stop = record["stop"] = self.update < config.updates and self.stop_is_asked_for()
+                stop = record["stop"] = self.done < config.updates and self.stop_is_asked_for()
             yield record
         if self.failure:
             self.give_up(self.failure)
@@ -220,12 +221,12 @@ class Trainer:
 
     def due(self, every: int) -> bool:
         """Return whether something that is done every so often is due after this update."""
-        return self.update % every == 0 or self.update == self.config.updates
+        return self.done % every == 0 or self.done == self.config.updates
 
     def validation_is_pending(self) -> bool:
         """Return whether the training ended between a checkpoint and its validation."""
-        due = self.update > 0 and self.due(self.config.validate_every)
-        return due and self.validated < self.update
+        due = self.done > 0 and self.due(self.config.validate_every)
+        return due and self.validated < self.done
 
     def batches(self) -> Iterator[Batch]:
         """Yield this process's batches from now on, epoch after epoch.
@@ -278,7 +279,7 @@ class Trainer:
         for batch in batches:
             run_directory.note_left_out(self.run, {UNREADABLE: batch.corrupt})
         self.count_left_out(read["left_out"])
-        update = self.update
+        update = self.done
         record = dict(
             update=update + 1,
             step=1 if in_step1(update, self.config) else 2,
@@ -298,7 +299,7 @@ class Trainer:
             self.skip(batches, fault)
         else:
             self.state["skipped"] = 0
-            self.learned = self.state.copy()
+            self.last_good = self.state.copy()
         self.optimizer.zero_grad()
         if steps.ranking_is_needed(update, self.config):
             steps.rank_layers(self.model, update)
@@ -327,7 +328,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = record["learning_rate"] * group["factor"]
-        losses = self.losses.add_all_gradients(batches, self.update, max(1, labels))
+        losses = self.losses.add_all_gradients(batches, self.done, max(1, labels))
         stop = losses.new_full((1,), float(self.stop_soon > 0))
         total = processes.total(torch.cat([losses, stop]))
         losses, stop = total.split([len(losses), 1])
@@ -337,7 +338,7 @@ class Trainer:
         losses, (norm,), (stop,), *scores = wait_for(losses, norm, stop, *scores)
         record["stop"] |= stop > 0
         for values in scores:
-            record |= steps.shown_scores(self.model, self.update, values)
+            record |= steps.shown_scores(self.model, self.done, values)
         if not math.isfinite(sum(losses) + norm):
             return f"loss {sum(losses)}, gradient norm {norm}"
         record["losses"] = dict(zip(record["sizes"], losses, strict=True))
@@ -347,21 +348,26 @@ class Trainer:
 
     def scores_are_due(self) -> bool:
         """Return whether the update that runs is one of step 1 of which a line is logged."""
-        number = self.update + 1
+        number = self.done + 1
         due = number % self.config.log_every == 0 or number == self.config.updates
-        return due and in_step1(self.update, self.config)
+        return due and in_step1(self.done, self.config)
 
     # What goes wrong.
+    #
+    # Audio that can't be read is missing from its batch, named in left-out.txt, and counted. An
+    # update of which nothing could be read, or whose losses or gradient are not finite, is skipped.
+    # The training gives up where more than the share `most_left_out` could not be read in an epoch,
+    # after ten skipped updates in a row, and where too much of dev can't be read.
 
     def skip(self, batches: list[Batch], fault: str) -> None:
         """Log an update that changed nothing; end the training where too many were in a row."""
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
-        skipped = dict(update=self.update, skipped=fault, utterances=ids, time=time.time())
+        skipped = dict(update=self.done, skipped=fault, utterances=ids, time=time.time())
         run_directory.log(self.run, skipped)
         self.state["skipped"] += 1
         if self.state["skipped"] < MOST_SKIPPED:
             return
-        what = f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.update}"
+        what = f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.done}"
         where = f"{self.run / run_directory.METRICS} tells more"
         if ids:
             advice = "try a lower peak learning rate"
@@ -371,7 +377,10 @@ class Trainer:
         self.give_up(processes.in_first(error))
 
     def count_left_out(self, number: float) -> None:
-        """Count utterances that could not be read; too many end the training at the next update."""
+        """Count utterances that could not be read.
+
+        Where they are too many, the first process sets `failure`, and the next update gives up.
+        """
         self.data.left_out += int(number)
         told = self.data.too_many_left_out()
         if told and processes.is_first():
@@ -383,8 +392,8 @@ class Trainer:
         Updates that were skipped last are forgotten, also where they were saved, so that a resumed
         training repeats them.
         """
-        self.state = self.learned | dict(skipped=0)
-        if self.update != self.saved:
+        self.state = self.last_good | dict(skipped=0)
+        if self.done != self.saved:
             self.save()
         raise error
 
@@ -395,11 +404,11 @@ class Trainer:
 
         Returns what `Dev.results` tells of each size.
         """
-        steps.rank_layers(self.model, self.update - 1)
+        steps.rank_layers(self.model, self.done - 1)
         result = self.dev.results(self.model)
-        if self.note_validation(self.update, result):
+        if self.note_validation(self.done, result):
             self.write("best.pt")
-        self.log(dict(update=self.update, dev=result))
+        self.log(dict(update=self.done, dev=result))
         return result
 
     def note_validation(self, update: int, result: dict[int, dict]) -> bool:
@@ -417,12 +426,12 @@ class Trainer:
 
         Raises FloatingPointError where a weight is not finite.
         """
-        steps.rank_layers(self.model, self.update - 1)
+        steps.rank_layers(self.model, self.done - 1)
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.data.fingerprint
         state["batches_of_an_update"] = self.batches_of_an_update
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
-        self.saved = self.update
+        self.saved = self.done
         if not processes.is_first():
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)

@@ -15,14 +15,14 @@ from dynsize import baselines, iterative_zero_out, ortho_softmax, sandwich, simp
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import LAYERS, preset, with_method
 from dynsize.kernels import layer_gates
-from dynsize.schedule import learning_rate, size_after, size_before, step1_updates
+from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
 from dynsize.supernet import Supernet
 
 
 def first_update_of(k: int, layers: int, **changes):
     """A configuration, and the update of its step 1 in which the size is k."""
     config = tiny(blocks=8, sizes=(1, 32), updates=320, step1_share=0.5, delta=1, **changes)
-    update = next(u for u in range(160) if size_after(u, config) == k)
+    update = next(u for u in range(160) if size_at_span_end(u, config) == k)
     return config, update
 
 
@@ -95,7 +95,7 @@ zero_out_configs = st.builds(
 def test_the_sparsity_loss_is_zero_at_its_target_only(config, update, extreme):
     update %= step1_updates(config)
     ranking = [3, 1, 4, 0, 5, 2, 6, 7]
-    alive, target = size_before(update, config), size_after(update, config)
+    alive, target = size_at_span_start(update, config), size_at_span_end(update, config)
     share = torch.tensor(target / alive, dtype=torch.float64)
     scores = torch.full((8,), float("nan"), dtype=torch.float64)
     scores[ranking[:alive]] = share.logit()
@@ -118,7 +118,7 @@ def test_rows_of_ortho_softmax_are_distributions(seed, update, scale):
     """The rows sum to 1, and the layer weights of size k sum to k."""
     scores = scale * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
     config = ortho(seed=seed)
-    rows = ortho_softmax.choices(scores.double(), update, config)
+    rows = ortho_softmax.distributions(scores.double(), update, config)
     assert (rows >= 0).all() and rows.sum(1).tolist() == pytest.approx([1] * 8)
     weights = torch.stack(ortho_softmax.layer_weights(scores.double(), [], update, config))
     assert weights.sum().item() == pytest.approx(ortho_softmax.size_at(update, config))
@@ -135,7 +135,7 @@ def test_the_orthogonality_loss_of_distinct_one_hot_rows_is_exactly_0(order, upd
     assert weights.tolist() == [float(layer in order[:k]) for layer in range(8)]
     same = scores.clone()
     same[1] = same[0]  # two rows choose one layer: (1 · 1)² more
-    weight = ortho_softmax.loss_weight(update, config)
+    weight = ortho_softmax.extra_loss_weight(update, config)
     assert ortho_softmax.extra_loss(same, [], update, config).item() == weight
     flat = torch.zeros(8, 8, dtype=torch.float64)
     expected = weight * (math.comb(k, 2) / 64 + k * (1 / 8 - 1) ** 2)
@@ -195,7 +195,7 @@ def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    rows = ortho_softmax.choices(scores.detach(), update, config)[:8]
+    rows = ortho_softmax.distributions(scores.detach(), update, config)[:8]
     assert len(set(rows.argmax(1).tolist())) == 8 and rows.amax(1).min() > 0.9
 
 
@@ -205,7 +205,7 @@ def test_schedules_of_ortho_softmax():
     assert taus[0] == 1 and taus[-1] == pytest.approx(0.01)
     factors = [later / tau for tau, later in pairwise(taus)]
     assert factors == pytest.approx([0.01 ** (1 / 199)] * 199)
-    weights = [ortho_softmax.loss_weight(update, config) for update in range(200)]
+    weights = [ortho_softmax.extra_loss_weight(update, config) for update in range(200)]
     assert weights[0] == 0 and weights[50] == 0.5 and weights[100:] == [1.0] * 100
     sizes = Counter(ortho_softmax.size_at(update, config) for update in range(200))
     assert set(sizes) == {3, 5} and min(sizes.values()) > 70
@@ -255,7 +255,7 @@ def test_presets_have_the_papers_settings_of_each_method():
 def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
     config = tiny(updates=updates, delta=delta, sizes=(smallest, 8), step1_share=share)
     config = dataclasses.replace(config, method=method)
-    ks = [size_after(update, config) for update in range(step1_updates(config))]
+    ks = [size_at_span_end(update, config) for update in range(step1_updates(config))]
     expected = [
         max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))
     ]

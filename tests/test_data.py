@@ -336,8 +336,8 @@ def test_features_in_memory_have_a_limit(tones, monkeypatch):
     monkeypatch.setattr(batching, "MOST_KEPT", 3 * examples[0].features.nbytes + 2)
     for number in range(24):
         assert torch.equal(examples[number].features, examples[number].features)
-    assert 2 <= len(examples.kept) < 6
-    assert sum(kept.nbytes for kept in examples.kept.values()) <= batching.MOST_KEPT
+    assert 2 <= len(examples.in_memory) < 6
+    assert sum(kept.nbytes for kept in examples.in_memory.values()) <= batching.MOST_KEPT
 
 
 def test_unknown_characters_are_named():

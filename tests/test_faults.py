@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tones, tmp_path):
         list(updates)
     assert (run / checkpoint.NAME).read_bytes() == whole and not list(run.glob("*.unfinished"))
     resumed = Trainer.resume(run)
-    assert resumed.update == 3 and same(finish(resumed), expected)
+    assert resumed.done == 3 and same(finish(resumed), expected)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
@@ -163,7 +163,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match=r"checkpoint\.pt: damaged.*one before"):
         resumed = Trainer.resume(run)
-    assert resumed.update == 8 and same(finish(resumed), expected)
+    assert resumed.done == 8 and same(finish(resumed), expected)
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
     with (
@@ -327,7 +327,7 @@ def test_one_training_at_a_time_has_a_run_directory(tones, tmp_path):
     assert {path: path.read_bytes() for path in run.iterdir()} == content
     process.kill()
     process.join()
-    assert Trainer.resume(run).update == 1
+    assert Trainer.resume(run).done == 1
 
 
 def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_path, monkeypatch):
@@ -341,9 +341,7 @@ def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_pa
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere" / checkpoint.NAME, (4e9, 4e9))
     resumed = Trainer.resume(tmp_path / "elsewhere")
-    assert (
-        resumed.update == 6 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
-    )
+    assert resumed.done == 6 and same(finish(resumed), expected) and not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_every_so_many_minutes_and_when_asked(tones, tmp_path, monkeypatch):
@@ -754,7 +752,7 @@ def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path)
         worker.kill()
     with pytest.raises(ChildProcessError, match=r"a loader process died.*--workers 2"):
         list(updates)
-    assert checkpoint.load(run).training["update"] == trainer.update >= 3
+    assert checkpoint.load(run).training["update"] == trainer.done >= 3
 
 
 def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor
 from dynsize import checkpoint, iterative_zero_out, sandwich
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config
-from dynsize.schedule import size_before, step1_updates
+from dynsize.schedule import size_at_span_start, step1_updates
 from dynsize.simple_top_k import relaxed_top_k
 from dynsize.subnet import cut, largest_within, macs, parameters
 from dynsize.supernet import Supernet
@@ -83,7 +83,7 @@ def test_zeroed_out_layers_stay_zeroed_out(seed, levels, delta, smallest, update
         scores = drawn_scores(config, seed + update, levels)
         weights = iterative_zero_out.layer_weights(scores, ranking, update, config)
         now = {layer for layer, weight in enumerate(weights) if weight is False}
-        assert gone <= now and len(now) == L - size_before(update, config)
+        assert gone <= now and len(now) == L - size_at_span_start(update, config)
         expected = scores.sigmoid().tolist()
         assert all(w is False or w.item() == expected[i] for i, w in enumerate(weights))
         gone = now
@@ -100,7 +100,7 @@ def test_the_smallest_weights_are_zeroed_out(seed, levels, delta, updates):
     for update in range(step1_updates(config) - 1):
         if iterative_zero_out.needs_ranking(update, config):
             scores = drawn_scores(config, seed + update, levels)
-            here, there = (size_before(u, config) for u in (update, update + 1))
+            here, there = (size_at_span_start(u, config) for u in (update, update + 1))
             before = ranking
             ranking = iterative_zero_out.rank(scores, before, update, config)
             left, lost = ranking[:there], ranking[there:here]

@@ -195,7 +195,7 @@ def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
         "from dynsize import processes, training\n"
         "original = training.Trainer.train_on\n"
         "def train_on(self, batches):\n"
-        "    if self.update == 2 and processes.number() == 1:\n"
+        "    if self.done == 2 and processes.number() == 1:\n"
         "        raise RuntimeError('the second one dies')\n"
         "    return original(self, batches)\n"
         "training.Trainer.train_on = train_on\n"

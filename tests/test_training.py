@@ -63,7 +63,7 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method
             break
     torch.manual_seed(99)
     resumed = Trainer.resume(tmp_path / "broken")
-    assert resumed.update == stop
+    assert resumed.done == stop
     assert same(weights_after(resumed), expected)
     assert resumed.model.ranking == unbroken.model.ranking
     assert [line["update"] for line in lines(tmp_path / "broken")] == [
@@ -330,7 +330,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(t
     for _ in range(3):
         next(updates)
     (root / "train").rename(root / "elsewhere")
-    run.data.examples.kept.clear()
+    run.data.examples.in_memory.clear()
     expected = snapshot(run)
     with pytest.raises(ValueError, match=r"10 updates in a row.*is .*corpus still there"):
         list(updates)
@@ -338,7 +338,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(t
     (root / "elsewhere").rename(root / "train")
     run.locked.close()
     resumed = Trainer.resume(tmp_path / "run")
-    assert resumed.update == 3 and all(map(torch.equal, snapshot(resumed), expected))
+    assert resumed.done == 3 and all(map(torch.equal, snapshot(resumed), expected))
 
 
 def test_too_many_unreadable_utterances_end_the_training(tmp_path):
@@ -349,11 +349,11 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     for n in range(0, 24, 2):
         (root / "train" / "0" / "7" / f"0-7-{n:04}.flac").write_bytes(b"")
     run.data.examples.keep = False
-    run.data.examples.kept.clear()
+    run.data.examples.in_memory.clear()
     with pytest.raises(ValueError, match=r"of 24 training utterances.*--most-left-out 0\.1"):
         left_out.extend(record["left_out"] for record in updates)
     assert left_out[0] == 0 and left_out[-1] > 2 and left_out[-2] <= 2
-    assert checkpoint.load(tmp_path / "run").training["update"] == run.update
+    assert checkpoint.load(tmp_path / "run").training["update"] == run.done
 
 
 def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(tmp_path):
@@ -395,7 +395,7 @@ def test_bad_dev_audio_stops_before_training(tmp_path):
     run = trainer(root, tmp_path / "run")
     with pytest.raises(ValueError, match=r"2 of 8 dev utterances.*1-7-0002\.flac"):
         next(run.updates())
-    assert run.update == 0
+    assert run.done == 0
 
 
 def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(tmp_path):
@@ -581,5 +581,5 @@ def test_features_in_memory_have_a_limit(tones, monkeypatch):
     monkeypatch.setattr(batching, "MOST_KEPT", 3 * size)
     for index in range(len(run.data.examples)):
         run.data.examples[index]
-    assert 1 <= len(run.data.examples.kept) <= 4
-    assert sum(kept.nbytes for kept in run.data.examples.kept.values()) <= 3 * size
+    assert 1 <= len(run.data.examples.in_memory) <= 4
+    assert sum(kept.nbytes for kept in run.data.examples.in_memory.values()) <= 3 * size
