@@ -4,6 +4,11 @@
 Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU.
 """
 
+from dynsize.terminal import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # without a traceback, also in the seconds in which torch is imported
+
 import argparse
 import io
 import os

@@ -1,18 +1,22 @@
 """The command `dynsize`: text, with times, from audio files. `python -m dynsize` is the same."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 import dynsize
 from dynsize import language_model
-from dynsize.recogniser import Recogniser, Transcript, Word
-from dynsize.terminal import Parser, one_line, printable, reported, use_threads
+from dynsize.terminal import Parser, end_at_ctrl_c, one_line, printable, reported, use_threads
+
+if TYPE_CHECKING:  # not when it runs: flags are read before torch is imported
+    from dynsize.recogniser import Recogniser, Transcript, Word
 
 DESCRIPTION = "Turns audio files into text with a trained network, at a size that can be chosen."
 EXAMPLES = """  dynsize talk.flac --model runs/demo
@@ -199,10 +203,12 @@ def write(text: str, file: Path | None) -> None:
 
 
 def main() -> None:
+    end_at_ctrl_c()
     options = parse(sys.argv[1:])
+    from dynsize import recogniser  # noqa: F401 (here: it imports torch, which takes seconds)
+
     with reported("dynsize", "stopped; files that were written are whole"):
-        code = run(options)
-    sys.exit(code)
+        sys.exit(run(options))
 
 
 if __name__ == "__main__":

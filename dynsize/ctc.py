@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dynsize import kernels
+from dynsize.text import WORD
 
 BLANK = 0
-WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:

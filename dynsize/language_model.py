@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynsize.ctc import WORD
+from dynsize.text import WORD
 
 LM_BEAM = 16  # prefixes, where a language model is given
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's

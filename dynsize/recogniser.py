@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dynsize import checkpoint
 from dynsize.checkpoint import Checkpoint
-from dynsize.ctc import WORD, BeamSearch, label_frames
+from dynsize.ctc import BeamSearch, label_frames
 from dynsize.features import log_mel, window_and_hop
 from dynsize.language_model import LM_WEIGHT, LanguageModel
 from dynsize.supernet import Supernet
+from dynsize.text import WORD
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

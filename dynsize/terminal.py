@@ -1,20 +1,26 @@
-"""What the commands share: the parser of their flags, what may be shown, and how they end."""
+"""What the commands share: the parser of their flags, what may be shown, and how they end.
+
+Importing this module does not import torch, which takes seconds.
+"""
 
 import argparse
 import os
 import platform
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from dynsize import __version__
 
-from dynsize import __version__, kernels
-from dynsize.config import Config
-from dynsize.supernet import precision
+if TYPE_CHECKING:
+    import torch
+
+    from dynsize.config import Config
 
 LONGEST = 1000  # characters of an error message
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
@@ -71,11 +77,18 @@ def use_threads(number: int) -> None:
     if not 0 <= number <= most:
         raise ValueError(f"--threads {number}: must be 0 to {most}, the processors here")
     if number:
+        import torch
+
         torch.set_num_threads(number)
 
 
-def hardware(config: Config, device: torch.device) -> str:
+def hardware(config: "Config", device: "torch.device") -> str:
     """Return what computes, for people: device, precision, threads, kernels."""
+    import torch
+
+    from dynsize import kernels
+    from dynsize.supernet import precision
+
     with precision(config, device):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
@@ -87,9 +100,11 @@ def hardware(config: Config, device: torch.device) -> str:
     return ", ".join(parts)
 
 
-def processor(device: torch.device) -> str:
+def processor(device: "torch.device") -> str:
     """Return the name that the device's maker gave it, as far as it is known."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -99,6 +114,16 @@ def processor(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
+def end_at_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once, without a traceback, until `reported` begins.
+
+    Call it before torch is imported. That takes seconds, and a KeyboardInterrupt that is raised
+    there can be lost, which leaves modules that are only half imported.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def reported(prog: str, interrupted: str) -> Iterator[None]:
     """End the process with one line, not a traceback, for what a user can mend.
@@ -106,6 +131,9 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     The exit code is 2, after Ctrl-C 130 with the line `interrupted`. Warnings show no line of the
     source. Characters that the terminal's encoding lacks are shown as escapes.
     """
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: f"{prog}: warning: {one_line(str(message))}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -126,6 +154,8 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise  # a defect, whose traceback is of use
         stop(2, f"{prog}: out of memory: {str(error).partition(chr(10))[0]}")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop(code: int, message: str) -> None:

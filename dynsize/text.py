@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
+WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 SHOWN = 80  # characters of a text that a message shows
 # Characters without width (joiners, marks of direction, variation selectors, soft hyphens), and
 # controls that are not white space: nobody sees them, and each would become a label.

@@ -34,10 +34,12 @@ from hypothesis import strategies as st
 from dynsize import checkpoint, files, training
 from dynsize.batching import epoch_plan
 from dynsize.run_directory import check_new, forget_after
+from dynsize.terminal import end_at_ctrl_c, reported
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
 KILLS = 10
+ROOT = Path(__file__).parents[1]
 
 
 def begun(tones: Path, run: Path, **changes) -> Trainer:
@@ -659,7 +661,6 @@ UPDATES = 2000  # more than are done before the signal
 
 def trainer_command(tones: Path, run: Path, workers: int) -> list[str]:
     """The command of a long training, by the script."""
-    root = Path(training.__file__).parents[1]
     flags = (
         f"--corpus {tones} --run {run} --workers {workers} --updates {UPDATES} --device cpu "
         "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 "
@@ -667,7 +668,7 @@ def trainer_command(tones: Path, run: Path, workers: int) -> list[str]:
         "--batch-seconds 5 --precision float32 --log-every 1 --validate-every 2000 --save-every "
         "2000 --threads 1"
     )
-    return [sys.executable, str(root / "train.py"), *flags.split()]
+    return [sys.executable, str(ROOT / "train.py"), *flags.split()]
 
 
 def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.Tensor]:
@@ -778,6 +779,35 @@ def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 2 and "--most-left-out" in said, said
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"),
+    [
+        ("train.py --corpus nowhere --run nowhere", "torch._C"),
+        ("prune.py nowhere", "torch._C"),
+        ("evaluate.py nowhere", "torch._C"),
+        ("-m dynsize.plots nowhere nowhere", "torch._C"),
+        ("-m dynsize nothing.wav --model nowhere", "torch._C"),
+        ("-m dynsize nothing.wav --model nowhere", "dynsize.config"),
+    ],
+)
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(command, moment):
+    command = [sys.executable, "-X", "importtime", *command.split()]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
+        next(line for line in process.stderr if line.endswith(f" {moment}\n"))
+        process.send_signal(signal.SIGINT)
+        said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == -signal.SIGINT and not said
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_at_ctrl_c()
+    with reported("train.py", "interrupted"):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 # A crash at every file operation.
