@@ -44,7 +44,8 @@ EXAMPLES = """\
   python train.py --corpus mine --train-splits train --dev-splits dev --test-splits test
   python train.py --resume runs/mine --threads 4      go on after a stop
   python train.py --init-from runs/mine/size-16.pt --corpus other --run runs/fine-tuned
-  torchrun --nproc-per-node 4 train.py --preset tedlium2"""
+  python train.py --preset tedlium2 --processes 4     one for each GPU of this machine
+  torchrun --nnodes 2 --nproc-per-node 4 train.py --preset tedlium2"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -68,6 +69,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
     if parsed.study and parsed.overwrite:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
+    if parsed.processes < 1:
+        parser.error(f"--processes {parsed.processes}: must be 1 or more")
+    if parsed.study and parsed.processes > 1:
+        parser.error("--processes with --study: a study trains in one process")
     if parsed.tensorboard and not find_spec("tensorboard"):
         parser.error("--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     parsed.preset = parsed.preset or "demo"
@@ -111,6 +116,14 @@ def flags_parser(preset: str) -> Parser:
         "--tensorboard",
         action="store_true",
         help="write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in N processes of this machine, each with a GPU of its own if there are GPUs; "
+        "torchrun starts them on several machines (1)",
     )
     add_settings(parser, configuration.preset(preset))
     return parser
@@ -175,7 +188,7 @@ def start(options: argparse.Namespace) -> Trainer:
 def study(options: argparse.Namespace) -> None:
     """Run or continue all trainings of a study, then show its table."""
     if processes.count() > 1:
-        raise ValueError("--study trains in one process, without torchrun")
+        raise processes.in_first(ValueError("--study trains in one process"))
     config = configuration.preset(options.preset, **changes(options))
     folder = options.run or Path("runs") / f"study-{options.preset}"
     while trainer := next_training(config, folder):
@@ -294,6 +307,8 @@ def main() -> None:
     with reported("train.py", "stopped while no update ran; there is nothing to save"):
         options = parse(sys.argv[1:])
         use_threads(options.threads)
+        if options.processes > 1 and not processes.started():
+            processes.start(options.processes)
         processes.join()
         if not processes.is_first():
             sys.stdout = io.StringIO()  # the first process speaks

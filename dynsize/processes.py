@@ -1,9 +1,12 @@
-"""The processes of one training, as torchrun starts them; without torchrun there is one."""
+"""The processes of one training. torchrun starts them, or `start`, which torchrun's parts do."""
 
 import atexit
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,12 +16,43 @@ from torch.nn.parallel import DistributedDataParallel
 FAILED = 2  # exit code of a process that can't go on
 
 
+def started() -> bool:
+    """Return whether this is one of several processes that torchrun or `start` started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start(number: int) -> NoReturn:
+    """Run this program in a number of processes on this machine, and end as they end.
+
+    They are started as torchrun does it. But what they print is all that is printed, and the exit
+    code is theirs: torchrun adds a traceback and a report to an error, and ends with 1.
+    Raises OSError where a process was killed.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # of what torchrun logs: the processes say what is of use
+    try:
+        run.main([f"--nproc-per-node={number}", "--", *sys.argv])
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        place, failure = max(error.failures.items(), key=lambda item: item[1].exitcode)
+        if failure.exitcode < 0:
+            raise ChildProcessError(
+                f"process {place} of {number} was ended by {failure.signal_name()}"
+            ) from error
+        sys.exit(failure.exitcode)
+    sys.exit(0)
+
+
 def join() -> None:
-    """Join the other processes where torchrun started this one, until it ends.
+    """Join the other processes of one training where there are some, until this one ends.
 
     Tensors on GPUs are exchanged over NCCL, all others over gloo.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started():
         return
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     atexit.register(leave)

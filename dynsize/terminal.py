@@ -151,9 +151,12 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     except (ValueError, FloatingPointError) as error:
         stop(2, f"{prog}: {error}")
     except (MemoryError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        if "gloo/transport" in first_line:
+            stop(2, f"{prog}: another process ended, or can't be reached: {first_line}")
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise  # a defect, whose traceback is of use
-        stop(2, f"{prog}: out of memory: {str(error).partition(chr(10))[0]}")
+        stop(2, f"{prog}: out of memory: {first_line}")
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -27,9 +27,10 @@ SLOW = {
     "corpus": ["", "a\nb", "é"],
     "--audio-seconds": ["0", "0.1", "1", "601", "-1", "nan", "inf", "x"],
 }
-WHOLE = ["--threads 0", "--threads -1", "--threads 99999", "--threads x", "--resume nowhere",
-         "--resume nowhere --study", "--resume=nowhere --seed=7", "--study --overwrite",
-         "--preset nothing", "--preset", "--colour red", "--run"]  # fmt: skip
+WHOLE = ["--threads 0", "--threads -1", "--threads 99999", "--threads x", "--processes 0",
+         "--processes x", "--processes 2 --study", "--resume nowhere", "--resume nowhere --study",
+         "--resume=nowhere --seed=7", "--study --overwrite", "--preset nothing", "--preset",
+         "--colour red", "--run"]  # fmt: skip
 PRUNING = ["--max-params", "--max-macs", "--max-latency-ms", "--audio-seconds", "--updates",
            "--seed", "--sizes"]  # fmt: skip
 
@@ -162,6 +163,11 @@ def test_a_long_message_is_one_line():
         ),
         (MemoryError(), 2, "train.py: out of memory"),
         (RuntimeError("can't allocate memory: 9 bytes\nmore"), 2, "can't allocate memory: 9 bytes"),
+        (
+            RuntimeError("[/gloo/transport/tcp/pair.cc:537] closed\nmore"),
+            2,
+            "another process ended",
+        ),
         (FloatingPointError("not finite"), 2, "train.py: not finite"),
         (KeyboardInterrupt(), 130, "train.py: nothing to save"),
     ],
