@@ -29,7 +29,7 @@ CAPTION_CHARACTERS = 60  # at most, in one caption
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("dynsize", DESCRIPTION, EXAMPLES, "FILE ... --model PATH ")
     add = parser.add_argument
-    add("audio", nargs="+", metavar="FILE", help="what soundfile reads; -: a WAV on stdin")
+    add("audio", nargs="+", metavar="FILE", help="what soundfile reads; -: from standard input")
     add("--model", required=True, metavar="PATH", help="a run of train.py, or one network's file")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", type=int, help="in layers (the largest)")

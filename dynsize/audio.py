@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -154,25 +154,34 @@ def read_samples(path: str, span: tuple[int, int], rate: int, channel: int) -> n
 
 
 def opened(path: str) -> soundfile.SoundFile:
-    """Return an open audio file.
-
-    libsndfile estimates the length of an MP3 whose first frame does not tell it, and reads no
-    further: a file that starts loud is cut. Such a file is opened after a frame that tells it.
-    """
+    """Return an open audio file."""
     if path.lower().endswith(".mp3"):
         with open(path, "rb") as file:
-            first_bytes = file.read(10)
-            tag = 0
-            if first_bytes.startswith(b"ID3"):
-                tag = 10 + syncsafe(first_bytes[6:])
-            file.seek(tag)
-            first_frame = file.read(200)
-            told = any(name in first_frame for name in (b"Xing", b"Info", b"VBRI"))
-            if frame_bytes(first_frame) and not told:
-                data = first_frame + file.read()
-                data = length_frame(data) + data
-                return soundfile.SoundFile(io.BytesIO(data))
+            data = mp3_with_length(file)
+        if data:
+            return soundfile.SoundFile(io.BytesIO(data))
     return soundfile.SoundFile(os.fsencode(path))  # soundfile can't encode every path that exists
+
+
+def mp3_with_length(file: IO[bytes]) -> bytes:
+    """Return an MP3 after a frame that tells its length; nothing where none is needed.
+
+    libsndfile estimates the length of an MP3 whose first frame does not tell it, and reads no
+    further: a file that starts loud is cut. The file is left at its beginning.
+    """
+    first_bytes = file.read(10)
+    tag = 0
+    if first_bytes.startswith(b"ID3"):
+        tag = 10 + syncsafe(first_bytes[6:])
+    file.seek(tag)
+    first_frame = file.read(200)
+    told = any(name in first_frame for name in (b"Xing", b"Info", b"VBRI"))
+    data = b""
+    if frame_bytes(first_frame) and not told:
+        data = first_frame + file.read()
+        data = length_frame(data) + data
+    file.seek(0)
+    return data
 
 
 def syncsafe(digits: bytes) -> int:

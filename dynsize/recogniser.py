@@ -1,14 +1,16 @@
 """Text, with the time of each word, from audio of any length."""
 
+import io
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynsize import checkpoint
+from dynsize.audio import mp3_with_length
 from dynsize.checkpoint import Checkpoint
 from dynsize.ctc import BeamSearch, label_frames
 from dynsize.features import log_mel, window_and_hop
@@ -32,8 +35,12 @@ CONTEXT = 6  # a window's context on each side is its length divided by this
 LEAD = 0.08  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
+# Of a window. Each takes some milliseconds, however short it is: windows of 0.5 s take the demo four
+# times as long as windows of 2 s, for the same audio.
+LEAST_SECONDS = 2.0
 FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
 BLOCK = 10  # seconds of audio that are read at once
+MOST_PIPED = 2**32  # bytes of audio from a pipe: what a WAV file can hold
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 
 ONNX_FORMAT = "dynsize onnx 1"
@@ -50,7 +57,7 @@ class Facts:
     hop: int  # from one feature frame to the next, in samples
     labels: tuple[str, ...]  # V SentencePiece units; the first one is the blank
     sizes: tuple[int, ...]  # in layers, ascending
-    longest_seconds: float  # of training's longest utterance, but at most `MOST_SECONDS`
+    longest_seconds: float  # of a window: training's longest utterance, within bounds
 
     @property
     def step(self) -> int:
@@ -104,7 +111,7 @@ class Recogniser:
     ) -> Transcript:
         """Return the text of `audio` with the times of its words.
 
-        `audio`: a file that soundfile reads, `-` for a WAV on standard input, or a float array,
+        `audio`: a file that soundfile reads, `-` for one on standard input, or a float array,
         (samples,) or (samples, channels), with its `sample_rate` in Hz. `size`: in layers, by
         default the largest. `channel`: 0 is the first; by default the mean of all channels.
         `beam`: prefixes that the beam search keeps; with 1 and without a `language_model`, the best
@@ -236,7 +243,7 @@ def facts_of(loaded: Checkpoint) -> Facts:
     config, pieces = loaded.model.config, loaded.tokenizer.pieces
     window, hop = window_and_hop(config)
     labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
-    longest = min(loaded.longest_seconds, MOST_SECONDS)
+    longest = min(max(LEAST_SECONDS, loaded.longest_seconds), MOST_SECONDS)
     return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
 
 
@@ -312,7 +319,7 @@ def filled(audio: np.ndarray, hop: int) -> Tensor:
 def file_blocks(
     path: str | Path, to_rate: int, sample_rate: int | None, channel: int | None
 ) -> Iterator[np.ndarray]:
-    """Yield the audio of a file, or of a WAV on standard input, resampled to `to_rate`.
+    """Yield the audio of a file, or of one on standard input, resampled to `to_rate`.
 
     Raises ValueError for what can't be read, is truncated, or has no such channel.
     """
@@ -322,18 +329,49 @@ def file_blocks(
     if path != "-" and not Path(path).exists():
         raise ValueError(f"{name}: no such file")
     try:
-        source = sys.stdin.fileno() if path == "-" else path
-        with soundfile.SoundFile(source, closefd=path != "-") as file:
+        with opened(path, name) as source, soundfile.SoundFile(source) as file:
             yield from resampled(blocks_of(file), file.samplerate, to_rate, channel, name)
-            if file.seekable() and file.tell() != file.frames:
+            if file.tell() != file.frames:
                 found = f"{file.tell()} of {file.frames} samples can be read"
                 raise ValueError(f"{name}: truncated: {found}")
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise ValueError(f"{name}: not audio that can be read: {error}") from error
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{name}: not audio that can be read: {reason}") from error
+
+
+def opened(path: str | Path, name: str) -> IO[bytes]:
+    """Return an open audio file in which soundfile can seek, as it must for most formats.
+
+    What comes from a pipe is copied to a temporary file. Raises ValueError where nothing comes, or
+    more than 4 GB.
+    """
+    if path == "-" and sys.stdin is None:
+        raise ValueError(f"{name}: is closed")
+    if path == "-" and sys.stdin.isatty():
+        raise ValueError(f"{name}: is a terminal; pipe audio into it: cat talk.flac | dynsize -")
+    file = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")  # noqa: SIM115
+    if not file.seekable():
+        file = copy_of(file, name)
+    data = mp3_with_length(file)
+    return io.BytesIO(data) if data else file
+
+
+def copy_of(pipe: IO[bytes], name: str) -> IO[bytes]:
+    """Return a temporary file with all that comes from a pipe."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (it is deleted when it is closed)
+    with pipe:
+        while copy.tell() <= MOST_PIPED and (data := pipe.read(2**20)):
+            copy.write(data)
+    if copy.tell() == 0:
+        raise ValueError(f"{name}: is empty")
+    if copy.tell() > MOST_PIPED:
+        raise ValueError(f"{name}: more than {MOST_PIPED / 1e9:.1f} GB; name a file instead")
+    copy.seek(0)
+    return copy
 
 
 def blocks_of(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Yield (samples, channels) float32 until the file ends. It may be a pipe."""
+    """Yield (samples, channels) float32 until the file ends."""
     while len(block := file.read(BLOCK * file.samplerate, dtype="float32", always_2d=True)):
         yield block
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,15 @@ from tqdm import tqdm
 
 import dynsize
 from dynsize import __main__ as command
-from dynsize import checkpoint
+from dynsize import checkpoint, recogniser
+from dynsize.audio import frame_bytes
 from dynsize.ctc import label_frames
 from dynsize.recogniser import (
     Facts,
     Recogniser,
     Transcript,
     Word,
+    facts_of,
     file_blocks,
     windowed_log_probs,
     words_of,
@@ -277,6 +280,12 @@ def test_loads_a_run_a_checkpoint_and_a_cut_size(run, noise):
     assert dynsize.load(run / "checkpoint.pt").transcribe(str(noise)).text == texts[2]
 
 
+@pytest.mark.parametrize("longest, window", [(0.3, 2.0), (7.0, 7.0), (90.0, 30.0)])
+def test_windows_are_as_long_as_the_longest_utterance_within_bounds(tmp_path, longest, window):
+    checkpoint.save(tmp_path / "checkpoint.pt", *network(), longest_seconds=longest)
+    assert facts_of(checkpoint.load(tmp_path)).longest_seconds == window
+
+
 def test_pruned_layers_do_not_run(run, noise):
     loaded = checkpoint.load(run)
     ran = []
@@ -349,15 +358,67 @@ def of_unknown_length(noise) -> bytes:
     return data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]
 
 
-def test_standard_input_is_a_wav_even_one_of_unknown_length(run, noise, of_unknown_length):
+def samples_piped(data: bytes, monkeypatch) -> int:
+    """Return the number of samples that are read where the bytes come from standard input."""
+    read_end, write_end = os.pipe()
+    with open(write_end, "wb") as other:
+        assert other.write(data) < 65536  # what a pipe holds without a reader
+    with open(read_end) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        return sum(map(len, file_blocks("-", RATE, None, None)))
+
+
+def test_standard_input_is_a_wav_even_one_of_unknown_length(
+    run, noise, of_unknown_length, monkeypatch
+):
     recogniser = dynsize.load(run)
     for stream in (noise.read_bytes(), of_unknown_length):
         read_end, write_end = os.pipe()
-        with open(read_end) as pipe, pytest.MonkeyPatch.context() as patch:
+        with open(read_end) as pipe:
             with open(write_end, "wb") as other:
                 assert other.write(stream) < 65536  # what a pipe holds without a reader
-            patch.setattr(sys, "stdin", pipe)
+            monkeypatch.setattr(sys, "stdin", pipe)
             assert recogniser.transcribe("-") == recogniser.transcribe(noise)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff", "au"])
+def test_standard_input_has_every_format_that_a_file_has(tmp_path, monkeypatch, ending):
+    audio = 0.1 * np.random.default_rng(0).standard_normal(RATE)
+    file = tmp_path / f"a.{ending}"
+    soundfile.write(file, audio, RATE)
+    assert samples_piped(file.read_bytes(), monkeypatch) == RATE
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPool(1) as other:
+        written = other.apply_async((tmp_path / "pipe").write_bytes, [file.read_bytes()])
+        assert sum(map(len, file_blocks(tmp_path / "pipe", RATE, None, None))) == RATE
+        assert written.get()
+
+
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path, monkeypatch):
+    loud, quiet = np.random.default_rng(0).uniform(-0.9, 0.9, (2, 10 * RATE))
+    audio = np.concatenate([loud, 0.001 * quiet])
+    soundfile.write(tmp_path / "a.mp3", audio, RATE, bitrate_mode="VARIABLE")
+    data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(data[frame_bytes(data) :])  # its first frame tells the length
+    read = sum(map(len, file_blocks(tmp_path / "a.mp3", RATE, None, None)))
+    assert read == pytest.approx(len(audio), abs=2 * 1152)
+
+
+def test_standard_input_that_is_no_audio_is_refused(monkeypatch):
+    for data, why in [(b"", "is empty"), (b"text\n" * 99, "not audio that can be read: [^<]*$")]:
+        with pytest.raises(ValueError, match=f"^standard input: {why}"):
+            samples_piped(data, monkeypatch)
+    monkeypatch.setattr(recogniser, "MOST_PIPED", 100)
+    with pytest.raises(ValueError, match=r"^standard input: more than 0\.0 GB"):
+        samples_piped(bytes(200), monkeypatch)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match=r"^standard input: is closed"):
+        list(file_blocks("-", RATE, None, None))
+    _, terminal = os.openpty()
+    with open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(ValueError, match=r"^standard input: is a terminal"):
+            list(file_blocks("-", RATE, None, None))
 
 
 def test_the_command_is_a_module_too(run, noise, of_unknown_length):
