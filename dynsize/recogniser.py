@@ -35,8 +35,8 @@ CONTEXT = 6  # a window's context on each side is its length divided by this
 LEAD = 0.08  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
-# Of a window. Each takes some milliseconds, however short it is: windows of 0.5 s take the demo four
-# times as long as windows of 2 s, for the same audio.
+# Of a window. Each takes some milliseconds, however short it is: for the same audio, the demo takes
+# four times as long in windows of 0.5 s as in windows of 2 s.
 LEAST_SECONDS = 2.0
 FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
 BLOCK = 10  # seconds of audio that are read at once
