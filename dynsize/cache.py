@@ -49,7 +49,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Delete from a cache and its folders what processes that no longer run left unfinished."""
+    """Delete the unfinished files that `files.clean` deletes, in a cache and its folders."""
     with suppress(OSError):
         files.clean(folder)
         for path in folder.iterdir():

@@ -53,7 +53,7 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Delete what processes of this machine that no longer run left unfinished in a folder."""
+    """Delete a folder's unfinished files, but for those of other machines and running processes."""
     for path in folder.glob("*.unfinished"):
         name, _, pid = path.name.removesuffix(".unfinished").rpartition(".")
         if not name.endswith(f".{HOST}") or not pid.isdigit() or runs(int(pid)):

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
-    """Yield the lines of UTF-8 files, .gz unpacked, that are not blank, each after FILE:NUMBER."""
+    """Yield FILE:NUMBER and text of each line of UTF-8 files that is not blank. Unpacks .gz."""
     for path in map(os.fspath, paths):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path}:1: not a regular file, which a list must be")
@@ -49,7 +49,7 @@ def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
 
 
 def table(path: Path) -> dict[str, tuple[str, str]]:
-    """Return the lines of a file, `KEY VALUE`, by key: FILE:NUMBER, value; {} without the file."""
+    """Return KEY → FILE:NUMBER, VALUE of a file's lines `KEY VALUE`; {} where it is missing."""
     found: dict[str, tuple[str, str]] = {}
     for where, line in lines(path) if path.exists() else ():
         key, *value = line.split(maxsplit=1)
@@ -60,9 +60,9 @@ def table(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield a directory with its names, then each one in it, those that links lead to too.
+    """Yield a directory and the names in it, then the same of each directory below it.
 
-    Each directory is visited once. Raises ValueError where one can't be listed.
+    Links are followed. Each directory is visited once. Raises ValueError where one can't be listed.
     """
     pending, visited = [os.fspath(folder)], set()
     while pending:
@@ -133,7 +133,7 @@ def placed(file: Path, name: str, where: str) -> str:
 
 
 def missing(where: str, id: str, folder: Path | str) -> str:
-    """Raise ValueError for an utterance of whose name a directory has no audio."""
+    """Raise ValueError where a directory has no audio file with the name of an utterance."""
     raise no_audio(where, id, f"{folder}/{id}{{{','.join(ENDINGS[:8])},…}}")
 
 

@@ -65,7 +65,7 @@ def leave() -> None:
 
 
 def use_gpu(device: str) -> None:
-    """Give each of several processes on a machine another GPU, where `device` is one or `auto`.
+    """Give each of several processes on a machine a GPU for itself, unless `device` is the CPU.
 
     Raises ValueError where there are fewer GPUs than processes.
     """
@@ -94,7 +94,7 @@ def is_first() -> bool:
 
 
 def wrapped(model: nn.Module) -> nn.Module:
-    """Return the model; with several processes, one whose gradients become the mean over them."""
+    """Return the model, wrapped so that the gradients of several processes become their mean."""
     return DistributedDataParallel(model) if count() > 1 else model
 
 

@@ -2,7 +2,7 @@
 
 A study is a folder with a run directory for each training of its plan. `next_training` goes on
 where it was stopped; `results` compares what is trained. For more seeds, make a study of each in
-its own folder.
+a separate folder.
 """
 
 import json

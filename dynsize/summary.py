@@ -155,7 +155,7 @@ def is_sign(character: str) -> bool:
 
 
 def help_for(characters: list[str]) -> str:
-    """Return what changes such characters."""
+    """Return advice on characters: what `--normaliser plain` changes of them."""
     helped = [c for c in characters if plain(c) != c.lower()]
     if not helped:
         return "no normaliser changes them"

@@ -56,7 +56,8 @@ def tokenizer_for(texts: Iterable[str], config: Config) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> Tokenizer:
     """Return a tokenizer of at most `units` units that covers every character of the texts.
 
-    Units are fewer where the texts don't give as many, more where they have more characters.
+    The tokenizer has fewer units where the texts are too small for `units`, and more where they
+    have more different characters.
     `kind`: unigram (Kudo 2018), bpe, or characters. Raises ValueError for texts without a
     character.
     """

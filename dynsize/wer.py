@@ -210,9 +210,9 @@ def paired_interval(
 
     Each side has one run or more, on the same utterances: the errors of each utterance, for each
     seed. The rate of a side is the mean over its runs. Each of 1000 draws takes utterances with
-    replacement, the same ones for all runs, and of each side as many runs as it has, with
-    replacement. So the interval covers other utterances and other seeds. It is too narrow for a
-    few seeds: of n runs, the variance between seeds counts (n − 1) / n times; of one, not at all.
+    replacement, the same ones for all runs, and of a side with n runs n of them, with replacement.
+    So the interval covers other utterances and other seeds. It is too narrow for a few seeds: of n
+    runs, the variance between seeds counts (n − 1) / n times; of one, not at all.
 
     Raises ValueError for different numbers of utterances.
     """
@@ -228,7 +228,7 @@ def paired_interval(
 
 
 def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
-    """Return the error rates (draws, sides) of utterances and runs, drawn with replacement."""
+    """Return the error rates, (draws, sides), of utterances and runs drawn with replacement."""
     draw = np.random.default_rng(0)
     counts = [np.array([counted(run) for run in side]) for side in sides]  # (runs, utterances, 2)
     utterances = counts[0].shape[1]
