@@ -122,7 +122,7 @@ def flags_parser(preset: str) -> Parser:
         type=int,
         default=1,
         metavar="N",
-        help="train in N processes of this machine, each with a GPU of its own if there are GPUs; "
+        help="train in N processes of this machine, each with a GPU for itself if there are GPUs; "
         "torchrun starts them on several machines (1)",
     )
     add_settings(parser, configuration.preset(preset))

@@ -1,4 +1,4 @@
-"""The processes of one training. torchrun starts them, or `start`, which torchrun's parts do."""
+"""The processes of one training: one alone, or several that torchrun or `start` has started."""
 
 import atexit
 import logging
@@ -17,16 +17,16 @@ FAILED = 2  # exit code of a process that can't go on
 
 
 def started() -> bool:
-    """Return whether this is one of several processes that torchrun or `start` started."""
+    """Return whether torchrun or `start` started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def start(number: int) -> NoReturn:
     """Run this program in a number of processes on this machine, and end as they end.
 
-    They are started as torchrun does it. But what they print is all that is printed, and the exit
-    code is theirs: torchrun adds a traceback and a report to an error, and ends with 1.
-    Raises OSError where a process was killed.
+    It does what torchrun does, with two differences. Only what the processes print is printed,
+    where torchrun adds a traceback and a report to an error. The exit code is that of the process
+    that failed, where torchrun's is 1. Raises ChildProcessError where a process was killed.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
