@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Decodes test splits with every size of a supernet; reports error rates, costs.
 
-RUN is a directory of train.py, a checkpoint, or a size that prune.py cut. The
-results are written to RUN/evaluation/CHECKPOINT/SPLIT:
+RUN is a directory of train.py, a checkpoint, a size that prune.py cut, or an
+ONNX file, which runs on the CPU, one utterance at a time. The results are
+written to RUN/evaluation/CHECKPOINT/SPLIT (of an ONNX file: to its folder):
 
   results.md, results.json   error rates with 95% intervals, costs, speakers,
                              confusions, and what became worse from the largest
@@ -32,20 +33,19 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynsize import checkpoint, decoding, language_model
+from dynsize import decoding, language_model
 from dynsize.config import Config, are_splits
-from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.evaluation import System, compare, corpus_root, device_of, evaluate
+from dynsize.corpora import UNREADABLE
+from dynsize.evaluation import System, compare, device_of, evaluate, open_system, sides_of
 from dynsize.language_model import LanguageModel
-from dynsize.recogniser import facts_of
+from dynsize.recogniser import OnnxFile
 from dynsize.report import error_rates, examples, headline, percent, table
-from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.terminal import Parser, hardware, printable, processor, reported, use_threads
 from dynsize.text import counted
 
 EXAMPLES = """\
@@ -53,7 +53,9 @@ EXAMPLES = """\
   python evaluate.py runs/demo/size-7.pt --device cpu
   python evaluate.py runs/demo --corpus mine --split test --normaliser plain
   python evaluate.py runs/demo --lm 3gram.arpa --tune-lm
+  python evaluate.py runs/demo/size-7-int8.onnx
   python evaluate.py --compare runs/demo runs/alone
+  python evaluate.py --compare runs/demo/size-7.onnx runs/demo/size-7-int8.onnx
   python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1
   python evaluate.py --compare runs/demo other-system.trn"""
 NAMED = 10  # utterances whose audio can't be read, at most, on the screen
@@ -64,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the command line's options."""
     parser = Parser("evaluate.py", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("network", type=Path, nargs="?", metavar="RUN", help="a run directory or a checkpoint")
+    add("network", type=Path, nargs="?", metavar="RUN", help="a run, a checkpoint or an ONNX file")
     add("--compare", nargs="+", metavar="RUN", help="two or more: RUN, RUN,RUN or a file")
     add("--split", nargs="+", help="splits to decode (the test splits of the training)")
     add("--corpus", help="directory of a corpus, or spoken (the training's)")
@@ -99,57 +101,37 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def changed(config: Config, options: argparse.Namespace) -> Config:
-    """Return a configuration with what the command line changes of it."""
+def changes(options: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that the command line changes."""
     given = {name: getattr(options, name) for name in CHANGED}
     if options.corpus and not options.corpus_kind:
         given["corpus_kind"] = "auto"
-    return dataclasses.replace(config, **{name: v for name, v in given.items() if v is not None})
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def opened(path: Path, options: argparse.Namespace) -> System:
-    """Return the checkpoint, with its configuration changed by the command line."""
-    loaded = checkpoint.load(path)
-    config = loaded.model.config = changed(loaded.model.config, options)
-    words = language_model.from_flags(options, facts_of(loaded).labels)
+    """Return the network of a path, with what the command line says about it.
+
+    Prints how many of the references' words a language model lacks.
+    """
+    system = open_system(path, changes(options))
+    units = system.facts.labels
+    words = language_model.from_flags(options, units)
     if words:
-        check_words(words, config, options)
-    decoder = decoding.decoder(loaded, language_model.beam_of(options), words)
-    return System(loaded.path, config, loaded, decoder)
-
-
-def check_words(words: LanguageModel, config: Config, options: argparse.Namespace) -> None:
-    """Print how many of the references' words a language model lacks. ValueError for too many."""
-    for split in options.split or config.test_splits:
-        utterances = read_corpus(corpus_root(config), [split], config).utterances
-        told = words.missing((u.text for u in utterances), decoding.MOST_UNKNOWN)
-        print(f"language model, {printable(split)}: {printable(told)}")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a run directory or a checkpoint, and not a file of hypotheses."""
-    if not path.is_file():
-        return True  # a directory, or what is refused as a checkpoint
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"  # a zip file
-
-
-def sides_of(options: argparse.Namespace) -> list[list[System]]:
-    """Return what --compare names: for each side its runs. Raises ValueError for no such file."""
-    paths = [
-        [Path(side)] if Path(side).exists() else [Path(run) for run in side.split(",")]
-        for side in options.compare
-    ]
-    systems = {p: opened(p, options) for side in paths for p in side if is_checkpoint(p)}
-    if not systems and not (options.corpus and options.split):
-        raise ValueError("files of hypotheses alone: --corpus and --split name their references")
-    first = next(iter(systems.values())).config if systems else changed(Config(), options)
-    return [[systems.get(path) or System(path, first) for path in side] for side in paths]
+        splits = options.split or system.config.test_splits
+        for split, told in decoding.unknown_words(words, system.config, splits):
+            print(f"language model, {printable(split)}: {printable(told)}")
+    decoder = decoding.decoder(units, language_model.beam_of(options), words)
+    return dataclasses.replace(system, decoder=decoder)
 
 
 def show_comparison(options: argparse.Namespace) -> None:
     """Print, for each pair, the difference of the error rates and what it tells."""
-    sides = sides_of(options)
+    default = dataclasses.replace(Config(), **changes(options))
+    sides = sides_of(options.compare, lambda path: opened(path, options), default)
+    files_alone = all(system.source is None for side in sides for system in side)
+    if files_alone and not (options.corpus and options.split):
+        raise ValueError("files of hypotheses alone: --corpus and --split name their references")
     for number, side in enumerate(sides, start=1):
         print(f"{number}: {printable(', '.join(str(system.path) for system in side))}")
     for split in options.split or sides[0][0].config.test_splits:
@@ -178,37 +160,43 @@ def comparison_row(row: dict) -> list[str]:
 def run(options: argparse.Namespace) -> None:
     """Evaluate split after split. Raises ValueError before anything is decoded, if it can."""
     system = opened(options.network, options)
-    loaded, config = system.checkpoint, system.config
-    base = options.output or loaded.path.parent / "evaluation" / loaded.path.stem
+    config = system.config
+    folder = system.path.parent
+    base = options.output or folder / "evaluation" / system.path.stem
     splits = options.split or config.test_splits
     for split in splits:
         results = base / split / "results.json"
         if results.exists() and not options.overwrite:
             raise ValueError(f"{results}: exists already; --overwrite replaces it")
-    print(f"device {hardware(config, device_of(config))}\n")
+    print(f"device {computes(system)}\n")
     if options.lm or options.beam:
         write_decoding(system, options, base / "decoding.json")
     for split in splits:
-        report = evaluate(loaded, config, split, base / split, system.decoder)
+        report = evaluate(system, split, base / split)
         show(report, base / split)
     if options.plots:
-        draw(loaded.path.parent)
+        draw(folder)
+
+
+def computes(system: System) -> str:
+    """Return what computes a network, for people."""
+    device = device_of(system.config)
+    if isinstance(system.source, OnnxFile):
+        return f"{device.type} {processor(device)}, float32, onnxruntime"
+    return hardware(system.config, device)
 
 
 def write_decoding(system: System, options: argparse.Namespace, file: Path) -> None:
     """Write how the splits are decoded, after choosing the weights if that was asked for."""
-    beam = language_model.beam_of(options)
-    content: dict[str, object] = dict(beam=beam)
+    words: LanguageModel | None = None
+    tried = []
     if options.lm:
         words = system.decoder.keywords["words"]
-        if options.tune_lm:
-            rows = decoding.tune(system.checkpoint, system.config, beam, words)
-            content["tuned_on"] = list(system.config.dev_splits)
-            content["tried"] = rows
-            print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
-        content |= dict(lm=str(options.lm), weight=words.weight, bonus=words.bonus)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    if options.tune_lm:
+        tried = decoding.tune(system, words)
+        print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
+    beam = language_model.beam_of(options)
+    decoding.write(file, beam, words, system.config.dev_splits, tried)
 
 
 def show(report: dict, folder: Path) -> None:

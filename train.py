@@ -23,12 +23,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dynsize import compression, metrics, processes
 from dynsize import config as configuration
-from dynsize import metrics, processes
 from dynsize.checkpoint import NAME
 from dynsize.initial import beginning
 from dynsize.run_directory import check_new
-from dynsize.study import next_training, results
+from dynsize.study import next_training, plan, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP
 from dynsize.terminal import Parser, hardware, printable, reported, use_threads
@@ -44,6 +44,7 @@ EXAMPLES = """\
   python train.py --corpus mine --train-splits train --dev-splits dev --test-splits test
   python train.py --resume runs/mine --threads 4      go on after a stop
   python train.py --init-from runs/mine/size-16.pt --corpus other --run runs/fine-tuned
+  python train.py --study 0 1 --preset digits --corpus DIGITS
   python train.py --preset tedlium2 --processes 4     one for each GPU of this machine
   torchrun --nnodes 2 --nproc-per-node 4 train.py --preset tedlium2"""
 
@@ -58,21 +59,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     name = first.parse_known_args(arguments)[0].preset
     parser = flags_parser(name if name in configuration.PRESETS else "demo")
     parsed = parser.parse_args(arguments)
-    other = {"--resume": parsed.resume, "--preset": parsed.preset, "--study": parsed.study}
+    study = parsed.study is not None
+    other = {"--resume": parsed.resume, "--preset": parsed.preset, "--study": study}
     given = [flag for flag, value in other.items() if value]
     if parsed.init_from and given:
         parser.error(f"{given[0]} with --init-from: the settings are those of the checkpoint")
-    alone = {"--preset": parsed.preset, "--run": parsed.run, "--study": parsed.study}
+    alone = {"--preset": parsed.preset, "--run": parsed.run, "--study": study}
     alone["--overwrite"] = parsed.overwrite
     given = [flag for flag, value in alone.items() if value]
     if parsed.resume and given:
         parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
-    if parsed.study and parsed.overwrite:
+    if study and parsed.overwrite:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
     if parsed.processes < 1:
         parser.error(f"--processes {parsed.processes}: must be 1 or more")
-    if parsed.study and parsed.processes > 1:
+    if study and parsed.processes > 1:
         parser.error("--processes with --study: a study trains in one process")
+    if parsed.study and hasattr(parsed, "seed"):
+        parser.error("--seed with --study SEED: name the seeds once")
     if parsed.tensorboard and not find_spec("tensorboard"):
         parser.error("--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     parsed.preset = parsed.preset or "demo"
@@ -108,9 +112,13 @@ def flags_parser(preset: str) -> Parser:
     )
     parser.add_argument(
         "--study",
-        action="store_true",
-        help="train by each algorithm and each size alone, for one table in "
-        f"runs/study-{preset}; the same command goes on after a stop",
+        type=int,
+        nargs="*",
+        metavar="SEED",
+        help="with the first seed (--seed) train by each algorithm and LayerDrop, and each size "
+        "alone and distilled; with further seeds by the paper's two algorithms and each size "
+        f"alone. Writes tables and pictures to runs/study-{preset}; the same command goes on after "
+        "a stop",
     )
     parser.add_argument(
         "--tensorboard",
@@ -186,16 +194,22 @@ def start(options: argparse.Namespace) -> Trainer:
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run or continue all trainings of a study, then show its table."""
+    """Run or continue all trainings of a study, then show its tables."""
     if processes.count() > 1:
         raise processes.in_first(ValueError("--study trains in one process"))
     config = configuration.preset(options.preset, **changes(options))
     folder = options.run or Path("runs") / f"study-{options.preset}"
-    while trainer := next_training(config, folder):
+    trainings = plan(config, options.study or [config.seed], folder)
+    while trainer := next_training(trainings, folder):
         train(trainer, options.tensorboard)
         draw(trainer.run)
         del trainer  # before the next one reads its corpus
-    print(results(config, folder))
+    print(results(config, trainings, folder))
+    missing = [name for name in compression.PACKAGES if not find_spec(name)]
+    if missing:
+        print(f"no table of compression: {missing[0]} is missing: pip install 'dynsize[onnx]'\n")
+    else:
+        print(compression.results(config, trainings, folder))
     print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")
     draw(folder)
 
@@ -312,7 +326,7 @@ def main() -> None:
         processes.join()
         if not processes.is_first():
             sys.stdout = io.StringIO()  # the first process speaks
-        if options.study:
+        if options.study is not None:
             study(options)
             return
         trainer = start(options)

@@ -1,15 +1,17 @@
 """Decoding of a corpus by beam search, and its language model's weights chosen on dev."""
 
+import json
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 
-from dynsize.checkpoint import Checkpoint
+from dynsize import files
 from dynsize.config import Config
 from dynsize.corpora import read_corpus
 from dynsize.ctc import beam_search, greedy
-from dynsize.evaluation import Decoder, alone, corpus_root, decoded, errors_of
+from dynsize.evaluation import Decoder, System, alone, corpus_root, decoded, errors_of
 from dynsize.language_model import LanguageModel
-from dynsize.recogniser import facts_of
 from dynsize.wer import Errors, writes_blanks
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -18,30 +20,42 @@ MOST_UNKNOWN = 0.2  # share of the references' words that a language model may l
 MOST_TUNED = 500  # utterances of the dev splits
 
 
-def decoder(loaded: Checkpoint, beam: int, words: LanguageModel | None) -> Decoder:
+def decoder(labels: Sequence[str], beam: int, words: LanguageModel | None) -> Decoder:
     """Return what turns a network's log-probabilities into labels."""
     if beam == 1 and words is None:
         return greedy
-    labels = facts_of(loaded).labels
     return partial(beam_search, beam=beam, labels=labels, words=words)
 
 
-def tune(loaded: Checkpoint, config: Config, beam: int, words: LanguageModel) -> list[dict]:
+def unknown_words(
+    words: LanguageModel, config: Config, splits: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield each split, and how many of its references' words a language model lacks.
+
+    Raises ValueError where they are more than the share `MOST_UNKNOWN`.
+    """
+    for split in splits:
+        utterances = read_corpus(corpus_root(config), [split], config).utterances
+        yield split, words.missing((u.text for u in utterances), MOST_UNKNOWN)
+
+
+def tune(system: System, words: LanguageModel) -> list[dict]:
     """Set the language model's weight and bonus to those with the fewest errors on dev.
 
-    The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
-    the weight, the bonus and the word error rate of every pair.
+    The largest size decodes the dev splits, or their first 500 utterances, with each pair, by the
+    decoder of the system, which has this language model. Returns the weight, the bonus and the word
+    error rate of every pair.
     """
+    config = system.config
     corpus = read_corpus(corpus_root(config), config.dev_splits, config)
     utterances = corpus.utterances[:MOST_TUNED]
     blanks = writes_blanks(utterance.text for utterance in utterances)
-    size = loaded.model.sizes[-1]
-    network = alone(loaded, size, config)
+    size = system.sizes[-1]
+    network = alone(system, size)
     rows = []
     for words.weight, words.bonus in product(WEIGHTS, BONUSES):
         title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
-        search = decoder(loaded, beam, words)
-        texts, _ = decoded(loaded, network, size, utterances, title, search)
+        texts, _ = decoded(system, network, size, utterances, title)
         errors = sum(errors_of(utterances, texts, blanks), Errors())
         row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
         rows.append(row)
@@ -49,3 +63,16 @@ def tune(loaded: Checkpoint, config: Config, beam: int, words: LanguageModel) ->
     words.weight = best["weight"]
     words.bonus = best["bonus"]
     return rows
+
+
+def write(
+    file: Path, beam: int, words: LanguageModel | None, dev_splits: Sequence[str], tried: list[dict]
+) -> None:
+    """Write how splits are decoded. `tried`: what `tune` returned for the dev splits, if it ran."""
+    content: dict[str, object] = dict(beam=beam)
+    if tried:
+        content |= dict(tuned_on=list(dev_splits), tried=tried)
+    if words:
+        content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write(file, json.dumps(content, indent=2).encode() + b"\n")

@@ -9,8 +9,9 @@ from dynsize import processes, run_directory
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.evaluation import corpus_root, errors_of, kept_names, transcribe
+from dynsize.evaluation import corpus_root, errors_of, transcribe
 from dynsize.recogniser import facts_of
+from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
 from dynsize.training_data import TrainingData
 from dynsize.wer import Errors, writes_blanks

@@ -1,9 +1,10 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
+import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynsize import report
+from dynsize import checkpoint, report
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, load
 from dynsize.checkpoint import Checkpoint
@@ -21,12 +22,20 @@ from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
 from dynsize.lists import lines
-from dynsize.recogniser import Facts, facts_of, network_of, windowed_log_probs
+from dynsize.recogniser import (
+    Facts,
+    Network,
+    OnnxFile,
+    facts_of,
+    network_of,
+    open_onnx,
+    windowed_log_probs,
+)
 from dynsize.spoken import spoken_corpus
-from dynsize.subnet import cut, macs, parameters
-from dynsize.supernet import Supernet, layer_name
+from dynsize.subnet import costs, cut
+from dynsize.supernet import Supernet
 from dynsize.terminal import printable
-from dynsize.text import NORMALISERS
+from dynsize.text import NORMALISERS, WORD
 from dynsize.wer import (
     Errors,
     Pair,
@@ -41,11 +50,16 @@ from dynsize.wer import (
     writes_blanks,
 )
 
+# What an ONNX file does, and the settings that say so.
+ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
+ONNX_ONLY = dict(device=("auto", "cpu"), precision=("auto", "float32"), batch_seconds=())
 LISTED = 20  # confusions, and utterances that became worse, in a report
 
 # Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
 Decoder = Callable[[Tensor, Tensor], list[list[int]]]
 Texts = list[str | None]  # of each utterance; None where its audio can't be read
+# Indices of utterances, their log-probabilities (M, B, T, V) by M sizes, their lengths (B,).
+LogProbs = tuple[list[int], Tensor, Tensor]
 
 
 def corpus_root(config: Config) -> Path:
@@ -67,7 +81,48 @@ def device_of(config: Config) -> torch.device:
 # Decoding.
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class System:
+    """What is evaluated or compared: a checkpoint, an ONNX file, or a file of hypotheses.
+
+    `config` names the corpus, the normaliser and the device.
+    """
+
+    path: Path
+    config: Config
+    source: Checkpoint | OnnxFile | None = None  # None: hypotheses
+    decoder: Decoder = greedy
+
+    @property
+    def facts(self) -> Facts:
+        """What decoding needs to know of the network."""
+        return self.source.facts if isinstance(self.source, OnnxFile) else facts_of(self.source)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of the network, ascending."""
+        return self.facts.sizes
+
+
+def open_system(path: Path, changes: dict[str, object]) -> System:
+    """Return the system of a run directory, a checkpoint, or an ONNX file.
+
+    `changes`: settings with other values than in the training. An ONNX file computes in float32 on
+    the CPU, one utterance at a time: ValueError for a change of that.
+    """
+    if path.suffix == ".onnx":
+        file = open_onnx(path)
+        for name, possible in ONNX_ONLY.items():
+            if name in changes and changes[name] not in possible:
+                flag = f"--{name.replace('_', '-')} {changes[name]}"
+                raise ValueError(f"{path}: {flag} is for checkpoints; {ONNX_RULE}")
+        changes = changes | dict(device="cpu", precision="float32")
+        return System(path, dataclasses.replace(file.config, **changes), file)
+    loaded = checkpoint.load(path)
+    config = loaded.model.config = dataclasses.replace(loaded.model.config, **changes)
+    return System(loaded.path, config, loaded)
+
+
 def transcribe(
     model: Supernet,
     examples: Examples,
@@ -88,20 +143,35 @@ def transcribe(
     samples = [utterance.samples for utterance in examples.utterances]
     short = [index for index, number in enumerate(samples) if number <= most]
     long = [index for index, number in enumerate(samples) if number > most]
-    texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
     unreadable: dict[str, str] = {}
+    batches = in_batches(model, examples, short, sizes, unreadable)
+    windows = in_windows(network_of(model), examples.utterances, long, sizes, unreadable, facts)
+    found = chain(batches, windows)
+    texts = texts_of(found, len(examples), sizes, title, decoder, examples.tokenizer.decode)
+    return texts, unreadable
+
+
+@torch.inference_mode()
+def texts_of(
+    found: Iterable[LogProbs],
+    utterances: int,
+    sizes: Sequence[int],
+    title: str,
+    decoder: Decoder,
+    spell: Callable[[list[int]], str],
+) -> dict[int, Texts]:
+    """Return the texts of so many utterances by each size. `spell`: gives the text of labels."""
+    texts: dict[int, Texts] = {size: [None] * utterances for size in sizes}
     bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
-    with tqdm(total=len(examples), desc=title, **bar_options) as bar:
-        batches = in_batches(model, examples, short, sizes, unreadable)
-        windows = in_windows(model, examples, long, sizes, unreadable, facts)
-        for indices, log_probs, lengths in chain(batches, windows):
+    with tqdm(total=utterances, desc=title, **bar_options) as bar:
+        for indices, log_probs, lengths in found:
             for size, of_size in zip(sizes, log_probs, strict=True):
-                found = decoder(of_size, lengths)
-                for index, labels in zip(indices, found, strict=True):
-                    words = examples.tokenizer.decode(labels).split()
+                decoded_labels = decoder(of_size, lengths)
+                for index, labels in zip(indices, decoded_labels, strict=True):
+                    words = spell(labels).split()
                     texts[size][index] = " ".join(words)
             bar.update(len(indices))
-    return texts, unreadable
+    return texts
 
 
 def in_batches(
@@ -110,10 +180,10 @@ def in_batches(
     chosen: Sequence[int],
     sizes: Sequence[int],
     unreadable: dict[str, str],
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield indices of examples, their log-probabilities (M, B, T, V) and lengths (B,).
+) -> Iterator[LogProbs]:
+    """Yield the log-probabilities of the `chosen` examples, several at a time.
 
-    Covers the `chosen` indices. Audio that can't be read is added to `unreadable` instead.
+    Audio that can't be read is added to `unreadable` instead.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -133,17 +203,16 @@ def in_batches(
 
 
 def in_windows(
-    model: Supernet,
-    examples: Examples,
+    network: Network,
+    utterances: Sequence[Utterance],
     chosen: Sequence[int],
     sizes: Sequence[int],
     unreadable: dict[str, str],
     facts: Facts,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield the same as `in_batches`, one utterance at a time, decoded in windows."""
-    network = network_of(model)
+) -> Iterator[LogProbs]:
+    """Yield the same as `in_batches`, one utterance at a time; long ones are decoded in windows."""
     for index in chosen:
-        utterance = examples.utterances[index]
+        utterance = utterances[index]
         try:
             audio = read_audio(utterance, facts.sample_rate).numpy()
         except CorruptAudio as error:
@@ -158,30 +227,44 @@ def in_windows(
         yield [index], log_probs, lengths
 
 
-def alone(checkpoint: Checkpoint, size: int, config: Config) -> Supernet:
-    """Return the network of one size on the configured device, cut out of a supernet."""
-    model = checkpoint.model
+def alone(system: System, size: int) -> Supernet | Network:
+    """Return the network of one size: cut out of a supernet, or the one of an ONNX file."""
+    if isinstance(system.source, OnnxFile):
+        return system.source.network
+    model = system.source.model
     if model.size is None:
         model = cut(model, size)
-    return model.to(device_of(config))
+    return model.to(device_of(system.config))
 
 
 def decoded(
-    checkpoint: Checkpoint,
-    network: Supernet,
+    system: System,
+    network: Supernet | Network,
     size: int,
     utterances: Sequence[Utterance],
     split: str,
-    decoder: Decoder,
 ) -> tuple[Texts, dict[str, str]]:
     """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
-    examples = Examples(utterances, checkpoint.tokenizer, network.config, keep=False)
-    title = printable(f"{checkpoint.path}, {split}, size {size}")
-    facts = facts_of(checkpoint)
-    texts, unreadable = transcribe(network, examples, [size], title, facts, decoder)
-    normalised = NORMALISERS[network.config.normaliser]
-    found = [None if text is None else normalised(text) for text in texts[size]]
-    return found, unreadable
+    title = printable(f"{system.path}, {split}, size {size}")
+    facts = system.facts
+    if isinstance(network, Supernet):
+        examples = Examples(utterances, system.source.tokenizer, system.config, keep=False)
+        texts, unreadable = transcribe(network, examples, [size], title, facts, system.decoder)
+    else:
+        unreadable: dict[str, str] = {}
+        everything = range(len(utterances))
+        found = in_windows(network, utterances, everything, [size], unreadable, facts)
+        spell = partial(spelled, facts.labels)
+        texts = texts_of(found, len(utterances), [size], title, system.decoder, spell)
+    normalised = NORMALISERS[system.config.normaliser]
+    found_texts = [None if text is None else normalised(text) for text in texts[size]]
+    return found_texts, unreadable
+
+
+def spelled(units: Sequence[str], labels: Sequence[int]) -> str:
+    """Return the text of labels, given the SentencePiece unit of each label."""
+    text = "".join(units[label] for label in labels)
+    return text.replace(WORD, " ")
 
 
 # Scoring.
@@ -283,18 +366,17 @@ def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
 # Reports.
 
 
-def evaluate(
-    checkpoint: Checkpoint, config: Config, split: str, output: Path, decoder: Decoder = greedy
-) -> dict:
-    """Return the report on a split: every size of a checkpoint, each cut out and alone.
+def evaluate(system: System, split: str, output: Path) -> dict:
+    """Return the report on a split: every size of a checkpoint or of an ONNX file.
 
-    `config`: the checkpoint's, with corpus, device and batches as they are now. Audio that can't
-    be read is left out, and named in the report. Writes to the directory `output`: `ref.trn`,
-    and for each size K `hyp-K.trn` and `aligned-K.txt`; the report as `results.md`, and last as
-    `results.json`. Raises ValueError where no utterance can be read.
+    A checkpoint's sizes are cut out, each alone. Audio that can't be read is left out, and named in
+    the report. Writes to the directory `output`: `ref.trn`, and for each size K `hyp-K.trn` and
+    `aligned-K.txt`; the report as `results.md`, and last as `results.json`. Raises ValueError where
+    no utterance can be read.
     """
+    config = system.config
     corpus = read_corpus(corpus_root(config), [split], config)
-    texts, rows = decoded_by_size(checkpoint, config, corpus, split, decoder)
+    texts, rows = decoded_by_size(system, corpus, split)
     utterances = corpus.utterances
     read = read_by_all(list(texts.values()), split)
     blanks = writes_blanks(utterances[i].text for i in read)
@@ -307,7 +389,7 @@ def evaluate(
         row |= scores(scored[size])
         row["real_time_factor"] = seconds / audio_seconds
     found = dict(
-        checkpoint=str(checkpoint.path),
+        checkpoint=str(system.path),
         corpus=config.corpus,
         split=split,
         normaliser=config.normaliser,
@@ -325,7 +407,7 @@ def evaluate(
 
 
 def decoded_by_size(
-    checkpoint: Checkpoint, config: Config, corpus: Corpus, split: str, decoder: Decoder
+    system: System, corpus: Corpus, split: str
 ) -> tuple[dict[int, Texts], dict[int, dict]]:
     """Return the texts of each size, and what it costs, with the seconds that it took.
 
@@ -334,16 +416,14 @@ def decoded_by_size(
     texts: dict[int, Texts] = {}
     rows: dict[int, dict] = {}
     shortest = min(corpus.utterances, key=lambda utterance: utterance.samples)
-    for size in reversed(checkpoint.model.sizes):
-        network = alone(checkpoint, size, config)
-        decoded(checkpoint, network, size, [shortest], split, decoder)  # the first takes longer
+    for size in reversed(system.sizes):
+        network = alone(system, size)
+        decoded(system, network, size, [shortest], split)  # the first takes longer
         start = time.perf_counter()
-        texts[size], unreadable = decoded(
-            checkpoint, network, size, corpus.utterances, split, decoder
-        )
+        texts[size], unreadable = decoded(system, network, size, corpus.utterances, split)
         seconds = time.perf_counter() - start
-        rows[size] = costs(network, size)
-        rows[size]["seconds"] = seconds
+        known = costs(network, size) if isinstance(network, Supernet) else system.source.costs[size]
+        rows[size] = known | dict(seconds=seconds)
         for name, why in unreadable.items():
             corpus.leave_out(UNREADABLE, name, why)
     return texts, rows
@@ -359,17 +439,6 @@ def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
     if not read:
         raise ValueError(f"{split}: no utterance is left: the audio of none can be read")
     return read
-
-
-def costs(network: Supernet, size: int) -> dict:
-    """Return what a size costs, and the layers that it keeps."""
-    layers = kept_names(network, size)
-    return dict(parameters=parameters(network), macs=macs(network, size), layers=layers)
-
-
-def kept_names(model: Supernet, size: int) -> list[str]:
-    """Return the names of the layers that a size keeps, from the input on."""
-    return [layer_name(layer) for layer, kept in enumerate(model.mask(size)) if kept]
 
 
 def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
@@ -423,29 +492,40 @@ def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
 # Comparisons.
 
 
-@dataclass(frozen=True)
-class System:
-    """What is compared: a checkpoint, or without one a file of hypotheses.
+def sides_of(
+    names: Sequence[str], opened: Callable[[Path], System], default: Config
+) -> list[list[System]]:
+    """Return what is compared: for each name, which is `PATH` or `PATH,PATH`, its systems.
 
-    `config` names the corpus, the normaliser and the device.
+    `opened`: opens a network. Files of hypotheses have the configuration of the first network, or
+    `default` where there is none.
     """
+    sides = []
+    for name in names:
+        parts = [name] if Path(name).exists() else name.split(",")
+        sides.append([Path(part) for part in parts])
+    paths = dict.fromkeys(chain.from_iterable(sides))
+    systems = {path: opened(path) for path in paths if not has_hypotheses(path)}
+    first = next((system.config for system in systems.values()), default)
+    return [[systems.get(path, System(path, first)) for path in side] for side in sides]
 
-    path: Path
-    config: Config
-    checkpoint: Checkpoint | None = None
-    decoder: Decoder = greedy
+
+def has_hypotheses(path: Path) -> bool:
+    """Return whether a path is a file of hypotheses: neither a run directory nor a network."""
+    if path.suffix == ".onnx" or not path.is_file():
+        return False  # what is no file is refused as a checkpoint
+    with open(path, "rb") as file:
+        return file.read(2) != b"PK"  # a checkpoint is a zip file
 
 
 def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -> dict[int, Texts]:
     """Return size → texts of a system; a file of hypotheses has the size 0."""
-    if system.checkpoint is None:
+    if system.source is None:
         return {0: read_hypotheses(system.path, utterances, system.config)}
     texts = {}
-    for size in system.checkpoint.model.sizes:
-        network = alone(system.checkpoint, size, system.config)
-        texts[size], _ = decoded(
-            system.checkpoint, network, size, utterances, split, system.decoder
-        )
+    for size in system.sizes:
+        network = alone(system, size)
+        texts[size], _ = decoded(system, network, size, utterances, split)
     return texts
 
 

@@ -33,8 +33,8 @@ from dynsize.recogniser import (
     onnx_inputs,
     onnx_session,
 )
-from dynsize.subnet import cut
-from dynsize.supernet import Supernet, layer_name
+from dynsize.subnet import costs, cut
+from dynsize.supernet import Supernet
 
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
 BATCHES = {1: [4.0], 2: [1.0, 0.4], 5: [0.7, 0.02, 2.0, 0.3, 1.1]}  # utterances → seconds of each
@@ -126,9 +126,13 @@ def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    layers = {size: [layer_name(n) for n in sorted(model.ranking[:size])] for size in model.sizes}
-    facts = dict(format=ONNX_FORMAT, facts=dataclasses.asdict(facts), layers=layers)
-    program.model.metadata_props["dynsize"] = json.dumps(facts)
+    content = dict(
+        format=ONNX_FORMAT,
+        facts=dataclasses.asdict(facts),
+        config=dataclasses.asdict(model.config),
+        costs={size: costs(model, size) for size in model.sizes},
+    )
+    program.model.metadata_props["dynsize"] = json.dumps(content)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source each one comes from
     program.save(path, external_data=False)

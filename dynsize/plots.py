@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +68,8 @@ MARKS = {
 SIZE_LINES = ("-", "--", "-.", ":")  # from the largest size to the smallest
 COSTS = {  # column of a result → label, factor
     "parameters": ("parameters (millions)", 1e-6),
-    "macs": ("MACs for 1 s of audio (billions)", 1e-9),
+    "bytes": ("ONNX file (MB)", 1e-6),
+    "macs": ("MACs for 1 s of audio (millions)", 1e-6),
     "milliseconds": ("time for 10 s of audio (ms)", 1.0),
     "real_time_factor": ("decoding time for 1 s of audio (ms)", 1e3),
 }
@@ -91,8 +91,12 @@ def draw(source: Path, output: Path) -> list[Path]:
             ranking = [row["layer"] for row in read_json(source / "ranking.json")]
             config = read_json(source / "config.json")
             figures["layers"] = layers_figure(scored, config, ranking, source.name)
-        if results:
-            figures["cost"] = cost_figure(results)
+        if (source / "study.json").exists():
+            figures["cost"] = cost_figure(results, ["macs"])
+        elif results:
+            figures["cost"] = cost_figure(results, list(COSTS))
+        if (source / "compression.json").exists():
+            figures["compression"] = compression_figure(read_json(source / "compression.json"))
         if not figures:
             raise ValueError(f"{source}: nothing to draw: no metrics.jsonl, evaluation or study")
         return save_all(figures, output)
@@ -151,15 +155,10 @@ def read_json(path: Path) -> dict | list:
 
 def read_results(source: Path) -> dict[str, dict[str, list[dict]]]:
     """Return split → way to train → rows of results, of a study or of one run's evaluations."""
-    found: dict[str, dict[str, list[dict]]] = {}
     study = source / "study.json"
     if study.exists():
-        for split, ways in read_json(study).items():
-            of_split = found.setdefault(split, {})
-            for name, rows in ways.items():
-                way = re.sub(r"-\d+$", "", name)  # alone-8, alone-16, ... are one line
-                of_split.setdefault(way, []).extend(rows)
-        return found
+        return read_json(study)
+    found: dict[str, dict[str, list[dict]]] = {}
     for path in sorted(source.glob("evaluation/*/*/results.json")):
         split = path.parent.name
         way = way_of(source, path.parents[1].name)
@@ -285,28 +284,58 @@ def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     axes.spines["right"].set_visible(True)
 
 
-# Word error rate against cost.
+# Error rate against cost.
 
 
-def cost_figure(results: dict[str, dict[str, list[dict]]]) -> Figure:
-    """Draw the word error rate against each cost: a row for each split, a column for each cost.
+def cost_figure(results: dict[str, dict[str, list[dict]]], costs: Sequence[str]) -> Figure:
+    """Draw the error rate against costs: a row for each split, a column for each cost.
 
-    `results`: split → way to train → rows with `size`, `wer`, `interval`, and the costs.
+    `results`: split → way to train → rows with `size`, `wer` (or `measure` and its rate),
+    `interval`, and the costs. Drawn are those of the `costs` that all rows have.
     """
+    figure, grid = rate_figure(results, costs)
+    for of_split, line in zip(results.values(), grid, strict=True):
+        for cost, axes in zip(known_costs(results, costs), line, strict=True):
+            label_sizes(axes, of_split, cost)
+    figure.suptitle("error rates with 95% intervals; equal costs are drawn side by side")
+    return figure
+
+
+def compression_figure(found: dict) -> Figure:
+    """Draw the error rates of a study's ONNX files against bytes and time. `found`: its JSON."""
+    results: dict[str, dict[str, list[dict]]] = {}
+    for row in found["rows"]:
+        way = "simple-top-k" if row["network"] == "cut" else row["network"]
+        if row["numbers"] == "int8":
+            way += " int8"
+        for split, rates in row["splits"].items():
+            results.setdefault(split, {}).setdefault(way, []).append(row | rates)
+    figure, _ = rate_figure(results, ["bytes", "milliseconds"])
+    sizes = sorted({row["size"] for row in found["rows"]})
+    joined = ", ".join(map(str, sizes))
+    figure.suptitle(f"error rates with 95% intervals; a line joins the sizes {joined}")
+    return figure
+
+
+def rate_figure(
+    results: dict[str, dict[str, list[dict]]], costs: Sequence[str]
+) -> tuple[Figure, np.ndarray]:
+    """Draw the error rates of all ways to train, and return the axes (splits, costs) too."""
+    costs = known_costs(results, costs)
     rows = [row for of_split in results.values() for row in rows_of(of_split)]
-    costs = [cost for cost in COSTS if all(cost in row for row in rows)]
-    if "milliseconds" in costs and "real_time_factor" in costs:
-        costs.remove("real_time_factor")  # it is measured in batches, and less exactly
     ways = list(dict.fromkeys(way for of_split in results.values() for way in of_split))
     ways.sort(key=lambda way: list(MARKS).index(mark_name(way)))
-    figure = Figure(figsize=(3.4 * len(costs), 1.2 + 2.6 * len(results)), layout="constrained")
+    width = max(6.5, 3.4 * len(costs))
+    figure = Figure(figsize=(width, 1.2 + 2.6 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), len(costs), sharex="col", sharey="row", squeeze=False)
     figure.get_layout_engine().set(w_pad=0.1)  # inches
     for (split, of_split), line in zip(results.items(), grid, strict=True):
         for cost, axes in zip(costs, line, strict=True):
             draw_ways(axes, ways, of_split, cost)
-        bounds = [row["interval"] for row in rows_of(of_split)]
-        line[0].set_ylabel(f"{printable(split)}: WER (%)")
+        of_all = rows_of(of_split)
+        measure = of_all[0].get("measure", "wer").upper()
+        line[0].set_ylabel(f"{printable(split)}: {measure} (%)")
+        bounds = [row["interval"] for row in of_all]
         line[0].set_ylim(around(100 * np.array(bounds)))
     for cost, axes in zip(costs, grid[-1], strict=True):
         label, factor = COSTS[cost]
@@ -314,9 +343,14 @@ def cost_figure(results: dict[str, dict[str, list[dict]]]) -> Figure:
         axes.set_xlabel(label)
         axes.set_xlim(around(factor * values))
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.suptitle("word error rates with 95% intervals; equal costs are drawn side by side")
-    return figure
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure, grid
+
+
+def known_costs(results: dict[str, dict[str, list[dict]]], costs: Sequence[str]) -> list[str]:
+    """Return those of the costs that all rows have."""
+    rows = [row for of_split in results.values() for row in rows_of(of_split)]
+    return [cost for cost in costs if all(cost in row for row in rows)]
 
 
 def rows_of(ways: dict[str, list[dict]]) -> list[dict]:
@@ -341,32 +375,32 @@ def mark_name(way: str) -> str:
 
 
 def draw_ways(axes: Axes, ways: Sequence[str], of_split: dict[str, list[dict]], cost: str) -> None:
-    """Draw the word error rates of all ways to train on one split against one cost."""
-    middle = (len(ways) - 1) / 2
-    for place, way in enumerate(ways):
-        shift = 4 * (place - middle)  # points
+    """Draw the error rates of all ways to train on one split against one cost."""
+    places = list(dict.fromkeys(mark_name(way) for way in ways))
+    middle = (len(places) - 1) / 2
+    for way in ways:
+        shift = 4 * (places.index(mark_name(way)) - middle)  # points
         rows = of_split.get(way, [])
         draw_way(axes, way, rows, cost, shift)
     axes.grid(axis="y", color="0.9")
-    label_sizes(axes, of_split, cost)
 
 
 def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float) -> None:
-    """Draw one line of word error rates with intervals, `shift` points to the right.
+    """Draw one line of error rates with intervals, `shift` points to the right.
 
     The markers of a variant, such as `simple-top-k int8`, are hollow.
     """
     mark = MARKS[mark_name(way)]
     _, factor = COSTS[cost]
-    rows = sorted(rows, key=lambda row: row[cost])
-    wer = np.array([100 * row["wer"] for row in rows])
+    rows = sorted(rows, key=lambda row: row["size"])
+    rates = np.array([100 * row[row.get("measure", "wer")] for row in rows])
     intervals = np.array([row["interval"] for row in rows])
     low, high = 100 * intervals.reshape(-1, 2).T
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
         [row[cost] * factor for row in rows],
-        wer,
-        yerr=np.maximum(0, [wer - low, high - wer]),
+        rates,
+        yerr=np.maximum(0, [rates - low, high - rates]),
         label=printable(way),
         color=mark.colour,
         marker=mark.marker,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
@@ -21,6 +21,7 @@ from torch import Tensor
 from dynsize import checkpoint
 from dynsize.audio import mp3_with_length
 from dynsize.checkpoint import Checkpoint
+from dynsize.config import Config, from_dict
 from dynsize.ctc import BeamSearch, label_frames
 from dynsize.features import log_mel, window_and_hop
 from dynsize.language_model import LM_WEIGHT, LanguageModel
@@ -43,7 +44,7 @@ BLOCK = 10  # seconds of audio that are read at once
 MOST_PIPED = 2**32  # bytes of audio from a pipe: what a WAV file can hold
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 
-ONNX_FORMAT = "dynsize onnx 1"
+ONNX_FORMAT = "dynsize onnx 2"
 
 Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
 
@@ -68,6 +69,15 @@ class Facts:
     def window_frames(self) -> int:
         """Encoder frames of one window of long audio, its context included."""
         return max(CONTEXT, round(self.longest_seconds * self.sample_rate / self.step))
+
+
+class OnnxFile(NamedTuple):
+    """What a file that `export.export` wrote holds."""
+
+    network: Network
+    facts: Facts
+    config: Config  # of the training
+    costs: dict[int, dict]  # size → `parameters`, `macs` for 1 s of audio, names of its `layers`
 
 
 @dataclass(frozen=True)
@@ -190,13 +200,17 @@ def load(path: str | Path) -> Recogniser:
     Raises ValueError where `path` is none of these.
     """
     if Path(path).suffix == ".onnx":
-        return load_onnx(Path(path))
+        file = open_onnx(Path(path))
+        return Recogniser(file.network, file.facts)
     loaded = checkpoint.load(Path(path))
     return Recogniser(network_of(loaded.model), facts_of(loaded))
 
 
-def load_onnx(path: Path) -> Recogniser:
-    """Return the recogniser of a file that `export.export` wrote."""
+def open_onnx(path: Path) -> OnnxFile:
+    """Return what a file that `export.export` wrote holds, ready to run on the CPU.
+
+    Raises ValueError for other files.
+    """
     session = onnx_session(path)
     content = json.loads(session.get_modelmeta().custom_metadata_map.get("dynsize", "{}"))
     if content.get("format") != ONNX_FORMAT:
@@ -209,7 +223,8 @@ def load_onnx(path: Path) -> Recogniser:
         result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
         return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
 
-    return Recogniser(log_probs, Facts(**facts))
+    costs = {int(size): of_size for size, of_size in content["costs"].items()}
+    return OnnxFile(log_probs, Facts(**facts), from_dict(content["config"]), costs)
 
 
 def onnx_session(path: Path) -> "InferenceSession":

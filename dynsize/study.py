@@ -1,77 +1,149 @@
 """The paper's main result on one corpus: supernets by each algorithm against each size alone.
 
-A study is a folder with a run directory for each training of its plan. `next_training` goes on
-where it was stopped; `results` compares what is trained. For more seeds, make a study of each in
-a separate folder.
+A study is a folder with a folder for each seed, which has a run directory for each training:
+FOLDER/seed-0/simple-top-k. `next_training` goes on where the study was stopped; `results` compares
+what is trained.
 """
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
-from dynsize import checkpoint
+from dynsize import checkpoint, files
 from dynsize.algorithms import ALGORITHMS
-from dynsize.config import Config, with_method
-from dynsize.evaluation import System, compare, evaluate
+from dynsize.config import Config, shown, with_method
+from dynsize.corpora import UNREADABLE, read_corpus
+from dynsize.evaluation import (
+    System,
+    corpus_root,
+    difference,
+    errors_of,
+    evaluate,
+    mean_rate,
+    read_hypotheses,
+)
+from dynsize.report import table
 from dynsize.run_directory import check_new
 from dynsize.training import Trainer
+from dynsize.wer import Errors, interval, writes_blanks
 
+PAPER = ("simple-top-k", "iterative-zero-out")  # what further seeds train, beside each size alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
+ONE_SIZE = ("alone", "distilled")  # ways to train that have a training for each size
+WAYS = ("alone", *SHARED, "distilled")
 VERDICTS = {"the first is better": "better", "the second is better": "worse"}
 NOTE = (
-    "Differences are in percent points, each method minus the same size trained alone, on the same "
-    "utterances, with 95% intervals. Not significantly different: the 95% interval contains 0."
+    "The 95% intervals cover other utterances and, where there are several seeds, other seeds; two "
+    "or three seeds show less than the whole spread. Differences are in percent points, each way "
+    "minus the same size trained alone with the same seeds, on the same utterances. Better, worse: "
+    "the interval does not contain 0. The others are not significantly different."
 )
 
 
-def plan(config: Config) -> dict[str, Config]:
-    """Return name → configuration of each training, all with the same number of updates.
+def plan(config: Config, seeds: Sequence[int], folder: Path) -> dict[str, Config]:
+    """Return name → configuration of each training, in their order, all with the same updates.
 
-    These are a supernet by each algorithm and by LayerDrop, and each size alone: its network is
-    the first layers.
+    With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
+    whose network is the first layers, and each size with the largest size alone as its teacher.
+    With each further seed, the paper's two algorithms and each size alone.
     """
-    supernets = {method: with_method(config, method) for method in SHARED}
-    alone = {f"alone-{size}": with_method(config, "none", size=size) for size in config.sizes}
-    return supernets | alone
+    trainings: dict[str, Config] = {}
+    first, *_ = seeds
+    for seed in dict.fromkeys(seeds):
+        name = f"seed-{seed}"
+        of_seed = dataclasses.replace(config, seed=seed)
+        for method in SHARED if seed == first else PAPER:
+            trainings[f"{name}/{method}"] = with_method(of_seed, method)
+        for size in config.sizes:
+            trainings[f"{name}/alone-{size}"] = with_method(of_seed, "none", size=size)
+        if seed == first:
+            teacher = str(folder / name / f"alone-{config.sizes[-1]}")
+            for size in config.sizes:
+                taught = with_method(of_seed, "none", size=size, teacher=teacher)
+                trainings[f"{name}/distilled-{size}"] = taught
+    return trainings
 
 
-def next_training(config: Config, folder: Path) -> Trainer | None:
+def next_training(trainings: dict[str, Config], folder: Path) -> Trainer | None:
     """Return the first training of the plan that is not at its end, new or as it was left.
 
     Returns None where all are. Raises ValueError where the folder has a training of the same name
-    with other settings.
+    with other settings, and where it has trainings beside the folders of the seeds.
     """
-    for name, planned in plan(config).items():
+    for method in SHARED:
+        if checkpoint.history(folder / method):
+            seed = next(iter(trainings)).partition("/")[0]
+            raise ValueError(
+                f"{folder / method}: a study has its trainings in a folder for each seed; "
+                f"move those of one seed to {folder / seed}, or name another --run"
+            )
+    for name, planned in trainings.items():
         run = folder / name
         if not checkpoint.history(run):
             check_new(run, overwrite=True)  # it was stopped before its first checkpoint
             return Trainer(planned, run).begin()
         trained = checkpoint.load(run)
-        if trained.model.config != planned:
-            raise ValueError(f"{run}: was trained with other settings; --run names another folder")
+        if differing := other_settings(trained.model.config, planned):
+            raise ValueError(
+                f"{run}: was trained with other settings ({', '.join(differing)}); "
+                "--run names another folder"
+            )
         if trained.training["update"] < planned.updates:
             return Trainer.resume(run)
     return None
 
 
-def results(config: Config, folder: Path) -> str:
+def other_settings(trained: Config, planned: Config) -> list[str]:
+    """Return the settings in which a training differs from its plan, such as `--seed 0, not 1`.
+
+    Two paths of one directory are the same teacher.
+    """
+    found = []
+    for field in dataclasses.fields(Config):
+        there, here = getattr(trained, field.name), getattr(planned, field.name)
+        same = there == here
+        if field.name == "teacher" and there and here:
+            same = Path(there).resolve() == Path(here).resolve()
+        if not same:
+            flag = f"--{field.name.replace('_', '-')}"
+            found.append(f"{flag} {shown(there) or 'none'}, not {shown(here) or 'none'}")
+    return found
+
+
+# The results.
+
+
+class Scores(NamedTuple):
+    """What evaluations of one split found, each by its name."""
+
+    measure: str  # wer, or cer where the language writes no blanks
+    rows: dict[tuple[str, int], dict]  # (name, size) → its row of results.json
+    errors: dict[tuple[str, int], list[Errors]]  # (name, size) → errors of each utterance
+
+
+def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the study's tables in Markdown, and write them as `study.md`.
 
-    Evaluates every run of the plan on the test splits, where that was not done. Writes the rows of
-    all evaluations to `study.json` (split → training → sizes), and the differences between each
-    method and the same size alone to `differences.json` (split → rows, see `compared`).
+    Evaluates every run of the plan on the test splits, where that was not done. Writes the rates
+    of each way to train to `study.json` (split → way → sizes), and the differences between each way
+    and the same size alone to `differences.json` (split → rows, see `compared`).
     """
-    trained = {name: checkpoint.load(folder / name) for name in plan(config)}
     rates: dict[str, dict[str, list[dict]]] = {}
     differences: dict[str, list[dict]] = {}
     tables = []
     for split in config.test_splits:
-        rates[split] = {}
-        for name, loaded in trained.items():
-            rates[split][name] = evaluated(loaded, config, split, folder / name)
-        differences[split] = compared(trained, config, split)
+        folders = {}
+        for name in trainings:
+            folders[name] = evaluated(folder / name, split)
+        scores = read_scores(folders, config, split)
+        rates[split] = rates_of(trainings, scores, config)
+        differences[split] = compared(trainings, scores, config)
         tables.append(rate_table(split, rates[split], config))
         tables.append(difference_table(split, differences[split], config))
-    text = "\n".join([*tables, NOTE + "\n"])
+    text = "\n".join([*tables, seeds_of_ways(trainings, config), NOTE + "\n"])
     write(folder / "study.json", json.dumps(rates, indent=2) + "\n")
     write(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
     write(folder / "study.md", text)
@@ -80,88 +152,153 @@ def results(config: Config, folder: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a text as UTF-8."""
-    path.write_text(text, encoding="utf-8")
+    files.write(path, text.encode())
 
 
-def evaluated(loaded: checkpoint.Checkpoint, config: Config, split: str, run: Path) -> list[dict]:
-    """Return the rows of an evaluation, one for each size, from its file if it is there."""
+def evaluated(run: Path, split: str) -> Path:
+    """Return the folder with the evaluation of a run, which is made where it is missing."""
+    loaded = checkpoint.load(run)
     output = run / "evaluation" / loaded.path.stem / split
-    file = output / "results.json"
-    if not file.exists():
-        evaluate(loaded, config, split, output)
-    report = json.loads(file.read_text(encoding="utf-8"))
-    return report["sizes"]
+    if not (output / "results.json").exists():
+        evaluate(System(loaded.path, loaded.model.config, loaded), split, output)
+    return output
 
 
-def compared(trained: dict[str, checkpoint.Checkpoint], config: Config, split: str) -> list[dict]:
-    """Return the differences of error rates between each method and the same size alone.
+def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
+    """Return what evaluations of a split found. `folders`: where `evaluate` wrote each one.
 
-    Each row has `method`, `size`, the `measure` (wer or cer), the `rates` of both, their
-    `difference`, its 95% `interval` and the `verdict` on the method.
+    Counted are the utterances that all of them could read.
     """
-    names = list(trained)
-    sides = [[System(loaded.path, config, loaded)] for loaded in trained.values()]
+    reports = {}
+    for name, folder in folders.items():
+        reports[name] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    unreadable = set()
+    for report in reports.values():
+        unreadable.update(report["left_out"].get(UNREADABLE, {}))
+    corpus = read_corpus(corpus_root(config), [split], config)
+    utterances = [u for u in corpus.utterances if u.id not in unreadable]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    scores = Scores("wer" if blanks else "cer", {}, {})
+    for name, report in reports.items():
+        for row in report["sizes"]:
+            size = row["size"]
+            texts = read_hypotheses(folders[name] / f"hyp-{size}.trn", utterances, config)
+            scores.rows[name, size] = row
+            scores.errors[name, size] = errors_of(utterances, texts, blanks)
+    return scores
+
+
+def runs_of(trainings: dict[str, Config], way: str, size: int) -> dict[int, str]:
+    """Return seed → name of the trainings that have a size by one way to train."""
+    wanted = f"{way}-{size}" if way in ONE_SIZE else way
+    found = {}
+    for name, planned in trainings.items():
+        if name.partition("/")[2] == wanted:
+            found[planned.seed] = name
+    return found
+
+
+def rates_of(trainings: dict[str, Config], scores: Scores, config: Config) -> dict[str, list[dict]]:
+    """Return way to train → rows of a split, largest size first.
+
+    Each row has `size`, the `measure` (wer or cer), and under the measure's name the mean rate of
+    all seeds, its 95% `interval`, the rate of each of the `seeds`, and the mean `parameters` and
+    `macs`.
+    """
+    rates: dict[str, list[dict]] = {}
+    for way in WAYS:
+        rates[way] = []
+        for size in reversed(config.sizes):
+            names = runs_of(trainings, way, size)
+            errors = [scores.errors[name, size] for name in names.values()]
+            rows = [scores.rows[name, size] for name in names.values()]
+            row = dict(size=size, measure=scores.measure)
+            row[scores.measure] = mean_rate(errors)
+            row["interval"] = interval(*errors)
+            row["seeds"] = {}
+            for seed, of_seed in zip(names, errors, strict=True):
+                row["seeds"][seed] = mean_rate([of_seed])
+            row["parameters"] = round(fmean(of_seed["parameters"] for of_seed in rows))
+            row["macs"] = round(fmean(of_seed["macs"] for of_seed in rows))
+            rates[way].append(row)
+    return rates
+
+
+def compared(trainings: dict[str, Config], scores: Scores, config: Config) -> list[dict]:
+    """Return the differences of error rates between each way to train and the same size alone.
+
+    Each row has `method`, `size`, the `seeds` that both were trained with, the `measure` (wer or
+    cer), the `rates` of both, their `difference`, its 95% `interval` and the `verdict` on the
+    method.
+    """
     rows = []
-    for row in compare(sides, split):
-        first, size = row["first"]
-        second, _ = row["second"]
-        method = names[first]
-        if method in SHARED and names[second] == f"alone-{size}":
-            verdict = row["verdict"]
-            found = dict(
-                method=method,
-                size=size,
-                verdict=VERDICTS.get(verdict, verdict),
-                measure=row["measure"],
-                rates=row["rates"],
-                difference=row["difference"],
-                interval=row["interval"],
-            )
-            rows.append(found)
+    for way in WAYS[1:]:
+        for size in reversed(config.sizes):
+            alone = runs_of(trainings, "alone", size)
+            names = runs_of(trainings, way, size)
+            first = [scores.errors[name, size] for name in names.values()]
+            second = [scores.errors[alone[seed], size] for seed in names]
+            row = dict(method=way, size=size, seeds=list(names), measure=scores.measure)
+            rows.append(row | verdict(first, second))
     return rows
 
 
-def rate_table(split: str, rows: dict[str, list[dict]], config: Config) -> str:
-    """Return the word error rates on a split, in percent with 95% intervals, largest size first."""
-    cells = {}
-    for name, sizes in rows.items():
-        for row in sizes:
-            cells[name, row["size"]] = rate(row)
-    lines = [[f"{split}: size", "alone", *SHARED]]
-    for size in reversed(config.sizes):
-        names = [f"alone-{size}", *SHARED]
-        rates = [cells[name, size] for name in names]
-        lines.append([str(size), *rates])
-    return markdown(lines)
+def verdict(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
+    """Return `evaluation.difference` with a `verdict` on the first side."""
+    found = difference(first, second)
+    found["verdict"] = VERDICTS.get(found["verdict"], found["verdict"])
+    return found
+
+
+# The tables.
+
+
+def rate_table(split: str, rates: dict[str, list[dict]], config: Config) -> str:
+    """Return the error rates on a split, in percent with 95% intervals, largest size first."""
+    rows = []
+    for place, size in enumerate(reversed(config.sizes)):
+        cells = [rate(rates[way][place]) for way in WAYS]
+        rows.append([size, *cells])
+    measure = rates["alone"][0]["measure"].upper()
+    return table([f"{split}, {measure}: size", *WAYS], rows)
 
 
 def difference_table(split: str, rows: list[dict], config: Config) -> str:
     """Return the differences on a split with their intervals and verdicts, largest size first."""
     cells = {(row["method"], row["size"]): change(row) for row in rows}
-    names = [f"{method} − alone" for method in SHARED]
-    lines = [[f"{split}: size", *names]]
+    names = [f"{way} − alone" for way in WAYS[1:]]
+    lines = []
     for size in reversed(config.sizes):
-        changes = [cells[method, size] for method in SHARED]
-        lines.append([str(size), *changes])
-    return markdown(lines)
+        lines.append([size, *(cells[way, size] for way in WAYS[1:])])
+    return table([f"{split}: size", *names], lines)
+
+
+def seeds_of_ways(trainings: dict[str, Config], config: Config) -> str:
+    """Return a sentence on the seeds of each way to train, for below the tables."""
+    of_way: dict[str, str] = {}
+    for way in WAYS:
+        seeds = runs_of(trainings, way, config.sizes[-1])
+        of_way[way] = " and ".join(map(str, seeds))
+    ways_of: dict[str, list[str]] = {}
+    for way, seeds in of_way.items():
+        ways_of.setdefault(seeds, []).append(way)
+    parts = [f"{seeds}: {', '.join(ways)}" for seeds, ways in ways_of.items()]
+    return f"Means of the trainings with seed {'; with seed '.join(parts)}.\n"
 
 
 def rate(row: dict) -> str:
-    """Return a word error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
-    wer = 100 * row["wer"]
+    """Return an error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
+    value = 100 * row[row["measure"]]
     low, high = (100 * bound for bound in row["interval"])
-    return f"{wer:.2f}% [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}% [{low:.2f}, {high:.2f}]"
 
 
 def change(row: dict) -> str:
-    """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`."""
-    difference = 100 * row["difference"]
+    """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`.
+
+    The verdict is left out where the difference is not significant.
+    """
+    value = 100 * row["difference"]
     low, high = (100 * bound for bound in row["interval"])
-    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}] {row['verdict']}"
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Return a table of which the first line is the header."""
-    header, *rest = (f"| {' | '.join(cells)} |\n" for cells in lines)
-    rule = "|" + " ---: |" * len(lines[0]) + "\n"
-    return header + rule + "".join(rest)
+    told = f" {row['verdict']}" if row["verdict"] in VERDICTS.values() else ""
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}"

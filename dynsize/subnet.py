@@ -11,7 +11,7 @@ from torch import nn
 from dynsize.config import LAYERS, Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames, log_mel
-from dynsize.supernet import Supernet
+from dynsize.supernet import Supernet, layer_name
 
 
 def cut(model: Supernet, size: int) -> Supernet:
@@ -83,6 +83,17 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
         flag = budget.replace("_", "-")
         raise ValueError(f"--{flag} {limit:g}: a subnet of one layer has {cost(1):,.10g} already")
     return size
+
+
+def costs(model: Supernet, size: int) -> dict:
+    """Return the `parameters` of a size, its `macs` for 1 s of audio, and the `layers` it keeps."""
+    layers = kept_names(model, size)
+    return dict(parameters=parameters(model, size), macs=macs(model, size), layers=layers)
+
+
+def kept_names(model: Supernet, size: int) -> list[str]:
+    """Return the names of the layers that a size keeps, from the input on."""
+    return [layer_name(layer) for layer, kept in enumerate(model.mask(size)) if kept]
 
 
 def parameters(model: Supernet, size: int | None = None) -> int:

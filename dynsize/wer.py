@@ -196,9 +196,13 @@ def writes_blanks(texts: Iterable[str]) -> bool:
     return 2 * without <= len(letters)
 
 
-def interval(errors: Sequence[Errors]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances."""
-    rates = redrawn_rates([errors])  # (draws, 1)
+def interval(*runs: Sequence[Errors]) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances.
+
+    Of several runs, on the same utterances, it is the interval of their mean rate, over utterances
+    and runs as in `paired_interval`.
+    """
+    rates = redrawn_rates(runs)  # (draws, 1)
     low, high = np.quantile(rates[:, 0], [0.025, 0.975])
     return float(low), float(high)
 

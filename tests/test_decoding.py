@@ -63,14 +63,15 @@ def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     monkeypatch.setattr(decoding, "WEIGHTS", (0.0, 0.5))
     monkeypatch.setattr(decoding, "BONUSES", (0.0, -20.0))
-    decoded_splits = []
+    read_splits = []
     read = decoding.read_corpus
-    monkeypatch.setattr(decoding, "read_corpus", lambda *a: decoded_splits.extend(a[1]) or read(*a))
+    monkeypatch.setattr(decoding, "read_corpus", lambda *a: read_splits.extend(a[1]) or read(*a))
     lm = run / "tones.arpa"
     arguments = (run, "--split", "test-other", "--output", tmp_path, "--lm", lm, "--beam", 2)
     code, shown, error = evaluate(*arguments, "--tune-lm")
     assert (code, error) == (0, "")
-    assert decoded_splits == ["dev-clean", "dev-other"]
+    words_of, *tuned_on = read_splits  # the words of test-other are looked up in the model
+    assert words_of == "test-other" and tuned_on == ["dev-clean", "dev-other"]
     assert "lacks 0 of " in shown
     found = json.loads((tmp_path / "decoding.json").read_text())
     assert len(found["tried"]) == 4 and found["lm"] == str(lm) and found["beam"] == 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import sys
 from collections import Counter
@@ -140,7 +141,7 @@ def test_a_file_of_one_size_has_no_other_layers(single):
     count = Counter(operators(onnx.load(path).graph))
     assert count["If"] == count["Softmax"] - 1 == 0  # self-attention is kept
     content = json.loads(onnx_session(path).get_modelmeta().custom_metadata_map["dynsize"])
-    assert content["layers"] == {"2": ["1.ff1", "1.mhsa"]}
+    assert content["costs"]["2"]["layers"] == ["1.ff1", "1.mhsa"]
     assert content["facts"]["sample_rate"] == RATE and content["facts"]["sizes"] == [2]
 
 
@@ -234,3 +235,75 @@ def test_refuses_files_that_it_did_not_write(tmp_path):
     )
     with pytest.raises(ValueError, match=r"other\.onnx: its format is none of dynsize's"):
         dynsize.load(tmp_path / "other.onnx")
+
+
+# evaluate.py with files.
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs evaluate.py, here and now. Returns its exit code, its output and its errors."""
+    main = runpy.run_path(str(Path(__file__).parents[1] / "evaluate.py"))["main"]
+
+    def evaluate(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return evaluate
+
+
+def test_a_file_is_evaluated_like_its_checkpoint(supernet, evaluate, tones, tmp_path):
+    corpus = ("--corpus", tones, "--split", "test-clean")
+    rows = {}
+    for name in ("checkpoint.pt", "supernet.onnx", "supernet-int8.onnx"):
+        output = tmp_path / name
+        code, shown, error = evaluate(beside(supernet, name), *corpus, "--output", output)
+        assert (code, error) == (0, "")
+        assert ("onnxruntime" in shown) == name.endswith(".onnx")
+        report = json.loads((output / "test-clean" / "results.json").read_text())
+        rows[name] = [row | dict(real_time_factor=0) for row in report["sizes"]]
+    assert rows["supernet.onnx"] == rows["checkpoint.pt"]
+    assert [row["size"] for row in rows["checkpoint.pt"]] == [4, 2, 1]
+    costs = ("size", "parameters", "macs", "layers")
+    for exact, rounded in zip(rows["supernet.onnx"], rows["supernet-int8.onnx"], strict=True):
+        assert [exact[name] for name in costs] == [rounded[name] for name in costs]
+    trn = [tmp_path / name / "test-clean" / "hyp-2.trn" for name in rows]
+    assert trn[0].read_bytes() == trn[1].read_bytes()
+
+
+def test_files_are_compared_like_checkpoints(supernet, single, evaluate, tones):
+    corpus = ("--corpus", tones, "--split", "test-other")
+    paths = [beside(supernet, "checkpoint.pt"), beside(supernet, "supernet.onnx")]
+    code, shown, error = evaluate("--compare", *paths, *corpus)
+    assert (code, error) == (0, "")
+    same = r"\| 1, size \d \| 2, size \d \|.*\+0.00 \| \+0.00 to \+0.00 \| not significantly"
+    assert len(re.findall(same, shown)) == 3
+    paths = [beside(single, f"size-2{kind}.onnx") for kind in ("", "-int8")]
+    code, shown, error = evaluate("--compare", *paths, *corpus, "--beam", 2)
+    assert (code, error) == (0, "") and "| 1, size 2 | 2, size 2 |" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (("--device", "cuda"), "--device cuda is for checkpoints"),
+        (("--precision", "bfloat16"), "--precision bfloat16 is for checkpoints"),
+        (("--batch-seconds", "9"), "--batch-seconds 9.0 is for checkpoints"),
+        (("--split", "../x"), "--split ../x"),
+    ],
+)
+def test_flags_that_a_file_cannot_follow_are_refused(single, evaluate, tones, arguments, why):
+    code, _, error = evaluate(beside(single, "size-2.onnx"), "--corpus", tones, *arguments)
+    assert code == 2 and why in error and error.count("\n") == 1
+
+
+def test_evaluate_refuses_files_that_are_no_networks(evaluate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("a b c")
+    for arguments in (("text.onnx",), ("--compare", "text.onnx", "missing.onnx")):
+        code, _, error = evaluate(*arguments)
+        assert code == 2 and "text.onnx: not an ONNX file" in error and error.count("\n") == 1

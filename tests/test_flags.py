@@ -30,7 +30,7 @@ SLOW = {
 WHOLE = ["--threads 0", "--threads -1", "--threads 99999", "--threads x", "--processes 0",
          "--processes x", "--processes 2 --study", "--resume nowhere", "--resume nowhere --study",
          "--resume=nowhere --seed=7", "--study --overwrite", "--preset nothing", "--preset",
-         "--colour red", "--run"]  # fmt: skip
+         "--study x", "--study -1", "--study 0 1 --seed 2", "--colour red", "--run"]  # fmt: skip
 PRUNING = ["--max-params", "--max-macs", "--max-latency-ms", "--audio-seconds", "--updates",
            "--seed", "--sizes"]  # fmt: skip
 

@@ -65,20 +65,37 @@ def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **conf
     return run
 
 
-def result(size: int, wer: float) -> dict:
-    costs = dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
+def result(size: int, wer: float, **costs: float) -> dict:
+    costs |= dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
     return dict(size=size, wer=wer, interval=(0.9 * wer, 1.1 * wer), **costs)
 
 
-def write_study(folder: Path) -> Path:
+def write_study(folder: Path, measure: str = "wer") -> Path:
     folder.mkdir()
     ways: dict[str, list[dict]] = {
-        way: [result(size, 0.3 / size + 0.001 * place) for size in SIZES]
-        for place, way in enumerate(("simple-top-k", "layerdrop", "simple-top-k int8"))
+        way: [result(size, 0.31 / size + 0.001 * place) for size in SIZES]
+        for place, way in enumerate(("alone", "simple-top-k", "layerdrop", "distilled"))
     }
-    ways |= {f"alone-{size}": [result(size, 0.31 / size)] for size in SIZES}
+    for row in (row for rows in ways.values() for row in rows):
+        row["measure"] = measure
+        row[measure] = row.pop("wer")
     (folder / "study.json").write_text(json.dumps({"test-clean": ways, "test-other": ways}))
     return folder
+
+
+def write_compression(folder: Path) -> Path:
+    rows = []
+    for size in SIZES:
+        for place, network in enumerate(("cut", "alone", "distilled")):
+            for numbers in ("float32", "int8"):
+                rates = result(size, 0.31 / size + 0.001 * place)
+                splits = {split: rates | dict(measure="wer") for split in ("clean", "other")}
+                factor = 1.0 if numbers == "float32" else 0.4
+                costs = dict(bytes=5e5 * size * factor, milliseconds=2 * size * factor)
+                found = dict(size=size, network=network, numbers=numbers, splits=splits)
+                rows.append(found | costs)
+    (folder / "compression.json").write_text(json.dumps(dict(rows=rows)))
+    return folder / "compression.json"
 
 
 def shown_texts(figure: Figure) -> list[Text]:
@@ -142,7 +159,7 @@ def test_axes_have_labels_with_units_and_an_svg_has_them_as_text(pictures):
         "cost": [
             "test-clean: WER (%)",
             "parameters (millions)",
-            "MACs for 1 s of audio (billions)",
+            "MACs for 1 s of audio (millions)",
             "decoding time for 1 s of audio (ms)",
         ],
     }
@@ -165,11 +182,13 @@ def test_no_texts_of_a_run_overlap(blocks, sizes):
 def test_no_texts_of_a_study_or_a_drawing_overlap(tmp_path):
     results = plots.read_results(write_study(tmp_path / "study"))
     with mpl.rc_context(plots.STYLE):
-        assert_no_overlap(plots.cost_figure(results))
+        assert_no_overlap(plots.cost_figure(results, ["macs"]))
         for ways in results.values():
             for row in (row for rows in ways.values() for row in rows):
                 row["milliseconds"] = {3: 1.0, 5: 2.9, 8: 3.0}[row["size"]]
-        assert_no_overlap(plots.cost_figure(results))
+        assert_no_overlap(plots.cost_figure(results, list(plots.COSTS)))
+        compression = plots.read_json(write_compression(tmp_path))
+        assert_no_overlap(plots.compression_figure(compression))
         assert_no_overlap(plots.streams_figure())
         assert_no_overlap(plots.steps_figure())
 
@@ -206,20 +225,39 @@ def test_the_shade_of_a_row_is_the_score_of_its_layer_where_it_is_among_the_k_be
 
 def test_points_and_intervals_are_those_of_the_results(tmp_path):
     results = plots.read_results(write_study(tmp_path / "study"))
-    axes = plots.cost_figure(results).axes[0]
+    axes = plots.cost_figure(results, ["macs"]).axes[0]
     drawn = {container.get_label(): container for container in axes.containers}
-    assert set(drawn) == {"alone", "simple-top-k", "layerdrop", "simple-top-k int8"}
+    assert set(drawn) == {"alone", "simple-top-k", "layerdrop", "distilled"}
     line, _, (bars,) = drawn["alone"]
-    assert line.get_xdata().tolist() == pytest.approx([0.1 * size for size in SIZES])
+    assert line.get_xdata().tolist() == pytest.approx([10 * size for size in SIZES])
     assert line.get_ydata().tolist() == pytest.approx([31 / size for size in SIZES])
     for size, segment in zip(SIZES, bars.get_segments(), strict=True):
         assert segment[:, 1].tolist() == pytest.approx([0.9 * 31 / size, 1.1 * 31 / size])
 
 
+def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp_path):
+    compression = plots.read_json(write_compression(tmp_path))
+    by_bytes, by_time, *_ = plots.compression_figure(compression).axes
+    for axes, factor in ((by_bytes, 0.5), (by_time, 2.0)):
+        drawn = {container.get_label(): container[0] for container in axes.containers}
+        assert set(drawn) == {
+            f"{way}{kind}"
+            for way in ("alone", "simple-top-k", "distilled")
+            for kind in ("", " int8")
+        }
+        for way, line in drawn.items():
+            smaller = 0.4 if way.endswith("int8") else 1.0
+            expected = [factor * smaller * size for size in SIZES]
+            assert line.get_xdata().tolist() == pytest.approx(expected)
+            assert (line.get_markerfacecolor() == "white") == way.endswith("int8")
+
+
 def test_one_way_to_train_has_one_colour_and_marker(tmp_path):
     results = plots.read_results(write_study(tmp_path / "study"))
-    for axes in plots.cost_figure(results).axes[:6]:
-        for container in axes.containers:
+    compression = plots.read_json(write_compression(tmp_path))
+    figures = [plots.cost_figure(results, ["macs"]), plots.compression_figure(compression)]
+    for figure in figures:
+        for container in (c for axes in figure.axes for c in axes.containers):
             mark = plots.MARKS[plots.mark_name(container.get_label())]
             assert container[0].get_color() == mark.colour
             assert container[0].get_marker() == mark.marker
@@ -268,7 +306,7 @@ def test_results_are_named_by_how_their_network_was_trained(tmp_path, settings, 
 
 def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
     rows = [result(8, 0.0) | dict(interval=(0.0, 0.0))]
-    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}})
+    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}}, ["macs"])
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert math.isfinite(high)
@@ -276,11 +314,13 @@ def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
 
 
 def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
-    study, pictures = write_study(tmp_path / "study"), tmp_path / "pictures"
+    study, pictures = write_study(tmp_path / "study", "cer"), tmp_path / "pictures"
+    write_compression(study)
     plots.main([str(study), str(pictures)])
     plots.main(["--drawings", str(pictures)])
     names = {path.name for path in pictures.glob("*.svg")}
-    assert names == {"cost.svg", "streams.svg", "steps.svg"}
+    assert names == {"cost.svg", "compression.svg", "streams.svg", "steps.svg"}
+    assert "test-clean: CER (%)" in (pictures / "cost.svg").read_text()
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as end:
         plots.main([str(tmp_path / "empty"), str(tmp_path / "none")])

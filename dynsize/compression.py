@@ -1,0 +1,330 @@
+"""Compression side by side: each size cut from a supernet, trained alone, and distilled.
+
+Each network becomes an ONNX file in float32 and one in int8. What the files cost and how well they
+recognise is one table. Another one has what choosing the size at run time costs.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynsize import checkpoint, export
+from dynsize.config import Config
+from dynsize.evaluation import evaluate, mean_rate, open_system
+from dynsize.recogniser import LATENCY_SECONDS, Network, network_of, open_onnx
+from dynsize.report import millions, table
+from dynsize.study import Scores, change, rate, read_scores, verdict, write
+from dynsize.subnet import cut, weights_in
+from dynsize.terminal import processor
+from dynsize.wer import interval
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
+NETWORKS = {  # network of a size → the run directory that it comes from
+    "cut": "simple-top-k",
+    "alone": "alone-{size}",
+    "distilled": "distilled-{size}",
+}
+NUMBERS = ("float32", "int8")
+ROUNDS = 15  # in each of which everything is timed once
+NOTE = (
+    "cut: out of the supernet by Simple-Top-k; alone: trained alone; distilled: trained alone with "
+    "the largest size alone as its teacher. All have seed {seed}. File: ONNX, with the features. "
+    "Time: from 10 s of samples to log-probabilities on one thread of {hardware}, the median of "
+    "{rounds} rounds in which every file runs once. Intervals: 95%, over utterances.\n"
+)
+INT8_NOTE = (
+    "int8 minus float32 of the same network, in percent points, on the same utterances. Better, "
+    "worse: the 95% interval does not contain 0.\n"
+)
+CHOICE_NOTE = (
+    "A size that is chosen at run time, inside the supernet, against the same size cut out of it, "
+    "timed in the same way. Weights: bytes of the ONNX file, or of the float32 weights in torch. "
+    "First / second: times of the first and the second utterance after another size ran.\n"
+)
+
+
+def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
+    """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
+
+    Exports, evaluates and times what FOLDER/compression lacks; where `timings.json` in it is
+    deleted, everything is timed again. Writes the rows of the tables to `compression.json`. Raises
+    ValueError where a package of the extra `onnx` is missing.
+    """
+    output = folder / "compression"
+    output.mkdir(exist_ok=True)
+    seed = next(iter(trainings.values())).seed
+    runs = folder / f"seed-{seed}"
+    files = exported(config, runs, output)
+    scores: dict[str, Scores] = {}
+    for split in config.test_splits:
+        folders = {name: evaluated(file, split) for name, file in files.items()}
+        scores[split] = read_scores(folders, config, split)
+    timings = timed(config, runs, files)
+    found = dict(
+        seed=seed,
+        hardware=timings["hardware"],
+        rows=rows_of(config, files, scores, timings["milliseconds"]),
+        int8=int8_rows(config, scores),
+        choice=timings["choice"],
+    )
+    text = text_of(found, config)
+    write(folder / "compression.json", json.dumps(found, indent=2) + "\n")
+    write(folder / "compression.md", text)
+    return text
+
+
+# Files and error rates.
+
+
+def name_of(network: str, size: int, numbers: str) -> str:
+    """Return the name of a network's file without its ending. Example: `cut-8-int8`."""
+    suffix = "" if numbers == "float32" else f"-{numbers}"
+    return f"{network}-{size}{suffix}"
+
+
+def exported(config: Config, runs: Path, output: Path) -> dict[str, Path]:
+    """Return name → ONNX file of each size of each network; writes those that are missing."""
+    files = {}
+    for size in reversed(config.sizes):
+        for network, run in NETWORKS.items():
+            exact, rounded = (name_of(network, size, numbers) for numbers in NUMBERS)
+            files[exact] = output / f"{exact}.onnx"
+            files[rounded] = output / f"{rounded}.onnx"
+            if not files[exact].exists():
+                loaded = checkpoint.load(runs / run.format(size=size))
+                export.export(loaded, size, files[exact])
+            if not files[rounded].exists():
+                export.quantize(files[exact], files[rounded])
+    return files
+
+
+def evaluated(file: Path, split: str) -> Path:
+    """Return the folder with the evaluation of an ONNX file, which is made where it is missing."""
+    output = file.parent / "evaluation" / file.stem / split
+    if not (output / "results.json").exists():
+        evaluate(open_system(file, {}), split, output)
+    return output
+
+
+def rows_of(
+    config: Config,
+    files: dict[str, Path],
+    scores: dict[str, Scores],
+    milliseconds: dict[str, float],
+) -> list[dict]:
+    """Return a row for each file: its error rates on each of the `splits`, and what it costs."""
+    rows = []
+    for size in reversed(config.sizes):
+        for network in NETWORKS:
+            for numbers in NUMBERS:
+                name = name_of(network, size, numbers)
+                splits = {}
+                for split, of_split in scores.items():
+                    errors = of_split.errors[name, size]
+                    splits[split] = dict(measure=of_split.measure, interval=interval(errors))
+                    splits[split][of_split.measure] = mean_rate([errors])
+                costs = of_split.rows[name, size]
+                row = dict(
+                    size=size,
+                    network=network,
+                    numbers=numbers,
+                    splits=splits,
+                    bytes=files[name].stat().st_size,
+                    parameters=costs["parameters"],
+                    macs=costs["macs"],
+                    milliseconds=milliseconds[name],
+                )
+                rows.append(row)
+    return rows
+
+
+def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
+    """Return the difference of error rates between int8 and float32, for each split and network."""
+    rows = []
+    for split, of_split in scores.items():
+        for size in reversed(config.sizes):
+            for network in NETWORKS:
+                names = [name_of(network, size, numbers) for numbers in NUMBERS]
+                exact, rounded = ([of_split.errors[name, size]] for name in names)
+                row = dict(split=split, size=size, network=network, measure=of_split.measure)
+                rows.append(row | verdict(rounded, exact))
+    return rows
+
+
+# Times.
+
+
+def timed(config: Config, runs: Path, files: dict[str, Path]) -> dict:
+    """Return what `timings.json` beside the files holds; measures it where that is missing."""
+    path = next(iter(files.values())).with_name("timings.json")
+    if not path.exists():
+        with one_thread():
+            found = dict(
+                hardware=processor(torch.device("cpu")),
+                milliseconds=file_milliseconds(files),
+                choice=choice_rows(config, runs / NETWORKS["cut"], files),
+            )
+        write(path, json.dumps(found, indent=2) + "\n")
+    return json.loads(path.read_bytes())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch, and the ONNX files that are opened meanwhile, compute on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def file_milliseconds(files: dict[str, Path]) -> dict[str, float]:
+    """Return name → milliseconds that each ONNX file of one size takes for 10 s of audio."""
+    calls = {}
+    for name, path in files.items():
+        file = open_onnx(path)
+        (size,) = file.facts.sizes
+        calls[name] = partial(file.network, noise(file.facts.sample_rate), size)
+    return in_turn(calls)
+
+
+def choice_rows(config: Config, supernet: Path, files: dict[str, Path]) -> list[dict]:
+    """Return what each size costs inside the supernet and cut out of it, as ONNX and in torch.
+
+    Each row has the `milliseconds` for 10 s of audio and the bytes of the `weights`, [cut out,
+    inside] each, and `after_change`: the time of the first utterance after another size ran,
+    divided by the time of the second.
+    """
+    loaded = checkpoint.load(supernet)
+    path = next(iter(files.values())).with_name("supernet.onnx")
+    if not path.exists():
+        export.export(loaded, None, path)
+    audio = noise(config.sample_rate)
+    shared = {"ONNX": open_onnx(path).network, "torch": network_of(loaded.model)}
+    shared_bytes = {"ONNX": path.stat().st_size, "torch": 4 * weights_in(loaded.model)}
+    calls: dict[tuple[str, int, str], Callable[[], object]] = {}
+    cut_bytes = {}
+    for size in reversed(config.sizes):
+        file = files[name_of("cut", size, "float32")]
+        subnet = cut(loaded.model, size)
+        single = {"ONNX": open_onnx(file).network, "torch": network_of(subnet)}
+        cut_bytes["ONNX", size] = file.stat().st_size
+        cut_bytes["torch", size] = 4 * weights_in(subnet)
+        for form in shared:
+            calls[form, size, "cut"] = partial(single[form], audio, size)
+            calls[form, size, "inside"] = partial(shared[form], audio, size)
+    taken = in_turn(calls)
+    rows = []
+    for form, network in shared.items():
+        for size in reversed(config.sizes):
+            row = dict(
+                size=size,
+                form=form,
+                milliseconds=[taken[form, size, "cut"], taken[form, size, "inside"]],
+                weights=[cut_bytes[form, size], shared_bytes[form]],
+                after_change=after_change(network, audio, size, config.sizes),
+            )
+            rows.append(row)
+    return rows
+
+
+def noise(sample_rate: int) -> Tensor:
+    """Return 10 s of noise, (samples,)."""
+    generator = torch.Generator().manual_seed(0)
+    return 0.1 * torch.randn(round(LATENCY_SECONDS * sample_rate), generator=generator)
+
+
+def in_turn(calls: Mapping[object, Callable[[], object]]) -> dict:
+    """Return the median milliseconds of each call, over rounds in which each is called once.
+
+    One round more, the first, does not count.
+    """
+    taken: dict[object, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS + 1):
+        for name, call in calls.items():
+            taken[name].append(milliseconds_of(call))
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def after_change(network: Network, audio: Tensor, size: int, sizes: Sequence[int]) -> float:
+    """Return the time of the first utterance after another size ran, over that of the second."""
+    other = sizes[0] if size == sizes[-1] else sizes[-1]
+    call = partial(network, audio, size)
+    first = []
+    second = []
+    for _ in range(ROUNDS + 1):
+        network(audio, other)
+        first.append(milliseconds_of(call))
+        second.append(milliseconds_of(call))
+    return statistics.median(first[1:]) / statistics.median(second[1:])
+
+
+def milliseconds_of(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+# The tables.
+
+
+def text_of(found: dict, config: Config) -> str:
+    """Return all tables in Markdown, with notes."""
+    note = NOTE.format(seed=found["seed"], hardware=found["hardware"], rounds=ROUNDS)
+    parts = [file_table(found["rows"]), note]
+    for split in config.test_splits:
+        rows = [row for row in found["int8"] if row["split"] == split]
+        parts.append(int8_table(split, rows, config))
+    parts += [INT8_NOTE, choice_table(found["choice"]), CHOICE_NOTE]
+    return "\n".join(parts)
+
+
+def file_table(rows: list[dict]) -> str:
+    """Return what each file costs and how well it recognises, largest size first."""
+    splits = rows[0]["splits"]
+    lines = []
+    for row in rows:
+        rates = [rate(of_split) for of_split in row["splits"].values()]
+        cells = [row["size"], row["network"], row["numbers"], *rates]
+        cells += [megabytes(row["bytes"]), millions(row["parameters"]), millions(row["macs"])]
+        lines.append([*cells, f"{row['milliseconds']:.1f} ms"])
+    rates = [f"{split} {of_split['measure'].upper()}" for split, of_split in splits.items()]
+    costs = ["file", "parameters", "MACs for 1 s", "10 s take"]
+    return table(["size", "network", "numbers", *rates, *costs], lines, text_columns=3)
+
+
+def int8_table(split: str, rows: list[dict], config: Config) -> str:
+    """Return what int8 changes of the error rates on a split."""
+    cells = {(row["network"], row["size"]): change(row) for row in rows}
+    lines = []
+    for size in reversed(config.sizes):
+        lines.append([size, *(cells[network, size] for network in NETWORKS)])
+    return table([f"{split}, int8 − float32: size", *NETWORKS], lines)
+
+
+def choice_table(rows: list[dict]) -> str:
+    """Return what choosing the size at run time costs."""
+    lines = []
+    for row in rows:
+        cut_ms, inside_ms = row["milliseconds"]
+        cut_bytes, inside_bytes = row["weights"]
+        cells = [row["form"], row["size"]]
+        cells += [f"{cut_ms:.1f} ms", f"{inside_ms:.1f} ms", f"{inside_ms / cut_ms:.2f}"]
+        cells += [megabytes(cut_bytes), megabytes(inside_bytes), f"{row['after_change']:.2f}"]
+        lines.append(cells)
+    times = ["10 s, cut out", "10 s, inside", "inside / cut out"]
+    weights = ["weights, cut out", "weights, inside"]
+    return table(["", "size", *times, *weights, "first / second"], lines, text_columns=1)
+
+
+def megabytes(number: int) -> str:
+    return f"{number / 1e6:.2f} MB"

@@ -1,0 +1,326 @@
+"""A study of two seeds: its plan, going on with it, its tables, and its table of compression."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import tiny
+
+from dynsize import checkpoint, compression, evaluation, export
+from dynsize.config import Config
+from dynsize.recogniser import OnnxFile, facts_of, network_of
+from dynsize.study import next_training, plan, results
+from dynsize.subnet import costs, cut, weights_in
+
+SIZES = (3, 8)
+FIRST = [
+    *("seed-0/simple-top-k", "seed-0/iterative-zero-out", "seed-0/ortho-softmax"),
+    *("seed-0/layerdrop", "seed-0/alone-3", "seed-0/alone-8"),
+    *("seed-0/distilled-3", "seed-0/distilled-8"),
+]
+FURTHER = [
+    *("seed-1/simple-top-k", "seed-1/iterative-zero-out"),
+    *("seed-1/alone-3", "seed-1/alone-8"),
+]
+HALF_DONE = "seed-1/simple-top-k"
+WAYS = "alone simple-top-k iterative-zero-out ortho-softmax layerdrop distilled".split()
+RATE = r" +[\d.]+% \[[\d.]+, [\d.]+\] \|"
+CHANGE = r" +[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\](?: better| worse)? \|"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    config: Config
+    folder: Path
+    before: dict[str, int]  # training → when its checkpoint was written before the study went on
+    text: str  # of its tables
+
+    @property
+    def trainings(self) -> dict[str, Config]:
+        return plan(self.config, [0, 1], self.folder)
+
+    def read(self, name: str) -> dict:
+        return json.loads((self.folder / name).read_text())
+
+    def rate(self, name: str, split: str, size: int) -> float:
+        """The word error rate that an evaluation of one training has written."""
+        report = self.read(f"{name}/evaluation/checkpoint/{split}/results.json")
+        return next(row["wer"] for row in report["sizes"] if row["size"] == size)
+
+
+def written(folder: Path, names: list[str]) -> dict[str, int]:
+    files = {name: folder / name / checkpoint.NAME for name in names}
+    return {name: file.stat().st_mtime_ns for name, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def study(tones, tmp_path_factory) -> Study:
+    """A study that was stopped inside its second seed, and then went on. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "study"
+    settings = dict(sizes=SIZES, updates=2, save_every=1, validate_every=2, peak_learning_rate=0.05)
+    settings |= dict(dev_splits=("dev-clean",), test_splits=("test-clean",))
+    config = tiny(corpus=str(tones), device="cpu", **settings)
+    trainings = plan(config, [0, 1], folder)
+    before: dict[str, int] = {}
+    while trainer := next_training(trainings, folder):
+        name = str(trainer.run.relative_to(folder))
+        for record in trainer.updates():
+            if name == HALF_DONE and record["update"] == 1 and not before:
+                break
+        if name == HALF_DONE and not before:
+            before = written(folder, [*FIRST, HALF_DONE])
+            assert trainer.done == 1
+        trainer.locked.close()
+    return Study(config, folder, before, results(config, trainings, folder))
+
+
+def test_the_plan_has_every_way_for_the_first_seed_and_the_papers_for_further_ones():
+    trainings = plan(tiny(sizes=SIZES), [0, 1], Path("runs/study"))
+    assert list(trainings) == FIRST + FURTHER  # a teacher comes before those that it teaches
+    for name, config in trainings.items():
+        seed, _, way = name.partition("/")
+        assert config.seed == int(seed.removeprefix("seed-"))
+        kind, _, size = way.rpartition("-")
+        if kind in ("alone", "distilled"):
+            assert (config.method, config.size, config.sizes) == ("none", int(size), (8,))
+        else:
+            assert (config.method, config.size, config.sizes) == (way, 0, SIZES)
+        teacher = "runs/study/seed-0/alone-8" if kind == "distilled" else ""
+        assert config.teacher == teacher
+    assert list(plan(tiny(sizes=SIZES), [1, 1], Path("x"))) == [
+        name.replace("seed-0", "seed-1") for name in FIRST
+    ]
+
+
+def test_a_study_of_two_seeds_goes_on_where_it_was_stopped(study):
+    after = written(study.folder, FIRST + FURTHER)
+    assert set(study.before) == {*FIRST, HALF_DONE}
+    for name, time in study.before.items():
+        assert (after[name] == time) == (name != HALF_DONE), name
+    for name in after:
+        assert checkpoint.load(study.folder / name).training["update"] == 2
+    updates = [json.loads(line)["update"] for line in metrics(study, HALF_DONE)]
+    assert max(updates) == 2
+    assert next_training(study.trainings, study.folder) is None
+
+
+def metrics(study: Study, name: str) -> list[str]:
+    return (study.folder / name / "metrics.jsonl").read_text().splitlines()
+
+
+def test_rates_are_the_means_of_the_seeds(study):
+    found = study.read("study.json")
+    assert list(found) == ["test-clean"]
+    for split, ways in found.items():
+        assert list(ways) == WAYS
+        for way, rows in ways.items():
+            assert [row["size"] for row in rows] == [8, 3]
+            seeds = ["0", "1"] if way in ("alone", *WAYS[1:3]) else ["0"]
+            for row in rows:
+                suffix = f"-{row['size']}" if way in ("alone", "distilled") else ""
+                rates = [
+                    study.rate(f"seed-{seed}/{way}{suffix}", split, row["size"]) for seed in seeds
+                ]
+                assert list(row["seeds"]) == seeds
+                assert list(row["seeds"].values()) == pytest.approx(rates)
+                assert row["wer"] == pytest.approx(fmean(rates))
+                assert row["interval"][0] <= row["wer"] <= row["interval"][1]
+    different = [
+        row["seeds"]["0"] != row["seeds"]["1"] for rows in found["test-clean"].values()
+        for row in rows if len(row["seeds"]) > 1
+    ]  # fmt: skip
+    assert any(different)
+
+
+def test_differences_are_to_the_size_alone_with_the_same_seeds(study):
+    rates = study.read("study.json")
+    for split, rows in study.read("differences.json").items():
+        pairs = [(row["method"], row["size"]) for row in rows]
+        assert pairs == [(way, size) for way in WAYS[1:] for size in (8, 3)]
+        of_split = {(way, r["size"]): r["seeds"] for way, of in rates[split].items() for r in of}
+        for row in rows:
+            first = of_split[row["method"], row["size"]]
+            second = of_split["alone", row["size"]]
+            assert row["seeds"] == [int(seed) for seed in first]
+            assert row["runs"] == [len(first), len(first)]
+            means = [fmean(first.values()), fmean(second[seed] for seed in first)]
+            assert row["rates"] == pytest.approx(means)
+            assert row["difference"] == pytest.approx(means[0] - means[1])
+            low, high = row["interval"]
+            verdict = (
+                "better" if high < 0 else "worse" if low > 0 else "not significantly different"
+            )
+            assert row["verdict"] == verdict
+
+
+def test_the_tables_have_a_row_for_each_size_and_a_column_for_each_way(study):
+    text = (study.folder / "study.md").read_text()
+    assert text == study.text
+    columns = r" \| +".join(WAYS)
+    assert re.search(rf"^\| test-clean, WER: size \| +{columns} \|$", text, re.M)
+    assert len(re.findall(rf"^\| +[83] \|(?:{RATE}){{6}}$", text, re.M)) == 2
+    assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{5}}$", text, re.M)) == 2
+    seeds = "with seed 0 and 1: alone, simple-top-k, iterative-zero-out; with seed 0: ortho-softmax"
+    assert seeds in text
+
+
+def test_a_study_without_folders_of_seeds_is_refused(study, tmp_path):
+    (tmp_path / "simple-top-k").symlink_to(study.folder / "seed-0" / "simple-top-k")
+    with pytest.raises(ValueError, match=r"simple-top-k: .* move those of one seed to .*seed-0"):
+        next_training(study.trainings, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["simple-top-k"]
+
+
+def test_a_training_with_other_settings_is_refused_and_the_settings_are_named(study):
+    other = dataclasses.replace(study.config, dropout=0.2, updates=3)
+    with pytest.raises(ValueError, match=r"\(--dropout 0.1, not 0.2, --updates 2, not 3\)"):
+        next_training(plan(other, [0, 1], study.folder), study.folder)
+
+
+def test_another_path_of_the_same_teacher_is_the_same_training(study, tmp_path):
+    (tmp_path / "link").symlink_to(study.folder)
+    assert next_training(plan(study.config, [0, 1], tmp_path / "link"), study.folder) is None
+    with pytest.raises(ValueError, match="--teacher "):
+        next_training(plan(study.config, [0, 1], tmp_path), study.folder)
+
+
+# Compression. A file of these tests is a checkpoint with the ending of an ONNX file, as a true
+# export takes seconds; tests/test_export.py has those.
+
+
+def opened(path: Path) -> OnnxFile:
+    loaded = checkpoint.read(path)
+    model = loaded.model
+    of_sizes = {size: costs(model, size) for size in model.sizes}
+    return OnnxFile(network_of(model), facts_of(loaded), model.config, of_sizes)
+
+
+@pytest.fixture
+def exports(monkeypatch) -> list[str]:
+    """Let exports be quick and int8 be inexact. Returns the names of what was exported."""
+    names = []
+
+    def write(loaded: checkpoint.Checkpoint, size: int | None, path: Path) -> None:
+        names.append(path.name)
+        model = loaded.model
+        if size is not None and model.size is None:
+            model = cut(model, size)
+        checkpoint.save(path, model, loaded.tokenizer)
+
+    def quantize(path: Path, to: Path) -> None:
+        names.append(to.name)
+        loaded = checkpoint.read(path)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for layer in loaded.model.output_layers.values():
+                layer.weight.add_(torch.randn_like(layer.weight))
+        checkpoint.save(to, loaded.model, loaded.tokenizer)
+
+    monkeypatch.setattr(export, "export", write)
+    monkeypatch.setattr(export, "quantize", quantize)
+    monkeypatch.setattr(evaluation, "open_onnx", opened)
+    monkeypatch.setattr(compression, "open_onnx", opened)
+    monkeypatch.setattr(compression, "ROUNDS", 1)
+    return names
+
+
+def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, monkeypatch):
+    text = compression.results(study.config, study.trainings, study.folder)
+    assert text == (study.folder / "compression.md").read_text()
+    stems = [f"{network}-{size}" for size in (8, 3) for network in ("cut", "alone", "distilled")]
+    expected = {f"{stem}{kind}.onnx" for stem in stems for kind in ("", "-int8")}
+    assert sorted(exports) == sorted({*expected, "supernet.onnx"})
+    found = study.read("compression.json")
+    check_rows(study, found)
+    rows = [r" (?:float32|int8) +\|", RATE, r" +[\d.]+ MB \|", r"(?: +[\d.]+ M \|){2}"]
+    rows.append(r" +[\d.]+ ms \|")
+    assert len(re.findall(rf"^\| [83] +\| [a-z]+ +\|{''.join(rows)}$", text, re.M)) == 12
+    assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{3}}$", text, re.M)) == 2
+    assert len(re.findall(r"^\| (?:ONNX |torch) \| +[83] \|", text, re.M)) == 4
+
+    # everything is there now, but for the times
+    del exports[:]
+    (study.folder / "compression" / "timings.json").unlink()
+    monkeypatch.setattr(compression, "evaluate", None)
+    monkeypatch.setattr(compression, "in_turn", lambda calls: dict.fromkeys(calls, 7.0))
+    compression.results(study.config, study.trainings, study.folder)
+    again = study.read("compression.json")
+    assert exports == []
+    assert {row["milliseconds"] for row in again["rows"]} == {7.0}
+    assert again["int8"] == found["int8"]
+    monkeypatch.setattr(compression, "in_turn", None)
+    compression.results(study.config, study.trainings, study.folder)
+    assert study.read("compression.json") == again
+
+
+def check_rows(study: Study, found: dict) -> None:
+    """Fails where the rows of the tables do not follow from the networks and their evaluations."""
+    names = {"cut": "simple-top-k", "alone": "alone-{}", "distilled": "distilled-{}"}
+    rates = {}
+    for row in found["rows"]:
+        size, network = row["size"], row["network"]
+        run = "seed-0/" + names[network].format(size)
+        stem = f"{network}-{size}" + ("-int8" if row["numbers"] == "int8" else "")
+        assert row["bytes"] == (study.folder / "compression" / f"{stem}.onnx").stat().st_size
+        model = checkpoint.load(study.folder / run).model
+        assert {name: row[name] for name in ("parameters", "macs")} == {
+            name: cost for name, cost in costs(model, size).items() if name != "layers"
+        }
+        for split, of_split in row["splits"].items():
+            rates[split, size, network, row["numbers"]] = of_split["wer"]
+            if row["numbers"] == "float32":
+                assert of_split["wer"] == pytest.approx(study.rate(run, split, size))
+    for row in found["int8"]:
+        exact, rounded = (
+            rates[row["split"], row["size"], row["network"], n] for n in ("float32", "int8")
+        )
+        assert row["difference"] == pytest.approx(rounded - exact)
+    assert any(row["difference"] for row in found["int8"])
+    supernet = checkpoint.load(study.folder / "seed-0" / "simple-top-k").model
+    bytes_of = {size: 4 * weights_in(cut(supernet, size)) for size in (8, 3)}
+    for row in found["choice"]:
+        if row["form"] == "torch":
+            assert row["weights"] == [bytes_of[row["size"]], 4 * weights_in(supernet)]
+
+
+def test_calls_are_timed_in_turn_and_the_first_round_does_not_count(monkeypatch):
+    now = [0.0]
+    called = []
+
+    def call(name: str, *seconds: float) -> None:
+        round_ = called.count(name)
+        called.append(name)
+        now[0] += seconds[min(round_, len(seconds) - 1)]
+
+    monkeypatch.setattr(compression, "ROUNDS", 3)
+    monkeypatch.setattr(compression.time, "perf_counter", lambda: now[0])
+    found = compression.in_turn(
+        dict(a=lambda: call("a", 9, 1, 2, 5), b=lambda: call("b", 0, 0.004, 0.001, 0.003))
+    )
+    assert "".join(called) == "abababab"
+    assert found == pytest.approx(dict(a=2000, b=3))
+
+
+def test_the_first_utterance_after_a_change_is_told_from_the_second(monkeypatch):
+    now = [0.0]
+    last = [0]
+
+    def network(audio: torch.Tensor, size: int) -> None:
+        now[0] += 3 if size != last[0] else 2
+        last[0] = size
+
+    monkeypatch.setattr(compression, "ROUNDS", 3)
+    monkeypatch.setattr(compression.time, "perf_counter", lambda: now[0])
+    for size in SIZES:
+        assert compression.after_change(network, torch.zeros(9), size, SIZES) == 1.5
+
+
+def test_times_are_of_one_thread():
+    threads = torch.get_num_threads()
+    with compression.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
