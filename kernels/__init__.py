@@ -1,13 +1,14 @@
 """Two fused ops, which Triton computes on a GPU and plain torch elsewhere.
 
 `gated_residual_layer_norm` ends one layer and begins the next: `reference.py` has its definition in
-torch, `residual.py` its kernel. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
-torch and calls this one where `triton_runs`; `kernels/ctc.py` has its kernel. Neither kernel has
-run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
+torch, `residual.py` its kernels. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
+torch, and calls the op here where `triton_runs`; `kernels/ctc.py` has its kernel. `draws.py` has
+what is drawn at random for an utterance.
 
 The environment variable `DYNSIZE_KERNELS` (`auto`, `torch`, `triton`) forces one or the other.
 Before its first use on a device, each kernel is compared with torch (`self_check.py`); an op whose
 kernel does not compile or is wrong is left to torch. triton is imported only where it is used.
+No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
 """
 
 import functools
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from dynsize.kernels import reference, self_check
-from dynsize.kernels.reference import layer_gates as layer_gates
-from dynsize.kernels.reference import layer_seed as layer_seed
+from dynsize.kernels.draws import layer_gates as layer_gates
+from dynsize.kernels.draws import layer_seed as layer_seed
 
 log = logging.getLogger(__name__)
-INTEGERS = (torch.int32, torch.int64)  # that the kernels read
+INTEGERS = (torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @functools.cache
@@ -35,21 +37,24 @@ def decide(device: str) -> bool:
     mode = os.environ.get("DYNSIZE_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise ValueError(f"DYNSIZE_KERNELS={mode}: must be auto, torch or triton")
+    if mode == "torch" or (mode == "auto" and device != "cuda"):
+        return False
     obstacle = ""
     if importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"
     elif device != "cuda" and not (device == "cpu" and interpreted()):
         obstacle = f"Triton runs on 'cuda', and with TRITON_INTERPRET=1 on 'cpu', not on '{device}'"
-    if mode == "triton" and obstacle:
+    if obstacle and mode == "triton":
         raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
-    if mode == "auto" and device == "cuda" and obstacle:
+    if obstacle:
         log.warning("torch computes what Triton could: %s", obstacle)
-    return mode == "triton" or (mode == "auto" and device == "cuda" and not obstacle)
+    return not obstacle
 
 
 def interpreted() -> bool:
     """Return whether Triton interprets its kernels, which works on a CPU."""
-    return importlib.import_module("triton").knobs.runtime.interpret
+    triton = importlib.import_module("triton")
+    return triton.knobs.runtime.interpret
 
 
 def triton_runs(op: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -67,14 +72,19 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     """
     if not decide(device.type):
         return "torch"
-    errors = {}
-    for op, computed_in in dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32).items():
-        errors[op] = self_check.error_of(op, device, computed_in)
-    right = [error for error in errors.values() if error is not None]
-    if not right:
+    computed_in = dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32)
+    largest = 0.0
+    failed = []
+    for op in computed_in:
+        error = self_check.error_of(op, device, computed_in[op])
+        if error is None:
+            failed.append(f", torch for {op}")
+        else:
+            largest = max(largest, error)
+    if len(failed) == len(computed_in):
         return "torch"
-    checked = f"triton (checked: {max(right):.0e})".replace("e-0", "e-")
-    return checked + "".join(f", torch for {op}" for op in errors if errors[op] is None)
+    rounded = f"{largest:.0e}".replace("e-0", "e-")
+    return f"triton (checked: {rounded})" + "".join(failed)
 
 
 def gated_residual_layer_norm(
@@ -107,13 +117,13 @@ def gated_residual_layer_norm(
     check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows)
     rows = len(x) if rows is None else rows
     dtype = dtype or x.dtype
-    arguments = (x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
+    op = reference.gated_residual_layer_norm
     computed_in = branch.dtype if x.dtype == torch.float32 else x.dtype
-    if not triton_runs("gated_residual_layer_norm", x.device, computed_in):
-        return reference.gated_residual_layer_norm(*arguments)
-    from dynsize.kernels.residual import GatedResidualLayerNorm
+    if triton_runs("gated_residual_layer_norm", x.device, computed_in):
+        from dynsize.kernels.residual import GatedResidualLayerNorm
 
-    return GatedResidualLayerNorm.apply(*arguments)
+        op = GatedResidualLayerNorm.apply
+    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
@@ -121,12 +131,13 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
     Raises ValueError for shapes, dtypes or devices that don't fit.
     """
+    expect_frames("log_probs", log_probs, FLOATS)
     n = len(log_probs)
-    fits = log_probs.dim() == 3 and log_probs.shape[1] > 0 and log_probs.is_floating_point()
-    expect("log_probs", log_probs, log_probs.shape, log_probs, fits)
-    for name, tensor in dict(lengths=lengths, label_lengths=label_lengths).items():
-        expect(name, tensor, (n,), log_probs, tensor.dtype in INTEGERS)
-    expect("labels", labels, (n, labels.shape[-1]), log_probs, labels.dtype in INTEGERS)
+    expect("lengths", lengths, (n,), INTEGERS, log_probs)
+    expect("labels", labels, (n, labels.shape[-1]), INTEGERS, log_probs)
+    expect("label_lengths", label_lengths, (n,), INTEGERS, log_probs)
+    if log_probs.shape[1] == 0:
+        raise ValueError(f"log_probs {described(log_probs)} must have frames")
     from dynsize.kernels.ctc import CtcLoss
 
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
@@ -134,32 +145,41 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
 def check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows) -> None:
     """Raise ValueError where an argument of `gated_residual_layer_norm` doesn't fit."""
-    fits = x.dim() == 3 and x.dtype in (torch.float32, torch.float64)
-    expect("x", x, x.shape, x, fits)
+    expect_frames("x", x, (torch.float32, torch.float64))
+    count, frames, width = x.shape
     prefix = len(branch)  # R'
-    fits = branch.is_floating_point() and prefix <= len(x)
-    expect("branch", branch, (prefix, *x.shape[1:]), x, fits)
+    expect("branch", branch, (prefix, frames, width), FLOATS, x)
+    if prefix > count:
+        raise ValueError(f"branch {described(branch)} must have at most {count} rows, those of x")
     if gate is not None:
-        expect("gate", gate, (prefix,), x, gate.is_floating_point())
-    for name, tensor in dict(weight=weight, bias=bias).items():
-        expect(name, tensor, x.shape[2:], x, tensor.is_floating_point())
+        expect("gate", gate, (prefix,), FLOATS, x)
+    expect("weight", weight, (width,), FLOATS, x)
+    expect("bias", bias, (width,), FLOATS, x)
+    if rows is not None and not 0 <= rows <= count:
+        raise ValueError(f"rows {rows} must be at least 0 and at most {count}, the rows of x")
     if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
         raise ValueError(f"dropout_p {dropout_p} must be 0, or below 1 with a seed")
     if seed is not None:
         utterances = len(seed)  # B
-        divides = utterances > 0 and len(x) % utterances == 0 and prefix % utterances == 0
-        expect("seed", seed, (utterances,), x, divides and seed.dtype == torch.int64)
-    if rows is not None and not 0 <= rows <= len(x):
-        raise ValueError(f"rows {rows} must be at least 0 and at most {len(x)}, the rows of x")
+        expect("seed", seed, (utterances,), (torch.int64,), x)
+        if utterances == 0 or count % utterances or prefix % utterances:
+            raise ValueError(f"seed {described(seed)} must divide {count} and {prefix} rows")
 
 
-def expect(name: str, tensor: Tensor, shape: tuple, like: Tensor, fits: bool) -> None:
-    """Raise ValueError for another shape, another device than that of `like`, or if not `fits`."""
-    if tensor.shape != shape or tensor.device != like.device or not fits:
-        expected = f"{tuple(shape)} expected, beside {described(like)}"
-        raise ValueError(f"{name} {described(tensor)} doesn't fit: {expected}")
+def expect_frames(name: str, tensor: Tensor, dtypes: tuple) -> None:
+    """Raise ValueError unless the tensor has three dimensions and one of `dtypes`."""
+    if tensor.dim() != 3 or tensor.dtype not in dtypes:
+        raise ValueError(f"{name} {described(tensor)} must have 3 dimensions and one of {dtypes}")
+
+
+def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, like: Tensor) -> None:
+    """Raise ValueError unless the tensor has this shape, one of `dtypes`, and `like`'s device."""
+    fits = tensor.shape == shape and tensor.dtype in dtypes
+    if not fits or tensor.device != like.device:
+        expected = f"{shape} on {like.device}, one of {dtypes}"
+        raise ValueError(f"{name} {described(tensor)} must be {expected}")
 
 
 def described(tensor: Tensor) -> str:
     """Return shape, dtype and device, for messages."""
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

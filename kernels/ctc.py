@@ -21,17 +21,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynsize.kernels.residual import launch
+from dynsize.kernels.launch import launch
 
 BLANK = tl.constexpr(0)
+NEVER = tl.constexpr(-float("inf"))  # the logarithm of a probability of 0
 MOST_STATES = 4096  # of a program; more spill registers
 
 
 @triton.jit
 def log_sum(a, b, c):
-    """Return log(exp a + exp b + exp c), −∞ where all three are −∞."""
+    """Return log(exp a + exp b + exp c), NEVER where all three are."""
     largest = tl.maximum(a, tl.maximum(b, c))
-    finite = tl.where(largest == -float("inf"), 0.0, largest)
+    finite = tl.where(largest == NEVER, 0.0, largest)
     total = tl.exp(a - finite)
     total += tl.exp(b - finite)
     total += tl.exp(c - finite)
@@ -46,18 +47,24 @@ def label_of(labels_ptr, s, last):
 
 
 @triton.jit
-def emission(log_probs_ptr, t, vocabulary, label, valid):
-    """Return e(t, s) for the label of each state, −∞ where not `valid`."""
-    at = tl.cast(t, tl.int64) * vocabulary + label
-    log_prob = tl.load(log_probs_ptr + at, mask=valid, other=-float("inf"))
+def row(pointer, t, width):
+    """Return the pointer to row `t` of a matrix with rows of this width."""
+    return pointer + tl.cast(t, tl.int64) * width
+
+
+@triton.jit
+def emission(frame_ptr, label, valid):
+    """Return e(t, s) for the label of each state, NEVER where not `valid`. `frame_ptr`: (V,)."""
+    log_prob = tl.load(frame_ptr + label, mask=valid, other=NEVER)
     return log_prob.to(tl.float32)
 
 
 @triton.jit
 def neighbour(state, s, exists):
-    """Return state[s], and −∞ where not `exists`."""
-    near = tl.gather(state, tl.where(exists, s, 0), 0)
-    return tl.where(exists, near, -float("inf"))
+    """Return state[s], and NEVER where not `exists`."""
+    index = tl.where(exists, s, 0)
+    near = tl.gather(state, index, 0)
+    return tl.where(exists, near, NEVER)
 
 
 @triton.jit
@@ -74,30 +81,32 @@ def sweep(
     STATES: tl.constexpr,  # at least S
 ):
     s = tl.arange(0, STATES)
+    exists = s <= last
     label = label_of(labels_ptr, s, last)
     beyond = label_of(labels_ptr, s + 2 * SIDE, last)
-    valid = (s <= last) & (label >= 0) & (label < vocabulary)
+    valid = exists & (label >= 0) & (label < vocabulary)
     steps = (s + SIDE >= 0) & (s + SIDE <= last)
     skips = (label != BLANK) & (beyond != BLANK) & (label != beyond)
     distance = s if SIDE < 0 else last - s  # from the end where alignments begin
-    before = tl.where(distance < 2, 0.0, -float("inf"))  # α or β without e
+    before = tl.where(distance < 2, 0.0, NEVER)  # α or β without e
     begin = 0 if SIDE < 0 else length - 1
-    upcoming = emission(log_probs_ptr, begin, vocabulary, label, valid)
+    upcoming = emission(row(log_probs_ptr, begin, vocabulary), label, valid)
     for step in range(0, length):
         t = step if SIDE < 0 else length - 1 - step
         emitted = upcoming
         following = tl.minimum(tl.maximum(t - SIDE, 0), length - 1)
-        upcoming = emission(log_probs_ptr, following, vocabulary, label, valid)
+        upcoming = emission(row(log_probs_ptr, following, vocabulary), label, valid)
         state = emitted + before
-        here = alpha_ptr + tl.cast(t, tl.int64) * (last + 1) + s
+        here = row(alpha_ptr, t, last + 1) + s
         if SIDE < 0:
-            tl.store(here, state, mask=s <= last)
+            tl.store(here, state, mask=exists)
         else:
-            alpha = tl.load(here, mask=s <= last, other=-float("inf"))
-            posterior = tl.where(valid, tl.exp(alpha + before - log_z), 0.0)
-            grad = grad_ptr + tl.cast(t, tl.int64) * vocabulary
-            blank = tl.sum(tl.where(label == BLANK, posterior, 0.0), 0)
-            tl.atomic_add(grad + BLANK, -blank, sem="relaxed")
+            alpha = tl.load(here, mask=exists, other=NEVER)
+            posterior = tl.exp(alpha + before - log_z)
+            posterior = tl.where(valid, posterior, 0.0)
+            of_blanks = tl.where(label == BLANK, posterior, 0.0)
+            grad = row(grad_ptr, t, vocabulary)
+            tl.atomic_add(grad + BLANK, -tl.sum(of_blanks, 0), sem="relaxed")
             labelled = valid & (label != BLANK)
             tl.atomic_add(grad + label, -posterior, mask=labelled, sem="relaxed")
         one = neighbour(state, s + SIDE, steps)
@@ -129,8 +138,8 @@ def kernel(
     alpha = alpha_ptr + n * frames * (2 * most_labels + 1)
     sweep(log_probs, labels, alpha, None, length, last, 0.0, vocabulary, -1, STATES)
     tl.debug_barrier()  # what follows loads α that other threads stored
-    end = alpha + (length - 1).to(tl.int64) * (last + 1) + last
-    before = tl.load(end - 1, mask=last > 0, other=-float("inf"))
+    end = row(alpha, length - 1, last + 1) + last
+    before = tl.load(end - 1, mask=last > 0, other=NEVER)
     log_z = log_sum(tl.load(end), before, -float("inf"))
     tl.store(loss_ptr + n, -log_z)
     if grad_ptr is not None:
@@ -139,9 +148,7 @@ def kernel(
             sweep(log_probs, labels, alpha, grad, length, last, log_z, vocabulary, 1, STATES)
 
 
-def launch_ctc(
-    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor, differentiate: bool
-) -> tuple[Tensor, Tensor | None]:
+def launch_ctc(log_probs, lengths, labels, label_lengths, differentiate: bool) -> tuple:
     """Launch the kernel. Arguments as in `kernels.ctc_loss`.
 
     Return the losses, (N,), and, where `differentiate`, the gradients of the log-probabilities,
@@ -157,7 +164,7 @@ def launch_ctc(
     alpha = log_probs.new_empty(n, frames, width, dtype=torch.float32)
     grad = None
     if differentiate:
-        grad = log_probs.new_zeros(log_probs.shape, dtype=torch.float32)
+        grad = torch.zeros_like(log_probs, dtype=torch.float32)
     tensors = (log_probs, lengths, labels, label_lengths, alpha, loss, grad)
     numbers = (frames, vocabulary, most_labels, states)
     warps = min(max(1, states // 128), 16)
@@ -170,7 +177,8 @@ class CtcLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_probs: Tensor, *others: Tensor) -> Tensor:
-        loss, grad = launch_ctc(log_probs, *others, ctx.needs_input_grad[0])
+        differentiate = ctx.needs_input_grad[0]
+        loss, grad = launch_ctc(log_probs, *others, differentiate)
         ctx.save_for_backward(grad)
         ctx.dtype = log_probs.dtype
         return loss

@@ -1,7 +1,7 @@
 """The comparison of each kernel with torch before its first use on a device.
 
-The truth is the op's definition in torch (for CTC torch's `ctc_loss`) in float64, for outputs and
-gradients, on small tensors.
+The truth is the op's definition in torch (for CTC torch's `ctc_loss`), in float64 on small tensors.
+Outputs and gradients are compared.
 """
 
 import functools
@@ -30,11 +30,11 @@ def error_of(op: str, device: torch.device, dtype: torch.dtype) -> float | None:
 
     Computed once in a process for each op, device and dtype. Waits for the device.
     """
-    check = dict(gated_residual_layer_norm=residual_error, ctc_loss=ctc_error)[op]
+    checks = dict(gated_residual_layer_norm=residual_error, ctc_loss=ctc_error)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             with torch.autocast(device.type, enabled=False):
-                error = check(device, dtype)
+                error = checks[op](device, dtype)
     except Exception as failure:  # compilers raise errors of many kinds
         reason = f"{type(failure).__name__}: {failure}"
     else:
@@ -52,55 +52,55 @@ def residual_error(device: torch.device, dtype: torch.dtype) -> float:
     """
     from dynsize.kernels.residual import GatedResidualLayerNorm
 
+    normal = normal_on(device)
+    x = normal(6, 70, 48)
+    branch = normal(4, 70, 48).to(dtype)
+    gate = normal(4)
+    with torch.no_grad():
+        gate[1] = 0
+    weight = normal(48)
+    bias = normal(48)
     seed = torch.tensor([5, -3], device=device)
-    gates = torch.tensor([1.0, 0.0, 0.3, -1.7], device=device)
-    errors = []
-    for gate, dropout_p, branch_rows, rows in ((gates, 0.25, 4, 2), (None, 0.0, 2, 6)):
-        tensors = drawn(device, (6, 70, 48), (branch_rows, 70, 48), (48,), (48,))
-        tensors[1] = tensors[1].to(dtype)
-        leaves = tensors if gate is None else [*tensors, gate]
-
-        def call(op, dtype, x, branch, weight, bias, gate=None, p=dropout_p, rows=rows):
-            return op(x, branch, gate, 0.5, p, seed, weight, bias, rows, dtype, 1e-5)
-
-        ours = functools.partial(call, GatedResidualLayerNorm.apply, dtype)
-        truth = functools.partial(call, reference.gated_residual_layer_norm, torch.float64)
-        errors.append(largest_error(ours, truth, leaves))
-    return max(errors)
+    gated = [x, branch, gate, 0.5, 0.25, seed, weight, bias, 2, dtype, 1e-5]
+    plain = [x, branch[:2], None, 0.5, 0.0, None, weight, bias, 6, dtype, 1e-5]
+    ours = GatedResidualLayerNorm.apply
+    truth = reference.gated_residual_layer_norm
+    return max(largest_error(ours, truth, arguments) for arguments in (gated, plain))
 
 
 def ctc_error(device: torch.device, dtype: torch.dtype) -> float:
     """Return the largest error of `ctc_loss` for logits of `dtype`."""
     from dynsize.kernels.ctc import CtcLoss
 
-    labels = torch.tensor([[1, 1, 2, 3, 2], [3, 3, 3, 0, 0], [0] * 5], device=device)
-    lengths = torch.tensor([20, 17, 9], device=device)
-    label_lengths = torch.tensor([5, 3, 0], device=device)
+    def ours(logits, *others) -> tuple[Tensor]:
+        loss = CtcLoss.apply(logits.log_softmax(-1), *others)
+        return (loss,)
 
-    def ours(logits: Tensor) -> tuple[Tensor]:
-        return (CtcLoss.apply(logits.log_softmax(-1), lengths, labels, label_lengths),)
-
-    def truth(logits: Tensor) -> tuple[Tensor]:
+    def truth(logits, lengths, labels, label_lengths) -> tuple[Tensor]:
         by_frame = logits.log_softmax(-1).transpose(0, 1)
-        return (F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none"),)
+        loss = F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
+        return (loss,)
 
-    (logits,) = drawn(device, (3, 20, 7))
-    return largest_error(ours, truth, [logits.to(dtype)])
-
-
-def drawn(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Return normal random numbers, float32, which are the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    logits = normal_on(device)(3, 20, 7).to(dtype)
+    lengths = torch.tensor([20, 17, 9], device=device)
+    labels = torch.tensor([[1, 1, 2, 3, 2], [3, 3, 3, 0, 0], [0, 0, 0, 0, 0]], device=device)
+    label_lengths = torch.tensor([5, 3, 0], device=device)
+    return largest_error(ours, truth, [logits, lengths, labels, label_lengths])
 
 
-def largest_error(ours: Callable, truth: Callable, leaves: list[Tensor]) -> float:
+def normal_on(device: torch.device) -> Callable:
+    """Return a function that draws normal numbers of a shape, always the same, with gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    return functools.partial(torch.randn, generator=generator, device=device, requires_grad=True)
+
+
+def largest_error(ours: Callable, truth: Callable, arguments: list) -> float:
     """Return the largest error of outputs and gradients, relative to the largest number of each.
 
-    `truth` gets the `leaves` in float64. Returns NaN where a result is NaN.
+    `truth` computes in float64. Returns NaN where a result is NaN.
     """
-    results = differentiated(ours, leaves)
-    right = differentiated(truth, [leaf.double() for leaf in leaves])
+    results = differentiated(ours, arguments)
+    right = differentiated(truth, [in_float64(argument) for argument in arguments])
     errors = []
     for result, exact in zip(results, right, strict=True):
         error = (result - exact).abs().max()
@@ -108,12 +108,23 @@ def largest_error(ours: Callable, truth: Callable, leaves: list[Tensor]) -> floa
     return torch.stack(errors).max().item()
 
 
-def differentiated(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
-    """Return the outputs of `function` and the gradients of its inputs."""
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    outputs = function(*leaves)
+def in_float64(argument: object) -> object:
+    """Return a tensor of floats, or a dtype, as float64, and any other argument as it is."""
+    if isinstance(argument, torch.dtype):
+        return torch.float64
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.double()
+    return argument
+
+
+def differentiated(function: Callable, arguments: list) -> list[Tensor]:
+    """Return the outputs of `function`, and the gradients of the arguments that require them."""
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    outputs = function(*arguments)
     cotangents = []
     for output in outputs:
         number = torch.arange(output.numel(), device=output.device)
-        cotangents.append((number % 5 - 1).to(output.dtype).view_as(output))
-    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+        cotangent = (number % 5 - 1).to(output.dtype)
+        cotangents.append(cotangent.view_as(output))
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return [*outputs, *gradients]

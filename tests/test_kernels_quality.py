@@ -11,12 +11,13 @@ if torch.cuda.is_available():
     reason = "counts are taken in Triton's interpreter, on machines without a GPU"
     pytest.skip(reason, allow_module_level=True)
 
+import benchmark_kernels as benchmark
 import kernel_counts
 from kernel_counts import ChainBytes, Traffic, fused
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
 from dynsize import kernels
-from dynsize.kernels import benchmark, ctc, residual
+from dynsize.kernels import ctc, residual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -116,7 +117,7 @@ def far_program(kernel, named: dict) -> tuple[int, dict, int, dict]:
         return FAR, dict(frames=4096), FAR * 4096, others
     row = 512
     program = row * FAR // residual.CHUNK + 3
-    others = dict(shares_ptr=2 * program * named["WIDTH"], gate_grad_ptr=program, gate_ptr=row)
+    others = dict(shares_ptr=2 * program * named["TILE"].width, gate_grad_ptr=program, gate_ptr=row)
     numbers = dict(frames=FAR, rows=1024, branch_rows=1024)
     return program, numbers, row * FAR + 3 * residual.CHUNK, others
 

@@ -1,10 +1,10 @@
 """Time the ops on this machine's GPU beside torch, as a Markdown table.
 
-    python -m dynsize.kernels.benchmark
+    python tests/benchmark_kernels.py
 
 The shapes are the paper's: 16 utterances of 250 frames, three sizes stacked, of which one, two or
 three keep the layer, with a branch in bfloat16. Times are medians in milliseconds, forward and
-backward.
+backward. No test: it asserts nothing.
 """
 
 import functools
@@ -60,19 +60,21 @@ def main() -> None:
     functions = [kernels.gated_residual_layer_norm, reference.gated_residual_layer_norm]
     for width in WIDTHS:
         for kept in range(1, SIZES + 1):
+            x = random(rows, FRAMES, width)
             branch = random(kept * UTTERANCES, FRAMES, width, dtype=torch.bfloat16)
             gate = torch.ones(len(branch), device=DEVICE)
-            norm = [random(width), random(width), len(branch), torch.bfloat16]
-            arguments = [random(rows, FRAMES, width), branch, gate, 0.5, 0.1, seed, *norm]
+            norm = [random(width), random(width), len(branch), torch.bfloat16, 1e-5]
+            arguments = [x, branch, gate, 0.5, 0.1, seed, *norm]
             show(f"residual, D {width}, {kept} of {SIZES} sizes", functions, arguments)
     lengths = torch.full((rows,), FRAMES, device=DEVICE)
     for size in VOCABULARIES:
+        log_probs = random(rows, FRAMES, size)
         labels = torch.randint(1, size, (rows, FRAMES // 5), device=DEVICE)
-        arguments = [random(rows, FRAMES, size), lengths, labels, lengths // 5]
+        arguments = [log_probs, lengths, labels, lengths // 5]
         show(f"CTC, V {size}", [kernels.ctc_loss, torchs_ctc_loss], arguments)
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("dynsize.kernels.benchmark needs a GPU, and torch sees none here")
+        sys.exit("benchmark_kernels.py needs a GPU, and torch sees none here")
     main()
