@@ -2,12 +2,12 @@
 
 `gated_residual_layer_norm` ends one layer and begins the next: `reference.py` has its definition in
 torch, `residual.py` its kernels. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
-torch, and calls the op here where `triton_runs`; `kernels/ctc.py` has its kernel. `draws.py` has
-what is drawn at random for an utterance.
+torch, and calls the op here where `triton_runs`; `kernels/ctc.py` has its kernel. What is drawn at
+random for an utterance, dropout and skipped layers, is in `draws.py`.
 
-The environment variable `DYNSIZE_KERNELS` (`auto`, `torch`, `triton`) forces one or the other.
-Before its first use on a device, each kernel is compared with torch (`self_check.py`); an op whose
-kernel does not compile or is wrong is left to torch. triton is imported only where it is used.
+The environment variable `DYNSIZE_KERNELS` chooses: `torch`, `triton`, or `auto`, which is Triton on
+a GPU. Before its first use on a device, each op is compared with torch (`self_check.py`); an op
+that does not compile or is wrong there is left to torch. triton is imported only where it is used.
 No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
 """
 
@@ -103,14 +103,14 @@ def gated_residual_layer_norm(
     """Return y = x + scale · gate · dropout(branch), and LayerNorm(y[:rows]) · weight + bias.
 
     `x`: (R, T, D) float32 or float64, the stream; y has its shape and dtype. `branch`: (R', T, D)
-    of any float dtype, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None for
-    1. `seed`: (B,) int64, one for each utterance, needed where `dropout_p` is not 0; B divides R
-    and R', and row r uses seed r mod B, so that all sizes of an utterance drop the same.
+    of a dtype in FLOATS, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None
+    for 1. `seed`: (B,) int64, one for each utterance, needed where `dropout_p` is not 0; B divides
+    R and R', and row r uses seed r mod B, so that all sizes of an utterance drop the same.
     `weight`, `bias`: (D,). `rows`: how many rows are normalised, by default all. `dtype`: that of
     the normalised rows, by default that of `x`.
 
-    Where the gate is 0, y is bitwise `x`, and NaN in the branch reaches neither the results nor
-    any gradient but the gate's, which is computed there too, so a gate of 0 can learn.
+    Where the gate is 0, y is bitwise `x`, and NaN in the branch reaches no result and no gradient
+    but the gate's. The gate's gradient is computed there too, so a gate of 0 can learn.
     Differentiable once. Nothing waits for the device. Raises ValueError for shapes, dtypes or
     devices that don't fit.
     """
@@ -163,7 +163,8 @@ def check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows) -> None
         utterances = len(seed)  # B
         expect("seed", seed, (utterances,), (torch.int64,), x)
         if utterances == 0 or count % utterances or prefix % utterances:
-            raise ValueError(f"seed {described(seed)} must divide {count} and {prefix} rows")
+            rows_of_both = f"the {count} rows of x and the {prefix} of the branch"
+            raise ValueError(f"seed: {utterances} seeds must divide {rows_of_both}")
 
 
 def expect_frames(name: str, tensor: Tensor, dtypes: tuple) -> None:

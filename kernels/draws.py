@@ -1,11 +1,11 @@
 """What is drawn at random for an utterance, all from its seed.
 
-Each utterance of an epoch has one seed, int64. Two things are drawn from it, by one convention:
+An utterance has one seed in each epoch, an int64. Two things are drawn, by one convention:
 
     seed + l    dropout of layer l = 0, 1, …, L − 1                                  `layer_seed`
     seed − 1    the layers that the utterance skips: stochastic depth, LayerDrop     `layer_gates`
 
-So all sizes of an utterance drop the same, and an utterance draws the same in every batch, on
+So dropout is the same for all sizes of an utterance, and all draws are the same in every batch, on
 every device, and after resuming. Letters: B utterances, T frames, D model width, L layers.
 """
 
@@ -24,9 +24,10 @@ def layer_seed(seed: Tensor, layer: int) -> Tensor:
 
 
 def layer_gates(seed: Tensor, layers: int, dropped: float) -> Tensor:
-    """Return (L, B) float32: 0 where an utterance skips a layer, with probability `dropped`, or 1.
+    """Return gates, (L, B) float32: 0 where an utterance skips a layer, and 1 elsewhere.
 
-    `seed`: (B,) int64. Drawn from seed − 1, which no layer's dropout uses.
+    Each utterance skips each layer with probability `dropped`, drawn from seed − 1, which no
+    layer's dropout uses. Stochastic depth and LayerDrop are such gates. `seed`: (B,) int64.
     """
     stays = kept(seed - 1, 1, layers, dropped)  # (B, 1, L)
     return stays[:, 0].T.float()

@@ -15,10 +15,10 @@ and with means over a frame:
 This replaces torch's chain of dropout, product with the gate, sum and LayerNorm, and what that
 chain keeps for the backward pass: here m comes from the seed again, and μ and r from y.
 
-A program computes CHUNK frames of one row, so its gate is one number. Where that is 0, nothing of
-the branch is loaded. The program holds a tile of these frames at a time in registers. It adds up
-its shares of the gradients of weight, bias and gate there too, and stores them once; torch sums
-the shares, always in the same order.
+A program computes CHUNK frames of one row, a tile of a few frames at a time, in registers. All its
+frames have one gate; where that is 0, nothing of the branch is loaded. The program adds up its
+shares of the gradients of weight, bias and gate in registers and stores them once; torch sums the
+shares, always in the same order.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ WARPS = 8
 
 
 class Numbers(NamedTuple):
-    """The numbers that both kernels get after the tensors, in this order."""
+    """What both kernels get after the tensors, in this order."""
 
     branch_rows: int  # R'
     rows: int  # that are normalised
@@ -55,11 +55,11 @@ class Numbers(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The shape of what a program computes at a time. It is compiled into the kernels."""
+    """The shape of a tile, which is compiled into the kernels."""
 
     width: int  # D
     columns: int  # at least D, a power of 2
-    frames: int  # a power of 2
+    frames: int  # of the tile, a power of 2
     chunk: int  # frames of a program
 
 
@@ -83,7 +83,7 @@ def place(frames, TILE: tl.constexpr):
 
 @triton.jit
 def gate_of(gate_ptr, row, branch_rows):
-    """Return the gate of `row`: 0 past the branch; without gates 1 in the branch."""
+    """Return the gate of `row`, (1, 1): 0 past the branch; without gates 1 in the branch."""
     in_branch = row < branch_rows
     gate = in_branch.to(tl.float32)
     if gate_ptr is not None:
@@ -93,7 +93,10 @@ def gate_of(gate_ptr, row, branch_rows):
 
 @triton.jit
 def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, TILE: tl.constexpr):
-    """Return a tile's `values` with 0 for what `draws.kept` drops. `frame`: (tile's frames, 1)."""
+    """Return a tile's `values` with 0 for what `draws.kept` drops.
+
+    `frame`: (TILE.frames, 1), their numbers. LOWEST: the lowest draw that is kept.
+    """
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + row % utterances)
         words = (TILE.width + 3) // 4  # of a frame
@@ -113,7 +116,7 @@ def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, TILE
 
 @triton.jit
 def frame_mean(values, width):
-    """Return the mean of each frame, (tile's frames, 1), of `values` that are 0 outside of it."""
+    """Return the mean of each frame, (TILE.frames, 1). `values` are 0 past the frame's `width`."""
     return tl.sum(values, 1, keep_dims=True) / width
 
 
@@ -137,7 +140,7 @@ def forward_kernel(
     bias_ptr,  # (D,)
     y_ptr,  # (R, T, D) float32, out
     normed_ptr,  # (rows, T, D), out
-    branch_rows,
+    branch_rows,  # this and the following: see Numbers
     rows,
     frames,
     utterances,
@@ -180,7 +183,7 @@ def backward_kernel(
     branch_grad_ptr,  # (R', T, D), out
     gate_grad_ptr,  # (R', chunks of T) float32, out: shares of the gate's gradient; or None
     shares_ptr,  # (rows · chunks of T, 2, D) float32, out: of the gradients of weight and bias
-    branch_rows,
+    branch_rows,  # this and the following: see Numbers
     rows,
     frames,
     utterances,
@@ -247,7 +250,7 @@ def tile_of(width: int, elements: int) -> Tile:
 
 
 def launch_forward(x, branch, gate, seed, weight, bias, numbers: Numbers, dtype) -> tuple:
-    """Launch the forward kernel, whose parameters have their shapes and dtypes there.
+    """Launch `forward_kernel`, which says the tensors' shapes and dtypes.
 
     Return y, and the normalised rows in `dtype`.
     """
@@ -264,7 +267,7 @@ def launch_forward(x, branch, gate, seed, weight, bias, numbers: Numbers, dtype)
 def launch_backward(
     y, y_grad, normed_grad, branch, gate, seed, weight, branch_grad, numbers: Numbers
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch the backward kernel, which fills `branch_grad`.
+    """Launch `backward_kernel`, which says the tensors' shapes and dtypes. It fills `branch_grad`.
 
     Return the gradients of x; of the gate, (R',), or None where `branch` is None; and of weight
     and bias, (2, D); all float32.
@@ -314,7 +317,7 @@ class GatedResidualLayerNorm(torch.autograd.Function):
     def backward(ctx, y_grad: Tensor | None, normed_grad: Tensor | None) -> tuple:
         y, *saved = ctx.saved_tensors
         numbers = ctx.numbers
-        if normed_grad is None:  # as if no row was normalised
+        if normed_grad is None:  # as if no row were normalised
             normed_grad = y[:0]
             numbers = numbers._replace(rows=0)
         branch_grad = y.new_empty(ctx.branch_shape, dtype=ctx.branch_dtype)
