@@ -476,8 +476,7 @@ def test_captions_are_short():
 def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     found = re.search(r"^```python\n(import dynsize\n.*?)^```", readme, re.M | re.S)
-    if found is None:
-        pytest.skip("README.md has no Python that begins with `import dynsize`")
+    assert found, "README.md has no Python that begins with `import dynsize`"
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     model, tokenizer = network(blocks=5, sizes=(7, 13, 20))  # as the preset demo
     checkpoint.save(tmp_path / "runs" / "demo" / "checkpoint.pt", model, tokenizer)
