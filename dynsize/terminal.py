@@ -134,16 +134,19 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.formatwarning = lambda message, *_: f"{prog}: warning: {one_line(str(message))}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()  # Python's exit would do it, but show a traceback where it fails
     except KeyboardInterrupt:
         stop(130, f"{prog}: {interrupted}")
     except BrokenPipeError:  # the reader of the output is gone; nothing more can be shown
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
@@ -158,7 +161,16 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
             raise  # a defect, whose traceback is of use
         stop(2, f"{prog}: out of memory: {first_line}")
     finally:
+        flush_or_forget()
         signal.signal(signal.SIGINT, before)
+
+
+def flush_or_forget() -> None:
+    """Write what was printed; forget it where that fails, so that Python's exit is silent."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stop(code: int, message: str) -> None:

@@ -1,7 +1,10 @@
 """What is shown is safe to show, and no combination of flags leads to a traceback."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 import typing
 import warnings
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tones
-from in_process import SCRIPTS, TINY, run
+from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config
 from dynsize.terminal import one_line, printable, reported
@@ -177,6 +180,27 @@ def test_errors_end_with_one_line(error, code, words, capsys):
         raise error
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == code and words in line
+
+
+def ended(code: str, stdout: int | None) -> tuple[int, str]:
+    """Return how a process ends that runs some code, and what it says; None: no standard output."""
+    close = (lambda: os.close(1)) if stdout is None else None
+    command = [sys.executable, "-c", code]
+    streams = dict(stdout=stdout, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=close, **streams)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_cannot_be_written_shows_no_traceback(buffered):
+    code = "from dynsize.terminal import reported\n"
+    code += f"with reported('train.py', ''):\n  print('shown', flush={not buffered})"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb") as unread, open("/dev/full", "wb") as full:
+        assert ended(code, unread.fileno()) == (2, "")
+        assert ended(code, full.fileno()) == (2, "train.py: No space left on device\n")
+    assert ended(code + ";__import__('sys').stdout.flush()", None) == (0, "")
 
 
 def test_a_defect_keeps_its_traceback():
