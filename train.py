@@ -205,9 +205,8 @@ def study(options: argparse.Namespace) -> None:
         draw(trainer.run)
         del trainer  # before the next one reads its corpus
     print(results(config, trainings, folder))
-    missing = [name for name in compression.PACKAGES if not find_spec(name)]
-    if missing:
-        print(f"no table of compression: {missing[0]} is missing: pip install 'dynsize[onnx]'\n")
+    if package := compression.missing():
+        print(f"no table of compression: {package} is missing: pip install 'dynsize[onnx]'\n")
     else:
         print(compression.results(config, trainings, folder))
     print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")

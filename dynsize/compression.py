@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -50,10 +51,16 @@ CHOICE_NOTE = (
 )
 
 
+def missing() -> str:
+    """Return the name of a package that is needed and not installed, or an empty text."""
+    return next((name for name in PACKAGES if not find_spec(name)), "")
+
+
 def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
 
-    Exports, evaluates and times what FOLDER/compression lacks; where `timings.json` in it is
+    `trainings`: those that are at their end; networks that lack theirs are left out. Exports,
+    evaluates and times what FOLDER/compression lacks; where `timings.json` in it is
     deleted, everything is timed again. Writes the rows of the tables to `compression.json`. Raises
     ValueError where a package of the extra `onnx` is missing.
     """
@@ -61,7 +68,7 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     output.mkdir(exist_ok=True)
     seed = next(iter(trainings.values())).seed
     runs = folder / f"seed-{seed}"
-    files = exported(config, runs, output)
+    files = exported(config, trainings, runs, output)
     scores: dict[str, Scores] = {}
     for split in config.test_splits:
         folders = {name: evaluated(file, split) for name, file in files.items()}
@@ -89,16 +96,21 @@ def name_of(network: str, size: int, numbers: str) -> str:
     return f"{network}-{size}{suffix}"
 
 
-def exported(config: Config, runs: Path, output: Path) -> dict[str, Path]:
+def exported(
+    config: Config, trainings: dict[str, Config], runs: Path, output: Path
+) -> dict[str, Path]:
     """Return name → ONNX file of each size of each network; writes those that are missing."""
     files = {}
     for size in reversed(config.sizes):
         for network, run in NETWORKS.items():
+            run = run.format(size=size)
+            if f"{runs.name}/{run}" not in trainings:
+                continue
             exact, rounded = (name_of(network, size, numbers) for numbers in NUMBERS)
             files[exact] = output / f"{exact}.onnx"
-            files[rounded] = output / f"{rounded}.onnx"
+            files[rounded] = export.int8_path(files[exact])
             if not files[exact].exists():
-                loaded = checkpoint.load(runs / run.format(size=size))
+                loaded = checkpoint.load(runs / run)
                 export.export(loaded, size, files[exact])
             if not files[rounded].exists():
                 export.quantize(files[exact], files[rounded])
@@ -125,6 +137,8 @@ def rows_of(
         for network in NETWORKS:
             for numbers in NUMBERS:
                 name = name_of(network, size, numbers)
+                if name not in files:
+                    continue
                 splits = {}
                 for split, of_split in scores.items():
                     errors = of_split.errors[name, size]
@@ -152,6 +166,8 @@ def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
         for size in reversed(config.sizes):
             for network in NETWORKS:
                 names = [name_of(network, size, numbers) for numbers in NUMBERS]
+                if (names[0], size) not in of_split.errors:
+                    continue
                 exact, rounded = ([of_split.errors[name, size]] for name in names)
                 row = dict(split=split, size=size, network=network, measure=of_split.measure)
                 rows.append(row | verdict(rounded, exact))
@@ -307,7 +323,7 @@ def int8_table(split: str, rows: list[dict], config: Config) -> str:
     cells = {(row["network"], row["size"]): change(row) for row in rows}
     lines = []
     for size in reversed(config.sizes):
-        lines.append([size, *(cells[network, size] for network in NETWORKS)])
+        lines.append([size, *(cells.get((network, size), "") for network in NETWORKS)])
     return table([f"{split}, int8 − float32: size", *NETWORKS], lines)
 
 

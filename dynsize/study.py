@@ -2,12 +2,15 @@
 
 A study is a folder with a folder for each seed, which has a run directory for each training:
 FOLDER/seed-0/simple-top-k. `next_training` goes on where the study was stopped; `results` compares
-what is trained.
+what is trained. `python -m dynsize.study FOLDER` trains nothing, and writes the tables and pictures
+of the trainings that are at their end.
 """
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -27,6 +30,7 @@ from dynsize.evaluation import (
 )
 from dynsize.report import table
 from dynsize.run_directory import check_new
+from dynsize.terminal import reported
 from dynsize.training import Trainer
 from dynsize.wer import Errors, interval, writes_blanks
 
@@ -127,9 +131,10 @@ class Scores(NamedTuple):
 def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the study's tables in Markdown, and write them as `study.md`.
 
-    Evaluates every run of the plan on the test splits, where that was not done. Writes the rates
-    of each way to train to `study.json` (split → way → sizes), and the differences between each way
-    and the same size alone to `differences.json` (split → rows, see `compared`).
+    `trainings`: name → configuration of those that are at their end. Evaluates each on the test
+    splits, where that was not done. Writes the rates of each way to train to `study.json` (split →
+    way → sizes), and the differences between each way and the same size alone to
+    `differences.json` (split → rows, see `compared`).
     """
     rates: dict[str, dict[str, list[dict]]] = {}
     differences: dict[str, list[dict]] = {}
@@ -143,7 +148,7 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
         differences[split] = compared(trainings, scores, config)
         tables.append(rate_table(split, rates[split], config))
         tables.append(difference_table(split, differences[split], config))
-    text = "\n".join([*tables, seeds_of_ways(trainings, config), NOTE + "\n"])
+    text = "\n".join([*tables, seeds_of_ways(rates[split]), NOTE + "\n"])
     write(folder / "study.json", json.dumps(rates, indent=2) + "\n")
     write(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
     write(folder / "study.md", text)
@@ -207,9 +212,10 @@ def rates_of(trainings: dict[str, Config], scores: Scores, config: Config) -> di
     """
     rates: dict[str, list[dict]] = {}
     for way in WAYS:
-        rates[way] = []
         for size in reversed(config.sizes):
             names = runs_of(trainings, way, size)
+            if not names:
+                continue
             errors = [scores.errors[name, size] for name in names.values()]
             rows = [scores.rows[name, size] for name in names.values()]
             row = dict(size=size, measure=scores.measure)
@@ -220,7 +226,7 @@ def rates_of(trainings: dict[str, Config], scores: Scores, config: Config) -> di
                 row["seeds"][seed] = mean_rate([of_seed])
             row["parameters"] = round(fmean(of_seed["parameters"] for of_seed in rows))
             row["macs"] = round(fmean(of_seed["macs"] for of_seed in rows))
-            rates[way].append(row)
+            rates.setdefault(way, []).append(row)
     return rates
 
 
@@ -236,10 +242,12 @@ def compared(trainings: dict[str, Config], scores: Scores, config: Config) -> li
         for size in reversed(config.sizes):
             alone = runs_of(trainings, "alone", size)
             names = runs_of(trainings, way, size)
-            first = [scores.errors[name, size] for name in names.values()]
-            second = [scores.errors[alone[seed], size] for seed in names]
-            row = dict(method=way, size=size, seeds=list(names), measure=scores.measure)
-            rows.append(row | verdict(first, second))
+            seeds = [seed for seed in names if seed in alone]
+            first = [scores.errors[names[seed], size] for seed in seeds]
+            second = [scores.errors[alone[seed], size] for seed in seeds]
+            row = dict(method=way, size=size, seeds=seeds, measure=scores.measure)
+            if seeds:
+                rows.append(row | verdict(first, second))
     return rows
 
 
@@ -255,34 +263,39 @@ def verdict(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
 
 def rate_table(split: str, rates: dict[str, list[dict]], config: Config) -> str:
     """Return the error rates on a split, in percent with 95% intervals, largest size first."""
-    rows = []
-    for place, size in enumerate(reversed(config.sizes)):
-        cells = [rate(rates[way][place]) for way in WAYS]
-        rows.append([size, *cells])
-    measure = rates["alone"][0]["measure"].upper()
-    return table([f"{split}, {measure}: size", *WAYS], rows)
+    cells = {(way, row["size"]): rate(row) for way, rows in rates.items() for row in rows}
+    lines = []
+    for size in reversed(config.sizes):
+        lines.append([size, *(cells.get((way, size), "") for way in rates)])
+    measures = {row["measure"].upper() for rows in rates.values() for row in rows}
+    return table([f"{split}, {measures.pop()}: size", *rates], lines)
 
 
 def difference_table(split: str, rows: list[dict], config: Config) -> str:
     """Return the differences on a split with their intervals and verdicts, largest size first."""
     cells = {(row["method"], row["size"]): change(row) for row in rows}
-    names = [f"{way} − alone" for way in WAYS[1:]]
+    ways = list(dict.fromkeys(row["method"] for row in rows))
     lines = []
     for size in reversed(config.sizes):
-        lines.append([size, *(cells[way, size] for way in WAYS[1:])])
-    return table([f"{split}: size", *names], lines)
+        lines.append([size, *(cells.get((way, size), "") for way in ways)])
+    return table([f"{split}: size", *(f"{way} − alone" for way in ways)], lines)
 
 
-def seeds_of_ways(trainings: dict[str, Config], config: Config) -> str:
-    """Return a sentence on the seeds of each way to train, for below the tables."""
-    of_way: dict[str, str] = {}
-    for way in WAYS:
-        seeds = runs_of(trainings, way, config.sizes[-1])
-        of_way[way] = " and ".join(map(str, seeds))
-    ways_of: dict[str, list[str]] = {}
-    for way, seeds in of_way.items():
-        ways_of.setdefault(seeds, []).append(way)
-    parts = [f"{seeds}: {', '.join(ways)}" for seeds, ways in ways_of.items()]
+def seeds_of_ways(rates: dict[str, list[dict]]) -> str:
+    """Return a sentence on the seeds of each way to train, for below the tables.
+
+    Sizes are named where they have different seeds, in a study that is not at its end.
+    """
+    named: dict[str, list[str]] = {}
+    for way, rows in rates.items():
+        sizes_of: dict[str, list[str]] = {}
+        for row in rows:
+            seeds = " and ".join(map(str, row["seeds"]))
+            sizes_of.setdefault(seeds, []).append(str(row["size"]))
+        for seeds, sizes in sizes_of.items():
+            name = way if len(sizes_of) == 1 else f"{way} {' '.join(sizes)}"
+            named.setdefault(seeds, []).append(name)
+    parts = [f"{seeds}: {', '.join(names)}" for seeds, names in named.items()]
     return f"Means of the trainings with seed {'; with seed '.join(parts)}.\n"
 
 
@@ -302,3 +315,47 @@ def change(row: dict) -> str:
     low, high = (100 * bound for bound in row["interval"])
     told = f" {row['verdict']}" if row["verdict"] in VERDICTS.values() else ""
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}"
+
+
+# The tables of what is trained.
+
+
+def finished(folder: Path) -> dict[str, Config]:
+    """Return name → configuration of the trainings in a study's folder that are at their end."""
+    found = {}
+    for run in sorted(folder.glob("seed-*/*")):
+        if checkpoint.history(run):
+            trained = checkpoint.load(run)
+            config = trained.model.config
+            if trained.training["update"] >= config.updates:
+                found[str(run.relative_to(folder))] = config
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 2 and one line where there is nothing to compare."""
+    from dynsize import compression  # it imports this module
+
+    parser = argparse.ArgumentParser(
+        prog="python -m dynsize.study",
+        description="Writes the tables and pictures of a study's finished trainings to its folder.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    with reported(parser.prog, "interrupted; the same command goes on"):
+        folder = options.folder
+        trainings = finished(folder)
+        supernets = [config for config in trainings.values() if config.method == PAPER[0]]
+        if not supernets:
+            raise ValueError(f"{folder}: no training seed-*/{PAPER[0]} is at its end")
+        results(supernets[0], trainings, folder)
+        if not compression.missing():
+            compression.results(supernets[0], trainings, folder)
+        if find_spec("matplotlib"):
+            from dynsize import plots  # needs matplotlib
+
+            plots.draw(folder, folder / "plots")
+
+
+if __name__ == "__main__":
+    main()

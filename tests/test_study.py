@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from conftest import tiny
 
-from dynsize import checkpoint, compression, evaluation, export
+from dynsize import checkpoint, compression, evaluation, export, wer
 from dynsize.config import Config
 from dynsize.recogniser import OnnxFile, facts_of, network_of
-from dynsize.study import next_training, plan, results
+from dynsize.study import main, next_training, plan, results
 from dynsize.subnet import costs, cut, weights_in
 
 SIZES = (3, 8)
@@ -55,6 +56,14 @@ class Study:
 def written(folder: Path, names: list[str]) -> dict[str, int]:
     files = {name: folder / name / checkpoint.NAME for name in names}
     return {name: file.stat().st_mtime_ns for name, file in files.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws() -> Iterator[None]:
+    """Let intervals be drawn quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wer, "DRAWS", 100)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +175,38 @@ def test_the_tables_have_a_row_for_each_size_and_a_column_for_each_way(study):
     assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{5}}$", text, re.M)) == 2
     seeds = "with seed 0 and 1: alone, simple-top-k, iterative-zero-out; with seed 0: ortho-softmax"
     assert seeds in text
+
+
+def test_the_tables_of_an_unfinished_study_have_what_is_trained(study, tmp_path, exports):
+    names = [name for name in FIRST + FURTHER if "distilled" not in name and "ortho" not in name]
+    names.remove("seed-1/alone-3")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(study.folder / name)
+    (tmp_path / "seed-0" / "notes.txt").write_text("mine")
+    main([str(tmp_path)])
+    ways = ["alone", "simple-top-k", "iterative-zero-out", "layerdrop"]
+    found = json.loads((tmp_path / "study.json").read_text())["test-clean"]
+    assert list(found) == ways
+    assert [list(row["seeds"]) for row in found["alone"]] == [["0", "1"], ["0"]]
+    whole = study.read("study.json")["test-clean"]
+    assert found["layerdrop"] == whole["layerdrop"]
+    rows = json.loads((tmp_path / "differences.json").read_text())["test-clean"]
+    seeds = {(row["method"], row["size"]): row["seeds"] for row in rows}
+    assert seeds["simple-top-k", 8] == [0, 1] and seeds["simple-top-k", 3] == [0]
+    text = (tmp_path / "study.md").read_text()
+    assert "seed 0 and 1: alone 8, simple-top-k, iterative-zero-out; with seed 0: alone 3" in text
+    rows = json.loads((tmp_path / "compression.json").read_text())["rows"]
+    pairs = [(row["size"], row["network"]) for row in rows[::2]]
+    assert pairs == [(8, "cut"), (8, "alone"), (3, "cut"), (3, "alone")]
+
+
+def test_where_nothing_is_trained_there_are_no_tables(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_without_folders_of_seeds_is_refused(study, tmp_path):
