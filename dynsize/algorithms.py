@@ -4,12 +4,13 @@ A new algorithm is one module and one entry here. Its module has:
 
     DEFAULTS                  its values of the settings `delta`, `initial_score` and `score_rate`
     initial_scores(config)    the layer scores before the first update
-    size_at(update, config)   the size by which the subnet is named
+    size_at(update, config)   names the subnet, and chooses its output layer
     shown_size(size, config)  the same as a line of the log shows it: `target 5`
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
     extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
     rank(scores, ranking, update, config)            the layers, most important first
-    needs_ranking(update, config)                    whether `rank` must run after this update
+    needs_ranking(update, config)                    whether `rank` must run after this update,
+                                                     for the layer weights of the next one
 
 `update` is the number of an update of step 1, from 0. `ranking` is the last one that `rank`
 returned, at first the layers in their order. `rank` also runs at the end of step 1, and before a

@@ -143,7 +143,8 @@ def read_samples(path: str, span: tuple[int, int], rate: int, channel: int) -> n
             changed = file.samplerate != rate or file.channels <= channel
             most = TOLERANCE * rate if file.format == "MP3" else 0
     except FAILURES as error:
-        raise CorruptAudio(f"{path}: damaged audio: {error}") from error
+        what = "damaged audio" if os.path.exists(path) else "is gone"
+        raise CorruptAudio(f"{path}: {what}: {error}") from error
     if changed or missing > most:
         found = f"{len(audio)} of {last - first} samples can be read"
         raise CorruptAudio(f"{path}: {found}: truncated, or changed since it was listed")

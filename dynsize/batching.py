@@ -245,8 +245,8 @@ def load(
 def started(loader: DataLoader) -> Iterator[Batch]:
     """Return the iterator of a loader, whose worker processes never get the `SIGNALS`.
 
-    Their death is seen when the next batch is read. Without the handler that torch sets for it, it
-    would interrupt this process anywhere, in the middle of an update too.
+    Torch's handler of SIGCHLD, by which a worker's death would interrupt this process anywhere, in
+    the middle of an update too, is taken away: the death is seen when the next batch is read.
 
     Where this process ends before the iterator does, it kills the workers. Python would send them
     SIGTERM, which they ignore, and wait for ever.

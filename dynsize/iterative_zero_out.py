@@ -1,7 +1,7 @@
 """Iterative-Zero-Out, the paper's second algorithm.
 
-Step 1 has iterations. At the end of the i-th, nᵢ layers in all are zeroed out: those of earlier
-iterations, and the Δ layers of smallest weight among the rest.
+Step 1 has iterations. At the end of each, the Δ layers of smallest weight among those left are
+zeroed out. After the i-th these are nᵢ layers in all.
 
 In the subnet of step 1 a layer that is zeroed out is not computed, and it never comes back; the
 supernet computes all layers throughout.

@@ -18,8 +18,9 @@ from dynsize.supernet import Supernet
 class Losses:
     """The losses by which a network learns: CTC, the algorithm's extra loss, distillation.
 
-    All are in nats per label. With several processes the gradients become those of all batches.
-    `teacher`: the network of which `distillation_loss` learns; None for no distillation.
+    CTC and distillation are in nats per label. With several processes the gradients become those of
+    all batches. `teacher`: the network of which `distillation_loss` learns; None for no
+    distillation.
     """
 
     def __init__(self, model: Supernet, teacher: Supernet | None) -> None:
@@ -66,7 +67,7 @@ class Losses:
                 total = total + processes.count() * divergence / labels
             if step1 and is_last:
                 total = total + steps.extra_loss(model, update)
-            # Other processes wait for the gradient of every weight.
+            # DistributedDataParallel waits for a gradient of every weight.
             nothing = 0 * sum(weight.sum() for weight in unused)
             (total + nothing).backward()
         for weight in unused:

@@ -287,8 +287,9 @@ def windowed_log_probs(
 
     The network sees windows about as long as training's longest utterance, at most `MOST_SECONDS`.
     A sixth of a window on each side is context, whose frames are dropped. The last window is as
-    long as the others, so its context before is longer. Audio of at most one window is seen whole
-    and as it is, as in training. Memory holds two windows and a block, for audio of any length.
+    long as the others and ends with the audio, so its context before is longer. Audio of at most
+    one window is seen whole and as it is, as in training. Memory holds two windows and a block, for
+    audio of any length.
     """
     step, window = facts.step, facts.window_frames
     context = window // CONTEXT

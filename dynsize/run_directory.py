@@ -23,7 +23,9 @@ PICTURES = ("training", "layers", "cost")  # names of what plots.py draws of a r
 OURS = (
     *("metrics.jsonl", "left-out.txt", "corpus.txt", "ranking.json"),
     *("checkpoint.pt", "checkpoint-[0-9].pt", "best.pt", "size-[0-9]*.pt"),
+    *("size-[0-9]*.onnx", "supernet.onnx", "supernet-int8.onnx"),
     *("evaluation/*/*/results.*", "evaluation/*/*/*.trn", "evaluation/*/*/aligned-[0-9]*.txt"),
+    "evaluation/*/decoding.json",
     *(f"plots/{name}.{ending}" for name in PICTURES for ending in ("png", "svg")),
     "tensorboard/events.out.tfevents.*",
     "config.json",

@@ -38,8 +38,8 @@ def stochastic_depth(
 ) -> list[bool | Tensor]:
     """Return the supernet's L gates: True inside the smallest subnet's mask, else (B,) float32.
 
-    In the supernet each utterance skips each layer outside the smallest subnet with the
-    probability `stochastic_depth`, also a layer that a middle size keeps. A skipped layer has gate
+    Only layers outside the smallest subnet are skipped, also those that a middle size keeps: each
+    with the probability `stochastic_depth`, drawn for each utterance. A skipped layer has gate
     0 for this utterance; it is computed all the same. The layers that are not skipped have gate 1:
     they are not scaled up.
 

@@ -19,8 +19,8 @@ class Supernet(nn.Module):
 
     `labels`: V, the number of CTC labels; label 0 is the blank. `ranking`: the layers, most
     important first; by default in their order. The ranking decides every mask, so it is part of
-    `state_dict`, under `_extra_state`. With `size` it is a standalone subnet: it has the first
-    `size` layers of the ranking and one output layer, and nothing else.
+    `state_dict`, under `_extra_state`. With `size` it is a standalone subnet: of the layers it has
+    only the first `size` of the ranking, and it has one output layer.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class Supernet(nn.Module):
         gates of each network; by default the masks of the sizes. `seeds`: (B,) int64 of the
         dropout; without them nothing is dropped.
 
-        Returns (M, B, T', V) float32, normalised outside of autocast, and (B,) the encoder frames
-        inside each utterance.
+        Returns (M, B, T', V) float32, whose log-softmax runs outside of autocast, and (B,) the
+        encoder frames inside each utterance.
         """
         if gates is None:
             gates = [self.mask(size) for size in sizes]

@@ -62,8 +62,8 @@ class Trainer:
         self.model = model.to(self.device)
         self.losses = Losses(self.model, self.teacher_network())
         self.optimizer = optimizer_for(self.model, config)
-        # `batches`: taken from the plans of all epochs. `first`: the number of the epoch's first
-        # batch. `skipped`: updates in a row, the last ones.
+        # `batches`: how many were taken since the training began. `first`: how many batches the
+        # epochs before this one have. `skipped`: updates in a row, the last ones.
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
         self.best = math.inf  # fewest errors on dev up to now
         self.validated = 0  # the last update after which dev was decoded
@@ -165,9 +165,10 @@ class Trainer:
     def stop(self, number: int, frame: object = None) -> None:
         """Save and end as soon as the update that runs is done: a handler of signals.
 
-        While dev is decoded, that goes on to its end, and no further update is trained. Schedulers
-        may send a signal twice within a second, which counts once. A later signal ends the process
-        without saving.
+        Worker processes of the loader ignore signals and are killed at the end. A validation goes
+        on to its end, as its checkpoint is written already, and no further update is trained; where
+        dev is decoded before the first update, that update is trained. Schedulers may send a signal
+        twice within a second, which counts once. A later one ends the process without saving.
         """
         now = time.monotonic()
         if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
@@ -354,10 +355,13 @@ class Trainer:
 
     # What goes wrong.
     #
-    # Audio that can't be read is missing from its batch, named in left-out.txt, and counted. An
-    # update of which nothing could be read, or whose losses or gradient are not finite, is skipped.
-    # The training gives up where more than the share `most_left_out` could not be read in an epoch,
-    # after ten skipped updates in a row, and where too much of dev can't be read.
+    # Audio that can't be read (damaged, or gone) is missing from its batch, named in left-out.txt,
+    # and counted. An update of which nothing could be read, or whose losses or gradient are not
+    # finite, is skipped. The training gives up where more than the share `most_left_out` could not
+    # be read in an epoch, after ten skipped updates in a row, and where too much of dev can't be
+    # read. Then it goes back to the last update that was not skipped, saves, and exits with 2.
+    # With --workers 0, features that are in memory are not read again, so a corpus that disappears
+    # is noticed late or never.
 
     def skip(self, batches: list[Batch], fault: str) -> None:
         """Log an update that changed nothing; end the training where too many were in a row."""
