@@ -49,10 +49,11 @@ def in_step1(update: int, config: Config) -> bool:
 
 def size_at_span_start(update: int, config: Config) -> int:
     """Return the size at the start of an update's span.
- Step 1 is divided into equal spans: Iterative-Zero-Out's iterations, or the values of k in
-Simple-Top-k. In each the size falls by Δ layers, in the last one perhaps by fewer. Example: with L
-= 8, Δ = 3, and the smallest size 3, the size is 8 at the start of the first span and 5 at its end;
-it is 5 at the start of the second span and 3 at its end.
+
+    Step 1 is divided into equal spans: Iterative-Zero-Out's iterations, or the values of k in
+    Simple-Top-k. In each the size falls by Δ layers, in the last one perhaps by fewer. Example:
+    with L = 8, Δ = 3, and the smallest size 3, the size is 8 at the start of the first span and 5
+    at its end; it is 5 at the start of the second span and 3 at its end.
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest
