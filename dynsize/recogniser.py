@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
 CONTEXT = 6  # a window's context on each side is its length divided by this
-LEAD = 0.08  # seconds by which a word starts before its first label's frame
+LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
 # Of a window. Each takes some milliseconds, however short it is: for the same audio, the demo takes
