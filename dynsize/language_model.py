@@ -36,6 +36,8 @@ class LanguageModel:
             raise ValueError(
                 f"{path}: a language model needs flashlight-text: {install}"
             ) from error
+        if not (math.isfinite(weight) and math.isfinite(bonus)):
+            raise ValueError(f"{path}: weight {weight} and bonus {bonus} must be finite numbers")
         self.path, self.weight, self.bonus = path, weight, bonus
         self.known = set(unigrams(path))
         check_spelling(path, self.known, labels)

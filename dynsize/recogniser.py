@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -131,6 +132,9 @@ class Recogniser:
         """
         size = self.sizes[-1] if size is None else size
         self.check_size(size)
+        if not isinstance(audio, str | Path | np.ndarray):
+            found = type(audio).__name__
+            raise ValueError(f"audio must be a path or a numpy array of floats, not {found}")
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
         samples = 0
 
@@ -212,19 +216,26 @@ def open_onnx(path: Path) -> OnnxFile:
     Raises ValueError for other files.
     """
     session = onnx_session(path)
-    content = json.loads(session.get_modelmeta().custom_metadata_map.get("dynsize", "{}"))
-    if content.get("format") != ONNX_FORMAT:
+    metadata = session.get_modelmeta().custom_metadata_map.get("dynsize", "{}")
+    try:
+        content = json.loads(metadata)
         found = content.get("format", "none of dynsize's")
+        if found == ONNX_FORMAT:
+            facts = content["facts"]
+            facts |= dict(labels=tuple(facts["labels"]), sizes=tuple(facts["sizes"]))
+            facts = Facts(**facts)
+            config = from_dict(content["config"])
+            costs = {int(size): of_size for size, of_size in content["costs"].items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        found = "damaged"
+    if found != ONNX_FORMAT:
         raise ValueError(f"{path}: its format is {found}, not {ONNX_FORMAT}; export it again")
-    facts = content["facts"]
-    facts |= dict(labels=tuple(facts["labels"]), sizes=tuple(facts["sizes"]))
 
     def log_probs(audio: Tensor, size: int) -> Tensor:
         result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
         return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
 
-    costs = {int(size): of_size for size, of_size in content["costs"].items()}
-    return OnnxFile(log_probs, Facts(**facts), from_dict(content["config"]), costs)
+    return OnnxFile(log_probs, facts, config, costs)
 
 
 def onnx_session(path: Path) -> "InferenceSession":
@@ -398,10 +409,16 @@ def array_blocks(
     """Yield an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
     if sample_rate is None:
         raise ValueError("an array of samples needs its sample_rate")
+    if not isinstance(sample_rate, Integral) or sample_rate < 1:
+        raise ValueError(f"sample_rate {sample_rate}: must be a whole number of Hz, 1 or more")
     if audio.ndim not in (1, 2) or not np.issubdtype(audio.dtype, np.floating):
         found = f"{audio.dtype} of shape {audio.shape}"
         raise ValueError(f"audio must be floats, (samples,) or (samples, channels), not {found}")
     audio = audio[:, None] if audio.ndim == 1 else audio  # (samples, channels)
+    samples, channels = audio.shape
+    if channels == 0 or 0 < samples < channels:
+        found = f"{samples} samples of {channels} channels"
+        raise ValueError(f"audio must be (samples, channels); this array has {found}")
     audio = audio.astype(np.float32, copy=False)
     parts = (audio[i : i + BLOCK * sample_rate] for i in range(0, len(audio), BLOCK * sample_rate))
     yield from resampled(parts, sample_rate, to_rate, channel, "the array")

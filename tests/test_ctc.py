@@ -264,6 +264,8 @@ def test_a_language_model_refuses_the_other_case_and_no_arpa_file(arpa, tmp_path
         (tmp_path / "bad.arpa").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.arpa: "):
             LanguageModel(tmp_path / "bad.arpa", LABELS, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"weight nan and bonus 0\.0 must be finite"):
+        LanguageModel(arpa, LABELS, math.nan, 0.0)
     with pytest.raises(ValueError, match=r"missing\.arpa: No such file"):
         LanguageModel(tmp_path / "missing.arpa", LABELS, 1.0, 0.0)
     assert capfd.readouterr() == ("", "")

@@ -25,7 +25,7 @@ from dynsize import checkpoint
 from dynsize import export as exporting
 from dynsize.export import Features, export, quantize
 from dynsize.features import log_mel
-from dynsize.recogniser import network_of, onnx_inputs, onnx_session
+from dynsize.recogniser import ONNX_FORMAT, network_of, onnx_inputs, onnx_session
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 
@@ -235,6 +235,12 @@ def test_refuses_files_that_it_did_not_write(tmp_path):
     )
     with pytest.raises(ValueError, match=r"other\.onnx: its format is none of dynsize's"):
         dynsize.load(tmp_path / "other.onnx")
+    for metadata in ("{", "[]", json.dumps(dict(format=ONNX_FORMAT))):
+        model = onnx.helper.make_model(graph, ir_version=9, opset_imports=imports)
+        onnx.helper.set_model_props(model, dict(dynsize=metadata))
+        onnx.save(model, tmp_path / "damaged.onnx")
+        with pytest.raises(ValueError, match=r"damaged\.onnx: its format is damaged"):
+            dynsize.load(tmp_path / "damaged.onnx")
 
 
 # evaluate.py with files.

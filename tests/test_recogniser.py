@@ -224,6 +224,11 @@ def test_refuses_what_is_no_audio(tmp_path):
         (np.zeros(9, np.float32), None, "needs its sample_rate"),
         (np.zeros(9, np.int16), RATE, "must be floats"),
         (wrong, RATE, "samples that are no numbers"),
+        (np.zeros((2, 9), np.float32), RATE, "this array has 2 samples of 9 channels"),
+        (np.zeros((9, 0), np.float32), RATE, "this array has 9 samples of 0 channels"),
+        (np.zeros(9, np.float32), 0, "sample_rate 0: must be a whole number"),
+        (np.zeros(9, np.float32), 8000.5, r"sample_rate 8000\.5: must be"),
+        ([0.0, 0.1], RATE, "must be a path or a numpy array of floats, not list"),
     ):
         with pytest.raises(ValueError, match=why):
             recogniser.transcribe(audio, sample_rate=rate)
