@@ -361,7 +361,11 @@ def test_the_first_utterance_after_a_change_is_told_from_the_second(monkeypatch)
 
 
 def test_times_are_of_one_thread():
-    threads = torch.get_num_threads()
-    with compression.one_thread():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with compression.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
