@@ -321,6 +321,8 @@ def main() -> None:
         options = parse(sys.argv[1:])
         use_threads(options.threads)
         if options.processes > 1 and not processes.started():
+            if not (options.resume or options.init_from):
+                configuration.preset(options.preset, **changes(options))  # told once if it is wrong
             processes.start(options.processes)
         processes.join()
         if not processes.is_first():

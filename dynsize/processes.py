@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ def start(number: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable()  # of what torchrun logs: the processes say what is of use
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it saves where it is sent to a training process
     try:
-        run.main([f"--nproc-per-node={number}", "--", *sys.argv])
+        run.main(["--standalone", f"--nproc-per-node={number}", "--", *sys.argv])
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
