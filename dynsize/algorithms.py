@@ -2,9 +2,9 @@
 
 A new algorithm is one module and one entry here. Its module has:
 
-    DEFAULTS                  its values of the settings `delta`, `initial_score` and `score_rate`
+    DEFAULTS                  its values of `delta`, `initial_score`, `score_rate`, if it has them
     initial_scores(config)    the layer scores before the first update
-    size_at(update, config)   names the subnet, and chooses its output layer
+    size_at(update, config)   the subnet's number of layers, which also chooses its output layer
     shown_size(size, config)  the same as a line of the log shows it: `target 5`
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
     extra_loss(scores, ranking, update, config)      what is added to the two CTC losses

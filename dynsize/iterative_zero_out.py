@@ -1,7 +1,7 @@
 """Iterative-Zero-Out, the paper's second algorithm.
 
 Step 1 has iterations. At the end of each, the Δ layers of smallest weight among those left are
-zeroed out. After the i-th these are nᵢ layers in all.
+zeroed out. After the i-th iteration nᵢ layers are zeroed out.
 
 In the subnet of step 1 a layer that is zeroed out is not computed, and it never comes back; the
 supernet computes all layers throughout.

@@ -76,7 +76,9 @@ def use_gpu(device: str) -> None:
     gpu = int(os.environ["LOCAL_RANK"])
     gpus = torch.cuda.device_count()
     if gpu >= gpus:
-        raise ValueError(f"torchrun --nproc-per-node: must be at most {gpus}, the GPUs here")
+        raise ValueError(
+            f"--processes (torchrun: --nproc-per-node): must be at most {gpus}, the GPUs here"
+        )
     torch.cuda.set_device(gpu)
 
 

@@ -31,7 +31,7 @@ def size_at(update: int, config: Config) -> int:
 
 
 def shown_size(size: int, config: Config) -> str:
-    """Return `k`, or with relaxed weights `soft k`: then all layers run, with weights of sum k."""
+    """Return `k`, or with relaxed weights, whose sum is k, `soft k`. All layers run with both."""
     return f"soft {size}" if config.relaxation == "soft" else f"{size}"
 
 

@@ -68,7 +68,8 @@ COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
     """Return the largest size, trained or not, whose cost is at most `limit`.
 
-    It bisects: the cost must grow with the size.
+    It bisects: the cost must grow with the size. Each size that it tries is cut out, and for
+    milliseconds timed alone, see `latencies`.
 
     `budget`: one of `COSTS`; milliseconds are those for `seconds` of audio. Raises ValueError where
     a single layer costs more.

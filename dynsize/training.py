@@ -165,10 +165,12 @@ class Trainer:
     def stop(self, number: int, frame: object = None) -> None:
         """Save and end as soon as the update that runs is done: a handler of signals.
 
-        Worker processes of the loader ignore signals and are killed at the end. A validation goes
-        on to its end, as its checkpoint is written already, and no further update is trained; where
-        dev is decoded before the first update, that update is trained. Schedulers may send a signal
-        twice within a second, which counts once. A later one ends the process without saving.
+        train.py then exits with 128 + the signal's number. A signal that comes after an update's
+        gradients lets one more update train. Worker processes of the loader ignore signals and are
+        killed at the end. A validation goes on to its end, as its checkpoint is written already,
+        and no further update is trained; the last validation ends the training as without a signal.
+        Schedulers may send a signal twice within a second, which counts once. A later one ends the
+        process without saving.
         """
         now = time.monotonic()
         if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
@@ -355,13 +357,15 @@ class Trainer:
 
     # What goes wrong.
     #
-    # Audio that can't be read (damaged, or gone) is missing from its batch, named in left-out.txt,
-    # and counted. An update of which nothing could be read, or whose losses or gradient are not
-    # finite, is skipped. The training gives up where more than the share `most_left_out` could not
-    # be read in an epoch, after ten skipped updates in a row, and where too much of dev can't be
-    # read. Then it goes back to the last update that was not skipped, saves, and exits with 2.
-    # With --workers 0, features that are in memory are not read again, so a corpus that disappears
-    # is noticed late or never.
+    # Where a corpus disappears, or audio is damaged:
+    # 1. An utterance that can't be read is missing from its batch, named in left-out.txt, counted.
+    # 2. An update of which nothing could be read is skipped, as one whose losses or gradient are
+    #    not finite. Batches that worker processes have read before still train.
+    # 3. The training gives up after ten skipped updates in a row, where more than the share
+    #    `most_left_out` could not be read in an epoch, or where as much of dev can't be read,
+    #    whichever comes first.
+    # 4. It goes back to the last update that was not skipped, saves, and exits with 2.
+    # With --workers 0, features that are in memory are not read again: the loss is noticed late.
 
     def skip(self, batches: list[Batch], fault: str) -> None:
         """Log an update that changed nothing; end the training where too many were in a row."""
@@ -409,7 +413,10 @@ class Trainer:
         Returns what `Dev.results` tells of each size.
         """
         steps.rank_layers(self.model, self.done - 1)
-        result = self.dev.results(self.model)
+        try:
+            result = self.dev.results(self.model)
+        except (ValueError, SystemExit) as error:  # too much can't be read, here or in the first
+            self.give_up(error)
         if self.note_validation(self.done, result):
             self.write("best.pt")
         self.log(dict(update=self.done, dev=result))
@@ -458,7 +465,7 @@ class Trainer:
 
 
 def wait_for(*values: Tensor) -> list[list[float]]:
-    """Return the numbers in some tensors: in an update, the one wait for the device."""
+    """Return the numbers in some tensors: the one wait for the device, beside ranking."""
     flat = torch.cat([value.detach().flatten().float() for value in values])
     numbers = iter(flat.tolist())
     return [list(islice(numbers, value.numel())) for value in values]

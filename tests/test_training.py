@@ -250,6 +250,22 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert checkpoint.load(tmp_path / "run").training["update"] == 7  # a resumed training repeats 8
 
 
+def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch):
+    run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
+    updates = run.updates()
+    next(updates)
+    next(updates)
+    monkeypatch.setattr(losses, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
+
+    def gone(model):
+        raise ValueError("dev is gone")
+
+    monkeypatch.setattr(run.dev, "results", gone)
+    with pytest.raises(ValueError, match="dev is gone"):
+        list(updates)
+    assert checkpoint.load(tmp_path / "run").training["update"] == 2
+
+
 def test_a_stop_while_dev_is_decoded_ends_the_training_after_it(tones, tmp_path, monkeypatch):
     run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
     results = run.dev.results
