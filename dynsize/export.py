@@ -36,6 +36,7 @@ from dynsize.recogniser import (
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 
+FLOOR = 1e-6  # added to the scaled mel energies in the graph
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
 BATCHES = {1: [4.0], 2: [1.0, 0.4], 5: [0.7, 0.02, 2.0, 0.3, 1.1]}  # utterances → seconds of each
 
@@ -227,9 +228,9 @@ class Features(nn.Module):
         self.waves = constants(waves(self.window, spectrum, lowest))
         limits = config.sample_rate, config.lowest_hz, config.highest_hz
         filters = mel_filters(config.mel_bins, spectrum, *limits)  # (N/2 + 1, F)
-        # log(energy + c) = log(energy / c + 1) + log c, whose last term goes with the mean. As it
-        # stands the exporter would take a c of 1e-10 for 0.
-        filters = filters / QUIETEST
+        # log(energy + c) = log(s · energy + s · c) − log s, whose last term goes with the mean.
+        # With s = 1 the exporter would take a c of 1e-10 for 0.
+        filters = filters * (FLOOR / QUIETEST)
         quarter = spectrum // 4
         frequencies = lowest, quarter + lowest, 2 * quarter - lowest, quarter - lowest  # by q
         filters = [filters[f] for f in frequencies]  # (N/8 + 1, F) each
@@ -240,7 +241,8 @@ class Features(nn.Module):
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, T, F) and the (B,) frames inside. `audio`: (B, samples). `lengths`: (B,)."""
         energies = self.energies(self.windows(audio, lengths))
-        features = (energies + 1).log().double()  # (B, T, F); sums need the precision
+        # In float64: the deviation of a bin can be small beside its logarithms.
+        features = (energies.double() + FLOOR).log()  # (B, T, F)
         lengths = 1 + (lengths - self.window).clamp(min=0) // self.hop
         inside = padding_mask(lengths, features.shape[1])[..., None]
         features = torch.where(inside, features, 0.0)
