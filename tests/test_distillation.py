@@ -86,12 +86,12 @@ def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
     settings |= dict(save_every=40, peak_learning_rate=5e-3)
     alone = trained(tones, tmp_path / "alone", **settings)
     taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
-    (batch,) = taught.load([[0, 1, 2, 3]])
+    (batch,) = taught.data.load([[0, 1, 2, 3]])
     features, lengths = batch.to(taught.device)[:2]
     distances = []
     for trainer in (alone, taught):
         log_probs = trainer.model.eval()(features, lengths, [3])[0][0]
-        distances.append(distillation_loss(taught.teacher, features, lengths, log_probs).item())
+        distances.append(distillation_loss(taught.losses.teacher, features, lengths, log_probs).item())
     assert distances[1] < 0.5 * distances[0]
 
 
