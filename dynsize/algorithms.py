@@ -12,9 +12,10 @@ A new algorithm is one module and one entry here. Its module has:
     needs_ranking(update, config)                    whether `rank` must run after this update,
                                                      for the layer weights of the next one
 
-`update` is the number of an update of step 1, from 0. `ranking` is the last one that `rank`
-returned, at first the layers in their order. `rank` also runs at the end of step 1, and before a
-checkpoint, a validation and a line of the log. No function but `rank` waits for the device.
+`update` is the number of an update of step 1, from 0. `ranking` is the last one that was kept, at
+first the layers in their order. `rank` also runs at the end of step 1 and before a checkpoint or a
+validation, and for a line of the log, which does not keep its result. No function but `rank` waits
+for the device.
 `size_at` is below L. The scores are (L,) or (L, L). A module imports `Config` for type checking
 alone, as config.py imports this table.
 """

@@ -8,6 +8,9 @@ which of them is the i-th most important. A subnet of size k has the layer weigh
 The extra loss makes the first k rows orthogonal and one-hot, so that they choose k different
 layers, and the temperature τ falls, so that the layer weights become 0 or 1.
 
+The subnet is never the largest size, so rows beyond the largest size below it learn nothing: the
+end of the ranking follows from the initial scores.
+
 Rows that are equal get equal gradients, and only rounding would separate them, differently on each
 machine. So the scores start with a little noise, drawn from the seed: the extra loss and the
 falling temperature make its differences grow.

@@ -53,7 +53,8 @@ def size_at_span_start(update: int, config: Config) -> int:
     Step 1 is divided into equal spans: Iterative-Zero-Out's iterations, or the values of k in
     Simple-Top-k. In each the size falls by Δ layers, in the last one perhaps by fewer. Example:
     with L = 8, Δ = 3, and the smallest size 3, the size is 8 at the start of the first span and 5
-    at its end; it is 5 at the start of the second span and 3 at its end.
+    at its end; it is 5 at the start of the second span and 3 at its end. With n spans in S updates,
+    span j begins at update ⌈j · S / n⌉, both from 0.
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest

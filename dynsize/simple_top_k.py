@@ -1,7 +1,8 @@
 """Simple-Top-k, the paper's first algorithm.
 
-In step 1 the subnet keeps the k layers of highest score. k falls, Δ layers at a time, from L − Δ
-to the smallest size. The scores learn through the relaxed weights of `relaxed_top_k`.
+In step 1 the subnet keeps the k layers of highest score (with `--relaxation soft` all, with relaxed
+weights). k falls, Δ layers at a time, from L − Δ to the smallest size. The scores learn through the
+relaxed weights of `relaxed_top_k`.
 """
 
 from __future__ import annotations

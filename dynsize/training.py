@@ -169,6 +169,7 @@ class Trainer:
         gradients lets one more update train. Worker processes of the loader ignore signals and are
         killed at the end. A validation goes on to its end, as its checkpoint is written already,
         and no further update is trained; the last validation ends the training as without a signal.
+        Where dev is decoded before the first update of this process, that update is trained.
         Schedulers may send a signal twice within a second, which counts once. A later one ends the
         process without saving.
         """
