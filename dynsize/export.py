@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from dynsize.recogniser import (
 )
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 FLOOR = 1e-6  # added to the scaled mel energies in the graph
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
@@ -134,9 +138,26 @@ def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
         costs={size: costs(model, size) for size in model.sizes},
     )
     program.model.metadata_props["dynsize"] = json.dumps(content)
-    for node in program.model.graph.all_nodes():
+    graph = program.model.graph
+    for node in graph.all_nodes():
         node.metadata_props.clear()  # where in the source each one comes from
+    move_convolutions(graph)
     program.save(path, external_data=False)
+
+
+def move_convolutions(graph: "onnx_ir.Graph") -> None:
+    """Move the weights of the convolutions of optional layers to where these are computed.
+
+    onnxruntime reorders a convolution's weights for its fast kernel only there.
+    """
+    for node in graph:
+        if node.op_type == "If":
+            layer = node.attributes["then_branch"].as_graph()
+            for convolution in layer:
+                if convolution.op_type == "Conv":
+                    for weight in convolution.inputs[1:]:
+                        graph.initializers.pop(weight.name)
+                        layer.register_initializer(weight)
 
 
 @contextmanager

@@ -136,6 +136,20 @@ def test_weights_are_stored_once_and_each_layer_is_optional(supernet):
     assert bytes_ < weights + others + 60_000  # the graph itself
 
 
+def test_convolutions_of_optional_layers_have_their_weights_beside_them(supernet):
+    graph = onnx.load(beside(supernet, "supernet.onnx")).graph
+    outside = {tensor.name for tensor in graph.initializer}
+    convolutions = 0
+    for node in graph.node:
+        for attribute in node.attribute:
+            inside = {tensor.name for tensor in attribute.g.initializer}
+            for inner in attribute.g.node:
+                if inner.op_type == "Conv":
+                    convolutions += 1
+                    assert set(inner.input[1:]) <= inside - outside
+    assert convolutions == sum("conv" in block for block in supernet.model.encoder.blocks)
+
+
 def test_a_file_of_one_size_has_no_other_layers(single):
     path = beside(single, "size-2.onnx")
     count = Counter(operators(onnx.load(path).graph))
