@@ -47,6 +47,7 @@ from dynsize.recogniser import OnnxFile
 from dynsize.report import error_rates, examples, headline, percent, table
 from dynsize.terminal import Parser, hardware, printable, processor, reported, use_threads
 from dynsize.text import counted
+from train import draw
 
 EXAMPLES = """\
   python evaluate.py runs/demo
@@ -175,6 +176,7 @@ def run(options: argparse.Namespace) -> None:
         report = evaluate(system, split, base / split)
         show(report, base / split)
     if options.plots:
+        print()
         draw(folder)
 
 
@@ -208,14 +210,6 @@ def show(report: dict, folder: Path) -> None:
         print(f"evaluate.py: warning: {printable(f'{name}: not scored: {what}')}", file=sys.stderr)
     if len(unreadable) > NAMED:
         print(f"evaluate.py: all {len(unreadable)} are named in results.md", file=sys.stderr)
-
-
-def draw(folder: Path) -> None:
-    """Draw the pictures of a run directory."""
-    from dynsize import plots  # needs matplotlib
-
-    plots.draw(folder, folder / "plots")
-    print(f"\npictures: {printable(folder / 'plots')}")
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def texts_of(
     decoder: Decoder,
     spell: Callable[[list[int]], str],
 ) -> dict[int, Texts]:
-    """Return the texts of so many utterances by each size. `spell`: gives the text of labels."""
+    """Return size → the text of each utterance. `spell`: gives the text of labels."""
     texts: dict[int, Texts] = {size: [None] * utterances for size in sizes}
     bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
     with tqdm(total=utterances, desc=title, **bar_options) as bar:

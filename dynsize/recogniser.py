@@ -172,7 +172,7 @@ class Recogniser:
             raise ValueError(f"size {size}: the sizes are {', '.join(map(str, self.sizes))}")
 
     def size_within(self, milliseconds: float) -> int:
-        """Return the largest size that takes at most so long for 10 s of audio on this machine.
+        """Return the largest size that decodes 10 s of audio within `milliseconds` on this machine.
 
         Each size is measured once. Raises ValueError where the smallest one takes longer.
         """
@@ -376,7 +376,8 @@ def opened(path: str | Path, name: str) -> IO[bytes]:
         raise ValueError(f"{name}: is closed")
     if path == "-" and sys.stdin.isatty():
         raise ValueError(f"{name}: is a terminal; pipe audio into it: cat talk.flac | dynsize -")
-    file = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")  # noqa: SIM115
+    source = sys.stdin.fileno() if path == "-" else path
+    file = open(source, "rb", closefd=path != "-")  # noqa: SIM115
     if not file.seekable():
         file = copy_of(file, name)
     data = mp3_with_length(file)
