@@ -41,11 +41,12 @@ from pathlib import Path
 from dynsize import decoding, language_model
 from dynsize.config import Config, are_splits
 from dynsize.corpora import UNREADABLE
-from dynsize.evaluation import System, compare, device_of, evaluate, open_system, sides_of
+from dynsize.evaluation import System, compare, evaluate, open_system, sides_of
 from dynsize.language_model import LanguageModel
+from dynsize.processes import device_of, hardware, processor, use_threads
 from dynsize.recogniser import OnnxFile
 from dynsize.report import error_rates, examples, headline, percent, table
-from dynsize.terminal import Parser, hardware, printable, processor, reported, use_threads
+from dynsize.terminal import Parser, printable, reported
 from dynsize.text import counted
 from train import draw
 

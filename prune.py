@@ -18,10 +18,10 @@ from pathlib import Path
 import dynsize
 from dynsize import checkpoint, export, pruning
 from dynsize.algorithms import ALGORITHMS
-from dynsize.evaluation import device_of
+from dynsize.processes import device_of, hardware, use_threads
 from dynsize.subnet import COSTS, cut, latencies, macs, parameters
 from dynsize.supernet import LAYER_MAP, layer_map
-from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.terminal import Parser, printable, reported
 from train import train
 
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured

@@ -27,11 +27,12 @@ from dynsize import compression, metrics, processes
 from dynsize import config as configuration
 from dynsize.checkpoint import NAME
 from dynsize.initial import beginning
+from dynsize.processes import hardware, use_threads
 from dynsize.run_directory import check_new
 from dynsize.study import next_training, plan, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP
-from dynsize.terminal import Parser, hardware, printable, reported, use_threads
+from dynsize.terminal import Parser, printable, reported
 from dynsize.text import counted
 from dynsize.training import Trainer
 

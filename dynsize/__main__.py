@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import dynsize
 from dynsize import language_model
-from dynsize.terminal import Parser, end_at_ctrl_c, one_line, printable, reported, use_threads
+from dynsize.terminal import Parser, end_at_ctrl_c, one_line, printable, reported
 
 if TYPE_CHECKING:  # not when it runs: flags are read before torch is imported
     from dynsize.recogniser import Recogniser, Transcript, Word
@@ -143,7 +143,6 @@ def outputs(options: argparse.Namespace) -> list[Path | None]:
 
 def run(options: argparse.Namespace) -> int:
     """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
-    use_threads(options.threads)
     files = outputs(options)
     recogniser = dynsize.load(options.model)
     words = language_model.from_flags(options, recogniser.facts.labels)
@@ -205,9 +204,11 @@ def write(text: str, file: Path | None) -> None:
 def main() -> None:
     end_at_ctrl_c()
     options = parse(sys.argv[1:])
-    from dynsize import recogniser  # noqa: F401 (here: it imports torch, which takes seconds)
+    # Here, as they import torch, which takes seconds.
+    from dynsize import processes, recogniser  # noqa: F401
 
     with reported("dynsize", "stopped; files that were written are whole"):
+        processes.use_threads(options.threads)
         sys.exit(run(options))
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from dynsize import checkpoint, export
 from dynsize.config import Config
 from dynsize.evaluation import evaluate, mean_rate, open_system
+from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS, Network, network_of, open_onnx
 from dynsize.report import millions, table
 from dynsize.study import Scores, change, rate, read_scores, verdict, write
 from dynsize.subnet import cut, weights_in
-from dynsize.terminal import processor
 from dynsize.wer import interval
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`

@@ -22,6 +22,7 @@ from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
 from dynsize.lists import lines
+from dynsize.processes import device_of
 from dynsize.recogniser import (
     Facts,
     Network,
@@ -65,17 +66,6 @@ LogProbs = tuple[list[int], Tensor, Tensor]
 def corpus_root(config: Config) -> Path:
     """Return the directory of the configured corpus; speaks the embedded one if it is missing."""
     return spoken_corpus() if config.corpus == "spoken" else Path(config.corpus)
-
-
-def device_of(config: Config) -> torch.device:
-    """Return the configured device. Raises ValueError where this machine lacks it."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {error}") from error
 
 
 # Decoding.

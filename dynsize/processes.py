@@ -1,18 +1,24 @@
-"""The processes of one training: one alone, or several that torchrun or `start` has started."""
+"""The processes of one training, one or several, and the device on which each computes."""
 
 import atexit
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from dynsize import kernels
+from dynsize.config import Config
+from dynsize.supernet import precision
 
 FAILED = 2  # exit code of a process that can't go on
 
@@ -138,3 +144,51 @@ def wait_for_first() -> None:
 def in_first(error: Exception) -> BaseException:
     """Return what to raise for an error that all processes have: only the first one reports it."""
     return error if is_first() else SystemExit(FAILED)
+
+
+# What computes here.
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the configured device. Raises ValueError where this machine lacks it."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: {error}") from error
+
+
+def use_threads(number: int) -> None:
+    """Let torch compute with `number` threads on the CPU; 0 leaves the number to torch."""
+    most = os.cpu_count() or 1
+    if not 0 <= number <= most:
+        raise ValueError(f"--threads {number}: must be 0 to {most}, the processors here")
+    if number:
+        torch.set_num_threads(number)
+
+
+def hardware(config: Config, device: torch.device) -> str:
+    """Return what computes, for people: device, precision, threads, kernels."""
+    with precision(config, device):
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+    parts = [f"{device.type} {processor(device)}", str(dtype).removeprefix("torch.")]
+    if device.type == "cpu":
+        number = torch.get_num_threads()
+        parts.append(f"{number} thread{'s' if number > 1 else ''}")
+    parts.append(f"kernels: {kernels.describe(device, dtype)}")
+    return ", ".join(parts)
+
+
+def processor(device: torch.device) -> str:
+    """Return the name that the device's maker gave it, as far as it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

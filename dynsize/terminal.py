@@ -5,22 +5,14 @@ Importing this module does not import torch, which takes seconds.
 
 import argparse
 import os
-import platform
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynsize import __version__
-
-if TYPE_CHECKING:
-    import torch
-
-    from dynsize.config import Config
 
 LONGEST = 1000  # characters of an error message
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
@@ -69,49 +61,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists the flags\n")
-
-
-def use_threads(number: int) -> None:
-    """Let torch compute with `number` threads on the CPU; 0 leaves the number to torch."""
-    most = os.cpu_count() or 1
-    if not 0 <= number <= most:
-        raise ValueError(f"--threads {number}: must be 0 to {most}, the processors here")
-    if number:
-        import torch
-
-        torch.set_num_threads(number)
-
-
-def hardware(config: "Config", device: "torch.device") -> str:
-    """Return what computes, for people: device, precision, threads, kernels."""
-    import torch
-
-    from dynsize import kernels
-    from dynsize.supernet import precision
-
-    with precision(config, device):
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
-    parts = [f"{device.type} {processor(device)}", str(dtype).removeprefix("torch.")]
-    if device.type == "cpu":
-        number = torch.get_num_threads()
-        parts.append(f"{number} thread{'s' if number > 1 else ''}")
-    parts.append(f"kernels: {kernels.describe(device, dtype)}")
-    return ", ".join(parts)
-
-
-def processor(device: "torch.device") -> str:
-    """Return the name that the device's maker gave it, as far as it is known."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def end_at_ctrl_c() -> None:

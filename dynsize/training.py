@@ -18,10 +18,10 @@ from dynsize.config import Config
 from dynsize.corpora import UNREADABLE
 from dynsize.dev import Dev
 from dynsize.distillation import load_teacher
-from dynsize.evaluation import device_of
 from dynsize.initial import new_network, optimizer_for
 from dynsize.losses import Losses
 from dynsize.metrics import mean_of
+from dynsize.processes import device_of
 from dynsize.rehearsal import rehearse
 from dynsize.schedule import in_step1, learning_rate
 from dynsize.supernet import Supernet, layer_name
