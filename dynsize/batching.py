@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from dynsize import cache, features
 from dynsize.audio import CorruptAudio
 from dynsize.config import Config, fields
-from dynsize.conformer import FRONT_ENDS
-from dynsize.corpora import Corpus, Utterance, read_audio
+from dynsize.corpora import Utterance, read_audio
 from dynsize.features import feature_frames, log_mel, spec_augment
-from dynsize.text import shown
 from dynsize.tokenizer import Tokenizer
 
 # When utterances are sorted, each length is raised by a random share, at most this one, so that
 # no two epochs have the same batches.
 LENGTH_JITTER = 0.1
 MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
-UNALIGNED = "more labels than CTC can align"
 # What a training handles.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -304,45 +300,3 @@ def epoch_plan(frames: Sequence[int], config: Config, epoch: int) -> list[list[i
     plan = batch_plan(jittered, most, config.batch_utterances)
     draw.shuffle(plan)
     return plan
-
-
-def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
-    """Leave out of a training corpus the utterances that can't be trained on.
-
-    These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels CTC
-    can't align at the fastest speed: a label needs an encoder frame, and so does the blank between
-    two equal ones. Sets what the corpus holds of the tokenizer. Raises ValueError for characters
-    without a label, and where nothing is left.
-    """
-    good: list[Utterance] = []
-    for utterance in corpus.utterances:
-        seconds = utterance.samples / config.sample_rate
-        what = f"{utterance.path}: {seconds:.2f} s"
-        if seconds < config.min_seconds:
-            corpus.leave_out(f"shorter than {config.min_seconds:g} s", utterance.id, what)
-            continue
-        if seconds > config.max_seconds > 0:
-            corpus.leave_out(f"longer than {config.max_seconds:g} s", utterance.id, what)
-            continue
-        labels = labels_of(utterance, tokenizer)
-        corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
-        if (spelled := tokenizer.decode(labels)) != utterance.text:
-            example = corpus.respelled[1] or f"{shown(utterance.text)} as {shown(spelled)}"
-            corpus.respelled = (corpus.respelled[0] + 1, example)
-        repeats = sum(a == b for a, b in pairwise(labels))
-        frames = fewest_encoder_frames(utterance, config)
-        if frames >= max(1, len(labels) + repeats):
-            good.append(utterance)
-        else:
-            what = f"{frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"
-            corpus.leave_out(UNALIGNED, utterance.id, f"{utterance.path}: {what}")
-    corpus.utterances = good
-    if not good:
-        first = next(what for names in corpus.left_out.values() for what in names.values())
-        raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {first}")
-
-
-def fewest_encoder_frames(utterance: Utterance, config: Config) -> int:
-    """Return the number of encoder frames of an utterance at the fastest speed."""
-    frames = feature_frames(round(utterance.samples / max(config.speeds)), config)
-    return FRONT_ENDS[config.front_end].output_frames(frames)

@@ -38,6 +38,7 @@ from dynsize.lists import (
     without_ending,
 )
 from dynsize.manifests import manifest
+from dynsize.spoken import spoken_corpus
 from dynsize.text import clean, clean_notation, parse_stm, shown, without_unknown
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
@@ -80,19 +81,21 @@ class Corpus:
         self.left_out.setdefault(reason, {})[name] = what
 
 
-def read_corpus(
-    root: Path, splits: Sequence[str], config: Config, flag: str = "--split", scored: bool = True
-) -> Corpus:
+def corpus_root(config: Config) -> Path:
+    """Return the directory of the configured corpus; speaks the embedded one if it is missing."""
+    return spoken_corpus() if config.corpus == "spoken" else Path(os.path.abspath(config.corpus))
+
+
+def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") -> Corpus:
     """Return the utterances of splits, each split sorted by id, and what was left out.
 
     The split `A+B` is the splits A and B. `flag`: the one that names the splits, for messages.
-    `scored`: every utterance needs a text; without, a missing text is ''.
 
-    Raises ValueError, with file and line, for no corpus at `root`, a missing or empty split, lines
-    that don't follow their format, an id that a split has twice, missing audio, and several
-    channels of which none is chosen.
+    Raises ValueError, with file and line, for no corpus, a missing or empty split, lines that don't
+    follow their format, an utterance without a text, an id that a split has twice, missing audio,
+    and several channels of which none is chosen.
     """
-    root = Path(os.path.abspath(root))
+    root = corpus_root(config)
     if not root.is_dir():
         raise ValueError(f"--corpus {root}: no such directory; it names a corpus, or is 'spoken'")
     corpus = Corpus()
@@ -110,7 +113,7 @@ def read_corpus(
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
-            if scored and entry.text is None:
+            if entry.text is None:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} has no text")
             add(corpus, entry, found.get(entry.path) or faults[entry.path], config)
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))

@@ -10,7 +10,7 @@ from dynsize import files
 from dynsize.config import Config
 from dynsize.corpora import read_corpus
 from dynsize.ctc import beam_search, greedy
-from dynsize.evaluation import Decoder, System, alone, corpus_root, decoded, errors_of
+from dynsize.evaluation import Decoder, System, alone, decoded, errors_of
 from dynsize.language_model import LanguageModel
 from dynsize.wer import Errors, writes_blanks
 
@@ -35,7 +35,7 @@ def unknown_words(
     Raises ValueError where they are more than the share `MOST_UNKNOWN`.
     """
     for split in splits:
-        utterances = read_corpus(corpus_root(config), [split], config).utterances
+        utterances = read_corpus(config, [split]).utterances
         yield split, words.missing((u.text for u in utterances), MOST_UNKNOWN)
 
 
@@ -47,7 +47,7 @@ def tune(system: System, words: LanguageModel) -> list[dict]:
     error rate of every pair.
     """
     config = system.config
-    corpus = read_corpus(corpus_root(config), config.dev_splits, config)
+    corpus = read_corpus(config, config.dev_splits)
     utterances = corpus.utterances[:MOST_TUNED]
     blanks = writes_blanks(utterance.text for utterance in utterances)
     size = system.sizes[-1]

@@ -9,7 +9,7 @@ from dynsize import processes, run_directory
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.evaluation import corpus_root, errors_of, transcribe
+from dynsize.evaluation import errors_of, transcribe
 from dynsize.recogniser import facts_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
@@ -30,7 +30,7 @@ class Dev:
         self.config = config
         self.run = run
         self.data = data
-        corpus = read_corpus(corpus_root(config), config.dev_splits, config, "--dev-splits")
+        corpus = read_corpus(config, config.dev_splits, "--dev-splits")
         self.left_out = {f"{why} (dev)": names for why, names in corpus.left_out.items()}
         self.unlisted = self.left_out.get(UNREADABLE_DEV, {})
         self.listed = len(corpus.utterances)

@@ -32,7 +32,6 @@ from dynsize.recogniser import (
     open_onnx,
     windowed_log_probs,
 )
-from dynsize.spoken import spoken_corpus
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 from dynsize.terminal import printable
@@ -61,11 +60,6 @@ Decoder = Callable[[Tensor, Tensor], list[list[int]]]
 Texts = list[str | None]  # of each utterance; None where its audio can't be read
 # Indices of utterances, their log-probabilities (M, B, T, V) by M sizes, their lengths (B,).
 LogProbs = tuple[list[int], Tensor, Tensor]
-
-
-def corpus_root(config: Config) -> Path:
-    """Return the directory of the configured corpus; speaks the embedded one if it is missing."""
-    return spoken_corpus() if config.corpus == "spoken" else Path(config.corpus)
 
 
 # Decoding.
@@ -365,7 +359,7 @@ def evaluate(system: System, split: str, output: Path) -> dict:
     no utterance can be read.
     """
     config = system.config
-    corpus = read_corpus(corpus_root(config), [split], config)
+    corpus = read_corpus(config, [split])
     texts, rows = decoded_by_size(system, corpus, split)
     utterances = corpus.utterances
     read = read_by_all(list(texts.values()), split)
@@ -582,7 +576,7 @@ def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
     corpora = []
     for system in chain.from_iterable(sides):
         config = system.config
-        corpus = read_corpus(corpus_root(config), [split], config)
+        corpus = read_corpus(config, [split])
         corpora.append(corpus)
         if ids_and_texts(corpus) != ids_and_texts(corpora[0]):
             what = f"the {split} of {config.corpus} has other utterances than the first's"

@@ -15,7 +15,6 @@ from dynsize.baselines import every_other
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config, fields, with_method
 from dynsize.corpora import read_corpus
-from dynsize.evaluation import corpus_root
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 
@@ -64,7 +63,7 @@ def fixed_settings() -> set[str]:
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """Return the tokenizer for the configured corpus."""
-    corpus = read_corpus(corpus_root(config), config.train_splits, config, "--train-splits")
+    corpus = read_corpus(config, config.train_splits, "--train-splits")
     return tokenizer_for((utterance.text for utterance in corpus.utterances), config)
 
 

@@ -21,7 +21,6 @@ from dynsize.config import Config, shown, with_method
 from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.evaluation import (
     System,
-    corpus_root,
     difference,
     errors_of,
     evaluate,
@@ -180,7 +179,7 @@ def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
     unreadable = set()
     for report in reports.values():
         unreadable.update(report["left_out"].get(UNREADABLE, {}))
-    corpus = read_corpus(corpus_root(config), [split], config)
+    corpus = read_corpus(config, [split])
     utterances = [u for u in corpus.utterances if u.id not in unreadable]
     blanks = writes_blanks(utterance.text for utterance in utterances)
     scores = Scores("wer" if blanks else "cer", {}, {})

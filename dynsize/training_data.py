@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 from dynsize import cache, processes
-from dynsize.batching import Batch, Examples, keep_usable, load
+from dynsize.batching import Batch, Examples, labels_of, load
 from dynsize.config import Config
+from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
-from dynsize.evaluation import corpus_root
+from dynsize.features import feature_frames
 from dynsize.summary import summary
+from dynsize.text import shown
 from dynsize.tokenizer import Tokenizer, tokenizer_for
+
+UNALIGNED = "more labels than CTC can align"
 
 
 class TrainingData:
@@ -30,8 +35,7 @@ class TrainingData:
         with processes.first_alone():
             if processes.is_first():
                 clean_caches(config)
-            root = corpus_root(config)
-            self.corpus = read_corpus(root, config.train_splits, config, "--train-splits")
+            self.corpus = read_corpus(config, config.train_splits, "--train-splits")
         unreadable = self.corpus.left_out.get(UNREADABLE, {})
         self.unlisted = len(unreadable)  # utterances whose audio could not be listed
         self.left_out = 0  # utterances that could not be read in this epoch, by all processes
@@ -89,8 +93,7 @@ class TrainingData:
         for flag, splits in flags.items():
             for split in splits:
                 try:
-                    root = corpus_root(self.config)
-                    others[split] = read_corpus(root, [split], self.config, flag)
+                    others[split] = read_corpus(self.config, [split], flag)
                 except (ValueError, OSError) as error:
                     others[split] = str(error)
         return summary(self.corpus, self.config, others)
@@ -110,3 +113,45 @@ def fingerprint_of(corpus: Corpus) -> str:
         line = f"{utterance.id}\t{utterance.text}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
+    """Leave out of a training corpus the utterances that can't be trained on.
+
+    These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels CTC
+    can't align at the fastest speed: a label needs an encoder frame, and so does the blank between
+    two equal ones. Sets what the corpus holds of the tokenizer. Raises ValueError for characters
+    without a label, and where nothing is left.
+    """
+    good: list[Utterance] = []
+    for utterance in corpus.utterances:
+        seconds = utterance.samples / config.sample_rate
+        what = f"{utterance.path}: {seconds:.2f} s"
+        if seconds < config.min_seconds:
+            corpus.leave_out(f"shorter than {config.min_seconds:g} s", utterance.id, what)
+            continue
+        if seconds > config.max_seconds > 0:
+            corpus.leave_out(f"longer than {config.max_seconds:g} s", utterance.id, what)
+            continue
+        labels = labels_of(utterance, tokenizer)
+        corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
+        if (spelled := tokenizer.decode(labels)) != utterance.text:
+            example = corpus.respelled[1] or f"{shown(utterance.text)} as {shown(spelled)}"
+            corpus.respelled = (corpus.respelled[0] + 1, example)
+        repeats = sum(a == b for a, b in pairwise(labels))
+        frames = fewest_encoder_frames(utterance, config)
+        if frames >= max(1, len(labels) + repeats):
+            good.append(utterance)
+        else:
+            what = f"{frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"
+            corpus.leave_out(UNALIGNED, utterance.id, f"{utterance.path}: {what}")
+    corpus.utterances = good
+    if not good:
+        first = next(what for names in corpus.left_out.values() for what in names.values())
+        raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {first}")
+
+
+def fewest_encoder_frames(utterance: Utterance, config: Config) -> int:
+    """Return the number of encoder frames of an utterance at the fastest speed."""
+    frames = feature_frames(round(utterance.samples / max(config.speeds)), config)
+    return FRONT_ENDS[config.front_end].output_frames(frames)

@@ -8,6 +8,7 @@ decodes, greedily. Words count that are right, by the alignment with the fewest 
 asserts nothing.
 """
 
+import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -16,8 +17,7 @@ import numpy as np
 
 import dynsize
 from dynsize import checkpoint
-from dynsize.corpora import read_corpus
-from dynsize.evaluation import corpus_root
+from dynsize.corpora import corpus_root, read_corpus
 from dynsize.recogniser import Word
 from dynsize.wer import align
 
@@ -46,12 +46,14 @@ def errors_of(said: list[Word], heard: list[Word]) -> list[tuple[float, float]]:
 
 def main(run: Path, corpus: str = "", *splits: str) -> None:
     config = checkpoint.load(run).model.config
-    root = Path(corpus) if corpus else corpus_root(config)
+    if corpus:
+        config = dataclasses.replace(config, corpus=corpus)
+    root = corpus_root(config)
     recogniser = dynsize.load(run)
     for split in splits or config.test_splits:
         truth = true_words(root / f"{split}.ctm")
         errors = []
-        for utterance in read_corpus(root, [split], config).utterances:
+        for utterance in read_corpus(config, [split]).utterances:
             words = recogniser.transcribe(utterance.path).words
             errors += errors_of(truth[utterance.id], words)
         told = f"{split}: {len(errors)} words; milliseconds, median and 90th percentile:"

@@ -39,7 +39,7 @@ def write_mp3(
 def listed(root: Path, *rows: dict, **changes) -> Corpus:
     """Read a manifest with these rows."""
     (root / "train.jsonl").write_text("\n".join(json.dumps({"text": "A"} | row) for row in rows))
-    return read_corpus(root, ["train"], tiny(**changes))
+    return read_corpus(tiny(corpus=str(root), **changes), ["train"])
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
@@ -117,7 +117,7 @@ def test_every_ending_is_found_in_any_case_and_layout(tmp_path, ending):
     (tmp_path / "stm/stm").mkdir()
     (tmp_path / "stm/stm/x.stm").write_text("talk 1 anna 0 0.5 A\n")
     (tmp_path / "tsv.tsv").write_text("path\tsentence\none.mp3\tA\n")
-    utterances = read_corpus(tmp_path, ["train", "stm", "tsv"], tiny()).utterances
+    utterances = read_corpus(tiny(corpus=str(tmp_path)), ["train", "stm", "tsv"]).utterances
     assert [Path(u.path).relative_to(tmp_path).as_posix() for u in utterances] == names
     assert all(len(read_audio(u, RATE)) == u.samples for u in utterances)
 
@@ -131,7 +131,9 @@ def test_of_several_endings_the_first_that_is_read_counts(tmp_path):
     (folder / "1-2.m4a").touch()
     (folder / "1.trans.txt").write_text("1-2 A\n")
     assert ENDINGS[:3] == [".flac", ".wav", ".sph"]
-    assert read_corpus(tmp_path, ["train"], tiny()).utterances[0].path.endswith("1-2.FLAC")
+    assert (
+        read_corpus(tiny(corpus=str(tmp_path)), ["train"]).utterances[0].path.endswith("1-2.FLAC")
+    )
 
 
 def shorten_sphere() -> bytes:

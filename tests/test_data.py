@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from dynsize import batching, spoken
 from dynsize.audio import CorruptAudio
-from dynsize.batching import Examples, batch_plan, collate, epoch_plan, keep_usable
+from dynsize.batching import Examples, batch_plan, collate, epoch_plan
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
 from dynsize.summary import summary
 from dynsize.tokenizer import Tokenizer, tokenizer_for, train_tokenizer
+from dynsize.training_data import keep_usable
 
 
 def test_log_mel_of_a_tone_peaks_in_its_filter():
@@ -116,7 +117,7 @@ def test_spec_augment_off_and_on():
 
 def test_what_is_drawn_for_an_utterance_is_its_own(tones):
     config = tiny(corpus=str(tones), speeds=(0.9, 1.0, 1.1))
-    utterances = read_corpus(tones, ["train"], config).utterances
+    utterances = read_corpus(config, ["train"]).utterances
     tokenizer = train_tokenizer((utterance.text for utterance in utterances), 12)
     all_of_them, last = (
         Examples(u, tokenizer, config, keep=True) for u in (utterances, utterances[-1:])
@@ -140,7 +141,7 @@ def test_what_is_drawn_for_an_utterance_is_its_own(tones):
 
 
 def test_reads_librispeechs_layout(tones):
-    corpus = read_corpus(tones, ["train"], tiny())
+    corpus = read_corpus(tiny(corpus=str(tones)), ["train"])
     utterances = corpus.utterances
     assert (
         len(utterances) == SPLITS["train"]
@@ -173,7 +174,7 @@ def test_corrupt_audio_is_named(tmp_path, how):
     root = write_tones(tmp_path, {"train": 3})
     victim = root / "train" / "0" / "7" / "0-7-0001.flac"
     broken(victim, how)
-    corpus = read_corpus(root, ["train"], tiny())
+    corpus = read_corpus(tiny(corpus=str(root)), ["train"])
     utterances, unreadable = corpus.utterances, corpus.left_out.get(UNREADABLE, {})
     if how == "truncated":  # its header is whole
         with pytest.raises(CorruptAudio, match=r"0-7-0001\.flac"):
@@ -219,7 +220,7 @@ def test_bad_corpora_are_named(tmp_path, how, words):
     else:
         (folder / "0-7.trans.txt").write_bytes(b"0-7-0000 \xff")
     with pytest.raises(ValueError) as error:
-        read_corpus(root, ["train"], tiny())
+        read_corpus(tiny(corpus=str(root)), ["train"])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -311,8 +312,8 @@ def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
 
 def test_texts_that_a_tokenizer_spells_otherwise_are_told(tones, tmp_path):
     file = write_model(tmp_path / "own.model", normalization_rule_name="nmt_nfkc_cf")
-    config = tiny(tokenizer=str(file))
-    corpus = read_corpus(tones, ["train"], config)
+    config = tiny(corpus=str(tones), tokenizer=str(file))
+    corpus = read_corpus(config, ["train"])
     text = corpus.utterances[0].text
     keep_usable(corpus, tokenizer_for([], config), config)
     told = summary(corpus, config, {})
@@ -320,8 +321,8 @@ def test_texts_that_a_tokenizer_spells_otherwise_are_told(tones, tmp_path):
 
 
 def test_decoding_needs_no_labels(tones):
-    config = tiny()
-    utterances = read_corpus(tones, ["train"], config).utterances
+    config = tiny(corpus=str(tones))
+    utterances = read_corpus(config, ["train"]).utterances
     examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=False)
     assert examples[0].labels == [] and not examples[0].corrupt
     examples.epoch = 0
@@ -330,8 +331,8 @@ def test_decoding_needs_no_labels(tones):
 
 
 def test_features_in_memory_have_a_limit(tones, monkeypatch):
-    config = tiny()
-    utterances = read_corpus(tones, ["train"], config).utterances
+    config = tiny(corpus=str(tones))
+    utterances = read_corpus(config, ["train"]).utterances
     examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=True)
     monkeypatch.setattr(batching, "MOST_KEPT", 3 * examples[0].features.nbytes + 2)
     for number in range(24):
@@ -429,7 +430,8 @@ def test_the_spoken_corpus(tmp_path):
         (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
     )
     splits = {
-        split: read_corpus(tmp_path / "one", [split], Config()).utterances for split in minutes
+        split: read_corpus(Config(corpus=str(tmp_path / "one")), [split]).utterances
+        for split in minutes
     }
     texts = {
         split: {utterance.text for utterance in utterances} for split, utterances in splits.items()

@@ -69,7 +69,7 @@ def words_of(corpus: Path, split: str) -> dict[str, list[tuple[float, float, str
 
 def test_the_corpus_is_read_as_librispeech(corpus):
     for split, made in SMALL.items():
-        read = read_corpus(corpus, [split], tiny(corpus=str(corpus)))
+        read = read_corpus(tiny(corpus=str(corpus)), [split])
         assert read.kinds == {split: "librispeech"}
         assert len(read.utterances) == made.utterances
         assert not read.left_out
@@ -247,7 +247,7 @@ def test_an_interrupted_run_leaves_nothing(fsdd, tmp_path, monkeypatch):
 def test_recordings_of_people_become_a_corpus(tmp_path):
     splits = {"test-other": SMALL["test-other"], "test-unseen": SMALL["test-unseen"]}
     digits.join_corpus(FSDD, tmp_path / "corpus", 0, splits)
-    read = read_corpus(tmp_path / "corpus", ["test-other"], tiny(corpus="corpus"))
+    read = read_corpus(tiny(corpus=str(tmp_path / "corpus")), ["test-other"])
     assert len(read.utterances) == 10
     for utterance in read.utterances:
         audio, rate = soundfile.read(utterance.path)

@@ -8,11 +8,11 @@ from conftest import RATE, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.batching import keep_usable
 from dynsize.corpora import Corpus, Utterance
 from dynsize.summary import duration, summary
 from dynsize.text import NORMALISERS, clean, clean_notation, counted, parse_stm, shown
 from dynsize.tokenizer import train_tokenizer
+from dynsize.training_data import keep_usable
 from dynsize.wer import align, errors_in, sclite_reference
 
 
