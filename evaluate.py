@@ -33,20 +33,31 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from dynsize import decoding, language_model
+from dynsize import files
 from dynsize.config import Config, are_splits
-from dynsize.corpora import UNREADABLE
-from dynsize.evaluation import System, compare, evaluate, open_system, sides_of
-from dynsize.language_model import LanguageModel
+from dynsize.corpora import UNREADABLE, read_corpus
+from dynsize.ctc import greedy
+from dynsize.decoding import LanguageModel, beam_search
+from dynsize.evaluation import System, compare, evaluate, open_system, sides_of, tune
 from dynsize.processes import device_of, hardware, processor, use_threads
 from dynsize.recogniser import OnnxFile
 from dynsize.report import error_rates, examples, headline, percent, table
-from dynsize.terminal import Parser, printable, reported
+from dynsize.terminal import (
+    Parser,
+    add_decoding_flags,
+    beam_of,
+    check_decoding,
+    lm_settings,
+    printable,
+    reported,
+)
 from dynsize.text import counted
 from train import draw
 
@@ -60,6 +71,7 @@ EXAMPLES = """\
   python evaluate.py --compare runs/demo/size-7.onnx runs/demo/size-7-int8.onnx
   python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1
   python evaluate.py --compare runs/demo other-system.trn"""
+MOST_UNKNOWN = 0.2  # share of the references' words that a language model may lack
 NAMED = 10  # utterances whose audio can't be read, at most, on the screen
 CHANGED = ("corpus", "corpus_kind", "normaliser", "device", "precision", "batch_seconds")
 
@@ -80,11 +92,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write to DIR/SPLIT")
     add("--overwrite", action="store_true", help="replace results that are there")
     add("--plots", action="store_true", help="draw the run in RUN/plots (needs matplotlib)")
-    language_model.add_flags(parser)
+    add_decoding_flags(parser)
     add("--tune-lm", action="store_true", help="choose weight and bonus on the dev splits")
     parsed = parser.parse_args(arguments)
-    if fault := language_model.contradiction(parsed):
-        parser.error(fault)
+    check_decoding(parser, parsed)
     if parsed.tune_lm and (not parsed.lm or parsed.compare):
         parser.error("--tune-lm is for one RUN with --lm")
     if parsed.tune_lm and (parsed.lm_weight is not None or parsed.word_bonus is not None):
@@ -118,12 +129,16 @@ def opened(path: Path, options: argparse.Namespace) -> System:
     """
     system = open_system(path, changes(options))
     units = system.facts.labels
-    words = language_model.from_flags(options, units)
-    if words:
-        splits = options.split or system.config.test_splits
-        for split, told in decoding.unknown_words(words, system.config, splits):
+    words = None
+    decoder = greedy
+    if options.lm:
+        words = LanguageModel(options.lm, units, **lm_settings(options))
+        for split in options.split or system.config.test_splits:
+            utterances = read_corpus(system.config, [split]).utterances
+            told = words.missing((u.text for u in utterances), MOST_UNKNOWN)
             print(f"language model, {printable(split)}: {printable(told)}")
-    decoder = decoding.decoder(units, language_model.beam_of(options), words)
+    if beam_of(options) > 1 or words:
+        decoder = partial(beam_search, beam=beam_of(options), labels=units, words=words)
     return dataclasses.replace(system, decoder=decoder)
 
 
@@ -191,15 +206,16 @@ def computes(system: System) -> str:
 
 def write_decoding(system: System, options: argparse.Namespace, file: Path) -> None:
     """Write how the splits are decoded, after choosing the weights if that was asked for."""
-    words: LanguageModel | None = None
-    tried = []
+    content: dict[str, object] = dict(beam=beam_of(options))
     if options.lm:
         words = system.decoder.keywords["words"]
-    if options.tune_lm:
-        tried = decoding.tune(system, words)
-        print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
-    beam = language_model.beam_of(options)
-    decoding.write(file, beam, words, system.config.dev_splits, tried)
+        if options.tune_lm:
+            tried = tune(system, words)
+            content |= dict(tuned_on=list(system.config.dev_splits), tried=tried)
+            print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
+        content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write(file, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def show(report: dict, folder: Path) -> None:

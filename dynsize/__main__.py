@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import dynsize
-from dynsize import language_model
-from dynsize.terminal import Parser, end_at_ctrl_c, one_line, printable, reported
+from dynsize.terminal import (
+    Parser,
+    add_decoding_flags,
+    beam_of,
+    check_decoding,
+    end_at_ctrl_c,
+    lm_settings,
+    one_line,
+    printable,
+    reported,
+)
 
 if TYPE_CHECKING:  # not when it runs: flags are read before torch is imported
     from dynsize.recogniser import Recogniser, Transcript, Word
@@ -45,10 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT for each file")
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--channel", type=int, help="of the audio; 1 is the first (the mean of all channels)")
-    language_model.add_flags(parser)
+    add_decoding_flags(parser)
     parsed = parser.parse_args(arguments)
-    if fault := language_model.contradiction(parsed):
-        parser.error(fault)
+    check_decoding(parser, parsed)
     if parsed.channel is not None and parsed.channel < 1:
         parser.error(f"--channel {parsed.channel}: the first channel is 1")
     if parsed.format in ("srt", "vtt") and len(parsed.audio) > 1 and not parsed.output:
@@ -145,10 +153,12 @@ def run(options: argparse.Namespace) -> int:
     """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
     files = outputs(options)
     recogniser = dynsize.load(options.model)
-    words = language_model.from_flags(options, recogniser.facts.labels)
+    words = None
+    if options.lm:
+        words = recogniser.language_model(options.lm, **lm_settings(options))
     asked: dict[str, Any] = dict(
         size=chosen_size(recogniser, options),
-        beam=language_model.beam_of(options),
+        beam=beam_of(options),
         language_model=words,
         channel=None if options.channel is None else options.channel - 1,
     )

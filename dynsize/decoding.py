@@ -1,78 +1,359 @@
-"""Decoding of a corpus by beam search, and its language model's weights chosen on dev."""
+"""Prefix beam search (Hannun et al. 2014), and a language model of words for it.
 
-import json
-from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import product
+The language model is an n-gram model in an ARPA file, computed by KenLM (Heafield 2011), which
+comes with the extra `lm`: the wheel of flashlight-text has it.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
 
-from dynsize import files
-from dynsize.config import Config
-from dynsize.corpora import read_corpus
-from dynsize.ctc import beam_search, greedy
-from dynsize.evaluation import Decoder, System, alone, decoded, errors_of
-from dynsize.language_model import LanguageModel
-from dynsize.wer import Errors, writes_blanks
+import numpy as np
+from torch import Tensor
 
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
-BONUSES = (0.0, 0.5, 1.0, 2.0)
-MOST_UNKNOWN = 0.2  # share of the references' words that a language model may lack
-MOST_TUNED = 500  # utterances of the dev splits
+from dynsize.ctc import BLANK
+from dynsize.text import WORD
 
-
-def decoder(labels: Sequence[str], beam: int, words: LanguageModel | None) -> Decoder:
-    """Return what turns a network's log-probabilities into labels."""
-    if beam == 1 and words is None:
-        return greedy
-    return partial(beam_search, beam=beam, labels=labels, words=words)
+LM_WEIGHT = 0.5  # of the language model's scores beside the network's
+UNKNOWN = "<unk>"
+LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
+TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
 
 
-def unknown_words(
-    words: LanguageModel, config: Config, splits: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield each split, and how many of its references' words a language model lacks.
+class WordScorer(Protocol):
+    """What the beam search asks of a language model. Scores are weighted natural logarithms."""
 
-    Raises ValueError where they are more than the share `MOST_UNKNOWN`.
+    def start(self) -> object:
+        """Return the state at the beginning of an utterance."""
+
+    def score(self, state: object, word: str) -> tuple[object, float]:
+        """Return the state after a word, and the word's score."""
+
+    def finish(self, state: object) -> float:
+        """Return the score of the utterance's end."""
+
+
+@dataclass(eq=False)
+class Prefix:
+    """The labels of an utterance up to now: the last one, and a link to the prefix before it."""
+
+    before: "Prefix | None"
+    label: int
+    frame: int
+    word: str = ""  # the unfinished word at its end
+    score: float = 0.0  # of its finished words, by the language model
+    state: object = None  # of the language model after them
+    ended_score: float = 0.0  # the same, as if the unfinished word ended here
+    ended_state: object = None
+
+
+class BeamSearch:
+    """Prefix beam search (Hannun et al. 2014), whose frames can be given in parts.
+
+    The score of a prefix is the log-probability of its labels, summed over all alignments, plus the
+    scores of its words. `beam`: how many prefixes are kept after each frame. `labels`: the V units;
+    only a language model needs them.
+
+    Each prefix has two log-probabilities, of the alignments that end with a blank and of those that
+    end with its last label, because a repeated label is a new one only after a blank.
     """
-    for split in splits:
-        utterances = read_corpus(config, [split]).utterances
-        yield split, words.missing((u.text for u in utterances), MOST_UNKNOWN)
+
+    def __init__(
+        self, beam: int, labels: Sequence[str] = (), words: WordScorer | None = None
+    ) -> None:
+        if beam < 1:
+            raise ValueError(f"beam {beam}: must be 1 or more")
+        self.beam = beam
+        self.labels = labels
+        self.words = words
+        begins = [label.startswith(WORD) for label in labels]
+        self.begins = np.array(begins, dtype=float)  # (V,): 1 for a label that begins a word
+        root = Prefix(None, BLANK, frame=0)
+        if words is not None:
+            root.state = words.start()
+            root.ended_state = root.state
+        self.prefixes = [root]
+        # Log-probabilities (P,) of the alignments that end with a blank, or with the last label.
+        self.after_blank = np.zeros(1)
+        self.after_label = np.full(1, -np.inf)
+        self.frame = 0
+        self.known: WeakValueDictionary[tuple[Prefix, int], Prefix] = WeakValueDictionary()
+
+    def advance(self, log_probs: Tensor) -> None:
+        """Advance by the frames of `log_probs`, (T, V)."""
+        with np.errstate(invalid="ignore"):  # of −inf − −inf in logaddexp
+            for of_frame in log_probs.double().cpu().numpy():
+                self.step(of_frame)
+
+    def step(self, log_probs: np.ndarray) -> None:
+        """Advance by one frame. `log_probs`: (V,)."""
+        last = np.array([prefix.label for prefix in self.prefixes])  # (P,)
+        total = np.logaddexp(self.after_blank, self.after_label)
+        # the same prefixes
+        blank = total + log_probs[BLANK]  # (P,)
+        label = self.after_label + log_probs[last]  # (P,)
+        # prefixes with one more label; a repeated label needs a blank before it
+        longer = total[:, None] + log_probs  # (P, V)
+        place = np.arange(len(last))
+        longer[place, last] = self.after_blank + log_probs[last]
+        longer[:, BLANK] = -np.inf
+        self.merge(blank, label, longer)
+        scores = np.logaddexp(blank, label)
+        scores = np.concatenate([scores, longer.ravel()])  # (P + P · V,)
+        if self.words is not None:
+            scores += self.word_scores()
+        best = largest(scores, self.beam)
+        self.choose(best, blank, label, longer)
+        self.frame += 1
+
+    def merge(self, blank: np.ndarray, label: np.ndarray, longer: np.ndarray) -> None:
+        """Where a longer prefix is in the beam already, add its probability there instead."""
+        place = {prefix: i for i, prefix in enumerate(self.prefixes)}
+        for i, prefix in enumerate(self.prefixes):
+            parent = place.get(prefix.before)
+            if parent is None:
+                continue
+            entering = longer[parent, prefix.label]
+            if entering > np.logaddexp(blank[i], label[i]):
+                prefix.frame = self.frame  # most alignments emit its label only now
+            label[i] = np.logaddexp(label[i], entering)
+            longer[parent, prefix.label] = -np.inf
+
+    def choose(
+        self, best: np.ndarray, blank: np.ndarray, label: np.ndarray, longer: np.ndarray
+    ) -> None:
+        """Make the next beam of the prefixes and the longer prefixes that `best` names.
+
+        `best`: indices, 0 to P − 1 for the prefixes of the beam, then those of `longer`, (P, V).
+        """
+        count, vocabulary = longer.shape
+        is_old = best < count
+        old = best[is_old]
+        new = best[~is_old] - count
+        prefixes = [self.prefixes[i] for i in old]
+        for i in new.tolist():
+            parent, added = divmod(i, vocabulary)
+            prefix = self.grown(self.prefixes[parent], added)
+            prefixes.append(prefix)
+        self.prefixes = prefixes
+        never = np.full(len(new), -np.inf)
+        grown = longer.ravel()[new]
+        self.after_blank = np.concatenate([blank[old], never])
+        self.after_label = np.concatenate([label[old], grown])
+
+    def word_scores(self) -> np.ndarray:
+        """Return the scores of the finished words of P prefixes, then of P · V longer ones."""
+        score = np.array([prefix.score for prefix in self.prefixes])  # (P,)
+        ended = np.array([prefix.ended_score for prefix in self.prefixes])
+        gain = ended - score  # of a label that begins a word
+        longer = score[:, None] + gain[:, None] * self.begins  # (P, V)
+        return np.concatenate([score, longer.ravel()])
+
+    def grown(self, before: Prefix, label: int) -> Prefix:
+        """Return the prefix with one more label: the one that exists, or else a new one."""
+        prefix = self.known.get((before, label))
+        if prefix is not None:
+            prefix.frame = self.frame
+            return prefix
+        prefix = Prefix(before, label, self.frame)
+        self.known[before, label] = prefix
+        if self.words is not None:
+            self.add_piece(prefix, self.labels[label], self.words)
+        return prefix
+
+    @staticmethod
+    def add_piece(prefix: Prefix, piece: str, words: WordScorer) -> None:
+        """Give a prefix its unfinished word and its scores, from those of the prefix before it."""
+        before = prefix.before
+        if piece.startswith(WORD):
+            prefix.word = piece.removeprefix(WORD)
+            prefix.score = before.ended_score
+            prefix.state = before.ended_state
+        else:
+            prefix.word = before.word + piece
+            prefix.score = before.score
+            prefix.state = before.state
+        prefix.ended_score = prefix.score
+        prefix.ended_state = prefix.state
+        if prefix.word:
+            prefix.ended_state, gain = words.score(prefix.state, prefix.word)
+            prefix.ended_score += gain
+
+    def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
+        """Return the score and the labels of each prefix of the beam, the best one first.
+
+        The labels are pairs of a label and the frame in which it is emitted.
+        """
+        scores = np.logaddexp(self.after_blank, self.after_label)
+        if self.words is not None:
+            for i, prefix in enumerate(self.prefixes):
+                end = self.words.finish(prefix.ended_state)
+                scores[i] += prefix.ended_score + end
+        found = []
+        for i in largest(scores, self.beam):
+            labels = labels_of(self.prefixes[i])
+            found.append((float(scores[i]), labels))
+        return found
 
 
-def tune(system: System, words: LanguageModel) -> list[dict]:
-    """Set the language model's weight and bonus to those with the fewest errors on dev.
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the `count` largest scores, the largest first, without −inf."""
+    best = np.arange(len(scores))
+    if count < len(scores):
+        best = np.argpartition(-scores, count)[:count]
+    order = np.argsort(-scores[best], kind="stable")
+    best = best[order]
+    return best[scores[best] > -np.inf]
 
-    The largest size decodes the dev splits, or their first 500 utterances, with each pair, by the
-    decoder of the system, which has this language model. Returns the weight, the bonus and the word
-    error rate of every pair.
+
+def labels_of(prefix: Prefix) -> list[tuple[int, int]]:
+    """Return the labels of a prefix, each with its frame; frames never fall."""
+    pairs = []
+    frame = prefix.frame
+    while prefix.before is not None:
+        frame = min(frame, prefix.frame)
+        pairs.append((prefix.label, frame))
+        prefix = prefix.before
+    return pairs[::-1]
+
+
+def beam_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam: int,
+    labels: Sequence[str] = (),
+    words: WordScorer | None = None,
+) -> list[list[int]]:
+    """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
+    found = []
+    for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
+        search = BeamSearch(beam, labels, words)
+        search.advance(of_utterance[:length])
+        _, best = search.results()[0]
+        found.append([label for label, _ in best])
+    return found
+
+
+# The language model.
+
+
+class LanguageModel:
+    """Scores of words, for the beam search: weight · ln P(word | words before) + bonus.
+
+    `labels`: the network's SentencePiece units. Raises ValueError for a file that is no ARPA file,
+    and where its words cannot be spelled with the labels, as in the other case.
     """
-    config = system.config
-    corpus = read_corpus(config, config.dev_splits)
-    utterances = corpus.utterances[:MOST_TUNED]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    size = system.sizes[-1]
-    network = alone(system, size)
-    rows = []
-    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
-        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
-        texts, _ = decoded(system, network, size, utterances, title)
-        errors = sum(errors_of(utterances, texts, blanks), Errors())
-        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
-        rows.append(row)
-    best = min(rows, key=lambda row: row["wer"])
-    words.weight = best["weight"]
-    words.bonus = best["bonus"]
-    return rows
+
+    def __init__(
+        self,
+        path: Path,
+        labels: Sequence[str],
+        weight: float = LM_WEIGHT,
+        bonus: float = 0.0,
+    ) -> None:
+        try:
+            from flashlight.lib.text.decoder.kenlm import KenLM
+            from flashlight.lib.text.dictionary import Dictionary
+        except ImportError as error:
+            install = "pip install 'dynsize[lm]'"
+            raise ValueError(
+                f"{path}: a language model needs flashlight-text: {install}"
+            ) from error
+        if not (math.isfinite(weight) and math.isfinite(bonus)):
+            raise ValueError(f"{path}: weight {weight} and bonus {bonus} must be finite numbers")
+        self.path, self.weight, self.bonus = path, weight, bonus
+        self.known = set(unigrams(path))
+        check_spelling(path, self.known, labels)
+        dictionary = Dictionary()
+        for word in [UNKNOWN, *sorted(self.known)]:
+            dictionary.add_entry(word)
+        self.numbers = {word: dictionary.get_index(word) for word in self.known}
+        self.unknown = dictionary.get_index(UNKNOWN)
+        try:
+            with silent():
+                self.model = KenLM(str(path), dictionary)
+        except RuntimeError as error:  # with the place in KenLM's source, then what is wrong
+            raise ValueError(f"{path}: {str(error).splitlines()[-1]}") from error
+
+    def start(self) -> object:
+        """Return the state at the beginning of an utterance."""
+        return self.model.start(False)
+
+    def score(self, state: object, word: str) -> tuple[object, float]:
+        """Return the state after a word, and the word's score."""
+        state, score = self.model.score(state, self.numbers.get(word, self.unknown))
+        return state, self.weight * TO_NATURAL * score + self.bonus
+
+    def finish(self, state: object) -> float:
+        """Return the score of the utterance's end."""
+        return self.weight * TO_NATURAL * self.model.finish(state)[1]
+
+    def missing(self, texts: Iterable[str], most: float = 1.0) -> str:
+        """Return a line that says how many of the texts' words the model lacks.
+
+        Raises ValueError where that is more than the share `most` of them.
+        """
+        words = Counter(word for text in texts for word in text.split())
+        lacking = Counter({word: n for word, n in words.items() if word not in self.known})
+        told = f"{self.path}: lacks {lacking.total()} of {words.total()} words"
+        if lacking:
+            told += f", most often {' '.join(word for word, _ in lacking.most_common(3))}"
+        if lacking.total() > most * words.total():
+            raise ValueError(f"{told}; at most {most:.0%} may be missing")
+        return told
 
 
-def write(
-    file: Path, beam: int, words: LanguageModel | None, dev_splits: Sequence[str], tried: list[dict]
-) -> None:
-    """Write how splits are decoded. `tried`: what `tune` returned for the dev splits, if it ran."""
-    content: dict[str, object] = dict(beam=beam)
-    if tried:
-        content |= dict(tuned_on=list(dev_splits), tried=tried)
-    if words:
-        content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, json.dumps(content, indent=2).encode() + b"\n")
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep from the terminal what compiled code writes to standard error, as KenLM's progress."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def unigrams(path: Path) -> Iterator[str]:
+    """Yield the words of an ARPA file, without the three that are marks."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            inside = False
+            for line in file:
+                fields = line.split()
+                if line.startswith("\\") and inside:
+                    return
+                if line.startswith("\\1-grams:"):
+                    inside = True
+                elif inside and len(fields) > 1 and fields[1] not in ("<s>", "</s>", UNKNOWN):
+                    yield fields[1]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text, as an ARPA file is") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not inside:
+        raise ValueError(f"{path}: not an ARPA file: it has no line \\1-grams:")
+
+
+def check_spelling(path: Path, words: set[str], labels: Sequence[str]) -> None:
+    """Raise ValueError where the labels can spell hardly any word of a language model."""
+    letters = set("".join(labels[1:])) - {WORD}
+
+    def share(spelled: Iterable[str]) -> float:
+        return sum(letters.issuperset(word) for word in spelled) / max(1, len(words))
+
+    if share(words) >= LEAST_SPELLED:
+        return
+    for case in (str.upper, str.lower):
+        if share(map(case, words)) >= LEAST_SPELLED:
+            wanted = f"write them in {case.__name__} case"
+            raise ValueError(f"{path}: its words are not in the network's case; {wanted}")
+    raise ValueError(f"{path}: the network's labels cannot spell its words")

@@ -21,6 +21,7 @@ from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
+from dynsize.decoding import LanguageModel
 from dynsize.lists import lines
 from dynsize.processes import device_of
 from dynsize.recogniser import (
@@ -53,6 +54,9 @@ from dynsize.wer import (
 # What an ONNX file does, and the settings that say so.
 ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
 ONNX_ONLY = dict(device=("auto", "cpu"), precision=("auto", "float32"), batch_seconds=())
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of a language model, tried on dev
+BONUSES = (0.0, 0.5, 1.0, 2.0)
+MOST_TUNED = 500  # utterances of the dev splits on which they are tried
 LISTED = 20  # confusions, and utterances that became worse, in a report
 
 # Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
@@ -249,6 +253,31 @@ def spelled(units: Sequence[str], labels: Sequence[int]) -> str:
     """Return the text of labels, given the SentencePiece unit of each label."""
     text = "".join(units[label] for label in labels)
     return text.replace(WORD, " ")
+
+
+def tune(system: System, words: LanguageModel) -> list[dict]:
+    """Set the language model's weight and bonus to those with the fewest errors on dev.
+
+    The largest size decodes the dev splits, or their first 500 utterances, with each pair, by the
+    decoder of the system, which has this language model. Returns the weight, the bonus and the word
+    error rate of every pair.
+    """
+    config = system.config
+    utterances = read_corpus(config, config.dev_splits).utterances[:MOST_TUNED]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    size = system.sizes[-1]
+    network = alone(system, size)
+    rows = []
+    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
+        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
+        texts, _ = decoded(system, network, size, utterances, title)
+        errors = sum(errors_of(utterances, texts, blanks), Errors())
+        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
+        rows.append(row)
+    best = min(rows, key=lambda row: row["wer"])
+    words.weight = best["weight"]
+    words.bonus = best["bonus"]
+    return rows
 
 
 # Scoring.

@@ -23,9 +23,9 @@ from dynsize import checkpoint
 from dynsize.audio import mp3_with_length
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config, from_dict
-from dynsize.ctc import BeamSearch, label_frames
+from dynsize.ctc import label_frames
+from dynsize.decoding import LM_WEIGHT, BeamSearch, LanguageModel
 from dynsize.features import log_mel, window_and_hop
-from dynsize.language_model import LM_WEIGHT, LanguageModel
 from dynsize.supernet import Supernet
 from dynsize.text import WORD
 

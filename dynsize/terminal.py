@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dynsize import __version__
 
+LM_BEAM = 16  # prefixes, where a language model is given
 LONGEST = 1000  # characters of an error message
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -45,6 +47,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
         self.add_argument(
             "--version",
             action="version",
@@ -61,6 +64,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists the flags\n")
+
+
+def add_decoding_flags(parser: Parser) -> None:
+    """Add the flags of the beam search and of its language model."""
+    add = parser.add_argument
+    add("--beam", type=int, help=f"prefixes that beam search keeps (1; with --lm {LM_BEAM})")
+    add("--lm", type=Path, metavar="FILE", help="language model of words: an n-gram ARPA file")
+    add("--lm-weight", type=float, metavar="X", help="of the language model (0.5)")
+    add("--word-bonus", type=float, metavar="X", help="added to a text's score for each word (0)")
+
+
+def check_decoding(parser: Parser, options: argparse.Namespace) -> None:
+    """End the process where the flags of the beam search can't be."""
+    if options.beam is not None and options.beam < 1:
+        parser.error(f"--beam {options.beam}: must be 1 or more")
+    if not options.lm and (options.lm_weight is not None or options.word_bonus is not None):
+        parser.error("--lm-weight and --word-bonus are a language model's: --lm names it")
+
+
+def beam_of(options: argparse.Namespace) -> int:
+    """Return how many prefixes the beam search keeps; 1 means greedy decoding."""
+    return options.beam or (LM_BEAM if options.lm else 1)
+
+
+def lm_settings(options: argparse.Namespace) -> dict[str, float]:
+    """Return the settings of the language model that the command line names."""
+    given = dict(weight=options.lm_weight, bonus=options.word_bonus)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def end_at_ctrl_c() -> None:

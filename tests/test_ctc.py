@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.ctc import BeamSearch, beam_search, ctc_loss, greedy
-from dynsize.language_model import LanguageModel
+from dynsize.ctc import ctc_loss, greedy
+from dynsize.decoding import BeamSearch, LanguageModel, beam_search
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TONES, tiny
 
-from dynsize import checkpoint, decoding
+from dynsize import checkpoint, evaluation
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 
@@ -61,17 +61,16 @@ def test_the_beam_is_written_beside_the_results(run, tmp_path, evaluate):
 
 def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate, monkeypatch):
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
-    monkeypatch.setattr(decoding, "WEIGHTS", (0.0, 0.5))
-    monkeypatch.setattr(decoding, "BONUSES", (0.0, -20.0))
+    monkeypatch.setattr(evaluation, "WEIGHTS", (0.0, 0.5))
+    monkeypatch.setattr(evaluation, "BONUSES", (0.0, -20.0))
     read_splits = []
-    read = decoding.read_corpus
-    monkeypatch.setattr(decoding, "read_corpus", lambda *a: read_splits.extend(a[1]) or read(*a))
+    read = evaluation.read_corpus
+    monkeypatch.setattr(evaluation, "read_corpus", lambda *a: read_splits.extend(a[1]) or read(*a))
     lm = run / "tones.arpa"
     arguments = (run, "--split", "test-other", "--output", tmp_path, "--lm", lm, "--beam", 2)
     code, shown, error = evaluate(*arguments, "--tune-lm")
     assert (code, error) == (0, "")
-    words_of, *tuned_on = read_splits  # the words of test-other are looked up in the model
-    assert words_of == "test-other" and tuned_on == ["dev-clean", "dev-other"]
+    assert read_splits == ["dev-clean", "dev-other", "test-other"]
     assert "lacks 0 of " in shown
     found = json.loads((tmp_path / "decoding.json").read_text())
     assert len(found["tried"]) == 4 and found["lm"] == str(lm) and found["beam"] == 2
