@@ -46,8 +46,8 @@ from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.ctc import greedy
 from dynsize.decoding import LanguageModel, beam_search
 from dynsize.evaluation import System, compare, evaluate, open_system, sides_of, tune
+from dynsize.networks import OnnxFile
 from dynsize.processes import device_of, hardware, processor, use_threads
-from dynsize.recogniser import OnnxFile
 from dynsize.report import error_rates, examples, headline, percent, table
 from dynsize.terminal import (
     Parser,

@@ -19,8 +19,9 @@ from torch import Tensor
 from dynsize import checkpoint, export
 from dynsize.config import Config
 from dynsize.evaluation import evaluate, mean_rate, open_system
+from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
-from dynsize.recogniser import LATENCY_SECONDS, Network, network_of, open_onnx
+from dynsize.recogniser import LATENCY_SECONDS
 from dynsize.report import millions, table
 from dynsize.study import Scores, change, rate, read_scores, verdict, write
 from dynsize.subnet import cut, weights_in

@@ -10,7 +10,7 @@ from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.evaluation import errors_of, transcribe
-from dynsize.recogniser import facts_of
+from dynsize.networks import facts_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
 from dynsize.training_data import TrainingData

@@ -23,8 +23,7 @@ from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corp
 from dynsize.ctc import greedy
 from dynsize.decoding import LanguageModel
 from dynsize.lists import lines
-from dynsize.processes import device_of
-from dynsize.recogniser import (
+from dynsize.networks import (
     Facts,
     Network,
     OnnxFile,
@@ -33,6 +32,7 @@ from dynsize.recogniser import (
     open_onnx,
     windowed_log_probs,
 )
+from dynsize.processes import device_of
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 from dynsize.terminal import printable

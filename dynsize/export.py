@@ -26,7 +26,7 @@ from dynsize.checkpoint import Checkpoint
 from dynsize.config import LAYERS
 from dynsize.conformer import padding_mask
 from dynsize.features import QUIETEST, mel_filters, window_and_hop
-from dynsize.recogniser import (
+from dynsize.networks import (
     ONNX_FORMAT,
     Facts,
     facts_of,

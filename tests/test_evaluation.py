@@ -30,7 +30,8 @@ from dynsize.evaluation import (
     scores,
     transcribe,
 )
-from dynsize.recogniser import Recogniser, facts_of, network_of
+from dynsize.networks import facts_of, network_of
+from dynsize.recogniser import Recogniser
 from dynsize.subnet import cut, parameters
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer

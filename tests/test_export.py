@@ -25,7 +25,7 @@ from dynsize import checkpoint
 from dynsize import export as exporting
 from dynsize.export import Features, export, quantize
 from dynsize.features import log_mel
-from dynsize.recogniser import ONNX_FORMAT, network_of, onnx_inputs, onnx_session
+from dynsize.networks import ONNX_FORMAT, network_of, onnx_inputs, onnx_session
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 

@@ -27,16 +27,8 @@ from dynsize import __main__ as command
 from dynsize import checkpoint, recogniser
 from dynsize.audio import frame_bytes
 from dynsize.ctc import label_frames
-from dynsize.recogniser import (
-    Facts,
-    Recogniser,
-    Transcript,
-    Word,
-    facts_of,
-    file_blocks,
-    windowed_log_probs,
-    words_of,
-)
+from dynsize.networks import Facts, facts_of, network_of, windowed_log_probs
+from dynsize.recogniser import Recogniser, Transcript, Word, file_blocks, words_of
 from dynsize.subnet import cut
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
@@ -297,8 +289,6 @@ def test_pruned_layers_do_not_run(run, noise):
     for block, layers in enumerate(loaded.model.encoder.blocks):
         for i, kind in enumerate(("ff1", "conv", "mhsa", "ff2")):
             layers[kind].register_forward_hook(partial(lambda n, *_: ran.append(n), 4 * block + i))
-    from dynsize.recogniser import facts_of, network_of
-
     recogniser = Recogniser(network_of(loaded.model), facts_of(loaded))
     for size in (3, 8, 5):
         ran.clear()

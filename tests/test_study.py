@@ -13,7 +13,7 @@ from conftest import tiny
 
 from dynsize import checkpoint, compression, evaluation, export, wer
 from dynsize.config import Config
-from dynsize.recogniser import OnnxFile, facts_of, network_of
+from dynsize.networks import OnnxFile, facts_of, network_of
 from dynsize.study import main, next_training, plan, results
 from dynsize.subnet import costs, cut, weights_in
 

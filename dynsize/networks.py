@@ -1,0 +1,198 @@
+"""A network of one size as a function, audio in, log-probabilities out, for audio of any length.
+
+It comes from a checkpoint or from an ONNX file.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynsize.checkpoint import Checkpoint
+from dynsize.config import Config, from_dict
+from dynsize.features import log_mel, window_and_hop
+from dynsize.supernet import Supernet
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
+CONTEXT = 6  # a window's context on each side is its length divided by this
+MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its length
+# Of a window. Each takes some milliseconds, however short it is: for the same audio, the demo takes
+# four times as long in windows of 0.5 s as in windows of 2 s.
+LEAST_SECONDS = 2.0
+FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
+
+ONNX_FORMAT = "dynsize onnx 2"
+
+Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding needs to know of a network, besides the network."""
+
+    sample_rate: int  # Hz
+    window: int  # analysis window, in samples
+    hop: int  # from one feature frame to the next, in samples
+    labels: tuple[str, ...]  # V SentencePiece units; the first one is the blank
+    sizes: tuple[int, ...]  # in layers, ascending
+    longest_seconds: float  # of a window: training's longest utterance, within bounds
+
+    @property
+    def step(self) -> int:
+        """Samples from one encoder frame to the next."""
+        return SUBSAMPLING * self.hop
+
+    @property
+    def window_frames(self) -> int:
+        """Encoder frames of one window of long audio, its context included."""
+        return max(CONTEXT, round(self.longest_seconds * self.sample_rate / self.step))
+
+
+class OnnxFile(NamedTuple):
+    """What a file that `export.export` wrote holds."""
+
+    network: Network
+    facts: Facts
+    config: Config  # of the training
+    costs: dict[int, dict]  # size → `parameters`, `macs` for 1 s of audio, names of its `layers`
+
+
+def open_onnx(path: Path) -> OnnxFile:
+    """Return what a file that `export.export` wrote holds, ready to run on the CPU.
+
+    Raises ValueError for other files.
+    """
+    session = onnx_session(path)
+    metadata = session.get_modelmeta().custom_metadata_map.get("dynsize", "{}")
+    try:
+        content = json.loads(metadata)
+        found = content.get("format", "none of dynsize's")
+        if found == ONNX_FORMAT:
+            facts = content["facts"]
+            facts |= dict(labels=tuple(facts["labels"]), sizes=tuple(facts["sizes"]))
+            facts = Facts(**facts)
+            config = from_dict(content["config"])
+            costs = {int(size): of_size for size, of_size in content["costs"].items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        found = "damaged"
+    if found != ONNX_FORMAT:
+        raise ValueError(f"{path}: its format is {found}, not {ONNX_FORMAT}; export it again")
+
+    def log_probs(audio: Tensor, size: int) -> Tensor:
+        result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
+        return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
+
+    return OnnxFile(log_probs, facts, config, costs)
+
+
+def onnx_session(path: Path) -> "InferenceSession":
+    """Return an ONNX file ready to run on the CPU, with as many threads as torch uses."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        install = "pip install 'dynsize[onnx]'"
+        raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen kinds
+        raise ValueError(f"{path}: not an ONNX file: {str(error).splitlines()[0]}") from error
+
+
+def onnx_inputs(
+    session: "InferenceSession", audio: Tensor, lengths: Sequence[int], size: int
+) -> dict[str, np.ndarray]:
+    """Return the inputs of a file. `audio`: (B, samples), padded. `lengths`: in samples."""
+    inputs = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
+    return {node.name: inputs[node.name] for node in session.get_inputs()}
+
+
+def facts_of(loaded: Checkpoint) -> Facts:
+    """Return what decoding needs to know of a checkpoint's network."""
+    config, pieces = loaded.model.config, loaded.tokenizer.pieces
+    window, hop = window_and_hop(config)
+    labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
+    longest = min(max(LEAST_SECONDS, loaded.longest_seconds), MOST_SECONDS)
+    return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
+
+
+def network_of(model: Supernet) -> Network:
+    """Return a function that runs one size of a network on audio; pruned layers do not run."""
+
+    @torch.inference_mode()
+    def log_probs(audio: Tensor, size: int) -> Tensor:
+        device = next(model.parameters()).device
+        features = log_mel(audio, model.config)[None].to(device)  # (1, T, F)
+        lengths = torch.tensor([features.shape[1]], device=device)
+        result, lengths = model(features, lengths, [size])
+        return result[0, 0, : lengths[0]].cpu()  # (T', V)
+
+    return log_probs
+
+
+def windowed_log_probs(
+    network: Callable[[Tensor], Tensor], blocks: Iterable[np.ndarray], facts: Facts
+) -> Iterator[Tensor]:
+    """Yield the log-probabilities of audio of any length, in parts that follow each other.
+
+    `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
+    Log-probabilities are joined, not texts: a border may lie inside a word or between two equal
+    labels, and a beam search goes on across it.
+
+    The network sees windows about as long as training's longest utterance, at most `MOST_SECONDS`.
+    A sixth of a window on each side is context, whose frames are dropped. The last window is as
+    long as the others and ends with the audio, so its context before is longer. Audio of at most
+    one window is seen whole and as it is, as in training. Memory holds two windows and a block, for
+    audio of any length.
+    """
+    step, window = facts.step, facts.window_frames
+    context = window // CONTEXT
+    audio = np.zeros(0, np.float32)  # what was read and is still needed ...
+    first = 0  # ... and the encoder frame at which it begins
+    done = 0  # encoder frames that were yielded
+    for block in blocks:
+        audio = np.concatenate([audio, block]) if len(audio) else block
+        while True:
+            start = max(0, done - context)
+            stop = (start + window - first) * step + facts.window - facts.hop
+            if len(audio) <= stop:
+                break
+            log_probs = network(filled(audio[(start - first) * step : stop], facts.hop))
+            yield log_probs[done - start : window - context]
+            done = start + window - context
+            outdated = max(0, done - window) - first
+            audio = audio[outdated * step :]
+            first += outdated
+    if done == 0:
+        yield network(torch.from_numpy(audio))
+        return
+    start = max(0, min(done - context, first + len(audio) // step - window))
+    yield network(filled(audio[(start - first) * step :], facts.hop))[done - start :]
+
+
+def filled(audio: np.ndarray, hop: int) -> Tensor:
+    """Return the samples, with faint noise in every hop that holds nothing but zeros.
+
+    Zeros, as in a muted call or between joined recordings, are far quieter than any recorded
+    silence: a few of them would decide the mean and the variance of a window's features.
+    """
+    audio = torch.from_numpy(audio)
+    parts = audio[: len(audio) // hop * hop].view(-1, hop)
+    silent = ~parts.any(1)
+    if silent.any():
+        audio = audio.clone()
+        noise = torch.randn(hop, generator=torch.Generator().manual_seed(0))
+        audio[: parts.numel()].view(-1, hop)[silent] = FAINT * noise
+    return audio
