@@ -245,7 +245,7 @@ class Progress:
 
     def show(self, record: dict) -> None:
         """Show an update."""
-        losses = metrics.losses(record, self.trainer.config)
+        losses = metrics.losses(record)
         self.bar.set_description_str(losses, refresh=False)
         self.bar.update(record["update"] - self.bar.n)
         line = self.intervals.line(record)

@@ -1,25 +1,22 @@
-"""The table of the algorithms that learn in step 1 which layers a subnet keeps.
+"""The table of the algorithms that learn in step 1 which layers a subnet keeps, and baselines.
 
-A new algorithm is one module and one entry here. Its module has:
+A new algorithm is one module, one entry here, and its settings in config.py. Its module has five
+functions:
 
-    DEFAULTS                  its values of `delta`, `initial_score`, `score_rate`, if it has them
     initial_scores(config)    the layer scores before the first update
     size_at(update, config)   the subnet's number of layers, which also chooses its output layer
-    shown_size(size, config)  the same as a line of the log shows it: `target 5`
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
     extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
     rank(scores, ranking, update, config)            the layers, most important first
-    needs_ranking(update, config)                    whether `rank` must run after this update,
-                                                     for the layer weights of the next one
 
-`update` is the number of an update of step 1, from 0. `ranking` is the last one that was kept, at
-first the layers in their order. `rank` also runs at the end of step 1 and before a checkpoint or a
-validation, and for a line of the log, which does not keep its result. No function but `rank` waits
-for the device.
-`size_at` is below L. The scores are (L,) or (L, L). A module imports `Config` for type checking
-alone, as config.py imports this table.
+`update` is the number of an update of step 1, from 0. The scores are (L,) or (L, L). `size_at` is
+below L. `ranking` is the result of the last `rank`, at first the layers in their order. The layers
+are ranked after the last update of each of the schedule's spans, and before a checkpoint and a
+validation. No function but `rank` waits for the device.
 """
 
+import random
+from collections.abc import Sequence
 from types import ModuleType
 
 from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
@@ -29,3 +26,29 @@ ALGORITHMS: dict[str, ModuleType] = {
     "iterative-zero-out": iterative_zero_out,
     "ortho-softmax": ortho_softmax,
 }
+
+# Rankings that are not learned, to compare with.
+
+
+def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
+    """Return a ranking of which each size keeps layers at equal distances, as LayerDrop does.
+
+    Example: of 8 layers, sizes 4 and 8, the size 4 keeps layers 0, 2, 4, 6. `sizes`: ascending.
+    Each size keeps the layers of the smaller ones and takes the further ones at equal distances
+    from the rest. (Fan et al. 2020.)
+    """
+    ranking: list[int] = []
+    for size in [*sizes, layers]:
+        rest = [layer for layer in range(layers) if layer not in ranking]
+        more = size - len(ranking)
+        for i in range(more):
+            place = i * len(rest) // more
+            ranking.append(rest[place])
+    return ranking
+
+
+def shuffled(layers: int, seed: int) -> list[int]:
+    """Return a random ranking."""
+    ranking = list(range(layers))
+    draw = random.Random(f"ranking {seed}")
+    return draw.sample(ranking, layers)

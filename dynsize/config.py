@@ -6,14 +6,18 @@ import re
 import typing
 from dataclasses import dataclass, field
 
-from dynsize.algorithms import ALGORITHMS
-
 # stm: TED-LIUM 2, Switchboard
 CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
-METHODS = (*ALGORITHMS, "none", "layerdrop", "aux-loss")
-# The settings for which each algorithm has defaults, and their values where it has none.
-METHOD_SETTINGS = dict(delta=1, initial_score=0.0, score_rate=1.0)
+# What each algorithm has by default: the paper's values (Iterative-Zero-Out, Simple-Top-k on
+# LibriSpeech). `METHOD_PRESETS` has what a preset changes.
+METHOD_DEFAULTS: dict[str, dict[str, typing.Any]] = {
+    "simple-top-k": dict(delta=1, initial_score=0.5, score_rate=1.0),
+    "iterative-zero-out": dict(delta=4, initial_score=10.0, score_rate=1.0),
+    "ortho-softmax": dict(delta=1, initial_score=0.0, score_rate=10.0),
+}
+NO_SCORES = dict(delta=1, initial_score=0.0, score_rate=1.0)  # of a method that learns none
+METHODS = (*METHOD_DEFAULTS, "none", "layerdrop", "aux-loss")
 HIGHEST = 2**31 - 1  # of settings that have no other limit
 CHANNELS = {"conv2d": 2, "vgg": 4}  # convolutions of each front-end
 
@@ -366,7 +370,7 @@ class Config:
     @property
     def learns(self) -> bool:
         """Whether the training has a step 1, in which layer scores are learned."""
-        return self.method in ALGORITHMS and len(self.sizes) > 1
+        return self.method in METHOD_DEFAULTS and len(self.sizes) > 1
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Return the rules that limits can't express: setting → whether it holds, and the rule."""
@@ -512,18 +516,20 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     ),
 }  # fmt: skip
 
-PAPER_ZERO_OUT = dict(initial_score=10.0, score_rate=1.0)
-# Preset → method → settings, where they differ from the method's defaults.
+# In a short training the scores start nearer to 0 and learn faster, else they would hardly move.
+SHORT_ZERO_OUT = dict(initial_score=2.0, score_rate=10.0)
+# Preset → method → settings, where they differ from `METHOD_DEFAULTS`.
 METHOD_PRESETS: dict[str, dict[str, dict[str, typing.Any]]] = {
-    "librispeech": {"iterative-zero-out": PAPER_ZERO_OUT},
-    "tedlium2": {"iterative-zero-out": PAPER_ZERO_OUT, "simple-top-k": dict(delta=4)},
+    "demo": {"iterative-zero-out": SHORT_ZERO_OUT},
+    "digits": {"iterative-zero-out": SHORT_ZERO_OUT},
+    "tedlium2": {"simple-top-k": dict(delta=4)},
 }
 
 
 def method_settings(preset: str, method: str) -> dict[str, typing.Any]:
-    """Return a method's values of the `METHOD_SETTINGS` in a preset."""
-    defaults = ALGORITHMS[method].DEFAULTS if method in ALGORITHMS else {}
-    return METHOD_SETTINGS | defaults | METHOD_PRESETS.get(preset, {}).get(method, {})
+    """Return a method's `delta`, `initial_score` and `score_rate` in a preset."""
+    defaults = METHOD_DEFAULTS.get(method, NO_SCORES)
+    return defaults | METHOD_PRESETS.get(preset, {}).get(method, {})
 
 
 def preset(name: str, **changes: typing.Any) -> Config:
@@ -539,7 +545,7 @@ def preset(name: str, **changes: typing.Any) -> Config:
 def with_method(config: Config, method: str, **changes: typing.Any) -> Config:
     """Return the configuration with another method and some settings changed.
 
-    Of the `METHOD_SETTINGS`, those that have the old method's values take the new method's.
+    Settings of `method_settings` that have the old method's values take the new method's.
     """
     old = method_settings(config.preset, config.method)
     unset = {name: None for name, value in old.items() if getattr(config, name) == value}

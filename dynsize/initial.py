@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dynsize import checkpoint
-from dynsize.baselines import every_other
+from dynsize.algorithms import every_other
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config, fields, with_method
 from dynsize.corpora import read_corpus

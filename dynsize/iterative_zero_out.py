@@ -8,27 +8,24 @@ supernet computes all layers throughout.
 
 The zeroed-out layers are the end of the ranking, and their number follows from the update, so the
 ranking is all that has to be stored.
+
+The paper's values, Δ = 4 and scores that start at 10, are the `METHOD_DEFAULTS` of config.py; the
+presets for short trainings have others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dynsize.config import Config
 from dynsize.schedule import size_at_span_end, size_at_span_start
 
-if TYPE_CHECKING:
-    from dynsize.config import Config
-
-DEFAULTS = dict(delta=4, initial_score=2.0, score_rate=10.0)
 SPARSITY_LOSS = 5.0  # weight of the extra loss, the paper's
 
 
 def initial_scores(config: Config) -> Tensor:
-    """Return (L,) equal scores."""
+    """Return (L,) equal scores; the paper's are 10, whose sigmoid is nearly 1."""
     return torch.full((config.layers,), config.initial_score)
 
 
@@ -39,11 +36,6 @@ def size_at(update: int, config: Config) -> int:
     iterations before it have left, up to Δ more, with weights that the extra loss lowers.
     """
     return size_at_span_end(update, config)
-
-
-def shown_size(size: int, config: Config) -> str:
-    """Return `target k`: the subnet still runs more layers."""
-    return f"target {size}"
 
 
 def layer_weights(
@@ -86,10 +78,3 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     by_score = ordered.indices.tolist()
     ranked = [layer for layer in by_score if layer in survivors]
     return [*ranked, *zeroed_out]
-
-
-def needs_ranking(update: int, config: Config) -> bool:
-    """Return whether this update ends an iteration: then the ranking says what is zeroed out."""
-    left = size_at_span_start(update, config)
-    left_next = size_at_span_start(update + 1, config)
-    return left_next < left

@@ -10,7 +10,6 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config
 from dynsize.supernet import Supernet, layer_map
 
@@ -48,7 +47,7 @@ class Intervals:
             return ""
         mean = mean_of(self.records)
         self.records = []
-        parts = [losses(mean, self.config), f"lr {mean['learning_rate']:.1e}"]
+        parts = [losses(mean), f"lr {mean['learning_rate']:.1e}"]
         parts.append(f"{mean['audio_seconds_per_second']:.0f} audio s/s")
         parts.append(f"{tqdm.format_interval(self.seconds_left(update))} left")
         return f"update {update}/{self.config.updates}  {', '.join(parts)}"
@@ -59,17 +58,10 @@ class Intervals:
         return seconds_of_one * (self.config.updates - update)
 
 
-def losses(record: dict, config: Config) -> str:
-    """Return the losses of the networks that an update trained, and what the update left out.
-
-    In step 1 the algorithm says what the size of the smaller network means.
-    """
-    shown = []
-    for size, loss in sorted(record.get("losses", {}).items(), reverse=True):
-        name = str(size)
-        if record["step"] == 1 and size != config.layers:
-            name = ALGORITHMS[config.method].shown_size(size, config)
-        shown.append(f"{name}: {loss:.2f}")
+def losses(record: dict) -> str:
+    """Return the losses of the networks that an update trained, and what the update left out."""
+    by_size = sorted(record.get("losses", {}).items(), reverse=True)
+    shown = [f"{size}: {loss:.2f}" for size, loss in by_size]
     lost = f", {record['left_out']} left out" if record.get("left_out") else ""
     return f"loss {' '.join(shown) or 'skipped'}, step {record['step']}{lost}"
 

@@ -16,21 +16,15 @@ machine. So the scores start with a little noise, drawn from the seed: the extra
 falling temperature make its differences grow.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dynsize.config import Config
 from dynsize.schedule import step1_updates
 
-if TYPE_CHECKING:
-    from dynsize.config import Config
-
-DEFAULTS = dict(initial_score=0.0, score_rate=10.0)
 NOISE = 1e-3  # standard deviation of the initial scores
 LAST_TEMPERATURE = 0.01  # τ in the last update of step 1; in the first one it is 1
 RISE = 0.5  # share of step 1 in which the weight of the extra loss grows from 0 to 1
@@ -47,11 +41,6 @@ def size_at(update: int, config: Config) -> int:
     """Return the size of the subnet, drawn from all but the largest by (seed, update)."""
     draw = random.Random(f"ortho-softmax {config.seed} {update}")
     return draw.choice(config.sizes[:-1])
-
-
-def shown_size(size: int, config: Config) -> str:
-    """Return `soft k`: all layers run, with weights of sum k."""
-    return f"soft {size}"
 
 
 def layer_weights(
@@ -87,11 +76,6 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
         not_taken = [layer for layer in row if layer not in ranked]
         ranked.append(not_taken[0])
     return ranked
-
-
-def needs_ranking(update: int, config: Config) -> bool:
-    """Return False: the layer weights follow from the scores alone."""
-    return False
 
 
 def distributions(scores: Tensor, update: int, config: Config) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynsize import checkpoint
-from dynsize.baselines import shuffled
+from dynsize.algorithms import shuffled
 from dynsize.config import Config, with_method
 from dynsize.run_directory import check_new
 from dynsize.subnet import cut, largest_within, widened

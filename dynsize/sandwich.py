@@ -1,17 +1,12 @@
 """The paper's step 2: which sizes train in an update, with which loss weights; stochastic depth."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dynsize.config import Config
 from dynsize.kernels import layer_gates
-
-if TYPE_CHECKING:
-    from dynsize.config import Config
 
 
 def loss_weights(update: int, sizes: Sequence[int], config: Config) -> dict[int, float]:

@@ -3,14 +3,10 @@
 These are pure functions, so that a resumed training repeats them.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dynsize.config import Config
+from dynsize.config import Config
 
 LAST_LEARNING_RATE = 1e-8
 
@@ -71,3 +67,12 @@ def size_at_span_end(update: int, config: Config) -> int:
     """
     size = size_at_span_start(update, config) - config.delta
     return max(size, config.sizes[0])
+
+
+def ends_span(update: int, config: Config) -> bool:
+    """Return whether an update of step 1 is the last one of its span, after which layers are lost.
+
+    The last update of step 1 ends a span too.
+    """
+    size = size_at_span_start(update, config)
+    return size_at_span_start(update + 1, config) < size

@@ -5,20 +5,13 @@ weights). k falls, Δ layers at a time, from L − Δ to the smallest size. The 
 relaxed weights of `relaxed_top_k`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dynsize.config import Config
 from dynsize.schedule import size_at_span_end
-
-if TYPE_CHECKING:
-    from dynsize.config import Config
-
-DEFAULTS = dict(delta=1, initial_score=0.5, score_rate=1.0)
 
 
 def initial_scores(config: Config) -> Tensor:
@@ -29,11 +22,6 @@ def initial_scores(config: Config) -> Tensor:
 def size_at(update: int, config: Config) -> int:
     """Return k, the size of the subnet in an update of step 1."""
     return size_at_span_end(update, config)
-
-
-def shown_size(size: int, config: Config) -> str:
-    """Return `k`, or with relaxed weights, whose sum is k, `soft k`. All layers run with both."""
-    return f"soft {size}" if config.relaxation == "soft" else f"{size}"
 
 
 def layer_weights(
@@ -66,11 +54,6 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     Note: this waits for the device.
     """
     return by_score(scores).tolist()
-
-
-def needs_ranking(update: int, config: Config) -> bool:
-    """Return False: the layer weights follow from the scores alone."""
-    return False
 
 
 def by_score(scores: Tensor) -> Tensor:

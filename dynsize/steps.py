@@ -14,10 +14,9 @@ from torch import Tensor
 
 from dynsize import sandwich
 from dynsize.algorithms import ALGORITHMS
-from dynsize.config import Config
 from dynsize.conformer import Gates
 from dynsize.kernels import layer_gates
-from dynsize.schedule import in_step1, step1_updates
+from dynsize.schedule import ends_span, in_step1
 from dynsize.supernet import Supernet
 
 
@@ -52,6 +51,12 @@ def extra_loss(model: Supernet, update: int) -> Tensor:
     return algorithm.extra_loss(model.scores, model.ranking, update, model.config)
 
 
+def rank_at_span_end(model: Supernet, update: int) -> None:
+    """Rank the layers after the last update of a span: the next one may depend on the ranking."""
+    if in_step1(update, model.config) and ends_span(update, model.config):
+        rank_layers(model, update)
+
+
 def rank_layers(model: Supernet, update: int) -> None:
     """Rank the layers by their scores after an update, where it was one of step 1.
 
@@ -60,15 +65,6 @@ def rank_layers(model: Supernet, update: int) -> None:
     if update >= 0 and in_step1(update, model.config):
         algorithm = ALGORITHMS[model.config.method]
         model.ranking = algorithm.rank(model.scores, model.ranking, update, model.config)
-
-
-def ranking_is_needed(update: int, config: Config) -> bool:
-    """Return whether the update after this one depends on a new ranking."""
-    if not in_step1(update, config):
-        return False
-    if update + 1 == step1_updates(config):
-        return True
-    return ALGORITHMS[config.method].needs_ranking(update, config)
 
 
 def shown_scores(model: Supernet, update: int, values: list[float]) -> dict:

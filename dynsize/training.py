@@ -305,8 +305,7 @@ class Trainer:
             self.state["skipped"] = 0
             self.last_good = self.state.copy()
         self.optimizer.zero_grad()
-        if steps.ranking_is_needed(update, self.config):
-            steps.rank_layers(self.model, update)
+        steps.rank_at_span_end(self.model, update)
         return record
 
     def read_by_all(self, batches: list[Batch]) -> dict[str, int | float]:

@@ -11,9 +11,9 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import baselines, iterative_zero_out, ortho_softmax, sandwich, simple_top_k
-from dynsize.algorithms import ALGORITHMS
-from dynsize.config import LAYERS, preset, with_method
+from dynsize import iterative_zero_out, ortho_softmax, sandwich, simple_top_k
+from dynsize.algorithms import ALGORITHMS, every_other, shuffled
+from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
 from dynsize.kernels import layer_gates
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
 from dynsize.supernet import Supernet
@@ -233,6 +233,10 @@ def test_no_network_of_an_update_waits_for_the_device(method, relaxation, monkey
         ALGORITHMS[method].rank(*now)  # this one waits
 
 
+def test_every_algorithm_has_default_settings():
+    assert METHOD_DEFAULTS.keys() == ALGORITHMS.keys()
+
+
 def test_presets_have_the_papers_settings_of_each_method():
     def settings(name: str, method: str, **changes) -> tuple:
         config = preset(name, method=method, **changes)
@@ -270,18 +274,12 @@ def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
 def test_every_other_layer_is_kept(blocks, data):
     layers = 4 * blocks
     sizes = sorted(data.draw(st.sets(st.integers(1, layers), min_size=1, max_size=3)))
-    ranking = baselines.every_other(layers, sizes)
+    ranking = every_other(layers, sizes)
     assert sorted(ranking) == list(range(layers))
     gaps = [b - a for a, b in pairwise(sorted(ranking[: sizes[0]]))]
     assert not gaps or max(gaps) - min(gaps) <= 1
-    assert sorted(baselines.every_other(layers, [layers // 2])[: layers // 2]) == list(
-        range(0, layers, 2)
-    )
-    assert (
-        sorted(baselines.shuffled(layers, 3))
-        == list(range(layers))
-        != baselines.shuffled(layers, 3)
-    )
+    assert sorted(every_other(layers, [layers // 2])[: layers // 2]) == list(range(0, layers, 2))
+    assert sorted(shuffled(layers, 3)) == list(range(layers)) != shuffled(layers, 3)
 
 
 def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():

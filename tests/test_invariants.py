@@ -19,7 +19,7 @@ from torch import Tensor
 from dynsize import checkpoint, iterative_zero_out, sandwich
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config
-from dynsize.schedule import size_at_span_start, step1_updates
+from dynsize.schedule import ends_span, size_at_span_start, step1_updates
 from dynsize.simple_top_k import relaxed_top_k
 from dynsize.subnet import cut, largest_within, macs, parameters
 from dynsize.supernet import Supernet
@@ -45,8 +45,7 @@ def learned(config: Config, seed: int, levels: int) -> tuple[list[int], Tensor]:
     """Return the ranking at the end of step 1, where scores change at will, and the last scores."""
     algorithm, ranking = ALGORITHMS[config.method], list(range(config.layers))
     for update in range(step1_updates(config)):
-        last = update + 1 == step1_updates(config)
-        if last or algorithm.needs_ranking(update, config):
+        if ends_span(update, config):
             scores = drawn_scores(config, seed + update, levels)
             ranking = algorithm.rank(scores, ranking, update, config)
     return ranking, scores
@@ -87,7 +86,7 @@ def test_zeroed_out_layers_stay_zeroed_out(seed, levels, delta, smallest, update
         expected = scores.sigmoid().tolist()
         assert all(w is False or w.item() == expected[i] for i, w in enumerate(weights))
         gone = now
-        if iterative_zero_out.needs_ranking(update, config):
+        if ends_span(update, config):
             ranking = iterative_zero_out.rank(scores, ranking, update, config)
     assert gone <= set(ranking[smallest:])
 
@@ -98,7 +97,7 @@ def test_the_smallest_weights_are_zeroed_out(seed, levels, delta, updates):
     config = tiny(method="iterative-zero-out", delta=delta, updates=updates)
     ranking = list(range(L))
     for update in range(step1_updates(config) - 1):
-        if iterative_zero_out.needs_ranking(update, config):
+        if ends_span(update, config):
             scores = drawn_scores(config, seed + update, levels)
             here, there = (size_at_span_start(u, config) for u in (update, update + 1))
             before = ranking
