@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dynsize import cache
+from dynsize import files
 
 # The endings of audio files. Of files that differ in their endings alone the first one is read.
 ENDINGS = (
@@ -58,7 +58,7 @@ def headers(
     another size or time are opened again. What was read is also kept after an interruption.
     """
     name = sha256(os.fsencode(corpus)).hexdigest()[:16]
-    file = cache.user_cache() / f"durations-2-{name}"
+    file = files.user_cache() / f"durations-2-{name}"
     kept = read_kept(file)
     found: dict[str, Header] = {}
     faults: dict[str, OSError | CorruptAudio] = {}
@@ -83,14 +83,14 @@ def headers(
 
 def read_kept(file: Path) -> dict[str, Header]:
     """Return the headers that `write_kept` wrote, by path; none where the file is damaged."""
-    paths, *columns = json.loads(cache.read(file) or "[[]]")
+    paths, *columns = json.loads(files.kept(file) or "[[]]")
     return {path: Header(*row) for path, *row in zip(paths, *columns, strict=True)}
 
 
 def write_kept(file: Path, headers: dict[str, Header]) -> None:
     paths = sorted(headers)
     columns = zip(*(headers[path] for path in paths), strict=True)
-    cache.write(file, json.dumps([paths, *columns]).encode())  # long lists are read fastest
+    files.keep(file, json.dumps([paths, *columns]).encode())  # long lists are read fastest
 
 
 def header_of(known: tuple[str, Header | None]) -> Header | OSError | CorruptAudio:

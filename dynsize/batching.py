@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from dynsize import cache, features
+from dynsize import features, files
 from dynsize.audio import CorruptAudio
 from dynsize.config import Config, fields
 from dynsize.corpora import Utterance, read_audio
@@ -97,12 +97,12 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
     if not config.cache_features:
         return computed_features(utterance, config, speed)
     path = cached_path(utterance, config, speed)
-    if data := cache.read(path):
+    if data := files.kept(path):
         return torch.from_numpy(np.load(io.BytesIO(data)))
     computed = computed_features(utterance, config, speed)
     data = io.BytesIO()
     np.save(data, computed.numpy())
-    cache.write(path, data.getvalue())
+    files.keep(path, data.getvalue())
     return computed
 
 

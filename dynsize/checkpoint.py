@@ -56,12 +56,12 @@ def save(
     """
     content = content_of(model, tokenizer, training, longest_seconds)
     check_finite(path, content)
-    temporary = files.prepare(path, with_checksum(content))
-    names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
-    for age in range(keep - 1, 0, -1):
-        if names[age - 1].exists():
-            names[age - 1].replace(names[age])
-    files.put(temporary, path)
+    with files.whole(path) as unfinished:
+        unfinished.write_bytes(with_checksum(content))
+        names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
+        for age in range(keep - 1, 0, -1):
+            if names[age - 1].exists():
+                names[age - 1].replace(names[age])
 
 
 def content_of(

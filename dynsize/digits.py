@@ -7,7 +7,6 @@ is CC BY-SA 4.0, and the joined corpus has the same licence.
 
 import argparse
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from dynsize import files
 from dynsize.terminal import reported
 
 SAMPLE_RATE = 8000  # Hz, of every recording of the dataset
@@ -117,9 +117,8 @@ def join_corpus(
     recordings = read_recordings(checkout)
     speakers = {speaker for _, speaker, _ in recordings}
     splits = {name: split for name, split in splits.items() if speakers.issuperset(split.speakers)}
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
+    with files.whole(output) as unfinished:
+        unfinished.mkdir(parents=True)
         total = sum(split.utterances for split in splits.values())
         with tqdm(total=total, desc="joining digits", unit="utt") as bar:
             for number, (name, split) in enumerate(splits.items()):
@@ -127,9 +126,6 @@ def join_corpus(
                     bar.update()
         names = ", ".join(f"{NUMBERS[speaker]} {speaker}" for speaker in sorted(speakers))
         (unfinished / "README.txt").write_text(ABOUT.format(seed=seed, speakers=names))
-        unfinished.replace(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_split(

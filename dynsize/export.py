@@ -58,14 +58,10 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
         model = cut(model, size)
     model.config = dataclasses.replace(model.config, precision="float32")
     facts = facts_of(dataclasses.replace(loaded, model=model))
-    unfinished = files.unfinished(path)
-    try:
+    with files.whole(path) as unfinished:
         with without_logging():
             write(model, facts, size is None, unfinished)
         compare(unfinished, model)
-        files.put(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def export_all(networks: dict[Path, Checkpoint], int8: bool) -> Iterator[Path]:
@@ -210,8 +206,7 @@ def quantize(path: Path, to: Path) -> None:
         for node in onnx.load(path).graph.node
         if any(name.startswith("features.") for name in node.input)
     ]
-    unfinished = files.unfinished(to)
-    try:
+    with files.whole(to) as unfinished:
         with without_logging():
             quantize_dynamic(
                 path,
@@ -223,9 +218,6 @@ def quantize(path: Path, to: Path) -> None:
                 extra_options=dict(MatMulConstBOnly=True, EnableSubgraph=True),
             )
         onnx_session(unfinished)
-        files.put(unfinished, to)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Features(nn.Module):

@@ -1,68 +1,76 @@
-"""Files that appear whole or not at all, and what interrupted processes left of them."""
+"""Files that appear whole or not at all, those that are kept between runs, and their leftovers."""
 
 import os
 import shutil
 import socket
-from contextlib import suppress
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HOST = socket.gethostname()
 
 
-def unfinished(path: Path) -> Path:
-    """Return the name under which this process writes `path` until it is whole.
+@contextmanager
+def whole(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield another name; the file or directory that is written there then becomes `path`.
 
-    It is PATH.HOST.PID.unfinished: two processes that write the same path have two names.
+    After an interruption at any time `path` is the old one or the new one; `sync`: after a power
+    failure too. The other name is PATH.HOST.PID.unfinished, so that two processes can write the
+    same path. Raises OSError, with `path`, where it can't be written. The old one stays then.
     """
-    return path.with_name(f"{path.name}.{HOST}.{os.getpid()}.unfinished")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file; after an interruption at any time it has its old content or its new one.
-
-    Raises OSError, with `path`, where it can't be written. The old content is then untouched.
-    """
-    put(prepare(path, data), path)
-
-
-def prepare(path: Path, data: bytes) -> Path:
-    """Write the data of `path` to its unfinished file, safely on the disk. Returns that file."""
-    temporary = unfinished(path)
+    unfinished = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.unfinished")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
+        if sync and unfinished.is_file():
+            with open(unfinished, "rb+") as file:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+        if sync:
+            with suppress(OSError):  # some network file systems refuse it for directories
+                sync_names(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        if error.filename not in (None, str(unfinished)):
+            raise
         what = f"{error.strerror}; what was saved before is untouched"
         raise OSError(error.errno, what, str(path)) from error
-    return temporary
+    finally:
+        delete(unfinished)
 
 
-def put(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, and see that the name is on the disk too."""
-    temporary.replace(path)
-    with suppress(OSError):  # some network file systems refuse it for directories
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+def sync_names(folder: Path) -> None:
+    """See that the names of a folder's files are on the disk."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write(path: Path, data: bytes, sync: bool = True) -> None:
+    """Write a file whole or not at all, as `whole` does."""
+    with whole(path, sync) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a directory with all that is in it, if it is there and can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def clean(folder: Path) -> None:
-    """Delete a folder's unfinished files, but for those of other machines and running processes."""
-    for path in folder.glob("*.unfinished"):
+    """Delete what processes that are gone left unfinished in a folder and in its folders.
+
+    What belongs to other machines stays.
+    """
+    for path in [*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")]:
         name, _, pid = path.name.removesuffix(".unfinished").rpartition(".")
-        if not name.endswith(f".{HOST}") or not pid.isdigit() or runs(int(pid)):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+        if name.endswith(f".{HOST}") and pid.isdigit() and not runs(int(pid)):
+            delete(path)
 
 
 def runs(pid: int) -> bool:
@@ -74,3 +82,50 @@ def runs(pid: int) -> bool:
     except (PermissionError, OverflowError):
         pass
     return True
+
+
+# Files that can be made again.
+
+
+def user_cache() -> Path:
+    """Return the directory of what is kept for this user.
+
+    Raises ValueError where neither XDG_CACHE_HOME nor a home directory is known.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "dynsize"
+    try:
+        return Path.home() / ".cache" / "dynsize"
+    except RuntimeError as error:
+        raise ValueError(f"{error} Set HOME, or XDG_CACHE_HOME to a directory") from error
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write a file for `kept`. Warns where that fails.
+
+    It is not forced to the disk: its checksum tells where a crash left less than all of it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, checksum(path, data) + data, sync=False)
+    except OSError as error:
+        what = f"{path}: can't be written, so it is not kept: {error.strerror}"
+        warnings.warn(what, stacklevel=2)
+
+
+def kept(path: Path) -> bytes:
+    """Return what `keep` wrote; nothing where the file is missing, damaged or unreadable.
+
+    A file that was written under another name counts as damaged.
+    """
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
+    data = content[4:]
+    return data if content[:4] == checksum(path, data) else b""
+
+
+def checksum(path: Path, data: bytes) -> bytes:
+    """Return the CRC-32 of a kept file's name and content."""
+    return zlib.crc32(path.name.encode(errors="surrogateescape") + data).to_bytes(4, "big")

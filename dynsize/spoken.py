@@ -8,7 +8,6 @@ import argparse
 import ctypes
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +20,6 @@ import soxr
 from tqdm import tqdm
 
 from dynsize import files
-from dynsize.cache import user_cache
 from dynsize.terminal import reported
 
 NAME = "dynsize.spoken"
@@ -117,7 +115,7 @@ def spoken_corpus() -> Path:
 
     Raises ValueError, which says why, where that fails.
     """
-    directory = user_cache() / f"spoken-{VERSION}"
+    directory = files.user_cache() / f"spoken-{VERSION}"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         # espeak-ng carries random state from one utterance to the next: in a new process the
@@ -185,23 +183,21 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
     espeak-ng or libsndfile fails.
     """
     espeak, draw = Espeak(seed), random.Random(seed)
-    unfinished = files.unfinished(directory)
     said: set[str] = set()
     total = round(sum(minutes.values()))
     bar_options = dict(unit="min", leave=False, disable=None, file=sys.stdout)
     bar = tqdm(total=total, desc="speaking the corpus", **bar_options)
     try:
-        with bar:
+        with bar, files.whole(directory) as unfinished:
             for split, length in minutes.items():
                 folder = unfinished / split
                 for spoken in speak_split(folder, split, length, espeak, draw, said):
                     bar.update(min(spoken / 60, total - bar.n))
-        if not directory.exists():  # else another process was faster
-            unfinished.rename(directory)
     except soundfile.SoundFileError as error:
         raise ValueError(str(error)) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError:
+        if not directory.exists():  # else another process was faster
+            raise
 
 
 def speak_split(

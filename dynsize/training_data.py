@@ -6,7 +6,7 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
-from dynsize import cache, processes
+from dynsize import files, processes
 from dynsize.batching import Batch, Examples, labels_of, load
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
@@ -101,9 +101,9 @@ class TrainingData:
 
 def clean_caches(config: Config) -> None:
     """Delete from the caches what interrupted processes left unfinished."""
-    cache.clean(cache.user_cache())
+    files.clean(files.user_cache())
     if config.cache_features:
-        cache.clean(Path(config.cache_features))
+        files.clean(Path(config.cache_features))
 
 
 def fingerprint_of(corpus: Corpus) -> str:

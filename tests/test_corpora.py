@@ -19,7 +19,7 @@ from conftest import RATE, SPLITS, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import batching, cache, corpora, training
+from dynsize import batching, corpora, files, training
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, epoch_plan
 from dynsize.config import CORPUS_KINDS, fields, preset
@@ -710,7 +710,7 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
         "1-2-0001.flac"
     ]
     name = str(root / "train/1/2/1-2-0001.flac").encode()
-    [kept] = [path for path in cache.user_cache().iterdir() if name in path.read_bytes()]
+    [kept] = [path for path in files.user_cache().iterdir() if name in path.read_bytes()]
     whole = kept.read_bytes()
     for damaged in (b"", whole[:-9], whole.replace(b"8000", b"9000"), b"x" + whole, b"noise" * 99):
         kept.write_bytes(damaged)
