@@ -26,11 +26,6 @@ utterances, the same for all, and seeds, both with replacement, and compares
 the mean rates. Two or three seeds show less than the whole spread of seeds.
 """
 
-from dynsize.terminal import end_at_ctrl_c
-
-if __name__ == "__main__":
-    end_at_ctrl_c()  # without a traceback, also in the seconds in which torch is imported
-
 import argparse
 import dataclasses
 import json

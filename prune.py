@@ -4,11 +4,6 @@
 With --method, first learn which layers to keep of a model that was trained at full size alone.
 """
 
-from dynsize.terminal import end_at_ctrl_c
-
-if __name__ == "__main__":
-    end_at_ctrl_c()  # without a traceback, also in the seconds in which torch is imported
-
 import argparse
 import dataclasses
 import math

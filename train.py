@@ -4,11 +4,6 @@
 Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU.
 """
 
-from dynsize.terminal import end_at_ctrl_c
-
-if __name__ == "__main__":
-    end_at_ctrl_c()  # without a traceback, also in the seconds in which torch is imported
-
 import argparse
 import io
 import os
@@ -46,8 +41,7 @@ EXAMPLES = """\
   python train.py --resume runs/mine --threads 4      go on after a stop
   python train.py --init-from runs/mine/size-16.pt --corpus other --run runs/fine-tuned
   python train.py --study 0 1 --preset digits --corpus DIGITS
-  python train.py --preset tedlium2 --processes 4     one for each GPU of this machine
-  torchrun --nnodes 2 --nproc-per-node 4 train.py --preset tedlium2"""
+  torchrun --nproc-per-node 4 train.py --preset tedlium2     a process for each of four GPUs"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -72,10 +66,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"{given[0]} with --resume: a run goes on as it was configured")
     if study and parsed.overwrite:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
-    if parsed.processes < 1:
-        parser.error(f"--processes {parsed.processes}: must be 1 or more")
-    if study and parsed.processes > 1:
-        parser.error("--processes with --study: a study trains in one process")
     if parsed.study and hasattr(parsed, "seed"):
         parser.error("--seed with --study SEED: name the seeds once")
     if parsed.tensorboard and not find_spec("tensorboard"):
@@ -94,7 +84,9 @@ def flags_parser(preset: str) -> Parser:
     )
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{preset})")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run directory if it exists"
+        "--overwrite",
+        action="store_true",
+        help="rename a run that is there to RUN.old, RUN.old2, …",
     )
     parser.add_argument(
         "--resume",
@@ -125,14 +117,6 @@ def flags_parser(preset: str) -> Parser:
         "--tensorboard",
         action="store_true",
         help="write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train in N processes of this machine, each with a GPU for itself if there are GPUs; "
-        "torchrun starts them on several machines (1)",
     )
     add_settings(parser, configuration.preset(preset))
     return parser
@@ -321,10 +305,6 @@ def main() -> None:
     with reported("train.py", "stopped while no update ran; there is nothing to save"):
         options = parse(sys.argv[1:])
         use_threads(options.threads)
-        if options.processes > 1 and not processes.started():
-            if not (options.resume or options.init_from):
-                configuration.preset(options.preset, **changes(options))  # told once if it is wrong
-            processes.start(options.processes)
         processes.join()
         if not processes.is_first():
             sys.stdout = io.StringIO()  # the first process speaks

@@ -17,7 +17,6 @@ from dynsize.terminal import (
     add_decoding_flags,
     beam_of,
     check_decoding,
-    end_at_ctrl_c,
     lm_settings,
     one_line,
     printable,
@@ -212,7 +211,6 @@ def write(text: str, file: Path | None) -> None:
 
 
 def main() -> None:
-    end_at_ctrl_c()
     options = parse(sys.argv[1:])
     # Here, as they import torch, which takes seconds.
     from dynsize import processes, recogniser  # noqa: F401

@@ -6,11 +6,6 @@ the idea. One thing has the same colour and marker in all pictures, and each pic
 black and white.
 """
 
-from dynsize.terminal import end_at_ctrl_c
-
-if __name__ == "__main__":
-    end_at_ctrl_c()
-
 import argparse
 import json
 from collections.abc import Sequence

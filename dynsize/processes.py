@@ -1,15 +1,11 @@
 """The processes of one training, one or several, and the device on which each computes."""
 
 import atexit
-import logging
 import os
 import platform
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,44 +19,12 @@ from dynsize.supernet import precision
 FAILED = 2  # exit code of a process that can't go on
 
 
-def started() -> bool:
-    """Return whether torchrun or `start` started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def start(number: int) -> NoReturn:
-    """Run this program in a number of processes on this machine, and end as they end.
-
-    It does what torchrun does, with two differences. Only what the processes print is printed,
-    where torchrun adds a traceback and a report to an error. The exit code is that of the process
-    that failed, where torchrun's is 1. Raises ChildProcessError where a process was killed.
-    """
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.disable()  # of what torchrun logs: the processes say what is of use
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it saves where it is sent to a training process
-    try:
-        run.main(["--standalone", f"--nproc-per-node={number}", "--", *sys.argv])
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
-        place, failure = max(error.failures.items(), key=lambda item: item[1].exitcode)
-        if failure.exitcode < 0:
-            raise ChildProcessError(
-                f"process {place} of {number} was ended by {failure.signal_name()}"
-            ) from error
-        sys.exit(failure.exitcode)
-    sys.exit(0)
-
-
 def join() -> None:
     """Join the other processes of one training where there are some, until this one ends.
 
     Tensors on GPUs are exchanged over NCCL, all others over gloo.
     """
-    if not started():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # which torchrun sets
         return
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     atexit.register(leave)
@@ -82,9 +46,7 @@ def use_gpu(device: str) -> None:
     gpu = int(os.environ["LOCAL_RANK"])
     gpus = torch.cuda.device_count()
     if gpu >= gpus:
-        raise ValueError(
-            f"--processes (torchrun: --nproc-per-node): must be at most {gpus}, the GPUs here"
-        )
+        raise ValueError(f"torchrun --nproc-per-node: must be at most {gpus}, the GPUs here")
     torch.cuda.set_device(gpu)
 
 

@@ -1,4 +1,4 @@
-"""The directory of one training: which files are ours, who may write there, and what is logged."""
+"""The directory of one training: who may write there, and what is logged."""
 
 import dataclasses
 import errno
@@ -15,22 +15,8 @@ from dynsize.terminal import printable
 LOCK = "lock"  # held by the training in a run directory
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-LEFT_OUT = "left-out.txt"
-FIRST = {CONFIG, "corpus.txt", LEFT_OUT, "tensorboard"}  # before the first update
-PICTURES = ("training", "layers", "cost")  # names of what plots.py draws of a run or a study
-# All files that a training and what is made from it leave in a run directory. `config.json` is the
-# last to be deleted: it tells that the directory is ours.
-OURS = (
-    *("metrics.jsonl", "left-out.txt", "corpus.txt", "ranking.json"),
-    *("checkpoint.pt", "checkpoint-[0-9].pt", "best.pt", "size-[0-9]*.pt"),
-    *("size-[0-9]*.onnx", "supernet.onnx", "supernet-int8.onnx"),
-    *("evaluation/*/*/results.*", "evaluation/*/*/*.trn", "evaluation/*/*/aligned-[0-9]*.txt"),
-    "evaluation/*/decoding.json",
-    *(f"plots/{name}.{ending}" for name in PICTURES for ending in ("png", "svg")),
-    "tensorboard/events.out.tfevents.*",
-    "config.json",
-)
-ONLY_OURS = {"step1_share", "subnet_loss", "stochastic_depth"}  # settings in our config.json alone
+LEFT_OUT = "left-out.txt"  # written first: it tells that a directory is ours
+FIRST = {LOCK, LEFT_OUT, CONFIG, "corpus.txt", "tensorboard"}  # before the first update
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 
 
@@ -40,66 +26,45 @@ def check_new(run: Path, overwrite: bool) -> None:
     It may where the directory does not exist or is empty, where a training ended in it before its
     first update, and with `overwrite` where it is the directory of a training.
     """
-    if not run.exists() or (run.is_dir() and only_begun(run)):
-        return
-    if not is_ours(run):
+    names = names_in(run)
+    if names - {LOCK} and LEFT_OUT not in names:
         raise ValueError(
-            f"{run}: exists and is not a run directory (its {CONFIG} is missing or not of dynsize);"
-            " nothing in it is replaced, --run names another one"
+            f"{run}: exists and is not a run directory (it has no {LEFT_OUT}); --run names another"
         )
-    if not overwrite:
+    if names - FIRST and not overwrite:
         way = f"--resume {run} goes on with it, " if checkpoint.history(run) else ""
-        raise ValueError(f"{run}: exists already; {way}--overwrite replaces it")
+        raise ValueError(f"{run}: exists already; {way}--overwrite gives it another name")
 
 
-def is_ours(run: Path) -> bool:
-    """Return whether a directory is one of our trainings', by what only its config.json has."""
-    try:
-        settings = json.loads((run / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(settings, dict) and settings.keys() >= ONLY_OURS
+def names_in(run: Path) -> set[str]:
+    """Return the names of the finished files in a directory; none where there is no directory."""
+    paths = run.iterdir() if run.exists() else ()
+    return {path.name for path in paths if path.suffix != ".unfinished"}
 
 
-def only_begun(run: Path) -> bool:
-    """Return whether a directory holds nothing, or only what comes before the first update."""
-    names = {path.name for path in run.iterdir()} - {LOCK}
-    names -= {path.name for path in left_unfinished(run)}
-    return not names or (is_ours(run) and names <= FIRST)
+def begin(run: Path, config: Config, corpus: str) -> IO[bytes]:
+    """Make the directory of a new training with its first files; return its lock, as `lock` does.
 
-
-def stamp(run: Path) -> list[int]:
-    """Return when the files were written that tell which training a directory has."""
-    paths = [run / CONFIG, run / checkpoint.NAME]
-    return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
-
-
-def check_unchanged(run: Path, found: list[int]) -> None:
-    """Raise ValueError where another training wrote in a directory since its stamp was `found`."""
-    if stamp(run) != found:
-        raise ValueError(f"{run}: another training wrote here since this one was started")
-
-
-def begin(run: Path, config: Config, corpus: str) -> None:
-    """Replace what is in a locked directory of ours by the first files of a new training."""
-    clean(run)
-    for pattern in OURS:
-        for path in inside(run, pattern):
-            if path.is_file() or path.is_symlink():
-                path.unlink()
-    for pattern in ("evaluation/*/*", "evaluation/*", "evaluation", "plots", "tensorboard"):
-        for folder in inside(run, pattern):
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
-    write_config(run, config)
+    A training that is there already is renamed: nothing is deleted. Raises ValueError where
+    another training is at work there, and for a directory that is not a training's.
+    """
+    check_new(run, overwrite=True)
+    run = run.resolve()
+    run.mkdir(parents=True, exist_ok=True)
+    locked = lock(run)
+    if names_in(run) - FIRST:
+        names = (f"{run.name}.old{number}" for number in ("", *range(2, 1000)))
+        old = next(run.with_name(name) for name in names if not run.with_name(name).exists())
+        run.rename(old)
+        warnings.warn(f"{run}: the training that was here is now in {old}", stacklevel=2)
+        locked.close()
+        run.mkdir()
+        locked = lock(run)
+    files.clean(run)
+    files.write(run / LEFT_OUT, b"")
     files.write(run / "corpus.txt", (corpus + "\n").encode(errors="surrogateescape"))
-    (run / LEFT_OUT).touch()
-
-
-def inside(run: Path, pattern: str) -> list[Path]:
-    """Return the paths of a pattern that are not reached by a symbolic link to a folder."""
-    found = run.resolve().glob(pattern)
-    return [path for path in found if path.parent.resolve() == path.parent]
+    write_config(run, config)
+    return locked
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -128,17 +93,6 @@ def lock(run: Path) -> IO[bytes]:
             stacklevel=2,
         )
     return file
-
-
-def clean(run: Path) -> None:
-    """Delete what an interrupted training left unfinished in a locked directory."""
-    for path in left_unfinished(run):
-        path.unlink()
-
-
-def left_unfinished(run: Path) -> list[Path]:
-    """Return the files of ours that were never finished."""
-    return [path for pattern in OURS for path in inside(run, f"{pattern}.*.unfinished")]
 
 
 def log(run: Path, record: dict) -> None:

@@ -6,7 +6,6 @@ Importing this module does not import torch, which takes seconds.
 import argparse
 import os
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -94,16 +93,6 @@ def lm_settings(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def end_at_ctrl_c() -> None:
-    """Let Ctrl-C end the process at once, without a traceback, until `reported` begins.
-
-    Call it before torch is imported. That takes seconds, and a KeyboardInterrupt that is raised
-    there can be lost, which leaves modules that are only half imported.
-    """
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def reported(prog: str, interrupted: str) -> Iterator[None]:
     """End the process with one line, not a traceback, for what a user can mend.
@@ -111,12 +100,6 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     The exit code is 2, after Ctrl-C 130 with the line `interrupted`. Warnings show no line of the
     source. Characters that the terminal's encoding lacks are shown as escapes.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when Python started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.formatwarning = lambda message, *_: f"{prog}: warning: {one_line(str(message))}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -126,7 +109,8 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
         sys.stdout.flush()  # Python's exit would do it, but show a traceback where it fails
     except KeyboardInterrupt:
         stop(130, f"{prog}: {interrupted}")
-    except BrokenPipeError:  # the reader of the output is gone; nothing more can be shown
+    except BrokenPipeError:  # the reader of the output is gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         sys.exit(2)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
@@ -134,23 +118,9 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     except (ValueError, FloatingPointError) as error:
         stop(2, f"{prog}: {error}")
     except (MemoryError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        if "gloo/transport" in first_line:
-            stop(2, f"{prog}: another process ended, or can't be reached: {first_line}")
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise  # a defect, whose traceback is of use
-        stop(2, f"{prog}: out of memory: {first_line}")
-    finally:
-        flush_or_forget()
-        signal.signal(signal.SIGINT, before)
-
-
-def flush_or_forget() -> None:
-    """Write what was printed; forget it where that fails, so that Python's exit is silent."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop(2, f"{prog}: out of memory: {str(error).partition(chr(10))[0]}")
 
 
 def stop(code: int, message: str) -> None:

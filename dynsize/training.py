@@ -52,7 +52,6 @@ class Trainer:
         self.config = config
         self.run = run
         self.device = device_of(config)
-        self.found = run_directory.stamp(run)
         self.starts_from = [loaded.path] if loaded else []
         self.data = TrainingData(config, loaded.tokenizer if loaded else None)
         self.dev = Dev(config, run, self.data)
@@ -108,40 +107,38 @@ class Trainer:
         `changes`: settings with other values. Raises ValueError for those that change what is
         learned, and where no training can go on. The number of processes may be another one.
         """
-        found = run_directory.stamp(run)
+        locked = None
         with processes.first_alone():
+            if not checkpoint.history(run):
+                raise ValueError(f"{run}: not a directory with the checkpoint of a training")
+            if processes.is_first():
+                locked = run_directory.lock(run)
             loaded = checkpoint.load(run)
             if loaded.training is None:
                 raise ValueError(f"{loaded.path}: a network alone, with which no training goes on")
-            if not run.is_dir():
-                raise ValueError(f"{run}: a file; --resume names the directory of a training")
             config = resuming.changed(loaded.model.config, changes or {})
         loaded.model.config = config
         trainer = cls(config, run, loaded)
+        trainer.locked = locked
         with processes.first_alone():
             if processes.is_first():
-                trainer.take_over(found)
+                trainer.take_over()
         trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
 
-    def take_over(self, found: list[int]) -> None:
-        """Lock the run directory, and forget what an interrupted training did after its checkpoint.
-
-        Raises ValueError where the directory changed since its stamp was `found`.
-        """
-        self.locked = run_directory.lock(self.run)
-        run_directory.check_unchanged(self.run, found)
-        run_directory.clean(self.run)
+    def take_over(self) -> None:
+        """Forget what an interrupted training did after its checkpoint."""
+        files.clean(self.run)
         for record in run_directory.forget_after(self.run, self.done):
             if "dev" in record:
                 self.note_validation(record["update"], record["dev"])
         run_directory.write_config(self.run, self.config)
 
     def begin(self) -> "Trainer":
-        """Make the run directory, or replace the training in it; `check_new` asks before.
+        """Make the run directory; a training that is in it gets another name.
 
-        Raises ValueError where the directory is not one of ours, has what this training starts
-        from, or was changed by another process since this training was created. Returns itself.
+        Raises ValueError where the directory is not one of ours, where another training is at work
+        in it, and where it has what this training starts from. Returns itself.
         """
         with processes.first_alone():
             if processes.is_first():
@@ -150,16 +147,12 @@ class Trainer:
 
     def make_directory(self) -> None:
         """Make the run directory, locked and with its first files."""
-        run_directory.check_new(self.run, overwrite=True)
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.locked = run_directory.lock(self.run)
-        run_directory.check_unchanged(self.run, self.found)
         if self.config.layers_from:
             self.starts_from.append(checkpoint.load(Path(self.config.layers_from)).path)
         for source in self.starts_from:
             if source.parent.resolve() == self.run.resolve():
                 raise ValueError(f"{self.run}: has {source.name}, from which this training starts")
-        run_directory.begin(self.run, self.config, self.data.summary)
+        self.locked = run_directory.begin(self.run, self.config, self.data.summary)
         run_directory.note_left_out(self.run, self.data.corpus.left_out)
 
     def stop(self, number: int, frame: object = None) -> None:

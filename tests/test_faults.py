@@ -34,7 +34,6 @@ from hypothesis import strategies as st
 from dynsize import checkpoint, files, training
 from dynsize.batching import epoch_plan
 from dynsize.run_directory import check_new, forget_after
-from dynsize.terminal import end_at_ctrl_c, reported
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
@@ -380,7 +379,7 @@ def test_the_best_network_is_kept(tones, tmp_path):
     loaded = checkpoint.load(run / "best.pt")
     assert same(dict(loaded.model.named_parameters()), weights[best])
     assert loaded.longest_seconds == trainer.data.longest_seconds == pytest.approx(0.8)
-    with pytest.raises(ValueError, match="no training goes on"):
+    with pytest.raises(ValueError, match="not a directory with the checkpoint"):
         Trainer.resume(run / "best.pt")
 
 
@@ -427,49 +426,44 @@ def test_accumulated_batches_make_one_update(tones, tmp_path):
 
 
 def everything_in(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def foreign(kind: str, folder: Path, tones: Path) -> None:
-    """Make a directory that is not a run."""
-    if kind == "corpus":
-        shutil.copytree(tones, folder)
-        return
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    text = {"hugging face": '{"model_type": "bert"}', "list": "[1]", "broken": "{", "none": None}[
-        kind
-    ]
-    if text:
-        (folder / "config.json").write_text(text)
-
-
-@pytest.mark.parametrize("kind", ["corpus", "hugging face", "list", "broken", "none"])
-def test_a_directory_of_others_is_never_replaced(tones, tmp_path, kind):
-    folder = tmp_path / "theirs"
-    foreign(kind, folder, tones)
-    before = everything_in(folder)
+@pytest.mark.parametrize(
+    "name", ["config.json", "corpus.txt", "lock/file", "train/1/2/1-2.trans.txt"]
+)
+def test_a_directory_of_others_is_never_touched(tones, tmp_path, name):
+    (tmp_path / "theirs" / name).parent.mkdir(parents=True)
+    (tmp_path / "theirs" / name).write_text("{}")
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"weights")
+    before = everything_in(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="not a run directory"):
-            check_new(folder, overwrite)
+            check_new(tmp_path / "theirs", overwrite)
     with pytest.raises(ValueError, match="not a run directory"):
-        begun(folder if kind == "corpus" else tones, folder)
-    assert everything_in(folder) == before
+        begun(tones, tmp_path / "theirs")
+    assert everything_in(tmp_path) == before
 
 
-def test_only_our_files_are_replaced(tones, tmp_path):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, linked):
     run = tmp_path / "run"
+    if linked:
+        (tmp_path / "disk").mkdir()
+        run.symlink_to(tmp_path / "disk")
     finish(begun(tones, run, updates=2))
-    (run / "evaluation" / "checkpoint" / "test").mkdir(parents=True)
-    (run / "evaluation" / "checkpoint" / "test" / "results.json").write_text("{}")
-    theirs = [run / "notes.txt", run / "mine" / "checkpoint.pt", run / "checkpoint-old.pt"]
-    (run / "mine").mkdir()
-    for path in theirs:
-        path.write_text("theirs")
-    begun(tones, run)
-    assert all(path.read_text() == "theirs" for path in theirs)
-    left = {path.name for path in run.iterdir()} - {path.name for path in theirs} - {"mine"}
-    assert left == {"config.json", "corpus.txt", "left-out.txt", "lock"}
+    (run / "notes.txt").write_text("mine")
+    first = everything_in(run)
+    kept = run.resolve()
+    with pytest.raises(ValueError, match=r"--resume .*run goes on with it, --overwrite gives it"):
+        check_new(run, overwrite=False)
+    for number in ("", "2"):
+        check_new(run, overwrite=True)
+        with pytest.warns(UserWarning, match=f"now in .*{kept.name}.old{number}"):
+            finish(begun(tones, run, updates=1))
+    assert everything_in(kept.with_name(f"{kept.name}.old")) == first
+    assert checkpoint.load(kept.with_name(f"{kept.name}.old2")).training["update"] == 1
+    assert run.is_symlink() == linked and not (run / "notes.txt").exists()
 
 
 def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
@@ -485,17 +479,10 @@ def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
     assert everything_in(run) == before
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(tones, tmp_path):
-    run = tmp_path / "run"
-    late = Trainer(tiny(corpus=str(tones)), run)
-    finish(begun(tones, run, updates=2))
-    before = everything_in(run)
-    with pytest.raises(ValueError, match="another training wrote here"):
-        late.begin()
-    assert everything_in(run) == before
-
-
-@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "config.json.host.1.unfinished"]])
+@pytest.mark.parametrize(
+    "left",
+    [[], ["lock"], ["lock", "left-out.txt.host.1.unfinished"], ["left-out.txt", "config.json"]],
+)
 def test_a_directory_that_was_only_just_made_can_be_started_again(tones, tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()
@@ -503,9 +490,7 @@ def test_a_directory_that_was_only_just_made_can_be_started_again(tones, tmp_pat
         (run / name).touch()
     check_new(run, overwrite=False)
     finish(begun(tones, run, updates=2))
-    assert not list(run.glob("*.unfinished"))
-    with pytest.raises(ValueError, match=r"exists already; --resume"):
-        check_new(run, overwrite=False)
+    assert not run.with_name("run.old").exists()
 
 
 # Damage, and file systems.
@@ -590,10 +575,13 @@ def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeyp
     list(itertools.islice(trainer.updates(), 1))
     trainer.save()
     trainer.locked.close()
-    (run / "checkpoint.pt.host.1.unfinished").touch()
-    (run / "theirs.unfinished").touch()
+    gone, kept = (
+        run / f"checkpoint.pt.{files.HOST}.{pid}.unfinished" for pid in (dead.pid, os.getpid())
+    )
+    gone.touch()
+    kept.touch()
     Trainer.resume(run)
-    assert [path.name for path in run.glob("*.unfinished")] == ["theirs.unfinished"]
+    assert kept.exists() and not gone.exists()
 
 
 # Resuming with changes.
@@ -779,35 +767,6 @@ def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 2 and "--most-left-out" in said, said
-
-
-@pytest.mark.parametrize(
-    ("command", "moment"),
-    [
-        ("train.py --corpus nowhere --run nowhere", "torch._C"),
-        ("prune.py nowhere", "torch._C"),
-        ("evaluate.py nowhere", "torch._C"),
-        ("-m dynsize.plots nowhere nowhere", "torch._C"),
-        ("-m dynsize nothing.wav --model nowhere", "torch._C"),
-        ("-m dynsize nothing.wav --model nowhere", "dynsize.config"),
-    ],
-)
-def test_ctrl_c_while_torch_is_imported_shows_no_traceback(command, moment):
-    command = [sys.executable, "-X", "importtime", *command.split()]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
-        next(line for line in process.stderr if line.endswith(f" {moment}\n"))
-        process.send_signal(signal.SIGINT)
-        said = [line for line in process.stderr if not line.startswith("import time:")]
-    assert process.returncode == -signal.SIGINT and not said
-
-
-def test_ctrl_c_stays_ignored_where_it_was():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_at_ctrl_c()
-    with reported("train.py", "interrupted"):
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 # A crash at every file operation.

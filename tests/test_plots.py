@@ -13,13 +13,12 @@ import pytest
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
 
 import matplotlib as mpl
-from conftest import tiny
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dynsize import metrics, plots, run_directory
+from dynsize import metrics, plots
 from dynsize.config import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +139,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_a_run_becomes_three_pictures_as_png_and_svg(pictures):
     heads = {path.name: path.read_bytes()[:5] for path in pictures.iterdir()}
-    names = run_directory.PICTURES
+    names = ("training", "layers", "cost")
     expected = {f"{name}.png": b"\x89PNG\r" for name in names}
     expected |= {f"{name}.svg": b"<?xml" for name in names}
     assert heads == expected
@@ -350,40 +349,6 @@ def test_evaluate_asks_for_matplotlib_before_it_decodes(monkeypatch, capsys):
         parse(["runs/demo", "--plots"])
     assert end.value.code == 2
     assert "--plots needs matplotlib: pip install -e '.[plots]'" in capsys.readouterr().err
-
-
-def test_a_new_training_in_the_directory_deletes_the_pictures_and_nothing_else(tmp_path):
-    run = write_run(tmp_path / "run")
-    plots.draw(run, run / "plots")
-    run_directory.begin(run, tiny(), "corpus")
-    assert not (run / "plots").exists()
-    plots.save(Figure(), run / "plots" / "training")
-    (run / "plots" / "notes.txt").write_text("mine")
-    run_directory.begin(run, tiny(), "corpus")
-    assert [path.name for path in (run / "plots").iterdir()] == ["notes.txt"]
-
-
-def test_a_new_training_deletes_no_other_pictures_and_nothing_in_linked_folders(tmp_path):
-    run, elsewhere = write_run(tmp_path / "run"), tmp_path / "elsewhere"
-    theirs = [elsewhere / "training.png", elsewhere / "test" / "results.json"]
-    theirs.append(elsewhere / "events.out.tfevents.1")
-    theirs.append(elsewhere / "training.svg.host.1.unfinished")
-    (elsewhere / "test").mkdir(parents=True)
-    (elsewhere / "empty").mkdir()
-    for path in theirs:
-        path.write_text("theirs")
-    (run / "plots").symlink_to(elsewhere)
-    (run / "tensorboard").symlink_to(elsewhere)
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "checkpoint").symlink_to(elsewhere)
-    run_directory.begin(run, tiny(), "corpus")
-    assert all(path.exists() for path in (*theirs, elsewhere / "empty"))
-    (run / "plots").unlink()
-    (run / "plots").mkdir()
-    for name in ("mine.png", "mine.svg", "layers.png"):
-        (run / "plots" / name).touch()
-    run_directory.begin(run, tiny(), "corpus")
-    assert sorted(path.name for path in (run / "plots").iterdir()) == ["mine.png", "mine.svg"]
 
 
 def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path):

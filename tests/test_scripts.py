@@ -352,7 +352,7 @@ def test_overwrite_replaces_a_run(work, tones):
         cwd=work,
     )
     assert done.returncode == 0 and not (work / "run" / "size-5.pt").exists()
-    assert (work / "run" / "mine").exists()  # only files that dynsize writes are deleted
+    assert (work / "run.old" / "mine").exists() and (work / "run.old" / "size-5.pt").exists()
 
 
 @pytest.mark.parametrize(
