@@ -191,12 +191,12 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
     milliseconds = f"{f'ms for {seconds:g} s':>12}"
     print(f"{'':9} layers  parameters  MACs for 1 s   file bytes {milliseconds}  file")
     for loaded, model, ms in zip(networks, models, taken, strict=True):
-        name = "supernet" if loaded is networks[0] else f"size {model.size}"
+        name, size = f"size {model.size}", f"{loaded.path.stat().st_size:,}"
+        if loaded is networks[0]:
+            name, size = "supernet", "-"  # its file has the state of the training too
         costs = f"{parameters(model):>11,} {macs(model, model.size):>13,}"
-        size = f"{checkpoint.file_bytes(loaded):>12,}"
         file = printable(loaded.path)
-        print(f"{name:9} {model.size:>6} {costs} {size} {ms:>12.1f}  {file}")
-    print("file bytes: without the state of the training")
+        print(f"{name:9} {model.size:>6} {costs} {size:>12} {ms:>12.1f}  {file}")
     print(f"kept layers, {LAYER_MAP}")
     for model in models[1:]:
         print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")
