@@ -3,7 +3,7 @@
 `gated_residual_layer_norm` ends one layer and begins the next: `reference.py` has its definition in
 torch, `residual.py` its kernels. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
 torch, and calls the op here where `triton_runs`; `kernels/ctc.py` has its kernel. What is drawn at
-random for an utterance, dropout and skipped layers, is in `draws.py`.
+random for an utterance, dropout and skipped layers, is there as well.
 
 The environment variable `DYNSIZE_KERNELS` chooses: `torch`, `triton`, or `auto`, which is Triton on
 a GPU. Before its first use on a device, each op is compared with torch (`self_check.py`); an op
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dynsize.kernels import reference, self_check
-from dynsize.kernels.draws import layer_gates as layer_gates
-from dynsize.kernels.draws import layer_seed as layer_seed
+from dynsize.kernels.reference import layer_gates as layer_gates
+from dynsize.kernels.reference import layer_seed as layer_seed
 
 log = logging.getLogger(__name__)
 INTEGERS = (torch.int32, torch.int64)

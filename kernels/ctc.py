@@ -21,8 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynsize.kernels.launch import launch
-
 BLANK = tl.constexpr(0)
 NEVER = tl.constexpr(-float("inf"))  # the logarithm of a probability of 0
 MOST_STATES = 4096  # of a program; more spill registers
@@ -164,11 +162,13 @@ def launch_ctc(log_probs, lengths, labels, label_lengths, differentiate: bool) -
     alpha = log_probs.new_empty(n, frames, width, dtype=torch.float32)
     grad = None
     if differentiate:
-        grad = torch.zeros_like(log_probs, dtype=torch.float32)
-    tensors = (log_probs, lengths, labels, label_lengths, alpha, loss, grad)
+        grad = log_probs.new_zeros(log_probs.shape, dtype=torch.float32)
+    inputs = (log_probs, lengths, labels, label_lengths)
+    inputs = [tensor.contiguous() for tensor in inputs]
     numbers = (frames, vocabulary, most_labels, states)
     warps = min(max(1, states // 128), 16)
-    launch(kernel, n, *tensors, *numbers, warps=warps)
+    with torch.cuda.device_of(log_probs):
+        kernel[(n,)](*inputs, alpha, loss, grad, *numbers, num_warps=warps)
     return loss, grad
 
 

@@ -15,8 +15,8 @@ and with means over a frame:
 This replaces torch's chain of dropout, product with the gate, sum and LayerNorm, and what that
 chain keeps for the backward pass: here m comes from the seed again, and μ and r from y.
 
-A program computes CHUNK frames of one row, a tile of a few frames at a time, in registers. All its
-frames have one gate; where that is 0, nothing of the branch is loaded. The program adds up its
+A program computes PROGRAM frames of one row, a tile of a few frames at a time, in registers. All
+its frames have one gate; where that is 0, nothing of the branch is loaded. The program adds up its
 shares of the gradients of weight, bias and gate in registers and stores them once; torch sums the
 shares, always in the same order.
 """
@@ -29,14 +29,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynsize.kernels import draws
-from dynsize.kernels.launch import launch
+from dynsize.kernels import reference
 
-WEYL = tl.constexpr(draws.WEYL)
-FIRST = tl.constexpr(draws.FIRST % 2**64)
-SECOND = tl.constexpr(draws.SECOND % 2**64)
+WEYL = tl.constexpr(reference.WEYL)
+FIRST = tl.constexpr(reference.FIRST % 2**64)
+SECOND = tl.constexpr(reference.SECOND % 2**64)
 WIDEST = 8192  # columns: a program holds whole frames in registers
-CHUNK = 64  # frames of a program, so that weights and shares are but a 40th of its traffic
+PROGRAM = 64  # frames of a program, so that weights and shares are but a 40th of its traffic
 FORWARD = 2048  # elements of a tile; twice as many halve the occupancy
 BACKWARD = 1024
 WARPS = 8
@@ -54,15 +53,6 @@ class Numbers(NamedTuple):
     lowest: int  # of the draws that dropout keeps; it is compiled into the kernels
 
 
-class Tile(NamedTuple):
-    """The shape of a tile, which is compiled into the kernels."""
-
-    width: int  # D
-    columns: int  # at least D, a power of 2
-    frames: int  # of the tile, a power of 2
-    chunk: int  # frames of a program
-
-
 @triton.jit
 def load(pointer, mask):
     """Return what lies at `pointer` as float32, 0 where not `mask`."""
@@ -71,13 +61,13 @@ def load(pointer, mask):
 
 
 @triton.jit
-def place(frames, TILE: tl.constexpr):
+def place(frames, CHUNK: tl.constexpr):
     """Return the program's row, (1, 1) int64, its first frame, and the end of its frames."""
     program = tl.program_id(0)
-    chunks = tl.cdiv(frames, TILE.chunk)  # of a row
+    chunks = tl.cdiv(frames, CHUNK)  # of a row
     row = tl.full((1, 1), program // chunks, tl.int64)
-    first = program % chunks * TILE.chunk
-    end = tl.minimum(first + TILE.chunk, frames)
+    first = program % chunks * CHUNK
+    end = tl.minimum(first + CHUNK, frames)
     return row, first, end
 
 
@@ -92,15 +82,15 @@ def gate_of(gate_ptr, row, branch_rows):
 
 
 @triton.jit
-def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, TILE: tl.constexpr):
-    """Return a tile's `values` with 0 for what `draws.kept` drops.
+def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a tile's `values` with 0 for what `reference.kept` drops.
 
-    `frame`: (TILE.frames, 1), their numbers. LOWEST: the lowest draw that is kept.
+    `frame`: (TILE, 1), their numbers. LOWEST: the lowest draw that is kept.
     """
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + row % utterances)
-        words = (TILE.width + 3) // 4  # of a frame
-        word = tl.arange(0, TILE.columns // 4)
+        words = (WIDTH + 3) // 4  # of a frame
+        word = tl.arange(0, values.shape[1] // 4)
         number = frame.to(tl.int64) * words + word[None, :]
         z = number * WEYL + seed
         z = z.to(tl.uint64, bitcast=True)  # so that shifts to the right bring zeros
@@ -116,7 +106,7 @@ def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, TILE
 
 @triton.jit
 def frame_mean(values, width):
-    """Return the mean of each frame, (TILE.frames, 1). `values` are 0 past the frame's `width`."""
+    """Return the mean of each frame, (TILE, 1). `values` are 0 past the frame's `width`."""
     return tl.sum(values, 1, keep_dims=True) / width
 
 
@@ -147,25 +137,28 @@ def forward_kernel(
     factor,
     eps,
     LOWEST: tl.constexpr,
-    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,  # D
+    COLUMNS: tl.constexpr,  # at least D, a power of 2
+    TILE: tl.constexpr,  # frames of a tile, a power of 2
+    CHUNK: tl.constexpr,  # frames of a program
 ):
-    row, first, end = place(frames, TILE)
+    row, first, end = place(frames, CHUNK)
     gate = gate_of(gate_ptr, row, branch_rows)
-    column = tl.arange(0, TILE.columns)[None, :]
-    in_width = column < TILE.width
+    column = tl.arange(0, COLUMNS)[None, :]
+    in_width = column < WIDTH
     weight = load(weight_ptr + column, in_width)
     bias = load(bias_ptr + column, in_width)
-    for start in range(first, end, TILE.frames):
-        frame = start + tl.arange(0, TILE.frames)[:, None]
+    for start in range(first, end, TILE):
+        frame = start + tl.arange(0, TILE)[:, None]
         inside = (frame < end) & in_width
-        at = (row * frames + frame) * TILE.width + column
+        at = (row * frames + frame) * WIDTH + column
         x = load(x_ptr + at, inside)
         branch = load(branch_ptr + at, inside & (gate != 0))
-        branch = dropout(branch, seed_ptr, row, utterances, frame, LOWEST, TILE)
+        branch = dropout(branch, seed_ptr, row, utterances, frame, LOWEST, WIDTH)
         y = x + factor * gate * branch
         y = tl.where(gate != 0, y, x)  # x + 0 would turn −0 into 0
         tl.store(y_ptr + at, y, mask=inside)
-        z, _ = normalised(y, inside, eps, TILE.width)
+        z, _ = normalised(y, inside, eps, WIDTH)
         normed = z * weight + bias
         tl.store(normed_ptr + at, normed, mask=inside & (row < rows))
 
@@ -190,35 +183,38 @@ def backward_kernel(
     factor,
     eps,
     LOWEST: tl.constexpr,
-    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,  # D
+    COLUMNS: tl.constexpr,  # at least D, a power of 2
+    TILE: tl.constexpr,  # frames of a tile, a power of 2
+    CHUNK: tl.constexpr,  # frames of a program
 ):
-    row, first, end = place(frames, TILE)
+    row, first, end = place(frames, CHUNK)
     gate = gate_of(gate_ptr, row, branch_rows)
-    column = tl.arange(0, TILE.columns)[None, :]
-    in_width = column < TILE.width
+    column = tl.arange(0, COLUMNS)[None, :]
+    in_width = column < WIDTH
     weight = load(weight_ptr + column, in_width)
-    weight_grad = tl.zeros((TILE.frames, TILE.columns), tl.float32)
-    bias_grad = tl.zeros((TILE.frames, TILE.columns), tl.float32)
-    gate_grad = tl.zeros((TILE.frames, 1), tl.float32)
-    for start in range(first, end, TILE.frames):
-        frame = start + tl.arange(0, TILE.frames)[:, None]
+    weight_grad = tl.zeros((TILE, COLUMNS), tl.float32)
+    bias_grad = tl.zeros((TILE, COLUMNS), tl.float32)
+    gate_grad = tl.zeros((TILE, 1), tl.float32)
+    for start in range(first, end, TILE):
+        frame = start + tl.arange(0, TILE)[:, None]
         inside = (frame < end) & in_width
         in_normed = inside & (row < rows)
         in_branch = inside & (row < branch_rows)
-        at = (row * frames + frame) * TILE.width + column
+        at = (row * frames + frame) * WIDTH + column
         normed_grad = load(normed_grad_ptr + at, in_normed)
         y = load(y_ptr + at, in_normed)
-        z, r = normalised(y, in_normed, eps, TILE.width)
+        z, r = normalised(y, in_normed, eps, WIDTH)
         weight_grad += normed_grad * z
         bias_grad += normed_grad
         w = normed_grad * weight
-        mean = frame_mean(w, TILE.width)
-        along_z = z * frame_mean(w * z, TILE.width)
+        mean = frame_mean(w, WIDTH)
+        along_z = z * frame_mean(w * z, WIDTH)
         grad = r * (w - mean - along_z)
         if y_grad_ptr is not None:
             grad += load(y_grad_ptr + at, inside)
         tl.store(x_grad_ptr + at, grad, mask=inside)
-        grad = dropout(grad, seed_ptr, row, utterances, frame, LOWEST, TILE)
+        grad = dropout(grad, seed_ptr, row, utterances, frame, LOWEST, WIDTH)
         branch_grad = factor * gate * grad
         branch_grad = tl.where(gate != 0, branch_grad, 0.0)
         tl.store(branch_grad_ptr + at, branch_grad, mask=in_branch)
@@ -228,17 +224,17 @@ def backward_kernel(
     program = tl.full((1, 1), tl.program_id(0), tl.int64)
     weight_grad = tl.sum(weight_grad, 0, keep_dims=True)
     bias_grad = tl.sum(bias_grad, 0, keep_dims=True)
-    share = shares_ptr + program * 2 * TILE.width + column
+    share = shares_ptr + program * 2 * WIDTH + column
     stored = in_width & (row < rows)
     tl.store(share, weight_grad, mask=stored)
-    tl.store(share + TILE.width, bias_grad, mask=stored)
+    tl.store(share + WIDTH, bias_grad, mask=stored)
     if gate_grad_ptr is not None:
         share = factor * tl.sum(gate_grad, 0, keep_dims=True)
         tl.store(gate_grad_ptr + program, share, mask=row < branch_rows)
 
 
-def tile_of(width: int, elements: int) -> Tile:
-    """Return a tile of about `elements` elements for frames of this width D.
+def tile_of(width: int, elements: int) -> tuple[int, int, int, int]:
+    """Return WIDTH, COLUMNS, TILE and CHUNK: a tile has about `elements` elements.
 
     Raises ValueError where D is above WIDEST.
     """
@@ -246,7 +242,12 @@ def tile_of(width: int, elements: int) -> Tile:
         raise ValueError(f"width {width}: at most {WIDEST}, or DYNSIZE_KERNELS=torch")
     columns = max(16, triton.next_power_of_2(width))
     frames = max(1, elements // columns)
-    return Tile(width, columns, min(frames, 32), CHUNK)
+    return width, columns, min(frames, 32), PROGRAM
+
+
+def dense(tensors: tuple) -> list:
+    """Return the tensors, contiguous; what is None stays None."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def launch_forward(x, branch, gate, seed, weight, bias, numbers: Numbers, dtype) -> tuple:
@@ -257,10 +258,11 @@ def launch_forward(x, branch, gate, seed, weight, bias, numbers: Numbers, dtype)
     _, frames, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = x.new_empty(numbers.rows, frames, width, dtype=dtype)
-    tensors = (x, branch, gate, seed, weight, bias, y, normed)
+    tensors = (x, branch, gate, seed, weight, bias)
     tile = tile_of(width, FORWARD)
-    programs = len(x) * triton.cdiv(frames, CHUNK)
-    launch(forward_kernel, programs, *tensors, *numbers, tile, warps=WARPS)
+    grid = (len(x) * triton.cdiv(frames, PROGRAM),)
+    with torch.cuda.device_of(x):
+        forward_kernel[grid](*dense(tensors), y, normed, *numbers, *tile, num_warps=WARPS)
     return y, normed
 
 
@@ -273,7 +275,7 @@ def launch_backward(
     and bias, (2, D); all float32.
     """
     _, frames, width = y.shape
-    chunks = triton.cdiv(frames, CHUNK)
+    chunks = triton.cdiv(frames, PROGRAM)
     x_grad = torch.empty_like(y)
     gate_grad = None
     if branch is not None:
@@ -282,8 +284,9 @@ def launch_backward(
     inputs = (y, y_grad, normed_grad, branch, gate, seed, weight)
     outputs = (x_grad, branch_grad, gate_grad, shares)
     tile = tile_of(width, BACKWARD)
-    programs = len(y) * chunks
-    launch(backward_kernel, programs, *inputs, *outputs, *numbers, tile, warps=WARPS)
+    grid = (len(y) * chunks,)
+    with torch.cuda.device_of(y):
+        backward_kernel[grid](*dense(inputs), *outputs, *numbers, *tile, num_warps=WARPS)
     if gate_grad is not None:
         gate_grad = gate_grad.sum(1)
     return x_grad, gate_grad, shares.sum(0)
@@ -302,7 +305,7 @@ class GatedResidualLayerNorm(torch.autograd.Function):
             utterances=1 if seed is None else len(seed),
             factor=scale / (1 - dropout_p),
             eps=eps,
-            lowest=draws.lowest_kept(dropout_p),
+            lowest=reference.lowest_kept(dropout_p),
         )
         y, normed = launch_forward(x, branch, gate, seed, weight, bias, ctx.numbers, dtype)
         learned = ctx.needs_input_grad[2]

@@ -20,7 +20,7 @@ from test_ctc import problems
 
 import dynsize.ctc
 from dynsize import kernels
-from dynsize.kernels import draws, self_check
+from dynsize.kernels import reference, self_check
 from dynsize.training import Trainer
 
 triton = pytest.importorskip("triton")
@@ -132,7 +132,7 @@ def test_residual_is_the_formula(dtype, case):
     leaves["branch"] = leaves["branch"].to(dtype)
     seed = seed.to(DEVICE)
     frames, width = leaves["x"].shape[1:]
-    keep = draws.kept(seed, frames, width, p) if p else None
+    keep = reference.kept(seed, frames, width, p) if p else None
     cotangents = []
     for number in (len(leaves["x"]), rows):
         cotangents.append(strange(torch.randn(number, frames, width), layout).to(dtype))
@@ -254,7 +254,7 @@ def test_dropout_keeps_the_right_share_and_repeats():
     for a, b in [*neighbours, (m[..., 4:], m[..., :-4])]:
         assert abs((a * b).mean().item()) < 6 * p * (1 - p) / a.numel() ** 0.5
     assert torch.equal(mask, backward)
-    assert torch.equal(~mask, draws.kept(seed, frames, width, p))
+    assert torch.equal(~mask, reference.kept(seed, frames, width, p))
     assert not torch.equal(mask, dropped(p, seed + 1, rows, frames, width)[0])
     two, _ = dropped(p, seed[:2], rows, frames, width)
     assert torch.equal(two, mask[:2].repeat(2, 1, 1))  # all sizes of an utterance drop the same
@@ -284,7 +284,7 @@ def test_dropout_does_not_depend_on_block_shapes(monkeypatch):
     seed = torch.tensor([11])
     mask, _ = dropped(0.4, seed, 1, 70, 50)
     monkeypatch.setattr(residual, "FORWARD", 256)
-    monkeypatch.setattr(residual, "CHUNK", 16)
+    monkeypatch.setattr(residual, "PROGRAM", 16)
     assert torch.equal(mask, dropped(0.4, seed, 1, 70, 50)[0])
 
 
@@ -294,7 +294,7 @@ def test_layers_and_layer_gates_draw_from_different_seeds():
     seeds = [kernels.layer_seed(seed, layer).tolist() for layer in range(4)]
     assert seeds == [[3, 4], [4, 5], [5, 6], [6, 7]]
     gates = kernels.layer_gates(seed, 48, 0.3)
-    assert torch.equal(gates, draws.kept(torch.tensor([2, 3]), 1, 48, 0.3)[:, 0].T.float())
+    assert torch.equal(gates, reference.kept(torch.tensor([2, 3]), 1, 48, 0.3)[:, 0].T.float())
     assert gates.dtype == torch.float32 and set(gates.unique().tolist()) == {0.0, 1.0}
 
 
@@ -456,8 +456,8 @@ def test_torch_runs_where_a_kernel_is_wrong(unchecked, launcher, monkeypatch, ca
 
 
 def test_torch_runs_where_nothing_compiles(unchecked, monkeypatch, caplog):
-    monkeypatch.setattr(residual, "launch", broken)
-    monkeypatch.setattr(ctc, "launch", broken)
+    monkeypatch.setattr(residual, "launch_forward", broken)
+    monkeypatch.setattr(ctc, "launch_ctc", broken)
     assert kernels.describe(DEVICE, torch.float16) == "torch"
     assert ["out of registers" in record.message for record in caplog.records] == [True, True]
     good = arguments_of("ctc_loss")

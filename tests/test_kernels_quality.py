@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 import benchmark_kernels as benchmark
 import kernel_counts
 from kernel_counts import ChainBytes, Traffic, fused
-from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle, _get_np_dtype
 
 from dynsize import kernels
 from dynsize.kernels import ctc, residual
@@ -116,10 +116,10 @@ def far_program(kernel, named: dict) -> tuple[int, dict, int, dict]:
         others = dict(labels_ptr=FAR * named["most_labels"], **dict.fromkeys(NUMBERS, FAR))
         return FAR, dict(frames=4096), FAR * 4096, others
     row = 512
-    program = row * FAR // residual.CHUNK + 3
-    others = dict(shares_ptr=2 * program * named["TILE"].width, gate_grad_ptr=program, gate_ptr=row)
+    program = row * FAR // residual.PROGRAM + 3
+    others = dict(shares_ptr=2 * program * named["WIDTH"], gate_grad_ptr=program, gate_ptr=row)
     numbers = dict(frames=FAR, rows=1024, branch_rows=1024)
-    return program, numbers, row * FAR + 3 * residual.CHUNK, others
+    return program, numbers, row * FAR + 3 * residual.PROGRAM, others
 
 
 @pytest.mark.parametrize("op", ["residual", "ctc"])
@@ -127,7 +127,7 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
     """All addresses of one program of a batch that no memory holds must be those of its frames."""
     launched, seen = [], []
 
-    def launch(kernel, programs, *arguments, warps) -> None:
+    def launch(kernel, *arguments, **_) -> None:
         launched.append((kernel, arguments))
 
     def load(pointer, mask, *_) -> TensorHandle:
@@ -135,14 +135,14 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
         kind = pointer.get_element_ty()
         return TensorHandle(np.ones(pointer.data.shape, _get_np_dtype(kind)), kind)
 
-    monkeypatch.setattr(residual, "launch", launch)
-    monkeypatch.setattr(ctc, "launch", launch)
     gate = torch.ones(2, requires_grad=True)
     arguments = kernel_counts.residual_inputs(2, gate, 16, 64, torch.float32)
     function = fused
     if op == "ctc":
         function, arguments = ctc.CtcLoss.apply, kernel_counts.ctc_inputs(2, 16, 64, "cpu")
-    kernel_counts.passes(function, arguments)[1]()
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", launch)
+        kernel_counts.passes(function, arguments)[1]()
     builder = kernel_counts.builder
     monkeypatch.setattr(builder, "create_masked_load", load, raising=False)
     for name, at in dict(create_masked_store=(0, 2), create_atomic_rmw=(1, 3)).items():
