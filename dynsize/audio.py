@@ -1,10 +1,12 @@
 """Audio files: how long they are, which is kept between runs, and their samples."""
 
-import io
 import json
 import os
+import re
 import stat
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,21 +20,20 @@ from dynsize import files
 
 # The endings of audio files. Of files that differ in their endings alone the first one is read.
 ENDINGS = (
-    ".flac .wav .sph .mp3 .ogg .opus .oga .aiff .aif .aifc .nist .au .snd .caf .w64 .rf64 .wavex "
-    ".mp2 .mp1 .voc .avr .paf .pvf .sds .ircam .iff .8svx .svx"
+    ".flac .wav .sph .mp3 .ogg .opus .oga .aiff .aif .aifc .nist .au .snd .caf .w64 .rf64"
 ).split()
-# What soundfile does not read, but ffmpeg converts
-FOREIGN = ".m4a .mp4 .aac .webm .wma .amr .3gp .mka .wv .ape".split()
-TOLERANCE = 0.5  # seconds that an MP3 may be shorter than its header says; they become silence
-MOST_SAMPLES = 2**40  # libsndfile gives more for a file of unknown length
+FOREIGN = ".m4a .mp4 .aac .webm .wma .amr".split()  # ffmpeg converts them
+# Of all that libsndfile reads, the formats where a file that was cut shows it.
+FORMATS = "WAV WAVEX RF64 W64 AIFF AU CAF FLAC OGG MP3 NIST".split()
+# What libsndfile logs where a header promises more bytes of audio than there are.
+PROMISED = re.compile(r"(?m)^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)")
+ENDLESS = 2**31 - 2**16  # bytes that a header promises, or more, where its writer knew no length
+MOST_SAMPLES = 5000  # for one byte of a file: silence in the largest blocks of a FLAC
+BLOCK = 2**16  # numbers that are decoded at once
+MOST_PIPED = 2**32  # bytes of audio from a pipe: what a WAV file can hold
+LOUDEST = 1e15  # of a sample; full scale is 1. The energies of louder ones are not finite
+MP3_FRAME = 1152  # samples that an MP3 may lack: not all encoders count its first frame
 THREADS = 8  # that read headers: most of the time they wait for a disk
-FAILURES = (soundfile.SoundFileError, OSError, TypeError)  # TypeError: a file without header
-
-# MPEG's tables, for MPEG-1 and for MPEG-2 and 2.5: kbit/s by the index of the bit rate, Hz by the
-# index of the sample rate.
-KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-KBITS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
 
 class CorruptAudio(ValueError):
@@ -40,13 +41,14 @@ class CorruptAudio(ValueError):
 
 
 class Header(NamedTuple):
-    """What is known of an audio file without decoding it."""
+    """What is known of an audio file before its samples are needed."""
 
     size: int  # in bytes
     time: int  # of its last change, in ns
     samples: int  # of each channel
     rate: int  # in Hz
     channels: int
+    lost: str  # what it lacks of what its header promises
 
 
 def headers(
@@ -58,7 +60,7 @@ def headers(
     another size or time are opened again. What was read is also kept after an interruption.
     """
     name = sha256(os.fsencode(corpus)).hexdigest()[:16]
-    file = files.user_cache() / f"durations-2-{name}"
+    file = files.user_cache() / f"durations-3-{name}"
     kept = read_kept(file)
     found: dict[str, Header] = {}
     faults: dict[str, OSError | CorruptAudio] = {}
@@ -94,7 +96,10 @@ def write_kept(file: Path, headers: dict[str, Header]) -> None:
 
 
 def header_of(known: tuple[str, Header | None]) -> Header | OSError | CorruptAudio:
-    """Return a file's header, the one given if it still holds, or why the file can't be read."""
+    """Return a file's header, the one given if it still holds, or why the file can't be read.
+
+    A file whose header tells no length, or one that its bytes can't hold, is decoded once.
+    """
     path, header = known
     try:
         status = os.stat(path)
@@ -103,139 +108,219 @@ def header_of(known: tuple[str, Header | None]) -> Header | OSError | CorruptAud
         if not stat.S_ISREG(status.st_mode):
             return CorruptAudio(f"{path}: not a file")  # opening a pipe would wait
         with opened(path) as file:
-            samples, rate, channels = file.frames, file.samplerate, file.channels
-        if samples > MOST_SAMPLES:
-            what = f"its header tells no length; ffmpeg -i {path} NEW.flac writes one that does"
-            return CorruptAudio(f"{path}: {what}")
-        return Header(status.st_size, status.st_mtime_ns, samples, rate, channels)
+            samples = file.promised or sum(map(len, file.blocks()))
+            lost = file.lost()
+            return Header(
+                status.st_size, status.st_mtime_ns, samples, file.samplerate, file.channels, lost
+            )
     except FileNotFoundError as error:
         return error
-    except OSError as error:
-        return CorruptAudio(f"{path}: {error.strerror}")
-    except (soundfile.SoundFileError, TypeError) as error:
-        return CorruptAudio(f"{path}: {advice(path) or error}")
-
-
-def advice(path: str) -> str:
-    """Return what converts a file that soundfile does not read; '' where nothing is known."""
-    stem, ending = os.path.splitext(path)
-    if ending.lower() in FOREIGN:
-        return f"{ending} is not read; ffmpeg -i {path} {stem}.flac converts it"
-    with open(path, "rb") as file:
-        first_bytes = file.read(1024)
-    if first_bytes.startswith(b"NIST_1A") and b"embedded-" in first_bytes:
-        return f"compressed SPHERE is not read; sph2pipe -f rif {path} {stem}.wav converts it"
-    return ""
+    except (OSError, ValueError) as error:
+        return CorruptAudio(f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
 def read_samples(path: str, span: tuple[int, int], rate: int, channel: int) -> np.ndarray:
     """Return (samples,) float32 of one channel, from sample `span[0]` to before `span[1]`.
 
     `rate`: in Hz, of the file as it was listed. Raises CorruptAudio where the file is damaged,
-    shorter than its header says, or has changed since.
+    shorter than it was listed, or has changed since.
     """
     first, last = span
+    wanted = last - first
+    parts = [np.zeros(0, np.float32)]
     try:
         with opened(path) as file:
-            file.seek(min(first, file.frames))
-            audio = file.read(last - first, dtype="float32", always_2d=True)
-            missing = last - first - len(audio)
             changed = file.samplerate != rate or file.channels <= channel
-            most = TOLERANCE * rate if file.format == "MP3" else 0
-    except FAILURES as error:
-        what = "damaged audio" if os.path.exists(path) else "is gone"
-        raise CorruptAudio(f"{path}: {what}: {error}") from error
-    if changed or missing > most:
-        found = f"{len(audio)} of {last - first} samples can be read"
+            file.skip(first)
+            while wanted and not changed and len(block := file.block(wanted)):
+                parts.append(block[:, channel])
+                wanted -= len(block)
+            most = MP3_FRAME if file.format == "MP3" else 0
+    except OSError as error:
+        raise CorruptAudio(f"{path}: is gone: {error.strerror}") from error
+    if changed or wanted > most:
+        found = f"{last - first - wanted} of {last - first} samples can be read"
         raise CorruptAudio(f"{path}: {found}: truncated, or changed since it was listed")
-    samples = np.pad(audio[:, channel], (0, missing))
-    if not np.isfinite(samples).all():
-        raise CorruptAudio(f"{path}: samples that are not finite")
-    return samples
+    return np.pad(np.concatenate(parts), (0, wanted))
 
 
-def opened(path: str) -> soundfile.SoundFile:
-    """Return an open audio file."""
-    if path.lower().endswith(".mp3"):
-        with open(path, "rb") as file:
-            data = mp3_with_length(file)
-        if data:
-            return soundfile.SoundFile(io.BytesIO(data))
-    return soundfile.SoundFile(os.fsencode(path))  # soundfile can't encode every path that exists
+@contextmanager
+def opened(source: str | Path | IO[bytes], name: str = "") -> Iterator["AudioFile"]:
+    """Open an audio file, which `name` names in messages. What comes from a pipe is copied first.
 
-
-def mp3_with_length(file: IO[bytes]) -> bytes:
-    """Return an MP3 after a frame that tells its length; nothing where none is needed.
-
-    libsndfile estimates the length of an MP3 whose first frame does not tell it, and reads no
-    further: a file that starts loud is cut. The file is left at its beginning.
+    Raises CorruptAudio for what is not audio that is read, and where damaged audio is met while the
+    file is open; OSError for a file that can't be opened.
     """
-    first_bytes = file.read(10)
-    tag = 0
-    if first_bytes.startswith(b"ID3"):
-        tag = 10 + syncsafe(first_bytes[6:])
-    file.seek(tag)
-    first_frame = file.read(200)
-    told = any(name in first_frame for name in (b"Xing", b"Info", b"VBRI"))
-    data = b""
-    if frame_bytes(first_frame) and not told:
-        data = first_frame + file.read()
-        data = length_frame(data) + data
-    file.seek(0)
-    return data
+    name = name or os.fspath(source)
+    raw = source
+    if isinstance(source, str | Path):
+        raw = open(source, "rb", buffering=0)  # noqa: SIM115 (it is closed below)
+    with raw if raw.seekable() else copy_of(raw, name) as raw:
+        try:
+            with audio_file(raw, name) as file:
+                if file.format not in FORMATS:
+                    what = f"audio in the format {file.format} is not read"
+                    raise CorruptAudio(f"{name}: {what}; ffmpeg -i {name} NEW.flac may convert it")
+                yield file
+        except soundfile.LibsndfileError as error:
+            what = advice(raw, name) or f"not audio that can be read: {error.error_string}"
+            raise CorruptAudio(f"{name}: {what}") from error
 
 
-def syncsafe(digits: bytes) -> int:
-    """Return the number that four bytes of seven bits each write, as in ID3 tags."""
-    a, b, c, d = digits.ljust(4, b"\0")[:4]
-    return (a << 21) + (b << 14) + (c << 7) + d
+def audio_file(raw: IO[bytes], name: str) -> "AudioFile":
+    """Return the audio in an open file."""
+    file = AudioFile(raw.fileno(), raw, name)
+    if file.format == "MP3" and not mp3_tells_length(raw):
+        file.close()
+        return AudioFile(Endless(raw), raw, name)
+    return file
 
 
-def frame_bytes(data: bytes, start: int = 0) -> int:
-    """Return the length of the MPEG layer III frame at `start`, in bytes; 0 where none begins."""
-    header = int.from_bytes(data[start : start + 4], "big")
-    sync = header >> 21
-    version = header >> 19 & 3
-    layer = header >> 17 & 3
-    bits = header >> 12 & 15
-    rate = header >> 10 & 3
-    padding = header >> 9 & 1
-    if sync != 0x7FF or layer != 1 or version == 1:
-        return 0
-    if bits in (0, 15) or rate == 3:
-        return 0
-    hz = RATES[version][rate]
-    if version == 3:
-        return 144_000 * KBITS_1[bits] // hz + padding
-    return 72_000 * KBITS_2[bits] // hz + padding
+def copy_of(pipe: IO[bytes], name: str) -> IO[bytes]:
+    """Return a temporary file with all that comes from a pipe: in it soundfile can seek."""
+    copy = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it is deleted when it is closed)
+    with pipe:
+        while copy.tell() <= MOST_PIPED and (data := pipe.read(2**20)):
+            copy.write(data)
+    if copy.tell() == 0:
+        raise CorruptAudio(f"{name}: is empty")
+    if copy.tell() > MOST_PIPED:
+        raise CorruptAudio(f"{name}: more than {MOST_PIPED / 1e9:.1f} GB; name a file instead")
+    copy.seek(0)
+    return copy
 
 
-def length_frame(data: bytes) -> bytes:
-    """Return a frame, like the first of an MP3's, that tells the number of frames in `data`.
+def advice(raw: IO[bytes], name: str) -> str:
+    """Return what converts a file that soundfile does not read; '' where nothing is known."""
+    stem, ending = os.path.splitext(name)
+    if ending.lower() in FOREIGN:
+        return f"{ending} is not read; ffmpeg -i {name} {stem}.flac converts it"
+    first_bytes = os.pread(raw.fileno(), 1024, 0)
+    if first_bytes.startswith(b"NIST_1A") and b"embedded-" in first_bytes:
+        return f"compressed SPHERE is not read; sph2pipe -f rif {name} {stem}.wav converts it"
+    return ""
 
-    It is what encoders write for this (Xing's "Info"): empty side information, the word, a flag
-    and the number of frames.
-    """
-    frames = 0
+
+def mp3_tells_length(raw: IO[bytes]) -> bool:
+    """Return whether the first frame of an MP3 tells its length; an ID3 tag may come before it."""
+    tag = os.pread(raw.fileno(), 10, 0)
     start = 0
-    while start >= 0:
-        length = frame_bytes(data, start)
-        if length:
-            frames += 1
-            start += length
+    if tag.startswith(b"ID3"):
+        a, b, c, d = tag[6:].ljust(4, b"\0")  # seven bits each
+        start = 10 + (a << 21) + (b << 14) + (c << 7) + d
+    first_frame = os.pread(raw.fileno(), 64, start)
+    return any(mark in first_frame for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+class Endless:
+    """An MP3 that claims to have `END` bytes.
+
+    libsndfile estimates the length of an MP3 that does not tell it from its bytes, and reads no
+    further: a file that starts loud would be cut. From this one it reads to the true end.
+    """
+
+    END = 2**40
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw = raw
+        self.place = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, self.END)[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def read(self, count: int) -> bytes:
+        if self.place > self.END // 2:  # where libsndfile looks for a tag, no tag
+            data = bytes(count)
         else:
-            start = data.find(b"\xff", start + 1)
-    version = data[1] >> 3 & 3
-    mono = data[3] >> 6 == 3
-    side = 17  # bytes
-    if version == 3 and not mono:
-        side = 32
-    if version != 3 and mono:
-        side = 9
-    no_checksum = data[1] | 1
-    bit_rate = data[2] & 0x0C | 0x90  # 128 or 80 kbit/s
-    header = bytes([data[0], no_checksum, bit_rate, data[3]])
-    flag = (1).to_bytes(4, "big")
-    number = frames.to_bytes(4, "big")
-    frame = header + bytes(side) + b"Info" + flag + number
-    return frame.ljust(frame_bytes(header), b"\0")
+            data = os.pread(self.raw.fileno(), count, self.place)
+        self.place += len(data)
+        return data
+
+
+class AudioFile(soundfile.SoundFile):
+    """An audio file that is decoded forward, as far as it goes.
+
+    The header says how many samples there should be, but memory is only taken for those that are
+    there.
+    """
+
+    def __init__(self, file: int | Endless, raw: IO[bytes], name: str) -> None:
+        """`raw`: the same file, of which some bytes are read. `name`: for messages."""
+        super().__init__(file, closefd=False)
+        self.raw = raw
+        self.path = name
+        self.bytes = os.fstat(raw.fileno()).st_size
+
+    def seekable(self) -> bool:
+        """Return False: else soundfile reads what the header promises, and seeks at each block."""
+        return False
+
+    @property
+    def promised(self) -> int | None:
+        """Samples by the header; None where it tells no number that the file can hold."""
+        return self.frames if self.frames <= MOST_SAMPLES * self.bytes else None
+
+    def skip(self, samples: int) -> None:
+        """Go to a sample from the beginning, by decoding where the format can't seek."""
+        if samples:
+            try:
+                self.seek(samples)
+            except soundfile.LibsndfileError:
+                while samples and (decoded := len(self.block(samples))):
+                    samples -= decoded
+
+    def block(self, most: int = BLOCK) -> np.ndarray:
+        """Return the next samples, at most `most`, (samples, channels) float32; none at the end."""
+        samples = min(most, max(1, BLOCK // self.channels))
+        block = self.read(samples, dtype="float32", always_2d=True)
+        loudest = np.abs(block).max(initial=0)
+        if not loudest <= LOUDEST:  # nor for what is no number
+            raise CorruptAudio(f"{self.path}: a sample of {loudest:g}, where full scale is 1")
+        return block
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield all blocks; raise CorruptAudio after them where samples are missing."""
+        samples = 0
+        while len(block := self.block()):
+            samples += len(block)
+            yield block
+        most = MP3_FRAME if self.format == "MP3" else 0
+        promised = self.promised or 0
+        lost = self.lost()
+        if samples < promised - most:
+            lost = f"truncated: {samples} of {promised} samples can be read"
+        if samples == 0:
+            stem = os.path.splitext(self.path)[0]
+            lost = f"no samples; ffmpeg -i {self.path} {stem}.flac may recover some"
+        if lost:
+            raise CorruptAudio(f"{self.path}: {lost}")
+
+    def lost(self) -> str:
+        """Return what the file was cut off by what its header or its last bytes say, or ''."""
+        if self.format in ("FLAC", "MP3"):
+            return ""  # it shows when they are decoded
+        if found := PROMISED.search(self.extra_info):
+            promised, there = map(int, found.groups())
+            if there < promised < ENDLESS:
+                return f"truncated: {there} of {promised} bytes of audio are there"
+        if self.format == "NIST":
+            told = re.search(rb"sample_count -i (\d+)", os.pread(self.raw.fileno(), 1024, 0))
+            if told and int(told[1]) > self.frames:
+                return f"truncated: {self.frames} of {int(told[1])} samples are there"
+        if self.format == "OGG" and not self.has_last_page():
+            return "truncated: it ends before its last page"
+        return ""
+
+    def has_last_page(self) -> bool:
+        """Return whether an Ogg file ends with a whole page that says it is the last."""
+        most = 65307  # bytes of a page
+        end = os.pread(self.raw.fileno(), most, max(0, self.bytes - most))
+        page = end[end.rfind(b"OggS") :]
+        if len(page) < 27:
+            return False
+        lengths = page[27 : 27 + page[26]]
+        return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(lengths)

@@ -92,25 +92,16 @@ def labels_of(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
 def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
     """Return (T, F) float32, from the directory `config.cache_features` if they are kept there.
 
-    Raises CorruptAudio where the audio can't be read or gives features that are not finite.
+    Raises CorruptAudio where the audio can't be read.
     """
-    if not config.cache_features:
-        return computed_features(utterance, config, speed)
-    path = cached_path(utterance, config, speed)
-    if data := files.kept(path):
+    path = cached_path(utterance, config, speed) if config.cache_features else None
+    if path and (data := files.kept(path)):
         return torch.from_numpy(np.load(io.BytesIO(data)))
-    computed = computed_features(utterance, config, speed)
-    data = io.BytesIO()
-    np.save(data, computed.numpy())
-    files.keep(path, data.getvalue())
-    return computed
-
-
-def computed_features(utterance: Utterance, config: Config, speed: float) -> Tensor:
-    """Return (T, F) float32 from the audio. Raises CorruptAudio."""
     computed = log_mel(read_audio(utterance, config.sample_rate, speed), config)
-    if not computed.isfinite().all():
-        raise CorruptAudio(f"{utterance.path}: samples so large that features are not finite")
+    if path:
+        data = io.BytesIO()
+        np.save(data, computed.numpy())
+        files.keep(path, data.getvalue())
     return computed
 
 

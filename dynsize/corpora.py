@@ -5,6 +5,7 @@ The readers share `lists.py`; `manifests.py` is the reader of JSON. The length o
 (`audio.py`), the checks and the spelling of the text (`text.py`) are the same for all.
 """
 
+import math
 import os
 import re
 import sys
@@ -151,6 +152,8 @@ def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, entry.id, str(header))
     span = span_of(entry, header)
+    if header.lost and (entry.end or math.inf) > header.samples / header.rate:
+        return corpus.leave_out(UNREADABLE, entry.id, f"{entry.path}: {header.lost}")
     if span is None:
         times = f"{entry.start} to {entry.end or 'the last'} s"
         has = f"{entry.path} has {header.samples / header.rate} s"

@@ -1,8 +1,6 @@
 """Text, with the time of each word, from audio of any length."""
 
-import io
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,12 +11,11 @@ from statistics import median
 from typing import IO
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 
 from dynsize import checkpoint
-from dynsize.audio import mp3_with_length
+from dynsize.audio import opened
 from dynsize.ctc import label_frames
 from dynsize.decoding import LM_WEIGHT, BeamSearch, LanguageModel
 from dynsize.networks import (
@@ -34,7 +31,6 @@ from dynsize.text import WORD
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 BLOCK = 10  # seconds of audio that are read at once
-MOST_PIPED = 2**32  # bytes of audio from a pipe: what a WAV file can hold
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 
 
@@ -180,52 +176,20 @@ def file_blocks(
     if path != "-" and not Path(path).exists():
         raise ValueError(f"{name}: no such file")
     try:
-        with opened(path, name) as source, soundfile.SoundFile(source) as file:
-            yield from resampled(blocks_of(file), file.samplerate, to_rate, channel, name)
-            if file.tell() != file.frames:
-                found = f"{file.tell()} of {file.frames} samples can be read"
-                raise ValueError(f"{name}: truncated: {found}")
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = getattr(error, "error_string", error)
-        raise ValueError(f"{name}: not audio that can be read: {reason}") from error
+        with opened(standard_input() if path == "-" else path, name) as file:
+            yield from resampled(file.blocks(), file.samplerate, to_rate, channel, name)
+    except OSError as error:
+        raise ValueError(f"{name}: can't be read: {error.strerror}") from error
 
 
-def opened(path: str | Path, name: str) -> IO[bytes]:
-    """Return an open audio file in which soundfile can seek, as it must for most formats.
-
-    What comes from a pipe is copied to a temporary file. Raises ValueError where nothing comes, or
-    more than 4 GB.
-    """
-    if path == "-" and sys.stdin is None:
-        raise ValueError(f"{name}: is closed")
-    if path == "-" and sys.stdin.isatty():
-        raise ValueError(f"{name}: is a terminal; pipe audio into it: cat talk.flac | dynsize -")
-    source = sys.stdin.fileno() if path == "-" else path
-    file = open(source, "rb", closefd=path != "-")  # noqa: SIM115
-    if not file.seekable():
-        file = copy_of(file, name)
-    data = mp3_with_length(file)
-    return io.BytesIO(data) if data else file
-
-
-def copy_of(pipe: IO[bytes], name: str) -> IO[bytes]:
-    """Return a temporary file with all that comes from a pipe."""
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 (it is deleted when it is closed)
-    with pipe:
-        while copy.tell() <= MOST_PIPED and (data := pipe.read(2**20)):
-            copy.write(data)
-    if copy.tell() == 0:
-        raise ValueError(f"{name}: is empty")
-    if copy.tell() > MOST_PIPED:
-        raise ValueError(f"{name}: more than {MOST_PIPED / 1e9:.1f} GB; name a file instead")
-    copy.seek(0)
-    return copy
-
-
-def blocks_of(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Yield (samples, channels) float32 until the file ends."""
-    while len(block := file.read(BLOCK * file.samplerate, dtype="float32", always_2d=True)):
-        yield block
+def standard_input() -> IO[bytes]:
+    """Return standard input, opened again. Raises ValueError for a terminal."""
+    if sys.stdin is None:
+        raise ValueError("standard input: is closed")
+    if sys.stdin.isatty():
+        advice = "pipe audio into it: cat talk.flac | dynsize -"
+        raise ValueError(f"standard input: is a terminal; {advice}")
+    return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
 
 
 def array_blocks(

@@ -1,8 +1,12 @@
-"""Audio files of every ending; MP3 files that don't tell their length; files that are refused."""
+"""Audio files: formats, whole and cut, of unknown length, from a pipe; what is refused, and how."""
 
 import json
-from contextlib import suppress
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -11,29 +15,29 @@ from conftest import RATE, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.audio import ENDINGS, CorruptAudio, Header, frame_bytes, header_of, read_samples
+from dynsize.audio import ENDINGS, FORMATS, CorruptAudio, Header, header_of, opened, read_samples
 from dynsize.batching import features_of
-from dynsize.corpora import UNREADABLE, Corpus, read_audio, read_corpus
+from dynsize.corpora import Corpus, read_audio, read_corpus
 
 
-def loud_then_quiet(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
+def loud_then_quiet(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
     """Noise whose first tenth is loud: an encoder of variable rate spends its bits there."""
     noise = np.random.default_rng(0).standard_normal(round(seconds * rate))
     noise[: len(noise) // 10] *= 0.2
-    noise[len(noise) // 10 :] *= 1e-3
+    noise[len(noise) // 10 :] *= 1e-2
     return np.stack(channels * [noise], 1)
 
 
-def write_mp3(
-    path: Path, mode: str, seconds: float = 4.0, rate: int = 16000, channels: int = 1
-) -> int:
-    """Write an MP3, take away its first frame, which tells its length; return its samples."""
-    audio = loud_then_quiet(seconds, rate, channels)
-    soundfile.write(path, audio, rate, bitrate_mode=mode, compression_level=0.5)
-    data = path.read_bytes()
+def decoded(source, name: str = "") -> np.ndarray:
+    """Return (samples, channels) of a file, read block by block."""
+    with opened(source, name) as file:
+        return np.concatenate(list(file.blocks()))
+
+
+def untold(data: bytes) -> bytes:
+    """Return an MP3 without its first frame, which tells its length."""
     assert b"Xing" in data[:60] or b"Info" in data[:60]
-    path.write_bytes(data[frame_bytes(data) :])
-    return len(audio)
+    return data[data.index(data[:2], 100) :]
 
 
 def listed(root: Path, *rows: dict, **changes) -> Corpus:
@@ -42,82 +46,158 @@ def listed(root: Path, *rows: dict, **changes) -> Corpus:
     return read_corpus(tiny(corpus=str(root), **changes), ["train"])
 
 
-@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
-@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (16000, 2), (44100, 1), (48000, 2)])
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path, mode, rate, channels):
-    samples = write_mp3(tmp_path / "a.mp3", mode, rate=rate, channels=channels)
-    estimated = soundfile.info(tmp_path / "a.mp3").frames
-    if mode == "VARIABLE":
-        assert estimated < 0.7 * samples  # what libsndfile reads of it
-    [utterance] = listed(tmp_path, dict(audio_filepath="a.mp3", channel=channels - 1)).utterances
-    # the encoder begins with up to two frames of silence, and fills up the last one
-    assert samples <= utterance.span[1] <= samples + 4 * 1152
-    audio = read_audio(utterance, rate).numpy()
-    assert len(audio) == utterance.span[1]
-    loud = np.abs(audio).reshape(-1)[: len(audio) // 10].mean()
-    assert np.abs(audio[len(audio) // 2 :]).mean() < 0.05 * loud
-    assert np.abs(audio[-2400:-1200]).mean() > 1e-4  # there is sound at the end
+def left_out(root: Path, *rows: dict) -> str:
+    """Return why the utterances of a manifest, all of them, are left out."""
+    with pytest.raises(ValueError, match="no utterances are left") as error:
+        listed(root, *rows)
+    return str(error.value)
 
 
-def test_an_mp3_after_an_id3_tag_and_with_noise_between_frames_is_read(tmp_path):
-    samples = write_mp3(tmp_path / "a.mp3", "VARIABLE")
-    data = (tmp_path / "a.mp3").read_bytes()
-    tag = b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256)
-    (tmp_path / "a.mp3").write_bytes(tag + data + b"TAG" + bytes(125))
-    [utterance] = listed(tmp_path, dict(audio_filepath="a.mp3")).utterances
-    assert samples <= utterance.span[1] <= samples + 4 * 1152
-    assert len(read_audio(utterance, RATE)) == utterance.samples
+@contextmanager
+def piped(data: bytes) -> Iterator[IO[bytes]]:
+    """Give the end of a pipe from which these bytes come."""
+    source, sink = os.pipe()
+    with open(source, "rb", buffering=0) as pipe, open(sink, "wb") as file:
+        writer = threading.Thread(target=lambda: (file.write(data), file.close()))
+        writer.start()
+        yield pipe
+    writer.join()
 
 
-def test_spans_of_an_mp3_without_a_length_are_those_of_the_whole(tmp_path):
-    write_mp3(tmp_path / "a.mp3", "VARIABLE")
-    whole, part = listed(
-        tmp_path,
-        dict(audio_filepath="a.mp3"),
-        dict(audio_filepath="a.mp3", offset=1.0, duration=0.5),
-    ).utterances
-    expected = read_audio(whole, 16000)[16000:24000]
-    np.testing.assert_allclose(read_audio(part, 16000), expected, atol=1e-5)
+KINDS = [(f, s) for f in soundfile.available_formats() for s in soundfile.available_subtypes(f)]
 
 
-@pytest.mark.parametrize(("kept", "is_read"), [(0.97, True), (0.6, False)])
-def test_an_mp3_shorter_than_its_header_says_is_read_within_half_a_second(tmp_path, kept, is_read):
-    audio = loud_then_quiet(4.0, 16000)
-    soundfile.write(tmp_path / "a.mp3", audio, 16000, bitrate_mode="CONSTANT")
-    data = (tmp_path / "a.mp3").read_bytes()
-    (tmp_path / "a.mp3").write_bytes(data[: round(kept * len(data))])
-    [utterance] = listed(tmp_path, dict(audio_filepath="a.mp3")).utterances
+@pytest.mark.parametrize(("kind", "coding"), KINDS)
+def test_what_can_be_decoded_is_read_and_what_is_missing_is_told(tmp_path, kind, coding):
+    """Each format that libsndfile knows: whole, cut at three places, and through a pipe."""
+    audio, path = loud_then_quiet(4.0), tmp_path / "a"
+    try:
+        soundfile.write(path, audio, RATE, coding, format=kind)
+    except soundfile.LibsndfileError:
+        pytest.skip(f"libsndfile does not write {coding} in {kind}")
+    data = path.read_bytes()
+    if kind not in FORMATS:
+        with pytest.raises(CorruptAudio, match=r"a: .*(is not read; ffmpeg|not recognised)"):
+            decoded(path)
+        return
+    whole = decoded(path)
+    assert len(audio) <= len(whole) < len(audio) + 400  # some are filled up to a whole block
+    header = header_of((str(path), None))
+    assert (header.samples, header.lost) == (len(whole), "")
+    span = (RATE, RATE + 500)  # also where the format can't seek
+    part = read_samples(str(path), span, RATE, 0)
+    np.testing.assert_allclose(part, whole[slice(*span), 0], atol=1e-3)
+    with piped(data) as pipe:
+        np.testing.assert_array_equal(decoded(pipe, "pipe"), whole)
+    for share in (0.9, 0.5, 0.05):
+        path.write_bytes(data[: round(share * len(data))])
+        with pytest.raises(CorruptAudio, match=r"a: [^\n]*(truncated|no samples|can be read)"):
+            decoded(path)
+        header = header_of((str(path), None))
+        if isinstance(header, Header) and not header.lost:  # FLAC and MP3 show it when read
+            with pytest.raises(CorruptAudio, match=r"a: "):
+                read_samples(str(path), (0, header.samples), RATE, 0)
+
+
+def patched(data: bytes, *changes: tuple[int, bytes]) -> bytes:
+    """Return the data with other bytes at some places."""
+    for place, new in changes:
+        data = data[:place] + new + data[place + len(new) :]
+    return data
+
+
+NOTHING, MOST = bytes(4), b"\xff" * 4
+
+
+@pytest.mark.parametrize(
+    ("ending", "mark", "changes", "is_read"),
+    [
+        ("wav", b"data", [(4, MOST)], True),  # as ffmpeg and others write it into a pipe
+        ("wav", b"data", [(4, b"\x00\xf0\xff\x7f")], True),
+        ("wav", b"data", [(4, NOTHING)], False),  # the recorder crashed
+        ("wav", b"RIFF", [(4, NOTHING)], True),
+        ("wav", b"RIFF", [(4, b"\xff\xff\x00\x00")], True),
+        ("aiff", b"SSND", [(4, MOST)], True),
+        ("aiff", b"SSND", [(4, NOTHING)], True),
+        ("au", b".snd", [(8, MOST)], True),
+        ("au", b".snd", [(8, NOTHING)], False),
+        ("caf", b"data", [(4, MOST + MOST)], False),
+        ("flac", b"fLaC", [(21, b"\xf0"), (22, NOTHING)], True),
+        ("flac", b"fLaC", [(21, b"\xff"), (22, MOST)], True),  # 2**36 samples
+    ],
+)
+def test_headers_that_do_not_know_the_length_are_not_believed(
+    tmp_path, ending, mark, changes, is_read
+):
+    audio, path = loud_then_quiet(1.0), tmp_path / f"a.{ending}"
+    soundfile.write(path, audio, RATE)
+    data = path.read_bytes()
+    start = data.index(mark)
+    changes = [(start + place, new) for place, new in changes]
+    path.write_bytes(patched(data, *changes))
     if is_read:
-        assert len(read_audio(utterance, 16000)) == len(audio)
+        [utterance] = listed(tmp_path, dict(audio_filepath=path.name)).utterances
+        assert utterance.samples == len(decoded(path)) == len(audio)
+        np.testing.assert_allclose(read_audio(utterance, RATE), audio[:, 0], atol=1e-4)
     else:
-        with pytest.raises(CorruptAudio, match=r"a\.mp3: \d+ of 64000 samples can be read"):
-            read_audio(utterance, 16000)
+        assert path.name in left_out(tmp_path, dict(audio_filepath=path.name))
+        with pytest.raises(CorruptAudio, match=rf"a\.{ending}: (no samples; ffmpeg|not audio)"):
+            decoded(path)
 
 
-FORMATS = {
-    "flac": {}, "wav": {}, "ogg": {}, "mp3": {}, "caf": {}, "aiff": {}, "aif": dict(format="AIFF"),
-    "au": {}, "snd": dict(format="AU"), "w64": {}, "rf64": {}, "voc": {}, "opus": dict(
-    format="OGG", subtype="OPUS"), "sph": dict(format="NIST"), "nist": dict(format="NIST"),
-    "oga": dict(format="OGG"), "aifc": dict(format="AIFF"),
-}  # fmt: skip
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\0" + bytes(256)])
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(
+    tmp_path, mode, rate, channels, tag
+):
+    audio, path = loud_then_quiet(4.0, rate, channels), tmp_path / "a.mp3"
+    soundfile.write(path, audio, rate, bitrate_mode=mode, compression_level=0.5)
+    path.write_bytes(tag + untold(path.read_bytes()) + b"TAG" + bytes(125))
+    if mode == "VARIABLE":
+        assert soundfile.info(path).frames < 0.7 * len(audio)  # what libsndfile reads of it
+    rows = [dict(audio_filepath="a.mp3", channel=channels - 1)]
+    rows.append(rows[0] | dict(offset=2.0, duration=0.5))
+    whole, part = listed(tmp_path, *rows).utterances
+    # the encoder begins with up to two frames of silence, and fills up the last one
+    assert len(audio) <= whole.span[1] <= len(audio) + 4 * 1152
+    samples = read_audio(whole, rate).numpy()
+    assert np.abs(samples[-2400:-1200]).mean() > 1e-4  # there is sound at the end
+    expected = samples[2 * rate : 5 * rate // 2]
+    np.testing.assert_allclose(read_audio(part, rate), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("ending", sorted(FORMATS))
+def test_segments_of_a_cut_recording_are_read_but_not_the_whole(tmp_path):
+    soundfile.write(tmp_path / "a.wav", loud_then_quiet(2.0), RATE)
+    data = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(data[: len(data) // 2])
+    row = dict(audio_filepath="a.wav")
+    corpus = listed(
+        tmp_path, row | dict(id="in", duration=0.9), row | dict(id="over", duration=1.1), row
+    )
+    assert [utterance.id for utterance in corpus.utterances] == ["in"]
+    [lost] = corpus.left_out.values()
+    assert sorted(lost) == ["a", "over"]
+    assert all("truncated: 15978 of 32000 bytes of audio" in what for what in lost.values())
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_every_ending_is_found_in_any_case_and_layout(tmp_path, ending):
-    audio = loud_then_quiet(0.5, RATE)
-    names = [f"train/1/2/1-2-0000.{ending}", f"stm/sph/talk.{ending.upper()}"]
-    names.append(f"clips/one.{ending.title()}")
+    formats = {".sph": "NIST", ".aif": "AIFF", ".aifc": "AIFF", ".snd": "AU", ".oga": "OGG"}
+    kind = formats.get(ending, "OGG" if ending == ".opus" else ending[1:].upper())
+    names = [f"train/1/2/1-2-0000{ending}", f"stm/sph/talk{ending.upper()}"]
+    names.append(f"clips/one{ending.title()}")
     for name in names:
         path = tmp_path / name
         path.parent.mkdir(parents=True)
         with open(path, "wb") as file:
-            how = {"format": ending.upper(), "subtype": None} | FORMATS[ending]
-            soundfile.write(file, audio, RATE, **how)
+            soundfile.write(file, loud_then_quiet(0.5), RATE, format=kind)
     (tmp_path / "train/1/2/1-2.trans.txt").write_text("1-2-0000 A\n")
     (tmp_path / "stm/stm").mkdir()
     (tmp_path / "stm/stm/x.stm").write_text("talk 1 anna 0 0.5 A\n")
     (tmp_path / "tsv.tsv").write_text("path\tsentence\none.mp3\tA\n")
-    utterances = read_corpus(tiny(corpus=str(tmp_path)), ["train", "stm", "tsv"]).utterances
+    config = tiny(corpus=str(tmp_path))
+    utterances = read_corpus(config, ["train", "stm", "tsv"]).utterances
     assert [Path(u.path).relative_to(tmp_path).as_posix() for u in utterances] == names
     assert all(len(read_audio(u, RATE)) == u.samples for u in utterances)
 
@@ -127,13 +207,12 @@ def test_of_several_endings_the_first_that_is_read_counts(tmp_path):
     folder.mkdir(parents=True)
     for name in ("1-2.wav", "1-2.FLAC", "1-2.ogg"):
         with open(folder / name, "wb") as file:
-            soundfile.write(file, loud_then_quiet(0.5, RATE), RATE, format=name[4:].upper())
+            soundfile.write(file, loud_then_quiet(0.5), RATE, format=name[4:].upper())
     (folder / "1-2.m4a").touch()
     (folder / "1.trans.txt").write_text("1-2 A\n")
     assert ENDINGS[:3] == [".flac", ".wav", ".sph"]
-    assert (
-        read_corpus(tiny(corpus=str(tmp_path)), ["train"]).utterances[0].path.endswith("1-2.FLAC")
-    )
+    [utterance] = read_corpus(tiny(corpus=str(tmp_path)), ["train"]).utterances
+    assert utterance.path.endswith("1-2.FLAC")
 
 
 def shorten_sphere() -> bytes:
@@ -154,33 +233,28 @@ def shorten_sphere() -> bytes:
         ("a.mp3", b"no audio", ["a.mp3"]),
         ("a.mp3", b"\xff\xfb", ["a.mp3"]),
         ("a.mp3", b"ID3", ["a.mp3"]),
-        ("a.flac", None, ["tells no length", "ffmpeg"]),
     ],
 )
 def test_what_can_not_be_read_is_named_with_what_converts_it(tmp_path, name, data, words):
-    if data is None:  # as encoders write it that can't go back in their output
-        soundfile.write(tmp_path / name, loud_then_quiet(0.5, RATE), RATE)
-        data = bytearray((tmp_path / name).read_bytes())
-        data[21] &= 0xF0
-        data[22:26] = bytes(4)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match="no utterances are left") as error:
-        listed(tmp_path, dict(audio_filepath=name))
-    assert all(word in str(error.value) for word in words), error.value
+    told = left_out(tmp_path, dict(audio_filepath=name))
+    assert all(word in told for word in words), told
+    with pytest.raises(CorruptAudio, match=words[0]):
+        decoded(tmp_path / name)
 
 
-def test_features_that_are_not_finite_are_corrupt_audio(tmp_path):
-    for name, level in (("loud", 1e30), ("infinite", np.inf), ("good", 0.1)):
-        audio = np.full(RATE, level) * np.random.default_rng(0).choice([-1, 1], RATE)
-        soundfile.write(tmp_path / f"{name}.wav", audio, RATE, subtype="FLOAT")
-    rows = [dict(audio_filepath=f"{name}.wav") for name in ("loud", "infinite", "good")]
-    corpus = listed(tmp_path, *rows)
-    good, infinite, loud = corpus.utterances
-    assert features_of(good, tiny(), 1.0).isfinite().all() and not corpus.left_out.get(UNREADABLE)
-    with pytest.raises(CorruptAudio, match=r"loud\.wav: samples so large"):
-        features_of(loud, tiny(), 1.0)
-    with pytest.raises(CorruptAudio, match=r"infinite\.wav: samples that are not finite"):
-        features_of(infinite, tiny(), 1.0)
+@pytest.mark.parametrize("level", [1e30, np.inf, np.nan])
+def test_samples_beyond_all_sense_are_corrupt_audio(tmp_path, level):
+    soundfile.write(tmp_path / "loud.wav", np.full(RATE, level), RATE, subtype="FLOAT")
+    [utterance] = listed(tmp_path, dict(audio_filepath="loud.wav")).utterances
+    with pytest.raises(CorruptAudio, match=r"loud\.wav: a sample of (1e\+30|inf|nan), where"):
+        read_audio(utterance, RATE)
+
+
+def test_samples_of_sixteen_bits_as_floats_are_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(RATE, 32767.0), RATE, subtype="FLOAT")
+    [utterance] = listed(tmp_path, dict(audio_filepath="a.wav")).utterances
+    assert features_of(utterance, tiny(), 1.0).isfinite().all()
 
 
 @given(st.binary(max_size=99), st.lists(st.binary(max_size=5), max_size=9), st.integers(2, 400))
