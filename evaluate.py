@@ -123,17 +123,18 @@ def opened(path: Path, options: argparse.Namespace) -> System:
     Prints how many of the references' words a language model lacks.
     """
     system = open_system(path, changes(options))
-    units = system.facts.labels
+    tokenizer, normaliser = system.facts.tokenizer, system.facts.normaliser
     words = None
     decoder = greedy
     if options.lm:
-        words = LanguageModel(options.lm, units, **lm_settings(options))
+        words = LanguageModel(options.lm, tokenizer.letters(), normaliser, **lm_settings(options))
+        as_trained = dataclasses.replace(system.config, normaliser=normaliser)
         for split in options.split or system.config.test_splits:
-            utterances = read_corpus(system.config, [split]).utterances
+            utterances = read_corpus(as_trained, [split]).utterances
             told = words.missing((u.text for u in utterances), MOST_UNKNOWN)
             print(f"language model, {printable(split)}: {printable(told)}")
     if beam_of(options) > 1 or words:
-        decoder = partial(beam_search, beam=beam_of(options), labels=units, words=words)
+        decoder = partial(beam_search, beam=beam_of(options), units=tokenizer.units, words=words)
     return dataclasses.replace(system, decoder=decoder)
 
 

@@ -7,9 +7,10 @@ comes with the extra `lm`: the wheel of flashlight-text has it.
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -18,11 +19,14 @@ import numpy as np
 from torch import Tensor
 
 from dynsize.ctc import BLANK
-from dynsize.text import WORD
+from dynsize.text import clean
 
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
 UNKNOWN = "<unk>"
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
+LARGEST = 1000  # of the weight and the bonus of a language model
+LOG_ZERO = -99.0  # what ARPA files write for the logarithm of 0
+GZIP = b"\x1f\x8b"
 TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
 
 
@@ -46,7 +50,7 @@ class Prefix:
     before: "Prefix | None"
     label: int
     frame: int
-    word: str = ""  # the unfinished word at its end
+    word: bytes = b""  # the unfinished word at its end, in UTF-8
     score: float = 0.0  # of its finished words, by the language model
     state: object = None  # of the language model after them
     ended_score: float = 0.0  # the same, as if the unfinished word ended here
@@ -57,22 +61,22 @@ class BeamSearch:
     """Prefix beam search (Hannun et al. 2014), whose frames can be given in parts.
 
     The score of a prefix is the log-probability of its labels, summed over all alignments, plus the
-    scores of its words. `beam`: how many prefixes are kept after each frame. `labels`: the V units;
-    only a language model needs them.
+    scores of its words. `beam`: how many prefixes are kept after each frame. `units`: what each of
+    the V labels adds to a text, see `Tokenizer`; only a language model, `words`, needs it.
 
     Each prefix has two log-probabilities, of the alignments that end with a blank and of those that
     end with its last label, because a repeated label is a new one only after a blank.
     """
 
     def __init__(
-        self, beam: int, labels: Sequence[str] = (), words: WordScorer | None = None
+        self, beam: int, units: Sequence[bytes] = (), words: WordScorer | None = None
     ) -> None:
-        if beam < 1:
-            raise ValueError(f"beam {beam}: must be 1 or more")
-        self.beam = beam
-        self.labels = labels
+        if not isinstance(beam, Integral) or beam < 1:
+            raise ValueError(f"beam {beam!r}: must be a whole number, 1 or more")
+        self.beam = int(beam)
+        self.units = units
         self.words = words
-        begins = [label.startswith(WORD) for label in labels]
+        begins = [unit.startswith(b" ") for unit in units]
         self.begins = np.array(begins, dtype=float)  # (V,): 1 for a label that begins a word
         root = Prefix(None, BLANK, frame=0)
         if words is not None:
@@ -164,25 +168,22 @@ class BeamSearch:
         prefix = Prefix(before, label, self.frame)
         self.known[before, label] = prefix
         if self.words is not None:
-            self.add_piece(prefix, self.labels[label], self.words)
+            self.add_unit(prefix, self.units[label], self.words)
         return prefix
 
     @staticmethod
-    def add_piece(prefix: Prefix, piece: str, words: WordScorer) -> None:
+    def add_unit(prefix: Prefix, unit: bytes, words: WordScorer) -> None:
         """Give a prefix its unfinished word and its scores, from those of the prefix before it."""
         before = prefix.before
-        if piece.startswith(WORD):
-            prefix.word = piece.removeprefix(WORD)
-            prefix.score = before.ended_score
-            prefix.state = before.ended_state
-        else:
-            prefix.word = before.word + piece
-            prefix.score = before.score
-            prefix.state = before.state
-        prefix.ended_score = prefix.score
-        prefix.ended_state = prefix.state
+        score, state = before.score, before.state
+        *finished, prefix.word = (before.word + unit).split(b" ")
+        for word in filter(None, finished):
+            state, gain = words.score(state, word.decode(errors="replace"))
+            score += gain
+        prefix.score, prefix.state = score, state
+        prefix.ended_score, prefix.ended_state = score, state
         if prefix.word:
-            prefix.ended_state, gain = words.score(prefix.state, prefix.word)
+            prefix.ended_state, gain = words.score(state, prefix.word.decode(errors="replace"))
             prefix.ended_score += gain
 
     def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
@@ -227,13 +228,13 @@ def beam_search(
     log_probs: Tensor,
     lengths: Tensor,
     beam: int,
-    labels: Sequence[str] = (),
+    units: Sequence[bytes] = (),
     words: WordScorer | None = None,
 ) -> list[list[int]]:
     """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
     found = []
     for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
-        search = BeamSearch(beam, labels, words)
+        search = BeamSearch(beam, units, words)
         search.advance(of_utterance[:length])
         _, best = search.results()[0]
         found.append([label for label, _ in best])
@@ -246,14 +247,17 @@ def beam_search(
 class LanguageModel:
     """Scores of words, for the beam search: weight · ln P(word | words before) + bonus.
 
-    `labels`: the network's SentencePiece units. Raises ValueError for a file that is no ARPA file,
-    and where its words cannot be spelled with the labels, as in the other case.
+    `letters`: the characters that the network can write. `normaliser`: that of the training, by
+    which the model's words are cleaned as transcripts are. A word that the model lacks scores at
+    least a tenth of its rarest word's probability. Raises ValueError for a file that is no ARPA
+    file, and where its words cannot be written with the letters, as in the other case.
     """
 
     def __init__(
         self,
         path: Path,
-        labels: Sequence[str],
+        letters: set[str],
+        normaliser: str = "none",
         weight: float = LM_WEIGHT,
         bonus: float = 0.0,
     ) -> None:
@@ -265,15 +269,22 @@ class LanguageModel:
             raise ValueError(
                 f"{path}: a language model needs flashlight-text: {install}"
             ) from error
-        if not (math.isfinite(weight) and math.isfinite(bonus)):
-            raise ValueError(f"{path}: weight {weight} and bonus {bonus} must be finite numbers")
+        for name, value in dict(weight=weight, bonus=bonus).items():
+            if not (isinstance(value, Real) and abs(value) <= LARGEST):
+                raise ValueError(f"{path}: {name} {value}: must be from -{LARGEST} to {LARGEST}")
         self.path, self.weight, self.bonus = path, weight, bonus
-        self.known = set(unigrams(path))
-        check_spelling(path, self.known, labels)
+        logs = dict(unigrams(path))  # word → log10 of its probability
+        self.has_unknown = logs.pop(UNKNOWN, None) is not None
+        possible = [log for log in logs.values() if log > LOG_ZERO]
+        self.least = min(possible, default=0.0) - 1
+        self.spelled: dict[str, str] = {}  # cleaned word → the likeliest word that it cleans
+        for word in sorted(logs, key=logs.get):
+            self.spelled[clean(word, normaliser)] = word
+        check_spelling(path, self.spelled.keys(), letters)
         dictionary = Dictionary()
-        for word in [UNKNOWN, *sorted(self.known)]:
+        for word in [UNKNOWN, *sorted(self.spelled.values())]:
             dictionary.add_entry(word)
-        self.numbers = {word: dictionary.get_index(word) for word in self.known}
+        self.numbers = {word: dictionary.get_index(raw) for word, raw in self.spelled.items()}
         self.unknown = dictionary.get_index(UNKNOWN)
         try:
             with silent():
@@ -287,7 +298,10 @@ class LanguageModel:
 
     def score(self, state: object, word: str) -> tuple[object, float]:
         """Return the state after a word, and the word's score."""
-        state, score = self.model.score(state, self.numbers.get(word, self.unknown))
+        number = self.numbers.get(word, self.unknown)
+        state, score = self.model.score(state, number)
+        if number == self.unknown:
+            score = max(score, self.least)
         return state, self.weight * TO_NATURAL * score + self.bonus
 
     def finish(self, state: object) -> float:
@@ -300,10 +314,12 @@ class LanguageModel:
         Raises ValueError where that is more than the share `most` of them.
         """
         words = Counter(word for text in texts for word in text.split())
-        lacking = Counter({word: n for word, n in words.items() if word not in self.known})
+        lacking = Counter({word: n for word, n in words.items() if word not in self.numbers})
         told = f"{self.path}: lacks {lacking.total()} of {words.total()} words"
         if lacking:
             told += f", most often {' '.join(word for word, _ in lacking.most_common(3))}"
+        if lacking and not self.has_unknown:
+            told += "; it has no <unk>, so they count as a tenth as likely as its rarest word"
         if lacking.total() > most * words.total():
             raise ValueError(f"{told}; at most {most:.0%} may be missing")
         return told
@@ -322,19 +338,24 @@ def silent() -> Iterator[None]:
         os.close(kept)
 
 
-def unigrams(path: Path) -> Iterator[str]:
-    """Yield the words of an ARPA file, without the three that are marks."""
+def unigrams(path: Path) -> Iterator[tuple[str, float]]:
+    """Yield the words of an ARPA file, but for the marks of a sentence, and log10 of each P."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")  # a device may have no end
+    inside = False
     try:
+        with open(path, "rb") as file:
+            if file.read(2) == GZIP:
+                raise ValueError(f"{path}: is compressed; gunzip -k {path} unpacks it")
         with open(path, encoding="utf-8") as file:
-            inside = False
             for line in file:
                 fields = line.split()
                 if line.startswith("\\") and inside:
                     return
                 if line.startswith("\\1-grams:"):
                     inside = True
-                elif inside and len(fields) > 1 and fields[1] not in ("<s>", "</s>", UNKNOWN):
-                    yield fields[1]
+                elif inside and len(fields) > 1 and fields[1] not in ("<s>", "</s>"):
+                    yield fields[1], float(fields[0])
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text, as an ARPA file is") from error
     except OSError as error:
@@ -343,9 +364,8 @@ def unigrams(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: not an ARPA file: it has no line \\1-grams:")
 
 
-def check_spelling(path: Path, words: set[str], labels: Sequence[str]) -> None:
-    """Raise ValueError where the labels can spell hardly any word of a language model."""
-    letters = set("".join(labels[1:])) - {WORD}
+def check_spelling(path: Path, words: Collection[str], letters: set[str]) -> None:
+    """Raise ValueError where the letters can write hardly any word of a language model."""
 
     def share(spelled: Iterable[str]) -> float:
         return sum(letters.issuperset(word) for word in spelled) / max(1, len(words))

@@ -36,7 +36,7 @@ from dynsize.processes import device_of
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 from dynsize.terminal import printable
-from dynsize.text import NORMALISERS, WORD
+from dynsize.text import NORMALISERS
 from dynsize.wer import (
     Errors,
     Pair,
@@ -107,7 +107,9 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
         changes = changes | dict(device="cpu", precision="float32")
         return System(path, dataclasses.replace(file.config, **changes), file)
     loaded = checkpoint.load(path)
-    config = loaded.model.config = dataclasses.replace(loaded.model.config, **changes)
+    model = loaded.model
+    config = dataclasses.replace(model.config, **changes)
+    model.config = dataclasses.replace(config, normaliser=model.config.normaliser)
     return System(loaded.path, config, loaded)
 
 
@@ -156,8 +158,7 @@ def texts_of(
             for size, of_size in zip(sizes, log_probs, strict=True):
                 decoded_labels = decoder(of_size, lengths)
                 for index, labels in zip(indices, decoded_labels, strict=True):
-                    words = spell(labels).split()
-                    texts[size][index] = " ".join(words)
+                    texts[size][index] = spell(labels)
             bar.update(len(indices))
     return texts
 
@@ -242,17 +243,11 @@ def decoded(
         unreadable: dict[str, str] = {}
         everything = range(len(utterances))
         found = in_windows(network, utterances, everything, [size], unreadable, facts)
-        spell = partial(spelled, facts.labels)
+        spell = facts.tokenizer.decode
         texts = texts_of(found, len(utterances), [size], title, system.decoder, spell)
     normalised = NORMALISERS[system.config.normaliser]
     found_texts = [None if text is None else normalised(text) for text in texts[size]]
     return found_texts, unreadable
-
-
-def spelled(units: Sequence[str], labels: Sequence[int]) -> str:
-    """Return the text of labels, given the SentencePiece unit of each label."""
-    text = "".join(units[label] for label in labels)
-    return text.replace(WORD, " ")
 
 
 def tune(system: System, words: LanguageModel) -> list[dict]:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import warnings
+from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,11 @@ from dynsize.conformer import padding_mask
 from dynsize.features import QUIETEST, mel_filters, window_and_hop
 from dynsize.networks import (
     ONNX_FORMAT,
-    Facts,
-    facts_of,
     network_of,
     onnx_inputs,
     onnx_session,
+    open_onnx,
+    seal,
 )
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
@@ -57,10 +58,10 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     if size is not None and model.size is None:
         model = cut(model, size)
     model.config = dataclasses.replace(model.config, precision="float32")
-    facts = facts_of(dataclasses.replace(loaded, model=model))
+    loaded = dataclasses.replace(loaded, model=model)
     with files.whole(path) as unfinished:
         with without_logging():
-            write(model, facts, size is None, unfinished)
+            write(loaded, size is None, unfinished)
         compare(unfinished, model)
 
 
@@ -108,8 +109,9 @@ def require_packages(path: Path) -> None:
         raise ValueError(f"{path}: exporting needs {error.name}: {install}") from error
 
 
-def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
+def write(loaded: Checkpoint, choose: bool, path: Path) -> None:
     """Write a network's file. With `choose` the size is an input."""
+    model = loaded.model
     network = Deployed(model, tuple(model.sizes)).eval()
     audio = torch.randn(2, 9000), torch.tensor([9000, 7000])
     names = ["audio", "lengths"]
@@ -129,7 +131,8 @@ def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
     )
     content = dict(
         format=ONNX_FORMAT,
-        facts=dataclasses.asdict(facts),
+        tokenizer=b64encode(bytes(loaded.tokenizer.model.tolist())).decode(),
+        longest_seconds=loaded.longest_seconds,
         config=dataclasses.asdict(model.config),
         costs={size: costs(model, size) for size in model.sizes},
     )
@@ -139,6 +142,13 @@ def write(model: Supernet, facts: Facts, choose: bool, path: Path) -> None:
         node.metadata_props.clear()  # where in the source each one comes from
     move_convolutions(graph)
     program.save(path, external_data=False)
+    add_seal(path)
+
+
+def add_seal(path: Path) -> None:
+    """End an ONNX file with its checksum."""
+    data = path.read_bytes()
+    path.write_bytes(data + seal(data))
 
 
 def move_convolutions(graph: "onnx_ir.Graph") -> None:
@@ -201,15 +211,17 @@ def quantize(path: Path, to: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(path)
+    del model.metadata_props[-1]  # the checksum
     features = [
         node.name
-        for node in onnx.load(path).graph.node
+        for node in model.graph.node
         if any(name.startswith("features.") for name in node.input)
     ]
     with files.whole(to) as unfinished:
         with without_logging():
             quantize_dynamic(
-                path,
+                model,
                 unfinished,
                 op_types_to_quantize=["MatMul"],
                 per_channel=True,
@@ -217,7 +229,8 @@ def quantize(path: Path, to: Path) -> None:
                 nodes_to_exclude=features,
                 extra_options=dict(MatMulConstBOnly=True, EnableSubgraph=True),
             )
-        onnx_session(unfinished)
+        add_seal(unfinished)
+        open_onnx(unfinished)
 
 
 class Features(nn.Module):

@@ -4,8 +4,10 @@ It comes from a checkpoint or from an ONNX file.
 """
 
 import json
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +19,7 @@ from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config, from_dict
 from dynsize.features import log_mel, window_and_hop
 from dynsize.supernet import Supernet
+from dynsize.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -29,7 +32,14 @@ MOST_SECONDS = 30.0  # of a window: attention takes time with the square of its 
 LEAST_SECONDS = 2.0
 FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
 
-ONNX_FORMAT = "dynsize onnx 2"
+ONNX_FORMAT = "dynsize onnx 3"
+MOST_RATE = 1_000_000  # Hz
+LIMITS = {  # of numbers in an ONNX file: their type, the least, the most
+    "sample_rate": (int, 1, MOST_RATE),
+    "window": (int, 2, MOST_RATE),
+    "hop": (int, 1, MOST_RATE),
+    "longest_seconds": (float, LEAST_SECONDS, MOST_SECONDS),
+}
 
 Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
 
@@ -41,7 +51,8 @@ class Facts:
     sample_rate: int  # Hz
     window: int  # analysis window, in samples
     hop: int  # from one feature frame to the next, in samples
-    labels: tuple[str, ...]  # V SentencePiece units; the first one is the blank
+    tokenizer: Tokenizer  # of the V labels
+    normaliser: str  # of the transcripts in training
     sizes: tuple[int, ...]  # in layers, ascending
     longest_seconds: float  # of a window: training's longest utterance, within bounds
 
@@ -68,29 +79,86 @@ class OnnxFile(NamedTuple):
 def open_onnx(path: Path) -> OnnxFile:
     """Return what a file that `export.export` wrote holds, ready to run on the CPU.
 
-    Raises ValueError for other files.
+    Raises ValueError for other files, and where a byte of the file has changed since.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    data = path.read_bytes()
+    if seal(data[:-SEAL]) != data[-SEAL:]:
+        what = "not an ONNX file that this version of dynsize wrote, or changed since"
+        raise ValueError(f"{path}: {what}; export it again")
     session = onnx_session(path)
-    metadata = session.get_modelmeta().custom_metadata_map.get("dynsize", "{}")
     try:
-        content = json.loads(metadata)
-        found = content.get("format", "none of dynsize's")
-        if found == ONNX_FORMAT:
-            facts = content["facts"]
-            facts |= dict(labels=tuple(facts["labels"]), sizes=tuple(facts["sizes"]))
-            facts = Facts(**facts)
-            config = from_dict(content["config"])
-            costs = {int(size): of_size for size, of_size in content["costs"].items()}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        found = "damaged"
-    if found != ONNX_FORMAT:
-        raise ValueError(f"{path}: its format is {found}, not {ONNX_FORMAT}; export it again")
+        content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
+        if content["format"] != ONNX_FORMAT:
+            raise ValueError(f"format {content['format']!r}: must be {ONNX_FORMAT}")
+        config = from_dict(content["config"])
+        costs = {int(size): dict(of_size) for size, of_size in content["costs"].items()}
+        model = b64decode(content["tokenizer"], validate=True)
+        tokenizer = Tokenizer(torch.frombuffer(bytearray(model), dtype=torch.uint8))
+        found_facts = facts(config, tokenizer, tuple(costs), content["longest_seconds"])
+        check_facts(found_facts, config)
+        check_costs(costs)
+        check_graph(session, found_facts)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: its metadata can't be: {what}; export it again") from error
+    except RuntimeError as error:  # too deeply nested, or no tokenizer
+        raise ValueError(f"{path}: its metadata can't be read; export it again") from error
 
     def log_probs(audio: Tensor, size: int) -> Tensor:
         result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
         return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
 
-    return OnnxFile(log_probs, facts, config, costs)
+    return OnnxFile(log_probs, found_facts, config, costs)
+
+
+def seal(data: bytes) -> bytes:
+    """Return what ends an ONNX file with these bytes: an entry of its metadata, their checksum.
+
+    An ONNX file is a protocol buffer, to which a field can be appended.
+    """
+    name, digest = b"checksum", sha256(data).hexdigest().encode()
+    entry = b"\x0a" + bytes([len(name)]) + name + b"\x12" + bytes([len(digest)]) + digest
+    return b"\x72" + bytes([len(entry)]) + entry
+
+
+SEAL = len(seal(b""))
+
+
+def check_facts(found: Facts, config: Config) -> None:
+    """Raise ValueError for facts of an ONNX file that can't be."""
+    for name, (kind, least, most) in LIMITS.items():
+        value = getattr(found, name)
+        if type(value) is not kind or not least <= value <= most:
+            raise ValueError(f"{name} {value!r}: must be {least} to {most}")
+    sizes = list(found.sizes)
+    if not sizes or sizes != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= config.layers:
+        raise ValueError(f"sizes {sizes}: must be ascending numbers of 1 to {config.layers} layers")
+
+
+def check_costs(costs: dict[int, dict]) -> None:
+    """Raise ValueError for costs of an ONNX file that can't be."""
+    for size, of_size in costs.items():
+        numbers = [of_size["parameters"], of_size["macs"]]
+        layers = of_size["layers"]
+        names = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+        if not names or len(layers) != size or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"the costs of size {size} are {of_size}")
+
+
+def check_graph(session: "InferenceSession", found: Facts) -> None:
+    """Raise ValueError where an ONNX file's inputs and outputs are not those of its metadata."""
+    inputs = {node.name: node.type for node in session.get_inputs()}
+    expected = dict(audio="tensor(float)", lengths="tensor(int64)")
+    if len(found.sizes) > 1 or "size" in inputs:
+        expected["size"] = "tensor(int64)"
+    if inputs != expected:
+        raise ValueError(f"its inputs are {inputs}, not {expected}")
+    outputs = {node.name: node.shape for node in session.get_outputs()}
+    labels = found.tokenizer.labels
+    if list(outputs) != ["log_probs", "log_prob_lengths"] or outputs["log_probs"][-1:] != [labels]:
+        raise ValueError(f"its outputs are {outputs}, not log_probs of {labels} labels")
 
 
 def onnx_session(path: Path) -> "InferenceSession":
@@ -100,8 +168,6 @@ def onnx_session(path: Path) -> "InferenceSession":
     except ImportError as error:
         install = "pip install 'dynsize[onnx]'"
         raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
@@ -121,11 +187,17 @@ def onnx_inputs(
 
 def facts_of(loaded: Checkpoint) -> Facts:
     """Return what decoding needs to know of a checkpoint's network."""
-    config, pieces = loaded.model.config, loaded.tokenizer.pieces
+    model = loaded.model
+    return facts(model.config, loaded.tokenizer, tuple(model.sizes), loaded.longest_seconds)
+
+
+def facts(
+    config: Config, tokenizer: Tokenizer, sizes: tuple[int, ...], longest_seconds: float
+) -> Facts:
+    """Return what decoding needs to know. `longest_seconds`: of training's longest utterance."""
     window, hop = window_and_hop(config)
-    labels = tuple(pieces.id_to_piece(label) for label in range(loaded.tokenizer.labels))
-    longest = min(max(LEAST_SECONDS, loaded.longest_seconds), MOST_SECONDS)
-    return Facts(config.sample_rate, window, hop, labels, tuple(loaded.model.sizes), longest)
+    longest = min(max(LEAST_SECONDS, longest_seconds), MOST_SECONDS)
+    return Facts(config.sample_rate, window, hop, tokenizer, config.normaliser, sizes, longest)
 
 
 def network_of(model: Supernet) -> Network:

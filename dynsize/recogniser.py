@@ -26,7 +26,6 @@ from dynsize.networks import (
     open_onnx,
     windowed_log_probs,
 )
-from dynsize.text import WORD
 
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
@@ -103,7 +102,7 @@ class Recogniser:
         if beam == 1 and language_model is None:
             labels = label_frames(torch.cat([log_probs.argmax(-1) for log_probs in parts]))
         else:
-            search = BeamSearch(beam, self.facts.labels, language_model)
+            search = BeamSearch(beam, self.facts.tokenizer.units, language_model)
             for log_probs in parts:
                 search.advance(log_probs)
             labels = search.results()[0][1]
@@ -117,7 +116,8 @@ class Recogniser:
 
         Each word adds weight · ln P(word | words before) + bonus to the score of a text.
         """
-        return LanguageModel(Path(path), self.facts.labels, weight, bonus)
+        letters = self.facts.tokenizer.letters()
+        return LanguageModel(Path(path), letters, self.facts.normaliser, weight, bonus)
 
     def check_size(self, size: int) -> None:
         """Raise ValueError for a size that the network lacks."""
@@ -235,22 +235,17 @@ def words_of(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> lis
     CTC's labels are short peaks inside a word. So a word starts `LEAD` before its first label and
     ends `TAIL` after the frame of its last one, but words do not overlap and stay inside the audio.
     """
-    spans: list[tuple[str, int, int]] = []  # text, first frame, last frame
-    for label, frame in labels:
-        piece = facts.labels[label]
-        if piece.startswith(WORD) or not spans:
-            spans.append(("", frame, frame))
-        text, first, _ = spans[-1]
-        spans[-1] = (text + piece.removeprefix(WORD), first, frame)
-    spans = [span for span in spans if span[0]]  # the mark alone is no word
+    frames = [frame for _, frame in labels]
+    spans = facts.tokenizer.words([label for label, _ in labels])
     frame_seconds = facts.step / facts.sample_rate
     starts, earliest = [], 0.0
     for _, first, last in spans:
-        starts.append(min(max(first * frame_seconds - LEAD, earliest), seconds))
-        earliest = last * frame_seconds
+        start = frames[first] * frame_seconds - LEAD
+        starts.append(min(max(start, earliest), seconds))
+        earliest = frames[last] * frame_seconds
     words = []
     limits = [*starts[1:], seconds]
     for (text, _, last), start, limit in zip(spans, starts, limits, strict=False):
-        end = min((last + 1) * frame_seconds + TAIL, limit)
+        end = min((frames[last] + 1) * frame_seconds + TAIL, limit)
         words.append(Word(text, round(start, 3), round(end, 3)))
     return words

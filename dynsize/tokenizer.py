@@ -1,26 +1,48 @@
 """SentencePiece units as CTC labels. Label 0 is CTC's blank, which no text is made of."""
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import torch
 from torch import Tensor
 
 from dynsize.config import Config
-from dynsize.text import shown
+from dynsize.text import WORD, shown
 
 MODELS = {"unigram": "unigram", "bpe": "bpe", "characters": "char"}  # SentencePiece's names
 
 
+class LabelledWord(NamedTuple):
+    text: str
+    first: int  # index of the label with its first letter
+    last: int  # index of the label with its last letter
+
+
 class Tokenizer:
-    """A SentencePiece model, given as its bytes in a uint8 tensor, the form in a checkpoint."""
+    """A SentencePiece model, given as its bytes in a uint8 tensor, the form in a checkpoint.
+
+    `units`: V times what a label adds to a text, in UTF-8; the mark ▁ is a blank. A label adds a
+    word or a part of one, several words, or one byte of a character; CTC's blank adds nothing.
+    """
 
     def __init__(self, model: Tensor) -> None:
         self.model = model
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=bytes(model.tolist()))
         self.unknown = self.pieces.unk_id()
+        self.units = [self.unit(label) for label in range(self.labels)]
+
+    def unit(self, label: int) -> bytes:
+        """Return what a label adds to a text."""
+        piece = self.pieces.id_to_piece(label)
+        if self.pieces.is_unknown(label) or self.pieces.is_control(label):
+            return b""
+        if self.pieces.is_byte(label):  # <0x41>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(WORD, " ").encode()
 
     @property
     def labels(self) -> int:
@@ -40,10 +62,24 @@ class Tokenizer:
         """Return whether a character can be written in units."""
         return self.unknown not in self.pieces.encode(character)
 
+    def letters(self) -> set[str]:
+        """Return the characters that whole units write, so without those that only bytes write."""
+        whole = [unit for label, unit in enumerate(self.units) if not self.pieces.is_byte(label)]
+        return set(b"".join(whole).decode()) - {" "}
+
+    def words(self, labels: Sequence[int]) -> list[LabelledWord]:
+        """Return the words that SentencePiece decodes from labels, and which labels write each."""
+        units = [self.units[label] for label in labels]
+        writer = [index for index, unit in enumerate(units) for _ in unit]  # of each byte
+        words = []
+        for word in re.finditer(rb"\S+", b"".join(units)):
+            text = word[0].decode(errors="replace")
+            words.append(LabelledWord(text, writer[word.start()], writer[word.end() - 1]))
+        return words
+
     def decode(self, labels: Sequence[int]) -> str:
         """Return the text of labels, with one space between words."""
-        text = self.pieces.decode([label for label in labels if label != self.unknown])
-        return " ".join(text.split())
+        return " ".join(word.text for word in self.words(labels))
 
 
 def tokenizer_for(texts: Iterable[str], config: Config) -> Tokenizer:

@@ -176,9 +176,10 @@ def test_beam_search_emits_a_label_where_the_best_path_does():
     assert search.results()[0][1] == [(2, 2), (1, 6), (1, 8), (2, 10)]
 
 
-def test_a_beam_has_a_prefix_at_least():
-    with pytest.raises(ValueError, match="beam 0: must be 1 or more"):
-        BeamSearch(0)
+def test_a_beam_is_a_number_of_prefixes():
+    for beam in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match=f"beam {beam!r}: must be a whole number, 1 or more"):
+            BeamSearch(beam)
 
 
 ARPA = """\\data\\
@@ -200,7 +201,8 @@ ngram 2=4
 
 \\end\\
 """
-LABELS = ("<unk>", "▁A", "B", "▁B")
+UNITS = (b"", b" A", b"B", b" B")
+LETTERS = {"A", "B"}
 
 
 @pytest.fixture
@@ -224,7 +226,7 @@ def by_hand(words: list[str]) -> float:
 
 @pytest.mark.parametrize("text", ["", "AB", "B", "AB B", "B AB", "AB AB B", "A B", "AB A A B"])
 def test_a_language_model_scores_as_by_hand(arpa, text):
-    model = LanguageModel(arpa, LABELS, weight=0.7, bonus=0.25)
+    model = LanguageModel(arpa, LETTERS, weight=0.7, bonus=0.25)
     state, total = model.start(), 0.0
     for word in text.split():
         state, score = model.score(state, word)
@@ -237,18 +239,18 @@ def test_a_language_model_scores_as_by_hand(arpa, text):
 @pytest.mark.parametrize("seed", range(5))
 def test_beam_search_adds_the_language_models_scores(arpa, seed):
     log_probs = random_log_probs(seed, 6, 4)
-    search = BeamSearch(10**6, LABELS, LanguageModel(arpa, LABELS, weight=0.8, bonus=0.4))
+    search = BeamSearch(10**6, UNITS, LanguageModel(arpa, LETTERS, weight=0.8, bonus=0.4))
     search.advance(log_probs)
     found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
     expected = {}
     for labels, score in all_sums(log_probs).items():
-        words = "".join(LABELS[label] for label in labels).replace("▁", " ").split()
+        words = b"".join(UNITS[label] for label in labels).decode().split()
         expected[labels] = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
     assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_language_model_counts_missing_words(arpa):
-    model = LanguageModel(arpa, LABELS, weight=1.0, bonus=0.0)
+    model = LanguageModel(arpa, LETTERS, weight=1.0, bonus=0.0)
     assert model.missing(["AB B", "B AB"]).endswith("lacks 0 of 4 words")
     assert model.missing(["AB C", "C B D"]).endswith("lacks 3 of 5 words, most often C D")
     with pytest.raises(ValueError, match=r"lacks 3 of 5 words.*; at most 50% may be missing"):
@@ -257,15 +259,15 @@ def test_a_language_model_counts_missing_words(arpa):
 
 def test_a_language_model_refuses_the_other_case_and_no_arpa_file(arpa, tmp_path, capfd):
     with pytest.raises(ValueError, match=r"not in the network's case; write them in lower case"):
-        LanguageModel(arpa, ("<unk>", "▁a", "b"), 1.0, 0.0)
+        LanguageModel(arpa, {"a", "b"})
     with pytest.raises(ValueError, match=r"labels cannot spell its words"):
-        LanguageModel(arpa, ("<unk>", "▁x", "y"), 1.0, 0.0)
+        LanguageModel(arpa, {"x", "y"})
     for content in (b"no model", b"\xff\xfe", ARPA[:90].encode()):
         (tmp_path / "bad.arpa").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.arpa: "):
-            LanguageModel(tmp_path / "bad.arpa", LABELS, 1.0, 0.0)
-    with pytest.raises(ValueError, match=r"weight nan and bonus 0\.0 must be finite"):
-        LanguageModel(arpa, LABELS, math.nan, 0.0)
+            LanguageModel(tmp_path / "bad.arpa", LETTERS)
+    with pytest.raises(ValueError, match=r"weight nan: must be from -1000 to 1000"):
+        LanguageModel(arpa, LETTERS, weight=math.nan)
     with pytest.raises(ValueError, match=r"missing\.arpa: No such file"):
-        LanguageModel(tmp_path / "missing.arpa", LABELS, 1.0, 0.0)
+        LanguageModel(tmp_path / "missing.arpa", LETTERS)
     assert capfd.readouterr() == ("", "")

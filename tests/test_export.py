@@ -1,10 +1,13 @@
 """ONNX files against the checkpoint's network, which computes its features by FFT."""
 
+import functools
 import json
 import math
+import random
 import re
 import runpy
 import sys
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +123,10 @@ def test_the_recogniser_takes_a_file_as_it_takes_a_checkpoint(supernet, single):
     ):
         run, file = dynsize.load(loaded.path), dynsize.load(beside(loaded, name))
         assert file.sizes == sizes
-        assert file.facts.labels == run.facts.labels and file.facts.step == run.facts.step
+        assert (
+            file.facts.tokenizer.units == run.facts.tokenizer.units
+            and file.facts.step == run.facts.step
+        )
         if name == "supernet.onnx":
             for size in sizes:
                 expected = run.transcribe(audio, sample_rate=RATE, size=size)
@@ -156,7 +162,7 @@ def test_a_file_of_one_size_has_no_other_layers(single):
     assert count["If"] == count["Softmax"] - 1 == 0  # self-attention is kept
     content = json.loads(onnx_session(path).get_modelmeta().custom_metadata_map["dynsize"])
     assert content["costs"]["2"]["layers"] == ["1.ff1", "1.mhsa"]
-    assert content["facts"]["sample_rate"] == RATE and content["facts"]["sizes"] == [2]
+    assert content["config"]["sample_rate"] == RATE and list(content["costs"]) == ["2"]
 
 
 @pytest.mark.parametrize("name, products", [("supernet", 9), ("single", 6)])
@@ -235,26 +241,92 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, prune, tmp_path, m
     assert code == 2 and "--export onnx writes it" in error
 
 
-def test_refuses_files_that_it_did_not_write(tmp_path):
-    (tmp_path / "bad.onnx").write_bytes(b"no model")
-    for name, why in (("bad.onnx", "not an ONNX file"), ("missing.onnx", "no such file")):
-        with pytest.raises(ValueError, match=why):
-            dynsize.load(tmp_path / name)
+def test_a_changed_byte_is_noticed(single, tmp_path):
+    original = beside(single, "size-2.onnx").read_bytes()
+    draw = random.Random(0)
+    changed = tmp_path / "changed.onnx"
+    for place in (0, len(original) - 1, *draw.choices(range(len(original)), k=60)):
+        data = bytearray(original)
+        data[place] ^= 1 << draw.randrange(8)
+        changed.write_bytes(data)
+        with pytest.raises(ValueError, match=r"changed\.onnx: not an ONNX file that"):
+            dynsize.load(changed)
+
+
+ODD = (None, True, "", "x", 0, -1, 2.5, 10**18, 1e300, math.inf, math.nan, [], {}, [[]], {"1": 2})
+FIELDS = (
+    "format", "tokenizer", "longest_seconds", "config", "costs", "config.sample_rate",
+    "config.hop_ms", "config.window_ms", "config.sizes", "costs.2", "costs.2.layers",
+    "costs.2.parameters",
+)  # fmt: skip
+
+
+def without_traceback(path: Path) -> str:
+    """Load a file and use it, and return why it can't be, or an empty text."""
+    try:
+        dynsize.load(path).transcribe(np.zeros(RATE, np.float32), sample_rate=RATE)
+    except ValueError as refused:
+        error = str(refused)
+    else:
+        return ""
+    assert str(path) in error
+    return error
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a model with metadata as dynsize writes it, and says why it can't be loaded."""
+
+    def written(model: onnx.ModelProto, metadata: str) -> str:
+        onnx.helper.set_model_props(model, dict(dynsize=metadata))
+        path = tmp_path / "odd.onnx"
+        onnx.save(model, path)
+        exporting.add_seal(path)
+        return without_traceback(path)
+
+    return written
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_odd_metadata_is_refused_in_one_line(single, written, field):
+    model = onnx.load(beside(single, "size-2.onnx"))
+    metadata = onnx_session(beside(single, "size-2.onnx")).get_modelmeta().custom_metadata_map
+    assert written(model, metadata["dynsize"]) == ""
+    *parents, name = field.split(".")
+    for odd in ODD:
+        content = json.loads(metadata["dynsize"])
+        inside = functools.reduce(dict.__getitem__, parents, content)
+        inside[name] = odd
+        refused = written(model, json.dumps(content))
+        assert refused or isinstance(odd, int | float) or (field, odd) == ("config", {})
+
+
+def test_graphs_and_metadata_that_do_not_fit_are_refused(single, supernet, written, tmp_path):
+    def metadata(loaded: checkpoint.Checkpoint, name: str) -> str:
+        return onnx_session(beside(loaded, name)).get_modelmeta().custom_metadata_map["dynsize"]
+
+    of_one, of_all = metadata(single, "size-2.onnx"), metadata(supernet, "supernet.onnx")
+    model = onnx.load(beside(single, "size-2.onnx"))
+    assert "its inputs are" in written(model, of_all)
+    for text in ("", "{", "[]", "{}", "[" * 100_000, json.dumps(dict(format=ONNX_FORMAT))):
+        assert "its metadata can't be" in written(model, text)
+    fewer = json.loads(of_one) | dict(tokenizer=b64encode(words_of_three()).decode())
+    assert "its outputs are" in written(model, json.dumps(fewer))
     identity = onnx.helper.make_node("Identity", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [1]) for end in "xy"]
     graph = onnx.helper.make_graph([identity], "other", ends[:1], ends[1:])
     imports = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(
-        onnx.helper.make_model(graph, ir_version=9, opset_imports=imports), tmp_path / "other.onnx"
-    )
-    with pytest.raises(ValueError, match=r"other\.onnx: its format is none of dynsize's"):
-        dynsize.load(tmp_path / "other.onnx")
-    for metadata in ("{", "[]", json.dumps(dict(format=ONNX_FORMAT))):
-        model = onnx.helper.make_model(graph, ir_version=9, opset_imports=imports)
-        onnx.helper.set_model_props(model, dict(dynsize=metadata))
-        onnx.save(model, tmp_path / "damaged.onnx")
-        with pytest.raises(ValueError, match=r"damaged\.onnx: its format is damaged"):
-            dynsize.load(tmp_path / "damaged.onnx")
+    other = onnx.helper.make_model(graph, ir_version=9, opset_imports=imports)
+    assert "its inputs are" in written(other, of_one)
+    onnx.save(other, tmp_path / "other.onnx")
+    (tmp_path / "text.onnx").write_bytes(b"no model")
+    for name, why in (("other", "not an ONNX file that"), ("text", "not an"), ("no", "no such")):
+        assert why in without_traceback(tmp_path / f"{name}.onnx")
+
+
+def words_of_three() -> bytes:
+    """The model of a tokenizer with fewer labels."""
+    return bytes(train_tokenizer(["LOW"] * 9, 3).model.tolist())
 
 
 # evaluate.py with files.

@@ -30,7 +30,7 @@ from dynsize.networks import Facts, facts_of, network_of, windowed_log_probs
 from dynsize.recogniser import Recogniser, Transcript, Word, file_blocks, words_of
 from dynsize.subnet import cut
 from dynsize.supernet import Supernet
-from dynsize.tokenizer import train_tokenizer
+from dynsize.tokenizer import Tokenizer, train_tokenizer
 
 WINDOW, HOP = 200, 80  # samples
 STEP = 4 * HOP
@@ -38,9 +38,16 @@ TONE = 0.2  # seconds
 WORDS = tuple(TONES)
 
 
-def facts(longest_seconds: float = 3.0) -> Facts:
-    labels = ("<unk>", *(f"▁{word}" for word in WORDS))
-    return Facts(RATE, WINDOW, HOP, labels, (1, 2), longest_seconds)
+class Units(Tokenizer):
+    """A tokenizer that only turns labels into text."""
+
+    def __init__(self, *units: bytes) -> None:
+        self.units = [b"", *units]
+
+
+def facts(longest_seconds: float = 3.0, units: tuple[bytes, ...] = ()) -> Facts:
+    tokenizer = Units(*(units or [f" {word}".encode() for word in WORDS]))
+    return Facts(RATE, WINDOW, HOP, tokenizer, "none", (1, 2), longest_seconds)
 
 
 def detect(audio: Tensor, size: int = 1) -> Tensor:
@@ -153,16 +160,16 @@ def test_words_and_times_are_those_of_the_tones(sentence, longest_seconds):
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), max_size=20), st.floats(0, 1))
 def test_times_are_ordered_and_inside_the_audio(steps, share):
-    pieces = Facts(RATE, WINDOW, HOP, ("<unk>", "▁a", "b", "▁", "▁cd", "e"), (1,), 5.0)
+    units = (b" a", b"b", b" ", b" cd", b"e")
     labels, frame = [], -1
     for label, gap in steps:
         frame += 1 + gap
         labels.append((label, frame))
     seconds = (frame + share) * STEP / RATE if steps else share
-    words = words_of(labels, pieces, seconds)
+    words = words_of(labels, facts(units=units), seconds)
     times = [time for word in words for time in (word.start, word.end)]
     assert times == sorted(times) and all(0 <= time <= seconds + 5e-4 for time in times)
-    text = "".join(pieces.labels[label] for label, _ in labels).replace("▁", " ")
+    text = b"".join(units[label - 1] for label, _ in labels).decode()
     assert [word.text for word in words] == text.split()
 
 
