@@ -31,15 +31,13 @@ import dataclasses
 import json
 import shutil
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from dynsize import files
 from dynsize.config import Config, are_splits
 from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.ctc import greedy
-from dynsize.decoding import LanguageModel, beam_search
+from dynsize.decoding import LanguageModel
 from dynsize.evaluation import System, compare, evaluate, open_system, sides_of, tune
 from dynsize.networks import OnnxFile
 from dynsize.processes import device_of, hardware, processor, use_threads
@@ -125,7 +123,6 @@ def opened(path: Path, options: argparse.Namespace) -> System:
     system = open_system(path, changes(options))
     tokenizer, normaliser = system.facts.tokenizer, system.facts.normaliser
     words = None
-    decoder = greedy
     if options.lm:
         words = LanguageModel(options.lm, tokenizer.letters(), normaliser, **lm_settings(options))
         as_trained = dataclasses.replace(system.config, normaliser=normaliser)
@@ -133,9 +130,7 @@ def opened(path: Path, options: argparse.Namespace) -> System:
             utterances = read_corpus(as_trained, [split]).utterances
             told = words.missing((u.text for u in utterances), MOST_UNKNOWN)
             print(f"language model, {printable(split)}: {printable(told)}")
-    if beam_of(options) > 1 or words:
-        decoder = partial(beam_search, beam=beam_of(options), units=tokenizer.units, words=words)
-    return dataclasses.replace(system, decoder=decoder)
+    return dataclasses.replace(system, beam=beam_of(options), words=words)
 
 
 def show_comparison(options: argparse.Namespace) -> None:
@@ -202,16 +197,15 @@ def computes(system: System) -> str:
 
 def write_decoding(system: System, options: argparse.Namespace, file: Path) -> None:
     """Write how the splits are decoded, after choosing the weights if that was asked for."""
-    content: dict[str, object] = dict(beam=beam_of(options))
-    if options.lm:
-        words = system.decoder.keywords["words"]
-        if options.tune_lm:
-            tried = tune(system, words)
-            content |= dict(tuned_on=list(system.config.dev_splits), tried=tried)
-            print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
+    content: dict[str, object] = dict(beam=system.beam)
+    words = system.words
+    if options.tune_lm:
+        content |= dict(tuned_on=system.config.dev_splits, tried=tune(system))
+        print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
+    if words:
         content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, json.dumps(content, indent=2).encode() + b"\n")
+    files.write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def show(report: dict, folder: Path) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dynsize import compression, metrics, processes
 from dynsize import config as configuration
+from dynsize import metrics, processes
 from dynsize.checkpoint import NAME
 from dynsize.initial import beginning
 from dynsize.processes import hardware, use_threads
@@ -190,10 +190,6 @@ def study(options: argparse.Namespace) -> None:
         draw(trainer.run)
         del trainer  # before the next one reads its corpus
     print(results(config, trainings, folder))
-    if package := compression.missing():
-        print(f"no table of compression: {package} is missing: pip install 'dynsize[onnx]'\n")
-    else:
-        print(compression.results(config, trainings, folder))
     print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")
     draw(folder)
 

@@ -5,9 +5,7 @@ recognise is one table. Another one has what choosing the size at run time costs
 """
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -16,16 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynsize import checkpoint, export
+from dynsize import checkpoint, export, files
 from dynsize.config import Config
-from dynsize.evaluation import evaluate, mean_rate, open_system
+from dynsize.evaluation import Scores, evaluated, open_system, read_scores
 from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
-from dynsize.report import millions, table
-from dynsize.study import Scores, change, rate, read_scores, verdict, write
-from dynsize.subnet import cut, weights_in
-from dynsize.wer import interval
+from dynsize.report import change, millions, rate, table
+from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
+from dynsize.wer import interval, mean_rate, verdict
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
 NETWORKS = {  # network of a size → the run directory that it comes from
@@ -34,7 +31,6 @@ NETWORKS = {  # network of a size → the run directory that it comes from
     "distilled": "distilled-{size}",
 }
 NUMBERS = ("float32", "int8")
-ROUNDS = 15  # in each of which everything is timed once
 NOTE = (
     "cut: out of the supernet by Simple-Top-k; alone: trained alone; distilled: trained alone with "
     "the largest size alone as its teacher. All have seed {seed}. File: ONNX, with the features. "
@@ -69,22 +65,25 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     output.mkdir(exist_ok=True)
     seed = next(iter(trainings.values())).seed
     runs = folder / f"seed-{seed}"
-    files = exported(config, trainings, runs, output)
+    exports = exported(config, trainings, runs, output)
     scores: dict[str, Scores] = {}
     for split in config.test_splits:
-        folders = {name: evaluated(file, split) for name, file in files.items()}
+        folders = {}
+        for name, file in exports.items():
+            of_split = output / "evaluation" / file.stem / split
+            folders[name] = evaluated(open_system(file, {}), split, of_split)
         scores[split] = read_scores(folders, config, split)
-    timings = timed(config, runs, files)
+    timings = timed(config, runs, exports)
     found = dict(
         seed=seed,
         hardware=timings["hardware"],
-        rows=rows_of(config, files, scores, timings["milliseconds"]),
+        rows=rows_of(config, exports, scores, timings["milliseconds"]),
         int8=int8_rows(config, scores),
         choice=timings["choice"],
     )
     text = text_of(found, config)
-    write(folder / "compression.json", json.dumps(found, indent=2) + "\n")
-    write(folder / "compression.md", text)
+    files.write_text(folder / "compression.json", json.dumps(found, indent=2) + "\n")
+    files.write_text(folder / "compression.md", text)
     return text
 
 
@@ -101,34 +100,26 @@ def exported(
     config: Config, trainings: dict[str, Config], runs: Path, output: Path
 ) -> dict[str, Path]:
     """Return name → ONNX file of each size of each network; writes those that are missing."""
-    files = {}
+    exports = {}
     for size in reversed(config.sizes):
         for network, run in NETWORKS.items():
             run = run.format(size=size)
             if f"{runs.name}/{run}" not in trainings:
                 continue
             exact, rounded = (name_of(network, size, numbers) for numbers in NUMBERS)
-            files[exact] = output / f"{exact}.onnx"
-            files[rounded] = export.int8_path(files[exact])
-            if not files[exact].exists():
+            exports[exact] = output / f"{exact}.onnx"
+            exports[rounded] = export.int8_path(exports[exact])
+            if not exports[exact].exists():
                 loaded = checkpoint.load(runs / run)
-                export.export(loaded, size, files[exact])
-            if not files[rounded].exists():
-                export.quantize(files[exact], files[rounded])
-    return files
-
-
-def evaluated(file: Path, split: str) -> Path:
-    """Return the folder with the evaluation of an ONNX file, which is made where it is missing."""
-    output = file.parent / "evaluation" / file.stem / split
-    if not (output / "results.json").exists():
-        evaluate(open_system(file, {}), split, output)
-    return output
+                export.export(loaded, size, exports[exact])
+            if not exports[rounded].exists():
+                export.quantize(exports[exact], exports[rounded])
+    return exports
 
 
 def rows_of(
     config: Config,
-    files: dict[str, Path],
+    exports: dict[str, Path],
     scores: dict[str, Scores],
     milliseconds: dict[str, float],
 ) -> list[dict]:
@@ -138,7 +129,7 @@ def rows_of(
         for network in NETWORKS:
             for numbers in NUMBERS:
                 name = name_of(network, size, numbers)
-                if name not in files:
+                if name not in exports:
                     continue
                 splits = {}
                 for split, of_split in scores.items():
@@ -151,7 +142,7 @@ def rows_of(
                     network=network,
                     numbers=numbers,
                     splits=splits,
-                    bytes=files[name].stat().st_size,
+                    bytes=exports[name].stat().st_size,
                     parameters=costs["parameters"],
                     macs=costs["macs"],
                     milliseconds=milliseconds[name],
@@ -178,17 +169,17 @@ def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
 # Times.
 
 
-def timed(config: Config, runs: Path, files: dict[str, Path]) -> dict:
+def timed(config: Config, runs: Path, exports: dict[str, Path]) -> dict:
     """Return what `timings.json` beside the files holds; measures it where that is missing."""
-    path = next(iter(files.values())).with_name("timings.json")
+    path = next(iter(exports.values())).with_name("timings.json")
     if not path.exists():
         with one_thread():
             found = dict(
                 hardware=processor(torch.device("cpu")),
-                milliseconds=file_milliseconds(files),
-                choice=choice_rows(config, runs / NETWORKS["cut"], files),
+                milliseconds=file_milliseconds(exports),
+                choice=choice_rows(config, runs / NETWORKS["cut"], exports),
             )
-        write(path, json.dumps(found, indent=2) + "\n")
+        files.write_text(path, json.dumps(found, indent=2) + "\n")
     return json.loads(path.read_bytes())
 
 
@@ -203,17 +194,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def file_milliseconds(files: dict[str, Path]) -> dict[str, float]:
+def file_milliseconds(exports: dict[str, Path]) -> dict[str, float]:
     """Return name → milliseconds that each ONNX file of one size takes for 10 s of audio."""
     calls = {}
-    for name, path in files.items():
+    for name, path in exports.items():
         file = open_onnx(path)
         (size,) = file.facts.sizes
         calls[name] = partial(file.network, noise(file.facts.sample_rate), size)
-    return in_turn(calls)
+    return in_turn(calls, ROUNDS)
 
 
-def choice_rows(config: Config, supernet: Path, files: dict[str, Path]) -> list[dict]:
+def choice_rows(config: Config, supernet: Path, exports: dict[str, Path]) -> list[dict]:
     """Return what each size costs inside the supernet and cut out of it, as ONNX and in torch.
 
     Each row has the `milliseconds` for 10 s of audio and the bytes of the `weights`, [cut out,
@@ -221,7 +212,7 @@ def choice_rows(config: Config, supernet: Path, files: dict[str, Path]) -> list[
     divided by the time of the second.
     """
     loaded = checkpoint.load(supernet)
-    path = next(iter(files.values())).with_name("supernet.onnx")
+    path = next(iter(exports.values())).with_name("supernet.onnx")
     if not path.exists():
         export.export(loaded, None, path)
     audio = noise(config.sample_rate)
@@ -230,7 +221,7 @@ def choice_rows(config: Config, supernet: Path, files: dict[str, Path]) -> list[
     calls: dict[tuple[str, int, str], Callable[[], object]] = {}
     cut_bytes = {}
     for size in reversed(config.sizes):
-        file = files[name_of("cut", size, "float32")]
+        file = exports[name_of("cut", size, "float32")]
         subnet = cut(loaded.model, size)
         single = {"ONNX": open_onnx(file).network, "torch": network_of(subnet)}
         cut_bytes["ONNX", size] = file.stat().st_size
@@ -238,7 +229,7 @@ def choice_rows(config: Config, supernet: Path, files: dict[str, Path]) -> list[
         for form in shared:
             calls[form, size, "cut"] = partial(single[form], audio, size)
             calls[form, size, "inside"] = partial(shared[form], audio, size)
-    taken = in_turn(calls)
+    taken = in_turn(calls, ROUNDS)
     rows = []
     for form, network in shared.items():
         for size in reversed(config.sizes):
@@ -259,36 +250,13 @@ def noise(sample_rate: int) -> Tensor:
     return 0.1 * torch.randn(round(LATENCY_SECONDS * sample_rate), generator=generator)
 
 
-def in_turn(calls: Mapping[object, Callable[[], object]]) -> dict:
-    """Return the median milliseconds of each call, over rounds in which each is called once.
-
-    One round more, the first, does not count.
-    """
-    taken: dict[object, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            taken[name].append(milliseconds_of(call))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
-
-
 def after_change(network: Network, audio: Tensor, size: int, sizes: Sequence[int]) -> float:
     """Return the time of the first utterance after another size ran, over that of the second."""
     other = sizes[0] if size == sizes[-1] else sizes[-1]
-    call = partial(network, audio, size)
-    first = []
-    second = []
-    for _ in range(ROUNDS + 1):
-        network(audio, other)
-        first.append(milliseconds_of(call))
-        second.append(milliseconds_of(call))
-    return statistics.median(first[1:]) / statistics.median(second[1:])
-
-
-def milliseconds_of(call: Callable[[], object]) -> float:
-    """Return how long a call takes."""
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
+    order = dict(other=other, first=size, second=size)
+    calls = {name: partial(network, audio, its_size) for name, its_size in order.items()}
+    taken = in_turn(calls, ROUNDS)
+    return taken["first"] / taken["second"]
 
 
 # The tables.

@@ -9,8 +9,9 @@ from dynsize import processes, run_directory
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.evaluation import errors_of, transcribe
+from dynsize.evaluation import transcribe
 from dynsize.networks import facts_of
+from dynsize.report import errors_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
 from dynsize.training_data import TrainingData

@@ -1,14 +1,15 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
 import dataclasses
+import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
-from dynsize.decoding import LanguageModel
+from dynsize.decoding import LanguageModel, beam_search
 from dynsize.lists import lines
 from dynsize.networks import (
     Facts,
@@ -33,35 +34,22 @@ from dynsize.networks import (
     windowed_log_probs,
 )
 from dynsize.processes import device_of
+from dynsize.report import Texts, errors_of, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 from dynsize.terminal import printable
 from dynsize.text import NORMALISERS
-from dynsize.wer import (
-    Errors,
-    Pair,
-    Reference,
-    align,
-    count_errors,
-    errors_in,
-    interval,
-    paired_interval,
-    plain_reference,
-    sclite_reference,
-    writes_blanks,
-)
+from dynsize.wer import Errors, difference, writes_blanks
 
 # What an ONNX file does, and the settings that say so.
 ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
 ONNX_ONLY = dict(device=("auto", "cpu"), precision=("auto", "float32"), batch_seconds=())
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of a language model, tried on dev
-BONUSES = (0.0, 0.5, 1.0, 2.0)
+BONUSES = (0.0, 0.5, 1.0, 2.0)  # for each word, tried on dev
 MOST_TUNED = 500  # utterances of the dev splits on which they are tried
-LISTED = 20  # confusions, and utterances that became worse, in a report
 
 # Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
 Decoder = Callable[[Tensor, Tensor], list[list[int]]]
-Texts = list[str | None]  # of each utterance; None where its audio can't be read
 # Indices of utterances, their log-probabilities (M, B, T, V) by M sizes, their lengths (B,).
 LogProbs = tuple[list[int], Tensor, Tensor]
 
@@ -79,7 +67,8 @@ class System:
     path: Path
     config: Config
     source: Checkpoint | OnnxFile | None = None  # None: hypotheses
-    decoder: Decoder = greedy
+    beam: int = 1  # prefixes that the beam search keeps; 1 without `words`: greedy decoding
+    words: LanguageModel | None = None
 
     @property
     def facts(self) -> Facts:
@@ -90,6 +79,15 @@ class System:
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the network, ascending."""
         return self.facts.sizes
+
+    @property
+    def decoder(self) -> Decoder:
+        """What turns the network's log-probabilities into labels."""
+        if self.beam == 1 and self.words is None:
+            return greedy
+        return partial(
+            beam_search, beam=self.beam, units=self.facts.tokenizer.units, words=self.words
+        )
 
 
 def open_system(path: Path, changes: dict[str, object]) -> System:
@@ -250,127 +248,6 @@ def decoded(
     return found_texts, unreadable
 
 
-def tune(system: System, words: LanguageModel) -> list[dict]:
-    """Set the language model's weight and bonus to those with the fewest errors on dev.
-
-    The largest size decodes the dev splits, or their first 500 utterances, with each pair, by the
-    decoder of the system, which has this language model. Returns the weight, the bonus and the word
-    error rate of every pair.
-    """
-    config = system.config
-    utterances = read_corpus(config, config.dev_splits).utterances[:MOST_TUNED]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    size = system.sizes[-1]
-    network = alone(system, size)
-    rows = []
-    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
-        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
-        texts, _ = decoded(system, network, size, utterances, title)
-        errors = sum(errors_of(utterances, texts, blanks), Errors())
-        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
-        rows.append(row)
-    best = min(rows, key=lambda row: row["wer"])
-    words.weight = best["weight"]
-    words.bonus = best["bonus"]
-    return rows
-
-
-# Scoring.
-
-
-@dataclass(frozen=True)
-class Scored:
-    """An utterance with a text. `pairs` aligns characters where a language writes no blanks."""
-
-    utterance: Utterance
-    text: str
-    pairs: list[Pair]
-    words: Errors
-    characters: Errors
-
-
-def reference_of(utterance: Utterance) -> Reference:
-    """Return what an utterance is scored against, with the alternatives of its corpus."""
-    if utterance.reference:
-        return sclite_reference(utterance.reference)
-    return plain_reference(utterance.text)
-
-
-def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> list[Errors]:
-    """Return the errors that count, of each utterance that has a text.
-
-    They are in words, or in characters for a language that writes no `blanks`.
-    """
-    errors = []
-    for utterance, text in zip(utterances, texts, strict=True):
-        if text is not None:
-            scored = score(utterance, text, blanks)
-            errors.append(scored.words if blanks else scored.characters)
-    return errors
-
-
-def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
-    """Return the errors of a text, in words and in characters.
-
-    Of alternatives, those with the fewest word errors are also the ones for the characters.
-    Blanks count as characters if the language writes `blanks`.
-    """
-    pairs = align(reference_of(utterance), text.split())
-    words = errors_in(pairs)
-    blank = " " if blanks else ""
-    said = blank.join(word for word, _ in pairs if word is not None)
-    heard = blank.join(text.split())
-    if not blanks:
-        pairs = align([[[character]] for character in said], heard)
-    return Scored(utterance, text, pairs, words, count_errors(said, heard))
-
-
-def scores(scored: Sequence[Scored]) -> dict:
-    """Return what a report says about the texts of one size."""
-    words = sum((s.words for s in scored), Errors())
-    characters = sum((s.characters for s in scored), Errors())
-    pairs = [pair for s in scored for pair in s.pairs]
-    confusions = Counter((said, heard) for said, heard in pairs if said != heard)
-    return dict(
-        wer=words.rate,
-        interval=interval([s.words for s in scored]),
-        substitutions=words.substitutions,
-        deletions=words.deletions,
-        insertions=words.insertions,
-        words=words.words,
-        cer=characters.rate,
-        cer_interval=interval([s.characters for s in scored]),
-        characters=dict(
-            number=characters.words,
-            substitutions=characters.substitutions,
-            deletions=characters.deletions,
-            insertions=characters.insertions,
-        ),
-        utterances=len(scored),
-        speakers=by_speaker(scored),
-        confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
-    )
-
-
-def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
-    """Return speaker → numbers and rates; empty where the corpus names none."""
-    groups: dict[str, list[Scored]] = {}
-    for s in scored:
-        groups.setdefault(s.utterance.speaker, []).append(s)
-    groups.pop("", None)
-    rows = {}
-    for speaker, group in sorted(groups.items()):
-        words = sum((s.words for s in group), Errors())
-        characters = sum((s.characters for s in group), Errors())
-        rows[speaker] = dict(
-            utterances=len(group),
-            words=words.words,
-            wer=words.rate,
-            cer=characters.rate,
-        )
-    return rows
-
-
 # Reports.
 
 
@@ -394,7 +271,7 @@ def evaluate(system: System, split: str, output: Path) -> dict:
     audio_seconds = sum(utterances[i].samples for i in read) / config.sample_rate
     for size, row in rows.items():
         seconds = row.pop("seconds")
-        row |= scores(scored[size])
+        row |= report.scores(scored[size])
         row["real_time_factor"] = seconds / audio_seconds
     found = dict(
         checkpoint=str(system.path),
@@ -407,8 +284,8 @@ def evaluate(system: System, split: str, output: Path) -> dict:
         audio_seconds=audio_seconds,
         left_out=corpus.left_out,
         sizes=[dict(size=size) | row for size, row in rows.items()],
-        examples=examples_of(scored),
-        worse=became_worse(scored),
+        examples=report.examples_of(scored),
+        worse=report.became_worse(scored),
     )
     report.write(found, scored, output)
     return found
@@ -447,54 +324,6 @@ def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
     if not read:
         raise ValueError(f"{split}: no utterance is left: the audio of none can be read")
     return read
-
-
-def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
-    """Return an utterance's reference beside its texts by several sizes."""
-    texts = {}
-    for size, of_size in scored.items():
-        utterance = of_size[number].utterance
-        texts[size] = of_size[number].text
-    return dict(id=utterance.id, reference=utterance.text, texts=texts)
-
-
-def examples_of(scored: dict[int, list[Scored]]) -> list[dict]:
-    """Return three utterances, with at most three sizes: the largest, a middle one, the smallest.
-
-    They are spread evenly over the utterances on which the sizes differ, or over all of them.
-    """
-    sizes = list(scored)
-    shown = dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]])
-    chosen = {size: scored[size] for size in shown}
-    everything = range(len(scored[sizes[0]]))
-    differing = []
-    for number in everything:
-        texts = {of_size[number].text for of_size in chosen.values()}
-        if len(texts) > 1:
-            differing.append(number)
-    pool = differing if len(differing) >= 3 else everything
-    spread = dict.fromkeys(pool[len(pool) * part // 6] for part in (1, 3, 5))
-    return [side_by_side(chosen, number) for number in spread]
-
-
-def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
-    """Return the utterances with more errors at the smallest size than at the largest.
-
-    The largest increase comes first. `errors` has both numbers.
-    """
-    largest = max(scored)
-    smallest = min(scored)
-    ends = {size: scored[size] for size in (largest, smallest)}
-    found = []
-    for number in range(len(scored[largest])):
-        before = errors_in(scored[largest][number].pairs).total
-        after = errors_in(scored[smallest][number].pairs).total
-        if after > before:
-            row = side_by_side(ends, number)
-            row["errors"] = [before, after]
-            found.append(row)
-    found.sort(key=lambda row: row["errors"][0] - row["errors"][1])
-    return found[:LISTED]
 
 
 # Comparisons.
@@ -631,25 +460,66 @@ def errors_by_size(
     return errors
 
 
-def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
-    """Return the rates of two sides, given as the errors of each run, and what they tell."""
-    rates = [mean_rate(first), mean_rate(second)]
-    low, high = paired_interval(first, second)
-    verdict = "not significantly different"  # the interval contains 0
-    if high < 0:
-        verdict = "the first is better"
-    elif low > 0:
-        verdict = "the second is better"
-    return dict(
-        rates=rates,
-        difference=rates[0] - rates[1],
-        interval=(low, high),
-        verdict=verdict,
-        runs=[len(first), len(second)],
-    )
+class Scores(NamedTuple):
+    """What evaluations of one split found, each by its name."""
+
+    measure: str  # wer, or cer where the language writes no blanks
+    rows: dict[tuple[str, int], dict]  # (name, size) → its row of results.json
+    errors: dict[tuple[str, int], list[Errors]]  # (name, size) → errors of each utterance
 
 
-def mean_rate(side: list[list[Errors]]) -> float:
-    """Return the mean error rate of several runs."""
-    totals = [sum(run, Errors()) for run in side]
-    return sum(total.rate for total in totals) / len(side)
+def evaluated(system: System, split: str, output: Path) -> Path:
+    """Return the folder with the evaluation of a split, which is made where it is missing."""
+    if not (output / "results.json").exists():
+        evaluate(system, split, output)
+    return output
+
+
+def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
+    """Return what evaluations of a split found. `folders`: where `evaluate` wrote each one.
+
+    Counted are the utterances that all of them could read.
+    """
+    reports = {}
+    for name, folder in folders.items():
+        reports[name] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    unreadable = set()
+    for found in reports.values():
+        unreadable.update(found["left_out"].get(UNREADABLE, {}))
+    corpus = read_corpus(config, [split])
+    utterances = [u for u in corpus.utterances if u.id not in unreadable]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    scores = Scores("wer" if blanks else "cer", {}, {})
+    for name, found in reports.items():
+        for row in found["sizes"]:
+            size = row["size"]
+            texts = read_hypotheses(folders[name] / f"hyp-{size}.trn", utterances, config)
+            scores.rows[name, size] = row
+            scores.errors[name, size] = errors_of(utterances, texts, blanks)
+    return scores
+
+
+def tune(system: System) -> list[dict]:
+    """Set a system's language model's weight and bonus to those with the fewest errors on dev.
+
+    The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
+    the weight, the bonus and the word error rate of every pair.
+    """
+    config = system.config
+    words = system.words
+    corpus = read_corpus(config, config.dev_splits)
+    utterances = corpus.utterances[:MOST_TUNED]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    size = system.sizes[-1]
+    network = alone(system, size)
+    rows = []
+    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
+        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
+        texts, _ = decoded(system, network, size, utterances, title)
+        errors = sum(errors_of(utterances, texts, blanks), Errors())
+        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
+        rows.append(row)
+    best = min(rows, key=lambda row: row["wer"])
+    words.weight = best["weight"]
+    words.bonus = best["bonus"]
+    return rows

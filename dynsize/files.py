@@ -54,6 +54,11 @@ def write(path: Path, data: bytes, sync: bool = True) -> None:
         unfinished.write_bytes(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, see `write`."""
+    write(path, text.encode())
+
+
 def delete(path: Path) -> None:
     """Delete a file or a directory with all that is in it, if it is there and can be."""
     if path.is_dir() and not path.is_symlink():

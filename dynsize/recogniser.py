@@ -1,13 +1,11 @@
 """Text, with the time of each word, from audio of any length."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from statistics import median
 from typing import IO
 
 import numpy as np
@@ -26,6 +24,7 @@ from dynsize.networks import (
     open_onnx,
     windowed_log_probs,
 )
+from dynsize.subnet import in_turn
 
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
@@ -143,12 +142,8 @@ class Recogniser:
         """Return the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
         generator = torch.Generator().manual_seed(0)
         audio = torch.randn(round(LATENCY_SECONDS * self.facts.sample_rate), generator=generator)
-        taken = []
-        for _ in range(8):
-            start = time.perf_counter()
-            self.network(audio, size=size)
-            taken.append(1000 * (time.perf_counter() - start))
-        return median(taken[1:])
+        taken = in_turn({size: partial(self.network, audio, size=size)}, rounds=7)
+        return taken[size]
 
 
 def load(path: str | Path) -> Recogniser:

@@ -7,23 +7,183 @@ control a terminal.
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynsize import files
 from dynsize.corpora import Utterance
 from dynsize.terminal import printable
 from dynsize.text import counted
-
-if TYPE_CHECKING:
-    from dynsize.evaluation import Scored
+from dynsize.wer import (
+    VERDICTS,
+    Errors,
+    Pair,
+    Reference,
+    align,
+    count_errors,
+    errors_in,
+    interval,
+    plain_reference,
+    sclite_reference,
+)
 
 NOTHING = "(nothing)"  # beside a deleted or inserted word
 SPEAKERS = 50  # at most, in Markdown; results.json has all
+LISTED = 20  # confusions, and utterances that became worse, in a report
+
+Texts = list[str | None]  # of each utterance; None where its audio can't be read
 
 
-def write(report: dict, scored: dict[int, list["Scored"]], output: Path) -> None:
+# Scoring.
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An utterance with a text. `pairs` aligns characters where a language writes no blanks."""
+
+    utterance: Utterance
+    text: str
+    pairs: list[Pair]
+    words: Errors
+    characters: Errors
+
+
+def reference_of(utterance: Utterance) -> Reference:
+    """Return what an utterance is scored against, with the alternatives of its corpus."""
+    if utterance.reference:
+        return sclite_reference(utterance.reference)
+    return plain_reference(utterance.text)
+
+
+def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> list[Errors]:
+    """Return the errors that count, of each utterance that has a text.
+
+    They are in words, or in characters for a language that writes no `blanks`.
+    """
+    errors = []
+    for utterance, text in zip(utterances, texts, strict=True):
+        if text is not None:
+            scored = score(utterance, text, blanks)
+            errors.append(scored.words if blanks else scored.characters)
+    return errors
+
+
+def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
+    """Return the errors of a text, in words and in characters.
+
+    Of alternatives, those with the fewest word errors are also the ones for the characters.
+    Blanks count as characters if the language writes `blanks`.
+    """
+    pairs = align(reference_of(utterance), text.split())
+    words = errors_in(pairs)
+    blank = " " if blanks else ""
+    said = blank.join(word for word, _ in pairs if word is not None)
+    heard = blank.join(text.split())
+    if not blanks:
+        pairs = align([[[character]] for character in said], heard)
+    return Scored(utterance, text, pairs, words, count_errors(said, heard))
+
+
+def scores(scored: Sequence[Scored]) -> dict:
+    """Return what a report says about the texts of one size."""
+    words = sum((s.words for s in scored), Errors())
+    characters = sum((s.characters for s in scored), Errors())
+    pairs = [pair for s in scored for pair in s.pairs]
+    confusions = Counter((said, heard) for said, heard in pairs if said != heard)
+    return dict(
+        wer=words.rate,
+        interval=interval([s.words for s in scored]),
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+        words=words.words,
+        cer=characters.rate,
+        cer_interval=interval([s.characters for s in scored]),
+        characters=dict(
+            number=characters.words,
+            substitutions=characters.substitutions,
+            deletions=characters.deletions,
+            insertions=characters.insertions,
+        ),
+        utterances=len(scored),
+        speakers=by_speaker(scored),
+        confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
+    )
+
+
+def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
+    """Return speaker → numbers and rates; empty where the corpus names none."""
+    groups: dict[str, list[Scored]] = {}
+    for s in scored:
+        groups.setdefault(s.utterance.speaker, []).append(s)
+    groups.pop("", None)
+    rows = {}
+    for speaker, group in sorted(groups.items()):
+        words = sum((s.words for s in group), Errors())
+        characters = sum((s.characters for s in group), Errors())
+        rows[speaker] = dict(
+            utterances=len(group),
+            words=words.words,
+            wer=words.rate,
+            cer=characters.rate,
+        )
+    return rows
+
+
+def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
+    """Return an utterance's reference beside its texts by several sizes."""
+    texts = {}
+    for size, of_size in scored.items():
+        utterance = of_size[number].utterance
+        texts[size] = of_size[number].text
+    return dict(id=utterance.id, reference=utterance.text, texts=texts)
+
+
+def examples_of(scored: dict[int, list[Scored]]) -> list[dict]:
+    """Return three utterances, with at most three sizes: the largest, a middle one, the smallest.
+
+    They are spread evenly over the utterances on which the sizes differ, or over all of them.
+    """
+    sizes = list(scored)
+    shown = dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]])
+    chosen = {size: scored[size] for size in shown}
+    everything = range(len(scored[sizes[0]]))
+    differing = []
+    for number in everything:
+        texts = {of_size[number].text for of_size in chosen.values()}
+        if len(texts) > 1:
+            differing.append(number)
+    pool = differing if len(differing) >= 3 else everything
+    spread = dict.fromkeys(pool[len(pool) * part // 6] for part in (1, 3, 5))
+    return [side_by_side(chosen, number) for number in spread]
+
+
+def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
+    """Return the utterances with more errors at the smallest size than at the largest.
+
+    The largest increase comes first. `errors` has both numbers.
+    """
+    largest = max(scored)
+    smallest = min(scored)
+    ends = {size: scored[size] for size in (largest, smallest)}
+    found = []
+    for number in range(len(scored[largest])):
+        before = errors_in(scored[largest][number].pairs).total
+        after = errors_in(scored[smallest][number].pairs).total
+        if after > before:
+            row = side_by_side(ends, number)
+            row["errors"] = [before, after]
+            found.append(row)
+    found.sort(key=lambda row: row["errors"][0] - row["errors"][1])
+    return found[:LISTED]
+
+
+# Files.
+
+
+def write(report: dict, scored: dict[int, list[Scored]], output: Path) -> None:
     """Write all files of an evaluation to a directory; `results.json` is the last one."""
     output.mkdir(parents=True, exist_ok=True)
     files.clean(output)
@@ -45,7 +205,7 @@ def written_id(utterance: Utterance) -> str:
     return re.sub(r"[\s()]", "_", printable(utterance.id))
 
 
-def trn(texts: Sequence[str], scored: Sequence["Scored"]) -> str:
+def trn(texts: Sequence[str], scored: Sequence[Scored]) -> str:
     """Return sclite's format: a line `TEXT (ID)` for each utterance."""
     content = ""
     for text, s in zip(texts, scored, strict=True):
@@ -54,7 +214,7 @@ def trn(texts: Sequence[str], scored: Sequence["Scored"]) -> str:
     return content
 
 
-def aligned(scored: "Scored") -> str:
+def aligned(scored: Scored) -> str:
     """Return the reference above the text, word below word; `***` stands for a missing word.
 
     Wrong words are marked in a third line: S substituted, D deleted, I inserted.
@@ -141,6 +301,24 @@ def millions(number: int) -> str:
 def spread(bounds: Sequence[float]) -> str:
     """Return an interval in percent."""
     return f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
+
+
+def rate(row: dict) -> str:
+    """Return an error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
+    value = 100 * row[row["measure"]]
+    low, high = (100 * bound for bound in row["interval"])
+    return f"{value:.2f}% [{low:.2f}, {high:.2f}]"
+
+
+def change(row: dict) -> str:
+    """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`.
+
+    The verdict is left out where the difference is not significant.
+    """
+    value = 100 * row["difference"]
+    low, high = (100 * bound for bound in row["interval"])
+    told = f" {row['verdict']}" if row["verdict"] in VERDICTS.values() else ""
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}"
 
 
 def headline(report: dict) -> str:

@@ -13,31 +13,21 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
-from dynsize import checkpoint, files
+from dynsize import checkpoint, compression, files
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, shown, with_method
-from dynsize.corpora import UNREADABLE, read_corpus
-from dynsize.evaluation import (
-    System,
-    difference,
-    errors_of,
-    evaluate,
-    mean_rate,
-    read_hypotheses,
-)
-from dynsize.report import table
+from dynsize.evaluation import Scores, System, evaluated, read_scores
+from dynsize.report import change, rate, table
 from dynsize.run_directory import check_new
 from dynsize.terminal import reported
 from dynsize.training import Trainer
-from dynsize.wer import Errors, interval, writes_blanks
+from dynsize.wer import interval, mean_rate, verdict
 
 PAPER = ("simple-top-k", "iterative-zero-out")  # what further seeds train, beside each size alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
 ONE_SIZE = ("alone", "distilled")  # ways to train that have a training for each size
 WAYS = ("alone", *SHARED, "distilled")
-VERDICTS = {"the first is better": "better", "the second is better": "worse"}
 NOTE = (
     "The 95% intervals cover other utterances and, where there are several seeds, other seeds; two "
     "or three seeds show less than the whole spread. Differences are in percent points, each way "
@@ -119,15 +109,16 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
 # The results.
 
 
-class Scores(NamedTuple):
-    """What evaluations of one split found, each by its name."""
-
-    measure: str  # wer, or cer where the language writes no blanks
-    rows: dict[tuple[str, int], dict]  # (name, size) → its row of results.json
-    errors: dict[tuple[str, int], list[Errors]]  # (name, size) → errors of each utterance
-
-
 def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
+    """Return and write the tables of `write_tables`, and of `compression.results` if it can run."""
+    shown = write_tables(config, trainings, folder)
+    if package := compression.missing():
+        install = "pip install 'dynsize[onnx]'"
+        return f"{shown}\nno table of compression: {package} is missing: {install}\n"
+    return shown + "\n" + compression.results(config, trainings, folder)
+
+
+def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the study's tables in Markdown, and write them as `study.md`.
 
     `trainings`: name → configuration of those that are at their end. Evaluates each on the test
@@ -141,55 +132,20 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     for split in config.test_splits:
         folders = {}
         for name in trainings:
-            folders[name] = evaluated(folder / name, split)
+            loaded = checkpoint.load(folder / name)
+            output = folder / name / "evaluation" / loaded.path.stem / split
+            system = System(loaded.path, loaded.model.config, loaded)
+            folders[name] = evaluated(system, split, output)
         scores = read_scores(folders, config, split)
         rates[split] = rates_of(trainings, scores, config)
         differences[split] = compared(trainings, scores, config)
         tables.append(rate_table(split, rates[split], config))
         tables.append(difference_table(split, differences[split], config))
     text = "\n".join([*tables, seeds_of_ways(rates[split]), NOTE + "\n"])
-    write(folder / "study.json", json.dumps(rates, indent=2) + "\n")
-    write(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
-    write(folder / "study.md", text)
+    files.write_text(folder / "study.json", json.dumps(rates, indent=2) + "\n")
+    files.write_text(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
+    files.write_text(folder / "study.md", text)
     return text
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text as UTF-8."""
-    files.write(path, text.encode())
-
-
-def evaluated(run: Path, split: str) -> Path:
-    """Return the folder with the evaluation of a run, which is made where it is missing."""
-    loaded = checkpoint.load(run)
-    output = run / "evaluation" / loaded.path.stem / split
-    if not (output / "results.json").exists():
-        evaluate(System(loaded.path, loaded.model.config, loaded), split, output)
-    return output
-
-
-def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
-    """Return what evaluations of a split found. `folders`: where `evaluate` wrote each one.
-
-    Counted are the utterances that all of them could read.
-    """
-    reports = {}
-    for name, folder in folders.items():
-        reports[name] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    unreadable = set()
-    for report in reports.values():
-        unreadable.update(report["left_out"].get(UNREADABLE, {}))
-    corpus = read_corpus(config, [split])
-    utterances = [u for u in corpus.utterances if u.id not in unreadable]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    scores = Scores("wer" if blanks else "cer", {}, {})
-    for name, report in reports.items():
-        for row in report["sizes"]:
-            size = row["size"]
-            texts = read_hypotheses(folders[name] / f"hyp-{size}.trn", utterances, config)
-            scores.rows[name, size] = row
-            scores.errors[name, size] = errors_of(utterances, texts, blanks)
-    return scores
 
 
 def runs_of(trainings: dict[str, Config], way: str, size: int) -> dict[int, str]:
@@ -250,13 +206,6 @@ def compared(trainings: dict[str, Config], scores: Scores, config: Config) -> li
     return rows
 
 
-def verdict(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
-    """Return `evaluation.difference` with a `verdict` on the first side."""
-    found = difference(first, second)
-    found["verdict"] = VERDICTS.get(found["verdict"], found["verdict"])
-    return found
-
-
 # The tables.
 
 
@@ -298,24 +247,6 @@ def seeds_of_ways(rates: dict[str, list[dict]]) -> str:
     return f"Means of the trainings with seed {'; with seed '.join(parts)}.\n"
 
 
-def rate(row: dict) -> str:
-    """Return an error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
-    value = 100 * row[row["measure"]]
-    low, high = (100 * bound for bound in row["interval"])
-    return f"{value:.2f}% [{low:.2f}, {high:.2f}]"
-
-
-def change(row: dict) -> str:
-    """Return a difference, its interval, its verdict. Example: `-0.40 [-0.75, -0.10] better`.
-
-    The verdict is left out where the difference is not significant.
-    """
-    value = 100 * row["difference"]
-    low, high = (100 * bound for bound in row["interval"])
-    told = f" {row['verdict']}" if row["verdict"] in VERDICTS.values() else ""
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}"
-
-
 # The tables of what is trained.
 
 
@@ -333,8 +264,6 @@ def finished(folder: Path) -> dict[str, Config]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 and one line where there is nothing to compare."""
-    from dynsize import compression  # it imports this module
-
     parser = argparse.ArgumentParser(
         prog="python -m dynsize.study",
         description="Writes the tables and pictures of a study's finished trainings to its folder.",
@@ -348,8 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not supernets:
             raise ValueError(f"{folder}: no training seed-*/{PAPER[0]} is at its end")
         results(supernets[0], trainings, folder)
-        if not compression.missing():
-            compression.results(supernets[0], trainings, folder)
         if find_spec("matplotlib"):
             from dynsize import plots  # needs matplotlib
 

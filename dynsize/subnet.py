@@ -3,7 +3,8 @@
 import statistics
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from dynsize.config import LAYERS, Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames, log_mel
 from dynsize.supernet import Supernet, layer_name
+
+ROUNDS = 15  # in each of which everything that is timed runs once
 
 
 def cut(model: Supernet, size: int) -> Supernet:
@@ -173,26 +176,37 @@ def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
 
 
 @torch.inference_mode()
-def latencies(
-    networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0, repeats: int = 15
-) -> list[float]:
+def latencies(networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0) -> list[float]:
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
     `networks`: pairs of a network, on one device, and the size that runs. Measured on noise, from
-    samples to log-probabilities: the median of `repeats` rounds, in each of which every network
-    runs once, after one round to warm up.
+    samples to log-probabilities, see `in_turn`.
     """
     first, _ = networks[0]
     config = first.config
     device = next(first.parameters()).device
     noise = torch.randn(round(seconds * config.sample_rate))
-    times: list[list[float]] = [[] for _ in networks]
-    for _ in range(repeats + 1):
-        for (network, size), taken in zip(networks, times, strict=True):
+
+    def run(network: Supernet, size: int) -> None:
+        features = log_mel(noise, config).to(device)  # (T, F)
+        lengths = torch.tensor([len(features)], device=device)
+        log_probs, _ = network(features[None], lengths, [size])
+        log_probs[0, 0, 0, 0].item()  # wait for the device
+
+    calls = {place: partial(run, *network) for place, network in enumerate(networks)}
+    return list(in_turn(calls).values())
+
+
+def in_turn(calls: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS) -> dict:
+    """Return the median milliseconds of each call, over rounds in which each is called once.
+
+    Calls that are compared are timed side by side, so that what slows the machine for a while slows
+    all of them. One round more, the first, warms up and does not count.
+    """
+    taken: dict[Hashable, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
             start = time.perf_counter()
-            features = log_mel(noise, config).to(device)  # (T, F)
-            lengths = torch.tensor([len(features)], device=device)
-            log_probs, _ = network(features[None], lengths, [size])
-            log_probs[0, 0, 0, 0].item()  # wait for the device
-            taken.append(time.perf_counter() - start)
-    return [1000 * statistics.median(taken[1:]) for taken in times]
+            call()
+            taken[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}

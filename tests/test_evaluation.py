@@ -20,22 +20,14 @@ from hypothesis import strategies as st
 from dynsize import checkpoint, report
 from dynsize.batching import Examples
 from dynsize.corpora import Utterance
-from dynsize.evaluation import (
-    became_worse,
-    difference,
-    errors_of,
-    examples_of,
-    read_hypotheses,
-    score,
-    scores,
-    transcribe,
-)
+from dynsize.evaluation import read_hypotheses, transcribe
 from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
+from dynsize.report import became_worse, errors_of, examples_of, score, scores
 from dynsize.subnet import cut, parameters
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
-from dynsize.wer import Errors
+from dynsize.wer import Errors, difference
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import tiny
 
-from dynsize import checkpoint, compression, evaluation, export, wer
+from dynsize import checkpoint, compression, evaluation, export, subnet, wer
 from dynsize.config import Config
 from dynsize.networks import OnnxFile, facts_of, network_of
-from dynsize.study import main, next_training, plan, results
+from dynsize.study import main, next_training, plan, write_tables
 from dynsize.subnet import costs, cut, weights_in
 
 SIZES = (3, 8)
@@ -84,7 +84,7 @@ def study(tones, tmp_path_factory) -> Study:
             before = written(folder, [*FIRST, HALF_DONE])
             assert trainer.done == 1
         trainer.locked.close()
-    return Study(config, folder, before, results(config, trainings, folder))
+    return Study(config, folder, before, write_tables(config, trainings, folder))
 
 
 def test_the_plan_has_every_way_for_the_first_seed_and_the_papers_for_further_ones():
@@ -261,6 +261,7 @@ def exports(monkeypatch) -> list[str]:
                 layer.weight.add_(torch.randn_like(layer.weight))
         checkpoint.save(to, loaded.model, loaded.tokenizer)
 
+    monkeypatch.setattr(compression, "missing", lambda: "")
     monkeypatch.setattr(export, "export", write)
     monkeypatch.setattr(export, "quantize", quantize)
     monkeypatch.setattr(evaluation, "open_onnx", opened)
@@ -286,8 +287,8 @@ def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, 
     # everything is there now, but for the times
     del exports[:]
     (study.folder / "compression" / "timings.json").unlink()
-    monkeypatch.setattr(compression, "evaluate", None)
-    monkeypatch.setattr(compression, "in_turn", lambda calls: dict.fromkeys(calls, 7.0))
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    monkeypatch.setattr(compression, "in_turn", lambda calls, rounds: dict.fromkeys(calls, 7.0))
     compression.results(study.config, study.trainings, study.folder)
     again = study.read("compression.json")
     assert exports == []
@@ -337,11 +338,9 @@ def test_calls_are_timed_in_turn_and_the_first_round_does_not_count(monkeypatch)
         called.append(name)
         now[0] += seconds[min(round_, len(seconds) - 1)]
 
-    monkeypatch.setattr(compression, "ROUNDS", 3)
-    monkeypatch.setattr(compression.time, "perf_counter", lambda: now[0])
-    found = compression.in_turn(
-        dict(a=lambda: call("a", 9, 1, 2, 5), b=lambda: call("b", 0, 0.004, 0.001, 0.003))
-    )
+    monkeypatch.setattr(subnet.time, "perf_counter", lambda: now[0])
+    calls = dict(a=lambda: call("a", 9, 1, 2, 5), b=lambda: call("b", 0, 0.004, 0.001, 0.003))
+    found = subnet.in_turn(calls, rounds=3)
     assert "".join(called) == "abababab"
     assert found == pytest.approx(dict(a=2000, b=3))
 
@@ -355,7 +354,7 @@ def test_the_first_utterance_after_a_change_is_told_from_the_second(monkeypatch)
         last[0] = size
 
     monkeypatch.setattr(compression, "ROUNDS", 3)
-    monkeypatch.setattr(compression.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(subnet.time, "perf_counter", lambda: now[0])
     for size in SIZES:
         assert compression.after_change(network, torch.zeros(9), size, SIZES) == 1.5
 
