@@ -9,7 +9,6 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,20 +74,15 @@ def load(path: Path) -> Checkpoint:
     Warns of newer ones that are not. Runs no code from the file. Raises ValueError where there is
     no checkpoint, or where it is damaged or something else.
     """
-    found = next(whole(path), None) if path.is_dir() else read(path)
-    if found is None:
-        raise ValueError(f"{path}: no checkpoint in it, or none that is whole")
-    return found
-
-
-def whole(run: Path) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a run directory that are whole, newest first; warn of the others."""
-    for path in history(run):
+    if not path.is_dir():
+        return read(path)
+    for file in history(path):
         try:
-            yield read(path)
+            return read(file)
         except ValueError as error:
             # Located here, the same warning is shown once, whatever reads the run again.
             warnings.warn(f"{error}; the one before it is used", stacklevel=1)
+    raise ValueError(f"{path}: no checkpoint in it, or none that is whole")
 
 
 def history(run: Path) -> list[Path]:

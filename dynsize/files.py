@@ -28,8 +28,7 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         unfinished.replace(path)
         if sync:
-            with suppress(OSError):  # some network file systems refuse it for directories
-                sync_names(path.parent)
+            sync_names(path.parent)
     except OSError as error:
         if error.filename not in (None, str(unfinished)):
             raise
@@ -42,10 +41,9 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
 def sync_names(folder: Path) -> None:
     """See that the names of a folder's files are on the disk."""
     directory = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some network file systems refuse it for directories
         os.fsync(directory)
-    finally:
-        os.close(directory)
+    os.close(directory)
 
 
 def write(path: Path, data: bytes, sync: bool = True) -> None:

@@ -27,13 +27,7 @@ def join() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # which torchrun sets
         return
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    atexit.register(leave)
-
-
-def leave() -> None:
-    """Leave the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def use_gpu(device: str) -> None:
@@ -85,22 +79,17 @@ def first_alone() -> Iterator[None]:
 
     Where it fails in the first process, the others end with exit code 2 and no message.
     """
-    if not is_first():
-        wait_for_first()
+    failed = torch.tensor(float(is_first()))
+    if is_first():
+        try:
+            yield
+            failed.zero_()
+        finally:
+            total(failed)
+    else:
+        if total(failed):
+            raise SystemExit(FAILED)
         yield
-        return
-    failed = torch.ones(())
-    try:
-        yield
-        failed.zero_()
-    finally:
-        total(failed)
-
-
-def wait_for_first() -> None:
-    """Wait until the first process has done its part; end this process where that failed."""
-    if total(torch.zeros(())):
-        raise SystemExit(FAILED)
 
 
 def in_first(error: Exception) -> BaseException:

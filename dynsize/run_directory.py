@@ -1,7 +1,6 @@
 """The directory of one training: who may write there, and what is logged."""
 
 import dataclasses
-import errno
 import fcntl
 import json
 import warnings
@@ -17,7 +16,6 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LEFT_OUT = "left-out.txt"  # written first: it tells that a directory is ours
 FIRST = {LOCK, LEFT_OUT, CONFIG, "corpus.txt", "tensorboard"}  # before the first update
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 
 
 def check_new(run: Path, overwrite: bool) -> None:
@@ -81,17 +79,12 @@ def lock(run: Path) -> IO[bytes]:
     file = open(run / LOCK, "ab")  # noqa: SIM115 (closed, it would be free)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise ValueError(f"{run}: another training is at work in it") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{run}: another training is at work in it") from error
-        if error.errno not in NO_LOCKS:
-            raise
-        warnings.warn(
-            f"{run}: this file system has no locks; let no second training write here",
-            stacklevel=2,
-        )
+        what = f"{run}: no locks here ({error.strerror}); let no second training write in it"
+        warnings.warn(what, stacklevel=2)
     return file
 
 
