@@ -9,8 +9,9 @@ the output of its layer and is one of:
     Tensor   the layer is computed, even where the weight is 0, and its output is multiplied by
              this weight: () or (B,)
 
-Shapes: a layer computes R rows, one for each utterance of each stream that keeps it (see `Stack`).
-A padding mask, `inside`, is True inside the utterance.
+Shapes: the stack has R = S·B rows, one for each utterance of each stream (see `Stack`). A layer
+computes the first R' of them, those of the streams that keep it. T' counts encoder frames. A
+padding mask, `inside`, is True inside the utterance.
 """
 
 import math
@@ -21,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dynsize.config import LAYERS, Config
@@ -29,10 +29,6 @@ from dynsize.kernels import gated_residual_layer_norm, layer_seed
 
 Gate = bool | Tensor
 Gates = Sequence[Gate]
-
-# Attention on a CPU computes this many utterances at a time. The attention weights of more,
-# (R, H, T, T), leave the CPU's cache between one operation and the next.
-UTTERANCES_AT_ONCE = 4
 
 
 # The prunable layers. Each is a residual layer x + scale · gate · dropout(f(norm(x))). `forward` is
@@ -52,8 +48,8 @@ class FeedForward(nn.Module):
         self.project = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T), unused. Returns (R, T, D)."""
-        x = self.expand(x)  # (R, T, 4D)
+        """Return f(x), (R', T', D). `x`: (R', T', D), normalised. `inside` is unused."""
+        x = self.expand(x)  # (R', T', 4D)
         x = F.silu(x)
         return self.project(x)
 
@@ -68,44 +64,23 @@ class Convolution(nn.Module):
         width = config.width
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv1d(
-            width,
-            width,
-            config.kernel,
-            padding=config.kernel // 2,
-            groups=width,
-        )
+        padding = config.kernel // 2
+        self.depthwise = nn.Conv1d(width, width, config.kernel, padding=padding, groups=width)
         self.depthwise_norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
-        x = self.expand(x)  # (R, T, 2D)
-        x = F.glu(x)  # (R, T, D)
+        """Return f(x), (R', T', D). `x`: (R', T', D), normalised. `inside`: (R', T')."""
+        x = self.expand(x)  # (R', T', 2D)
+        x = F.glu(x)  # (R', T', D)
         x = x * inside[..., None]
-        x = self.over_time(x)
+        if x.device.type == "cpu":
+            x = depthwise_on_cpu(x, self.depthwise)
+        else:
+            x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         x = self.depthwise_norm(x)
         x = F.silu(x)
         return self.project(x)
-
-    def over_time(self, x: Tensor) -> Tensor:
-        """Return the depthwise convolution of `x` over time. `x`: (R, T, D). Returns (R, T, D).
-
-        On a CPU it is a float32 convolution over images of height 1 with the channels last, the
-        memory layout of `x`: a quarter of the time of `conv1d`, forward and backward. In bfloat16,
-        oneDNN's kernel for it never returns for some shapes (torch 2.13, AVX512-BF16).
-        """
-        if x.device.type != "cpu":
-            return self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        x = x.to(self.depthwise.weight.dtype)
-        x = x.transpose(1, 2)[:, :, None]  # (R, D, 1, T)
-        weight = self.depthwise.weight.flatten()  # so its gradient has its strides, as DDP wants
-        weight = weight.view(x.shape[1], 1, 1, -1)  # (D, 1, 1, K)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        padding = (0, weight.shape[-1] // 2)
-        with torch.autocast("cpu", enabled=False):
-            x = F.conv2d(x, weight, self.depthwise.bias, padding=padding, groups=len(weight))
-        return x[:, :, 0].transpose(1, 2)  # (R, T, D)
 
 
 class SelfAttention(nn.Module):
@@ -122,44 +97,24 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """Return f(x). `x`: (R, T, D), normalised. `inside`: (R, T). Returns (R, T, D)."""
-        x = self.query_key_value(x)  # (R, T, 3D)
-        x = x.unflatten(-1, (3, self.heads, -1))  # (R, T, 3, H, D/H)
-        q, k, v = x.permute(2, 0, 3, 1, 4)  # (R, H, T, D/H) each
+        """Return f(x), (R', T', D). `x`: (R', T', D), normalised. `inside`: (R', T')."""
+        x = self.query_key_value(x)  # (R', T', 3D)
+        x = x.unflatten(-1, (3, self.heads, -1))  # (R', T', 3, H, D/H)
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # (R', H, T', D/H) each
         if self.rotary:
             q = rotate(q)
             k = rotate(k)
-        x = attention(q, k, v, inside[:, None, None])  # (R, H, T, D/H)
-        x = x.transpose(1, 2).flatten(2)  # (R, T, D)
+        inside = inside[:, None, None]  # (R', 1, 1, T')
+        if x.device.type == "cpu":
+            x = attention_on_cpu(q, k, v, inside)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, inside)  # (R', H, T', D/H)
+        x = x.transpose(1, 2).flatten(2)  # (R', T', D)
         return self.project(x)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
-    """Return the attention's output. `q`, `k`, `v`: (R, H, T, d). `inside`: (R, 1, 1, T).
-
-    On a CPU plain attention runs: forward and backward, flash attention takes 1.5 times as long in
-    float32, and 3 times as long in bfloat16. An exported graph must not depend on the batch's size;
-    written out, attention takes fewer passes over the weights in it.
-    """
-    if torch.compiler.is_exporting():
-        outside = torch.where(inside, 0.0, -math.inf)
-        products = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (R, H, T, T)
-        return (products + outside).softmax(-1) @ v
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, inside)
-    parts = zip(
-        q.split(UTTERANCES_AT_ONCE),
-        k.split(UTTERANCES_AT_ONCE),
-        v.split(UTTERANCES_AT_ONCE),
-        inside.split(UTTERANCES_AT_ONCE),
-        strict=True,
-    )
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
-
-
 def rotate(x: Tensor) -> Tensor:
-    """Return `x`, (R, H, T, d), with rotary positions (RoFormer, Su et al. 2021).
+    """Return `x`, (R', H, T', d), with rotary positions (RoFormer, Su et al. 2021).
 
     The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d), computed in float32:
     bfloat16 can't count frames.
@@ -168,15 +123,61 @@ def rotate(x: Tensor) -> Tensor:
     half = width // 2
     pair = torch.arange(half, device=x.device)  # (d/2,)
     speed = 10000.0 ** (-pair / half)
-    frame = torch.arange(frames, device=x.device)[:, None]  # (T, 1)
-    angle = frame * speed  # (T, d/2)
+    frame = torch.arange(frames, device=x.device)[:, None]  # (T', 1)
+    angle = frame * speed  # (T', d/2)
     sine = angle.sin()
     cosine = angle.cos()
-    first, second = x.float().chunk(2, dim=-1)  # (R, H, T, d/2) each
+    first, second = x.float().chunk(2, dim=-1)  # (R', H, T', d/2) each
     first_turned = first * cosine - second * sine
     second_turned = first * sine + second * cosine
-    turned = torch.cat([first_turned, second_turned], dim=-1)  # (R, H, T, d)
+    turned = torch.cat([first_turned, second_turned], dim=-1)  # (R', H, T', d)
     return turned.to(x.dtype)
+
+
+# What a CPU computes in another way. Each is its plain form above, to rounding.
+
+# Utterances of which attention is computed at a time: the attention weights of more, (R', H, T',
+# T'), leave the CPU's cache between one operation and the next.
+UTTERANCES_AT_ONCE = 4
+
+
+def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
+    """Return softmax(q·kᵀ / √d) · v over the frames inside, (R', H, T', d).
+
+    `q`, `k`, `v`: (R', H, T', d). `inside`: (R', 1, 1, T').
+
+    Forward and backward, flash attention takes 1.5 times as long in float32, and 3 times as long in
+    bfloat16.
+    """
+    # A graph that is exported must not depend on the number of utterances.
+    at_once = len(q) if torch.compiler.is_exporting() else UTTERANCES_AT_ONCE
+    outside = torch.where(inside, 0.0, -1e30)  # finite, so an utterance without frames has no NaN
+    q = q / math.sqrt(q.shape[-1])
+    parts = [tensor.split(at_once) for tensor in (q, k, v, outside)]
+    outputs = []
+    for q, k, v, outside in zip(*parts, strict=True):
+        products = q @ k.transpose(-2, -1)  # (utterances, H, T', T')
+        weights = (products + outside).softmax(-1)
+        outputs.append(weights @ v)
+    return torch.cat(outputs)
+
+
+def depthwise_on_cpu(x: Tensor, depthwise: nn.Conv1d) -> Tensor:
+    """Return the depthwise convolution of `x`, (R', T', D), over time, (R', T', D).
+
+    It is a float32 convolution over images of height 1 with the channels last, the memory layout of
+    `x`: a quarter of the time of `conv1d`, forward and backward. In bfloat16, oneDNN's kernel for
+    it never returns for some shapes (torch 2.13, AVX512-BF16).
+    """
+    x = x.to(depthwise.weight.dtype)
+    x = x.transpose(1, 2)[:, :, None]  # (R', D, 1, T')
+    weight = depthwise.weight.flatten()  # so its gradient has its strides, as DDP wants
+    weight = weight.view(x.shape[1], 1, 1, -1)  # (D, 1, 1, K)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    padding = (0, weight.shape[-1] // 2)
+    with torch.autocast("cpu", enabled=False):
+        x = F.conv2d(x, weight, depthwise.bias, padding=padding, groups=len(weight))
+    return x[:, :, 0].transpose(1, 2)  # (R', T', D)
 
 
 LAYER_KINDS = {"ff1": FeedForward, "conv": Convolution, "mhsa": SelfAttention, "ff2": FeedForward}
@@ -314,7 +315,7 @@ class Encoder(nn.Module):
         `features`: (B, T, F) float32. `lengths`: (B,) feature frames. `gates`: M times L. `seeds`:
         (B,) int64, from which dropout is drawn, the same for all networks; None: no dropout.
 
-        Returns (M, B, T', D) float32, with T' about T / 4, and the (B,) encoder frames inside each
+        Returns (M, B, T', D) float32 and the (B,) encoder frames, T' or fewer, inside each
         utterance. Raises ValueError where the networks are not nested.
         """
         x = self.front_end(features, lengths)  # (B, T', D)
@@ -325,14 +326,14 @@ class Encoder(nn.Module):
         for block, layers in enumerate(self.blocks):
             for i, kind in enumerate(LAYERS):
                 number = 4 * block + i
-                gate = [network[number] for network in gates]
-                kept = networks_that_keep(gate, number)
-                if kept:
+                by_network = [of_network[number] for of_network in gates]
+                keeping = count_keeping(by_network, number)
+                if keeping:
                     layer = layers[kind]
-                    normed = stack.normalise(layer.norm, kept)  # (R, T', D)
-                    branch = self.run(layer, normed, inside[: len(normed)])  # (R, T', D)
+                    normed = stack.normalise(layer.norm, keeping)  # (R', T', D)
+                    branch = self.run(layer, normed, inside[: len(normed)])  # (R', T', D)
                     seed = None if seeds is None else layer_seed(seeds, number)
-                    stack.leave_pending(branch, gate, layer.scale, seed)
+                    stack.leave_pending(branch, by_network, layer.scale, seed)
             stack.end_block(layers["norm"])
         return stack.outputs(), lengths
 
@@ -346,8 +347,8 @@ class Encoder(nn.Module):
 class Pending(NamedTuple):
     """A layer's output that is not added yet: scale · gate · dropout(branch)."""
 
-    branch: Tensor  # (R, T', D): for the first R rows of the stack; the others have gate 0
-    gate: Tensor | None  # (R,); None: 1 for each of these rows
+    branch: Tensor  # (R', T', D): for the first R' rows of the stack; the others have gate 0
+    gate_by_row: Tensor | None  # (R',); None: 1 for each of these rows
     scale: float
     seed: Tensor | None  # (B,) int64: what dropout is drawn from
 
@@ -382,14 +383,10 @@ class Stack:
         self.utterances = len(x)
         self.dropout = dropout
         dtype = torch.promote_types(x.dtype, torch.float32)
-        self.x = x.to(dtype)  # (S·B, T', D), S = 1 here
+        self.x = x.to(dtype)  # (R, T', D), with R = S·B and S = 1 here
         self.streams = [0] * networks  # the stream of each network, from 0, not falling
         self.pending: Pending | None = None
-        self.branch_dtype = dtype
-        device = x.device.type
-        # The device `meta`, which tests use, has no autocast.
-        if device != "meta" and torch.is_autocast_enabled(device):
-            self.branch_dtype = torch.get_autocast_dtype(device)
+        self.branch_dtype = x.dtype  # the front-end's last layer has the dtype of all branches
 
     def rows(self, networks: int) -> int:
         """Return the number of rows of the stack that the first `networks` networks need."""
@@ -410,11 +407,11 @@ class Stack:
         """Add what is pending to `x`; return LayerNorm of the first `rows` rows, in `dtype`."""
         if self.pending is None:
             return norm(self.x[:rows]).to(dtype)
-        branch, gate, scale, seed = self.pending
+        branch, gate_by_row, scale, seed = self.pending
         self.x, normed = gated_residual_layer_norm(
             self.x,
             branch,
-            gate,
+            gate_by_row,
             scale,
             self.dropout,
             seed,
@@ -427,23 +424,24 @@ class Stack:
         self.pending = None
         return normed
 
-    def leave_pending(self, branch: Tensor, gate: Gates, scale: float, seed: Tensor | None) -> None:
+    def leave_pending(
+        self, branch: Tensor, by_network: Gates, scale: float, seed: Tensor | None
+    ) -> None:
         """Leave a layer's output pending, and part the streams of networks whose gates differ.
 
-        `branch`: (R, T', D), the layer's output for the streams of the networks that keep it.
-        `gate`: the gates of all M networks in this layer.
+        `branch`: (R', T', D), the layer's output for the streams of the networks that keep it.
+        `by_network`: the gates of all M networks in this layer.
         """
         before = self.streams
-        self.streams = part(before, gate)
-        streams = range(self.streams[-1] + 1)
-        firsts = [self.streams.index(stream) for stream in streams]  # each stream's first network
-        keeping = [network for network in firsts if gate[network] is not False]
+        self.streams = part(before, by_network)
+        # Of each stream from here on: its first network, the stream it comes from, its gate.
+        firsts = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
+        sources = [before[network] for network in firsts]
+        kept = [by_network[network] for network in firsts if by_network[network] is not False]
         if self.streams != before:
-            sources = [before[network] for network in firsts]
             self.x = self.repeated(self.x, sources)
-            branch = self.repeated(branch, sources[: len(keeping)])
-        weights = self.by_row([gate[network] for network in keeping])
-        self.pending = Pending(branch, weights, scale, seed)
+            branch = self.repeated(branch, sources[: len(kept)])
+        self.pending = Pending(branch, self.by_row(kept), scale, seed)
 
     @staticmethod
     def repeated(x: Tensor, streams: Sequence[int]) -> Tensor:
@@ -451,12 +449,12 @@ class Stack:
         parts = x.chunk(streams[-1] + 1)  # (B, T', D) each
         return torch.cat([parts[stream] for stream in streams])
 
-    def by_row(self, weights: Gates) -> Tensor | None:
-        """Return the gates of several streams as those of their rows, (R,); None if all are 1."""
-        if all(isinstance(weight, bool) for weight in weights):
+    def by_row(self, by_stream: Gates) -> Tensor | None:
+        """Return the gates of several streams as those of their rows, (R',); None if all are 1."""
+        if all(isinstance(gate, bool) for gate in by_stream):
             return None
         ones = self.x.new_ones(self.utterances)  # on the device: nothing is copied to it
-        return torch.cat([weight * ones for weight in weights])
+        return torch.cat([gate * ones for gate in by_stream])
 
     def outputs(self) -> Tensor:
         """Return the activations of each network, (M, B, T', D)."""
@@ -464,29 +462,26 @@ class Stack:
         return torch.stack([streams[stream] for stream in self.streams])
 
 
-def networks_that_keep(gate: Gates, layer: int) -> int:
+def count_keeping(by_network: Gates, layer: int) -> int:
     """Return how many networks keep a layer; with nested masks they are the first ones.
 
     Raises ValueError where the networks are not nested.
     """
-    kept = sum(weight is not False for weight in gate)
-    if any(weight is False for weight in gate[:kept]):
+    keeping = sum(gate is not False for gate in by_network)
+    if any(gate is False for gate in by_network[:keeping]):
         raise ValueError(f"layer {layer}: a network keeps it that a larger network prunes")
-    return kept
+    return keeping
 
 
-def part(streams: Sequence[int], gate: Gates) -> list[int]:
+def part(streams: Sequence[int], by_network: Gates) -> list[int]:
     """Return the stream of each network after a layer with these gates.
 
     Two networks stay one stream where they were one and have the same gate.
     """
     parted = [0]
     for i in range(1, len(streams)):
-        stream = parted[-1]
-        together = streams[i] == streams[i - 1]
-        if not (together and same(gate[i], gate[i - 1])):
-            stream += 1
-        parted.append(stream)
+        together = streams[i] == streams[i - 1] and same(by_network[i], by_network[i - 1])
+        parted.append(parted[-1] if together else parted[-1] + 1)
     return parted
 
 

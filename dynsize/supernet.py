@@ -19,8 +19,8 @@ class Supernet(nn.Module):
 
     `labels`: V, the number of CTC labels; label 0 is the blank. `ranking`: the layers, most
     important first; by default in their order. The ranking decides every mask, so it is part of
-    `state_dict`, under `_extra_state`. With `size` it is a standalone subnet: of the layers it has
-    only the first `size` of the ranking, and it has one output layer.
+    `state_dict`, under `_extra_state`. `size`: None for a supernet. Otherwise this is the subnet of
+    that size: it has the first `size` layers of the ranking and one output layer.
     """
 
     def __init__(
@@ -42,9 +42,7 @@ class Supernet(nn.Module):
         names = [str(size) for size in self.sizes]
         if config.shared_output_layer:
             names = ["shared"]
-        self.output_layers = nn.ModuleDict()
-        for name in names:
-            self.output_layers[name] = nn.Linear(config.width, labels)
+        self.output_layers = nn.ModuleDict({n: nn.Linear(config.width, labels) for n in names})
         self.scores = None
         if size is None and config.method in ALGORITHMS:
             algorithm = ALGORITHMS[config.method]
@@ -136,11 +134,8 @@ class Supernet(nn.Module):
             gates = [self.mask(size) for size in sizes]
         with precision(self.config, features.device):
             x, lengths = self.encoder(features, lengths, gates, seeds)  # (M, B, T', D)
-            by_size = []
-            for size, of_network in zip(sizes, x, strict=True):
-                output_layer = self.output_layer(size)
-                by_size.append(output_layer(of_network))
-            logits = torch.stack(by_size)  # (M, B, T', V)
+            pairs = zip(sizes, x, strict=True)
+            logits = torch.stack([self.output_layer(size)(of_size) for size, of_size in pairs])
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_probs = logits.to(dtype).log_softmax(-1)
         return log_probs, lengths

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import computed_rows, network, tiny, utterances
 
 from dynsize import conformer
-from dynsize.conformer import Convolution, rotate
+from dynsize.conformer import Convolution, depthwise_on_cpu, rotate
 
 
 def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
@@ -59,14 +59,16 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
     expected = F.conv1d(
         x.transpose(1, 2), weight, bias, padding=kernel // 2, groups=width
     ).transpose(1, 2)
-    torch.testing.assert_close(layer.over_time(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        depthwise_on_cpu(x, layer.depthwise), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 # Every width, kernel, and batch × frames that training may meet, of which 14 once never returned.
 SHAPES = """
 import itertools, torch
 from conftest import computed_rows, network, tiny, utterances
-from dynsize.conformer import Convolution
+from dynsize.conformer import Convolution, depthwise_on_cpu
 torch.set_num_threads(2)
 widths = (24, 32, 48, 64, 80, 96, 128, 144, 192, 256, 384, 512)
 inputs = [(3, 62), (1, 97), (5, 41), (7, 23), (2, 151)]
@@ -77,7 +79,8 @@ for width, kernel in itertools.product(widths, (15, 31)):
         x = torch.randn(rows, frames, width, requires_grad=True)
         for enabled in (True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                layer.over_time(x.bfloat16() if enabled else x).sum().backward()
+                x_in = x.bfloat16() if enabled else x
+                depthwise_on_cpu(x_in, layer.depthwise).sum().backward()
         print(width, kernel, rows, frames, flush=True)
 """
 
