@@ -1,19 +1,21 @@
-"""From a corpus on disk to utterances.
+"""From a corpus on disk to utterances, and what is told of them before a training.
 
-Each kind of corpus has one reader, which yields an `Entry` for each utterance that its lists name.
-The readers share `lists.py`; `manifests.py` is the reader of JSON. The length of the audio
-(`audio.py`), the checks and the spelling of the text (`text.py`) are the same for all.
+Each kind of corpus has a reader in `readers.py`, which yields an `Entry` for each utterance that
+its lists name. The length of the audio (`audio.py`), the checks and the spelling of the text
+(`text.py`) are the same for all.
 """
 
 import math
 import os
-import re
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -24,34 +26,25 @@ from tqdm import tqdm
 
 from dynsize.audio import Header, headers, read_samples
 from dynsize.config import Config
-from dynsize.lists import (
-    Entry,
-    audio_files,
-    contents,
-    lines,
-    missing,
-    names_in,
-    no_audio,
-    placed,
-    seconds,
-    table,
-    walk,
-    without_ending,
-)
-from dynsize.manifests import manifest
+from dynsize.features import window_and_hop
+from dynsize.readers import KINDS, Entry, Notes, clean_notation, contents, no_audio
 from dynsize.spoken import spoken_corpus
-from dynsize.text import clean, clean_notation, parse_stm, shown, without_unknown
+from dynsize.terminal import printable
+from dynsize.text import clean, counted, shown, without_unknown
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
 UNREADABLE = "audio that can't be read"
 NO_WORDS = "no words are left"
-CHANNELS = {"1": 0, "A": 0, "a": 0, "2": 1, "B": 1, "b": 1}  # as STMs name them
+SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, 60, math.inf)  # edges of the histogram of durations
+MOST_SHOWN = 60  # characters with their counts
+MOST_NAMED = 10  # odd characters in one remark
+MUCH_LONGER = 4  # times the median: an utterance of over a minute that is told
 
 
 class Utterance(NamedTuple):
     """One utterance: its words, and its span of one channel of an audio file."""
 
-    id: str
+    id: str  # one printable word, as files of hypotheses need it
     path: str
     text: str
     samples: int  # at the configuration's sample rate
@@ -65,21 +58,15 @@ class Utterance(NamedTuple):
 
 
 @dataclass
-class Corpus:
+class Corpus(Notes):
     """Some splits of a corpus."""
 
     utterances: list[Utterance] = field(default_factory=list)
-    # reason → id → what exactly, with the file
-    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
-    changes: Counter[str] = field(default_factory=Counter)  # what was changed in texts → how often
     kinds: dict[str, str] = field(default_factory=dict)  # split → kind
     # What the tokenizer says: the highest rate of labels a second and whose it is, and how many
     # texts its units spell otherwise, with an example.
     densest: tuple[float, str] = (0.0, "")
     respelled: tuple[int, str] = (0, "")
-
-    def leave_out(self, reason: str, name: str, what: str) -> None:
-        self.left_out.setdefault(reason, {})[name] = what
 
 
 def corpus_root(config: Config) -> Path:
@@ -111,11 +98,10 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
         before = len(corpus.utterances)
         seen: set[str] = set()  # two splits may have the same ids, as clean and noisy speech
         for entry in entries:
+            entry = entry._replace(id=printable("_".join(entry.id.split())))
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
-            if entry.text is None:
-                raise ValueError(f"{entry.where}: the utterance {entry.id} has no text")
             add(corpus, entry, found.get(entry.path) or faults[entry.path], config)
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
@@ -152,44 +138,45 @@ def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config
     if isinstance(header, Exception):
         return corpus.leave_out(UNREADABLE, entry.id, str(header))
     span = span_of(entry, header)
-    if header.lost and (entry.end or math.inf) > header.samples / header.rate:
-        return corpus.leave_out(UNREADABLE, entry.id, f"{entry.path}: {header.lost}")
-    if span is None:
-        times = f"{entry.start} to {entry.end or 'the last'} s"
-        has = f"{entry.path} has {header.samples / header.rate} s"
-        return corpus.leave_out(UNREADABLE, entry.id, f"{entry.where}: {times}, but {has}")
+    if isinstance(span, str):
+        return corpus.leave_out(UNREADABLE, entry.id, span)
     channel = chosen_channel(entry, header)
-    raw, unknown = without_unknown(entry.text or "")
+    raw, unknown = without_unknown(entry.text)
     corpus.changes["× <unk> taken out"] += unknown
     text = clean(raw, config.normaliser)
-    if not text and (entry.text or "").strip() and not entry.reference:
+    if not text and entry.text.strip() and not entry.reference:
         return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {shown(entry.text)}")
     spoken = Utterance(
-        id="_".join(entry.id.split()),  # one word, as files of hypotheses need it
+        id=entry.id,
         path=entry.path,
         text=text,
         samples=round((span[1] - span[0]) * config.sample_rate / header.rate),
         span=span,
         rate=header.rate,
         channel=channel,
-        speaker=sys.intern(entry.speaker),
+        speaker=sys.intern(printable(entry.speaker)),
         reference=clean_notation(entry.reference, config.normaliser),
     )
     corpus.utterances.append(spoken)
 
 
-def span_of(entry: Entry, header: Header) -> tuple[int, int] | None:
-    """Return the samples of an utterance in its file; None where the file does not hold them.
+def span_of(entry: Entry, header: Header) -> tuple[int, int] | str:
+    """Return the samples of an utterance in its file; a message where the file lacks them.
 
     Raises ValueError for an end that is not after the start.
     """
-    length = header.samples / header.rate
-    if entry.end is not None and entry.start >= entry.end:
-        raise ValueError(f"{entry.where}: ends at {entry.end} s, but begins at {entry.start} s")
-    end = length if entry.end is None else min(entry.end, length)
-    first, last = round(min(entry.start, length) * header.rate), round(end * header.rate)
-    if first >= last or (entry.end or 0) > length + OVERSHOOT:
-        return None
+    scale, unit = (1, "samples") if entry.in_samples else (header.rate, "s")
+    end = header.samples / scale if entry.end is None else entry.end
+    if entry.end is not None and entry.start >= end:
+        at = f"ends at {end:g} {unit}, but begins at {entry.start:g} {unit}"
+        raise ValueError(f"{entry.where}: {at}")
+    if header.lost and (entry.end is None or end * scale > header.samples):
+        return f"{entry.path}: {header.lost}"
+    first = round(min(entry.start * scale, header.samples))
+    last = round(min(end * scale, header.samples))
+    if first >= last or end * scale > header.samples + OVERSHOOT * header.rate:
+        has = f"{entry.path} has {header.samples / scale} {unit}"
+        return f"{entry.where}: {entry.start} to {entry.end or 'the last'} {unit}, but {has}"
     return first, last
 
 
@@ -214,110 +201,110 @@ def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Te
     return torch.from_numpy(np.ascontiguousarray(audio))
 
 
-# The readers. Each takes what its kind is recognised by, and the corpus, for remarks.
+# What is told of a corpus before a training: its size, its texts, and what is odd.
 
 
-def librispeech(split: Path, corpus: Corpus) -> Iterator[Entry]:
-    """Read SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside."""
-    for folder, names in walk(split):
-        lists = [f"{folder}/{name}" for name in names if name.endswith(".trans.txt")]
-        audio = audio_files(folder, names) if lists else {}
-        for where, line in lines(*lists):
-            name, *text = line.split(maxsplit=1)
-            path = audio.get(name) or missing(where, name, folder)
-            yield Entry(where, name, path, "".join(text), name.partition("-")[0])
+class Characters:
+    """The characters of some texts, without spaces: how often each is there, and where first."""
+
+    def __init__(self, utterances: Iterable[Utterance]) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, Utterance] = {}
+        for utterance in utterances:
+            self.counts.update(utterance.text)
+            for character in set(utterance.text) - self.first.keys():
+                self.first[character] = utterance
+        del self.counts[" "]
+
+    def like(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Return the characters that are wanted, the most frequent first."""
+        return [character for character, _ in self.counts.most_common() if wanted(character)]
+
+    def shown(self, characters: list[str]) -> str:
+        """Return characters with their counts, and the first text with the first of them."""
+        counts = ", ".join(f"{c} {self.counts[c]}" for c in characters[:MOST_NAMED])
+        more = f" and {len(characters) - MOST_NAMED} more" if len(characters) > MOST_NAMED else ""
+        first = self.first[characters[0]]
+        return f"{counts}{more}, as in {first.id}, {shown(first.text)}"
 
 
-def stm(folder: Path, corpus: Corpus) -> Iterator[Entry]:
-    """Read stm/*.stm and sph/NAME.sph, as of TED-LIUM 2 and Switchboard.
+def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) -> str:
+    """Return what a training corpus holds, then what is odd in it and in the other splits.
 
-    A line is `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`.
+    `others`: dev and test splits by name; a text instead of a corpus says why there is none.
     """
-    sph = folder.parent / "sph"
-    audio = audio_files(sph, names_in(sph))
-    for where, line in lines(*sorted(folder.glob("*.stm"))):
-        if line.startswith(";;"):
+    characters = Characters(corpus.utterances)
+    kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
+    rows = [f"{config.corpus}: {kinds}", *amounts(corpus, config)]
+    shares = [f"{c} {n}" for c, n in characters.counts.most_common(MOST_SHOWN)]
+    more = len(characters.counts) - len(shares)
+    rows.append("characters " + ", ".join(shares) + (f" and {more} more" if more > 0 else ""))
+    rows += [f"note: {remark}" for remark in remarks(corpus, characters, config)]
+    for name, other in others.items():
+        if isinstance(other, str):
+            rows.append(f"note: {name} is not checked: {other}")
             continue
-        name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
-        if channel not in CHANNELS or not end:
-            form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
-            raise ValueError(f"{where}: not {form}: {shown(line)}")
-        id = os.path.basename(where)
-        if "ignore_time_segment_in_scoring" in raw.lower():
-            corpus.leave_out("ignore_time_segment_in_scoring", id, where)
-            continue
-        words = re.sub(r"^<(?!unk>|na>|sil>)[^<>\s]*>(?!\S)", "", raw, flags=re.IGNORECASE)
-        try:
-            text, reference = parse_stm(words, corpus.changes)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; in {shown(raw)}") from error
-        if words.strip() and not text and not reference:
-            corpus.leave_out("no words but marks", id, f"{where}: {shown(words)}")
-            continue
-        path = audio.get(name) or missing(where, name, sph)
-        span = seconds(start, where), seconds(end, where)
-        yield Entry(where, id, path, text, speaker, *span, CHANNELS[channel], reference)
+        rows.append(f"{name}: {size_of(other.utterances, config)}")
+        found = Characters(other.utterances)
+        if new := found.like(lambda c: c not in characters.counts):
+            advice = "--normaliser lower or plain may make them those of training"
+            rows.append(
+                f"note: {name}: characters that training never had, {found.shown(new)}; {advice}"
+            )
+    return "\n".join(map(printable, rows))
 
 
-def common_voice(tsv: Path, corpus: Corpus) -> Iterator[Entry]:
-    """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
-    clips = tsv.parent / "clips"
-    audio, columns = audio_files(clips, names_in(clips)), []
-    for where, line in lines(tsv):
-        values = line.split("\t")
-        columns = columns or values
-        if not {"path", "sentence"} <= set(columns):
-            raise ValueError(f"{where}: no columns path and sentence: {shown(line)}")
-        if len(values) != len(columns):
-            raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {shown(line)}")
-        if values is not columns:
-            row = dict(zip(columns, values, strict=True))
-            name = without_ending(row["path"])
-            path = audio.get(name) or missing(where, name, clips)
-            yield Entry(where, name, path, row["sentence"], row.get("client_id", ""))
+def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
+    """Yield lines on how much there is, how long utterances are, and what was left out."""
+    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
+    names = {utterance.speaker for utterance in corpus.utterances} - {""}
+    speakers = counted(len(names), "speaker")
+    lost = sum(map(len, corpus.left_out.values()))
+    yield f"{size_of(corpus.utterances, config)}, {speakers}; {lost} left out"
+    bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
+    yield "seconds " + ", ".join(f"{low} to {high}: {n}" for (low, high), n in bars if n)
+    yield from (f"{count} {what}" for what, count in corpus.changes.items() if count)
+    for reason, names in corpus.left_out.items():
+        name, what = next(iter(names.items()))
+        yield f"left out: {len(names)} × {reason}, as {name}: {what}"
 
 
-def kaldi(scp: Path, corpus: Corpus) -> Iterator[Entry]:
-    """Read wav.scp, `RECORDING PATH`, and `text`, `UTTERANCE WORDS`, beside it.
-
-    Optional: segments, `UTTERANCE RECORDING START END`, and utt2spk, `UTTERANCE SPEAKER`.
-    """
-    recordings = table(scp)
-    texts, speakers, segments = map(table, map(scp.with_name, ("text", "utt2spk", "segments")))
-    whole = {name: (where, f"{name} 0 inf") for name, (where, _) in recordings.items()}
-    spans = segments or whole
-    has_texts = scp.with_name("text").exists()
-    for name, (where, text) in (texts if has_texts else spans).items():
-        where, segment = spans.get(name, (where, ""))
-        columns = segment.split()
-        if len(columns) != 3 or columns[0] not in recordings:
-            form = f"{name} has no recording of {scp}, or not RECORDING START END"
-            raise ValueError(f"{where}: {form}: {shown(segment)}")
-        start, end = columns[1:]
-        line, path = recordings[columns[0]]
-        if path.endswith("|"):
-            advice = "write the audio file's path in its place; most kinds of audio are read"
-            raise ValueError(f"{line}: {shown(path)} is a command, which is not run: {advice}")
-        yield Entry(
-            where,
-            name,
-            placed(scp, path, line),
-            text if has_texts else None,
-            speakers.get(name, ("", ""))[1],
-            seconds(start, where),
-            None if end == "inf" else seconds(end, where),
-        )
-    for name in spans.keys() - texts if has_texts else ():
-        corpus.leave_out("no transcript", name, spans[name][0])
+def size_of(utterances: list[Utterance], config: Config) -> str:
+    """Return how many utterances there are, and how long they are together."""
+    seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
+    return f"{counted(len(utterances), 'utterance')}, {duration(seconds)}"
 
 
-KINDS = (  # kind, what it is recognised by, reader; the first that is there
-    ("stm", "{}/stm", stm),
-    ("kaldi", "{}/wav.scp", kaldi),
-    ("common-voice", "{}.tsv", common_voice),
-    ("manifest", "{}.jsonl", manifest),
-    ("manifest", "{}.jsonl.gz", manifest),
-    ("manifest", "{}.json", manifest),
-    ("manifest", "{}.json.gz", manifest),
-    ("librispeech", "{}", librispeech),
-)
+def duration(seconds: float) -> str:
+    """Return a duration in hours, in minutes below one hour, in seconds below one minute."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+
+
+def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[str]:
+    """Yield what is odd in the texts and durations of a training corpus."""
+    capitals, small = characters.like(str.isupper), characters.like(str.islower)
+    if capitals and small:
+        rarer = min(capitals, small, key=lambda cs: sum(characters.counts[c] for c in cs))
+        yield f"mixed case, {characters.shown(rarer)}; --normaliser lower makes it one"
+    if signs := characters.like(lambda c: c != "'" and unicodedata.category(c)[0] not in "LM"):
+        advice = "--normaliser plain takes signs out; numbers are learned better spelled out"
+        yield f"signs and digits, {characters.shown(signs)}; {advice}"
+    if empty := [u for u in corpus.utterances if not u.text]:
+        yield f"{counted(len(empty), 'empty transcript')}, as {empty[0].id}, to train silence"
+    rate, id = corpus.densest
+    frames = config.sample_rate / (4 * window_and_hop(config)[1])
+    if rate:
+        yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
+    count, example = corpus.respelled
+    if count:
+        texts = counted(count, "text")
+        yield f"the tokenizer spells {texts} otherwise, {example}; it is scored as an error"
+    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > max(60, MUCH_LONGER * median(lengths)):  # memory grows with it
+        most = math.ceil(np.quantile(lengths, 0.99, method="lower"))
+        name = f"{corpus.utterances[longest].id} has {duration(lengths[longest])}"
+        advice = f"--max-seconds {most} leaves out what is longer than 99% of the utterances"
+        yield f"{name}, the median {duration(median(lengths))}, and takes memory; {advice}"

@@ -23,7 +23,6 @@ from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import greedy
 from dynsize.decoding import LanguageModel, beam_search
-from dynsize.lists import lines
 from dynsize.networks import (
     Facts,
     Network,
@@ -34,6 +33,7 @@ from dynsize.networks import (
     windowed_log_probs,
 )
 from dynsize.processes import device_of
+from dynsize.readers import lines
 from dynsize.report import Texts, errors_of, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet

@@ -10,9 +10,8 @@ from dynsize import files, processes
 from dynsize.batching import Batch, Examples, labels_of, load
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
-from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus, summary
 from dynsize.features import feature_frames
-from dynsize.summary import summary
 from dynsize.text import shown
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 

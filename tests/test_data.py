@@ -21,9 +21,8 @@ from dynsize import batching, spoken
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, collate, epoch_plan
 from dynsize.config import Config
-from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
+from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus, summary
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
-from dynsize.summary import summary
 from dynsize.tokenizer import Tokenizer, tokenizer_for, train_tokenizer
 from dynsize.training_data import keep_usable
 
@@ -385,7 +384,7 @@ def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end,
         for n in range(1, 60)
     ]
     labels = tokenizer.encode("AAB")
-    corpus = Corpus(list(utterances))
+    corpus = Corpus(utterances=list(utterances))
     keep_usable(corpus, tokenizer, config)
     good, left_out = corpus.utterances, corpus.left_out["more labels than CTC can align"]
     for utterance in utterances:

@@ -1,0 +1,535 @@
+"""The readers of the five kinds of corpora, and of what lists hold: lines, paths, times, JSON.
+
+Each reader yields an `Entry` for each utterance that the lists of one split name.
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from dynsize.audio import ENDINGS, FOREIGN
+from dynsize.text import clean, shown
+
+LISTED = 12  # names of files that a message lists, at most
+LONGEST_LINE = 2**28  # bytes; an array of a million utterances may be one line
+PLACES = {ending: place for place, ending in enumerate((*ENDINGS, *FOREIGN))}
+CHANNELS = {"1": 0, "A": 0, "a": 0, "2": 1, "B": 1, "b": 1}  # as STMs name them
+
+# The names that toolkits give to the fields of an utterance in their manifests.
+FIELDS = {
+    "id": ("id", "key", "utt_id"),  # key, wav, txt: wenet
+    "path": ("audio_filepath", "wav", "audio"),  # audio_filepath: NeMo
+    "text": ("text", "txt", "words", "wrd", "transcript"),  # words, wrd, spk_id: speechbrain
+    "speaker": ("speaker", "spk_id", "spk"),
+}
+FORMS = (
+    "expected is a line of JSON for each utterance, an array of them, or a dictionary by id; each "
+    "with audio_filepath (or wav), text and, where needed, offset and duration in seconds, "
+    "channel, speaker, id; or lhotse's cuts"
+)
+# Words in the name of a field or of a column that may choose a part of a recording.
+PARTS = {"start", "stop", "end", "begin", "offset", "onset", "segments"}
+SPANS = "offset and duration in seconds, start and end in seconds, or start and stop in samples"
+
+# The notation of an STM's transcript.
+MARK = re.compile(r"<[^<>\s]*>|%[\w-]+|@")  # <sil>, %hesitation; @: nothing
+OPTIONAL = re.compile(r"\(([^\s(){}<>\[\]]+)\)")  # (uh)
+PRONUNCIATION = re.compile(r"([^\s(){}<>\[\]]+)\(\d+\)")  # word(2)
+CLITIC = re.compile(r"(?<=\w)\s+('(?:s|re|ve|ll|d|m|t))(?!\S)")  # it 's
+LABEL = re.compile(r"^<(?!unk>|na>|sil>)[^<>\s]*>(?!\S)", re.IGNORECASE)  # <o,f0,male>
+
+
+class Entry(NamedTuple):
+    """What a corpus says of one utterance, in the place `where` of a list."""
+
+    where: str  # FILE:LINE, or FILE: utterance NUMBER
+    id: str
+    path: str
+    text: str
+    speaker: str = ""
+    start: float = 0.0  # in seconds, as `end`; both in samples if `in_samples`
+    end: float | None = None  # None: the end of the file
+    channel: int | None = None  # from 0; None: none is chosen
+    reference: str = ""  # see `parse_stm`
+    in_samples: bool = False
+
+
+@dataclass
+class Notes:
+    """What was left out of a corpus, and changed in its texts."""
+
+    # reason → id → what exactly, with the file
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
+    changes: Counter[str] = field(default_factory=Counter)  # what → how often
+
+    def leave_out(self, reason: str, name: str, what: str) -> None:
+        self.left_out.setdefault(reason, {})[name] = what
+
+
+# The readers. Each takes what its kind is recognised by, and the notes.
+
+
+def librispeech(split: Path, notes: Notes) -> Iterator[Entry]:
+    """Read SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID WORDS`, and ID.flac beside."""
+    for folder, names in walk(split):
+        lists = [f"{folder}/{name}" for name in names if name.endswith(".trans.txt")]
+        audio = audio_files(folder, names) if lists else {}
+        for where, line in lines(*lists):
+            name, *text = line.split(maxsplit=1)
+            path = audio_of(name, audio, folder, where)
+            yield Entry(where, name, path, "".join(text), name.partition("-")[0])
+
+
+def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
+    """Read stm/*.stm and sph/NAME.sph, as of TED-LIUM 2 and Switchboard.
+
+    A line is `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`.
+    """
+    sph = folder.parent / "sph"
+    audio = audio_files(sph, names_in(sph))
+    for where, line in lines(*sorted(folder.glob("*.stm"))):
+        if line.startswith(";;"):
+            continue
+        name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
+        if channel not in CHANNELS or not end:
+            form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
+            raise ValueError(f"{where}: not {form}: {shown(line)}")
+        id = os.path.basename(where)
+        if "ignore_time_segment_in_scoring" in raw.lower():
+            notes.leave_out("ignore_time_segment_in_scoring", id, where)
+            continue
+        words = LABEL.sub("", raw)
+        try:
+            text, reference = parse_stm(words, notes.changes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; in {shown(raw)}") from error
+        if words.strip() and not text and not reference:
+            notes.leave_out("no words but marks", id, f"{where}: {shown(words)}")
+            continue
+        path = audio_of(name, audio, sph, where)
+        span = seconds(start, where), seconds(end, where)
+        yield Entry(where, id, path, text, speaker, *span, CHANNELS[channel], reference)
+
+
+def common_voice(tsv: Path, notes: Notes) -> Iterator[Entry]:
+    """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
+    clips = tsv.parent / "clips"
+    audio, columns = audio_files(clips, names_in(clips)), []
+    for where, line in lines(tsv):
+        values = line.split("\t")
+        if not columns:
+            columns = values
+            if not {"path", "sentence"} <= set(columns):
+                raise ValueError(f"{where}: no columns path and sentence: {shown(line)}")
+            if parts := part_names(columns):
+                raise ValueError(f"{where}: {', '.join(parts)}: only whole clips are read")
+            continue
+        if len(values) != len(columns):
+            raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {shown(line)}")
+        row = dict(zip(columns, values, strict=True))
+        name = without_ending(row["path"])
+        path = audio_of(name, audio, clips, where)
+        yield Entry(where, name, path, row["sentence"], row.get("client_id", ""))
+
+
+def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
+    """Read wav.scp, `RECORDING PATH`, and `text`, `UTTERANCE WORDS`, beside it.
+
+    Optional: segments, `UTTERANCE RECORDING START END`, where the end -1 is the recording's, and
+    utt2spk, `UTTERANCE SPEAKER`.
+    """
+    names = ("wav.scp", "text", "utt2spk", "segments")
+    recordings, texts, speakers, segments = [table(scp.with_name(name)) for name in names]
+    if not scp.with_name("text").exists():
+        raise ValueError(f"{scp}:1: no file `text` beside it, of lines UTTERANCE WORDS")
+    if not segments:
+        segments = {name: (where, f"{name} 0 -1") for name, (where, _) in recordings.items()}
+    for name, (where, text) in texts.items():
+        where, segment = segments.get(name, (where, ""))
+        columns = segment.split()
+        if len(columns) != 3 or columns[0] not in recordings:
+            form = f"{name} has no recording of {scp}, or not RECORDING START END"
+            raise ValueError(f"{where}: {form}: {shown(segment)}")
+        recording, start, end = columns
+        line, path = recordings[recording]
+        if path.endswith("|"):
+            advice = "write the audio file's path in its place; most kinds of audio are read"
+            raise ValueError(f"{line}: {shown(path)} is a command, which is not run: {advice}")
+        path = placed(scp, path, line)
+        begins = seconds(start, where)
+        ends = None if end in ("-1", "-1.0") else seconds(end, where)
+        yield Entry(where, name, path, text, speakers.get(name, ("", ""))[1], begins, ends)
+    for name in segments.keys() - texts:
+        notes.leave_out("no transcript", name, segments[name][0])
+
+
+def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
+    """Read a manifest of NeMo, wenet, speechbrain, or lhotse (cuts).
+
+    An utterance without an id has the name of its file, with its number in the manifest where
+    others have the same name.
+    """
+    entries: list[Entry] = []
+    for where, id, row in rows(file):
+        try:
+            of_lhotse = isinstance(row, dict) and ("supervisions" in row or "recording" in row)
+            reader = lhotse_cut if of_lhotse else manifest_row
+            entries += reader(file, where, id, row)
+        except (LookupError, TypeError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, LookupError) else str(error)
+            raise ValueError(f"{where}: {what} in {shown(json.dumps(row))}; {FORMS}") from error
+    names = Counter(without_ending(entry.path) for entry in entries if not entry.id)
+    for number, entry in enumerate(entries, 1):
+        name = without_ending(entry.path)
+        alone = name if names[name] == 1 else f"{name}-{number}"
+        yield entry._replace(id=entry.id or alone)
+
+
+def manifest_row(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
+    """Yield the one utterance of a row of NeMo's, wenet's or speechbrain's."""
+    given = {
+        name: next((row[key] for key in keys if row.get(key) is not None), None)
+        for name, keys in FIELDS.items()
+    }
+    path = given["path"]
+    if not isinstance(path, str):
+        raise TypeError("a path that is no string, or no path")
+    path = path.replace("{data_root}", os.path.dirname(file))  # speechbrain's
+    start, end, in_samples = part_of(row, where)
+    yield Entry(
+        where,
+        encodable(given["id"] or id),
+        placed(file, encodable(path), where),
+        text_in(given["text"], where),
+        encodable(given["speaker"] or ""),
+        start,
+        end,
+        row.get("channel"),
+        in_samples=in_samples,
+    )
+
+
+def part_of(row: dict, where: str) -> tuple[float, float | None, bool]:
+    """Return start and end of the part of a file that a row means, and whether they are samples.
+
+    Those of NeMo are `offset` and `duration`, of wenet `start` and `end`, of speechbrain `start`
+    and `stop`. Raises ValueError for fields of other names that may say which part is meant.
+    """
+    given = part_names(name for name, value in row.items() if value is not None)
+    if given not in ([], ["offset"], ["end", "start"], ["start", "stop"]):
+        told = f"{', '.join(given)} may choose a part of the audio"
+        raise ValueError(f"{where}: {told}; what is read: {SPANS}")
+    start = seconds(row.get("start") or row.get("offset") or 0, where)
+    if "end" in given:
+        return start, seconds(row["end"], where), False
+    if "stop" in given:
+        return start, seconds(row["stop"], where), True
+    length = row.get("duration")
+    return start, None if length is None else start + seconds(length, where), False
+
+
+def part_names(names: Iterable[str]) -> list[str]:
+    """Return, sorted, the names of fields that may choose a part of a recording."""
+    return sorted(name for name in names if PARTS & set(name.lower().split("_")))
+
+
+def lhotse_cut(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
+    """Yield the utterances of one of lhotse's cuts, one for each supervision in it."""
+    changes = [change.get("name") for change in row["recording"].get("transforms") or []]
+    if row.get("type", "MonoCut") not in ("MonoCut", "MultiCut") or set(changes) - {"Resample"}:
+        raise ValueError(f"{where}: only cuts of one recording as it was recorded are read")
+    begin, length = seconds(row["start"], where), seconds(row["duration"], where)
+    for part in row["supervisions"]:
+        first = part["start"]  # below 0 where a supervision begins before its cut
+        last = first + seconds(part["duration"], where)
+        channel = part.get("channel", row.get("channel", 0))
+        sources = [s for s in row["recording"]["sources"] if channel in s["channels"]]
+        if not sources or sources[0]["type"] != "file":
+            raise ValueError(f"{where}: no audio file for the channel {channel!r}; {FORMS}")
+        yield Entry(
+            where,
+            encodable(row["id"] if len(row["supervisions"]) == 1 else part["id"]),
+            placed(file, encodable(sources[0]["source"]), where),
+            text_in(part.get("text"), where),
+            encodable(part.get("speaker") or ""),
+            seconds(begin + max(first, 0.0), where),
+            seconds(begin + min(last, length), where),
+            sources[0]["channels"].index(channel),
+        )
+
+
+def text_in(value: object, where: str) -> str:
+    """Return the text of an utterance. Raises ValueError where there is none."""
+    if value is None:
+        names = ", ".join(FIELDS["text"])
+        raise ValueError(f"{where}: the utterance has no text, in a field {names}")
+    if not isinstance(value, str):
+        raise TypeError(f"the text {value!r} is no string")
+    return encodable(value)
+
+
+def encodable(value: object) -> str:
+    """Return a string or number as text. Raises TypeError for others, and half characters."""
+    if not isinstance(value, str | int):
+        raise TypeError(f"{value!r} is no string")
+    try:
+        return str(value).encode().decode()
+    except UnicodeEncodeError as error:
+        raise TypeError(str(error)) from error
+
+
+def rows(file: Path) -> Iterator[tuple[str, str, object]]:
+    """Yield place, id and value of each utterance of a JSON file.
+
+    The file holds a value in each line, one array of values, or one dictionary of dictionaries, by
+    id. In the other two forms the id is ''.
+    """
+    listed = [*lines(file)]
+    first = parsed(listed[:1], quiet=True)
+    if isinstance(first, dict) and not all(isinstance(v, dict) for v in first.values()):
+        for line in listed:
+            yield line[0], "", parsed([line])
+        return
+    value = parsed(listed)
+    if isinstance(value, dict):
+        for id, row in value.items():
+            yield f"{file}: utterance {shown(id)}", id, row
+    elif isinstance(value, list):
+        for number, row in enumerate(value, 1):
+            yield f"{file}: utterance {number}", "", row
+    elif listed:
+        raise ValueError(f"{file}:1: neither an array nor a dictionary; {FORMS}")
+
+
+def parsed(listed: Sequence[tuple[str, str]], quiet: bool = False) -> object:
+    """Return the JSON value in some lines; `quiet`: None where they hold none."""
+    try:
+        return json.loads("\n".join(line for _, line in listed)) if listed else None
+    except json.JSONDecodeError as error:
+        where, what = listed[error.lineno - 1][0], error.msg
+    except (ValueError, RecursionError) as error:  # of too many digits, or levels
+        where, what = listed[0][0], str(error)
+    if quiet:
+        return None
+    raise ValueError(f"{where}: not JSON: {what}; {FORMS}")
+
+
+# The notation of STM files.
+
+
+def parse_stm(raw: str, changes: Counter[str]) -> tuple[str, str]:
+    """Return the plain text of an STM's transcript, and its notation for scoring.
+
+    The notation is sclite's: `{ a / b c / @ }` are alternatives (@ is nothing), `(uh)` is a word
+    that may be missing; each sign but the parentheses is a separate word. It is empty where the
+    text has neither. The plain text takes the first alternative and keeps the optional words.
+    Marks such as `<sil>`, `{NOISE}` and `%hesitation` are taken out and counted in `changes`, and
+    `word(2)`, a pronunciation, is `word`. Raises ValueError for what is not understood.
+    """
+    text, joined = CLITIC.subn(r"\1", raw)
+    changes["× words joined, as it 's → it's"] += joined
+    words: list[str] = []  # of the plain text
+    notation: list[str] = []
+    for braces, inside, token in re.findall(r"(\{([^{}]*)\})|([{}]|[^\s{}]+)", text):
+        if not braces:
+            word = stm_words(token, changes)
+            words += word
+            notation += word
+        elif "/" in inside:
+            changes["× alternatives, of which the first is trained on"] += 1
+            alternatives = [stm_words(part, changes) for part in inside.split("/")]
+            words += alternatives[0]
+            joined = " / ".join(" ".join(alternative) or "@" for alternative in alternatives)
+            notation += ["{", *joined.split(), "}"]
+        elif len(inside.split()) > 1:
+            raise ValueError(f"{braces} has no alternatives, a / between them")
+        else:
+            changes[f"× {{{inside.strip()}}} taken out"] += 1
+    plainly = re.sub("[()]", "", " ".join(words))
+    scored = " ".join(notation)
+    return plainly, scored if re.search("[{(]", scored) else ""
+
+
+def stm_words(text: str, changes: Counter[str]) -> list[str]:
+    """Return the words of a part of an STM's text, without its marks."""
+    words = []
+    for token in text.split():
+        optional = OPTIONAL.fullmatch(token)
+        mark = optional[1] if optional else token
+        if MARK.fullmatch(mark):
+            changes[f"× {mark} taken out"] += mark != "@"
+            continue
+        pronounced = PRONUNCIATION.fullmatch(token)
+        word = pronounced[1] if pronounced else token
+        if word == "/" or (not optional and re.search(r"[(){}<>\[\]]", word)):
+            raise ValueError(f"{shown(token)} is not understood")
+        words.append(word)
+    return words
+
+
+def clean_notation(notation: str, normaliser: str) -> str:
+    """Return the notation of `parse_stm` with each of its words normalised."""
+    tokens: list[str] = []
+    for token in notation.split():
+        if token in ("{", "/", "}", "@"):
+            if token in ("/", "}") and tokens[-1] in ("{", "/"):  # no word of it was left
+                tokens.append("@")
+            tokens.append(token)
+        else:
+            form = "({})" if token.startswith("(") else "{}"
+            tokens += [form.format(word) for word in clean(token.strip("()"), normaliser).split()]
+    return " ".join(tokens)
+
+
+# What lists hold: lines, paths, times.
+
+
+def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
+    """Yield FILE:NUMBER and text of each line of UTF-8 files that is not blank. Unpacks .gz."""
+    for path in map(os.fspath, paths):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}:1: not a regular file, which a list must be")
+        number = 0
+        try:
+            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                    if len(line) == LONGEST_LINE:
+                        raise ValueError(f"{path}:{number}: longer than {LONGEST_LINE:,} bytes")
+                    text = line.decode().removeprefix("\ufeff").rstrip("\r\n")
+                    if text and not text.isspace():
+                        yield f"{path}:{number}", text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{number + 1}: damaged gzip data: {error}") from error
+
+
+def table(path: Path) -> dict[str, tuple[str, str]]:
+    """Return KEY → FILE:NUMBER, VALUE of a file's lines `KEY VALUE`; {} where it is missing."""
+    found: dict[str, tuple[str, str]] = {}
+    for where, line in lines(path) if path.exists() else ():
+        key, *value = line.split(maxsplit=1)
+        if key in found:
+            raise ValueError(f"{where}: {key} is there twice, first in {found[key][0]}")
+        found[key] = (where, "".join(value))
+    return found
+
+
+def seconds(value: object, where: str) -> float:
+    """Return a time that is given as a number or its digits."""
+    try:
+        if 0 <= (time := float(value)) < math.inf:
+            return time
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: {shown(str(value))} is not a time")
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield a directory and the names in it, then the same of each directory below it.
+
+    Links are followed. Each directory is visited once. Raises ValueError where one can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: can't be listed: {error.strerror}") from error
+
+    visited = set()
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        true_path = os.path.realpath(path)
+        if true_path in visited:
+            folders.clear()
+        else:
+            visited.add(true_path)
+            yield path, sorted(folders + names)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a directory that a corpus must have."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: can't be listed: {error.strerror}") from error
+
+
+def audio_files(folder: Path | str, names: Sequence[str]) -> dict[str, str]:
+    """Return the paths of audio files by their names without ending.
+
+    Of several endings the first in `ENDINGS` counts. No name in a list can lead out of a folder.
+    """
+
+    def place(name: str) -> int:
+        return PLACES[os.path.splitext(name)[1].lower()]
+
+    known = [name for name in names if os.path.splitext(name)[1].lower() in PLACES]
+    # The first ending comes last, and stays.
+    known = sorted(sorted(known, reverse=True), key=place, reverse=True)
+    return {os.path.splitext(name)[0]: f"{folder}/{name}" for name in known}
+
+
+def without_ending(path: str) -> str:
+    """Return the name of an audio file without its ending."""
+    stem, ending = os.path.splitext(os.path.basename(path))
+    return stem if ending.lower() in PLACES else stem + ending
+
+
+def placed(file: Path, name: str, where: str) -> str:
+    """Return the path of an audio file that a list names.
+
+    A relative path is looked for in the list's directory, then in the working directory; it can't
+    lead out of them.
+    """
+    bases = (os.path.dirname(file), os.getcwd())
+    if ".." in name.split("/") and not os.path.isabs(name):
+        raise ValueError(f"{where}: {shown(name)} leads out of {bases[0]}; write an absolute path")
+    paths = [os.path.join(base, name) for base in bases]
+    for path in paths:
+        if os.path.isabs(name) or os.path.exists(path):
+            return path
+    looked = " and ".join(dict.fromkeys(bases))
+    raise ValueError(f"{where}: no audio: {shown(name)} doesn't exist, looked for in {looked}")
+
+
+def audio_of(name: str, audio: dict[str, str], folder: Path | str, where: str) -> str:
+    """Return the path of an utterance's audio in a directory."""
+    if name not in audio:
+        raise no_audio(where, name, f"{folder}/{name}{{{','.join(ENDINGS[:8])},…}}")
+    return audio[name]
+
+
+def no_audio(where: str, id: str, path: str) -> ValueError:
+    """Return the error for an utterance whose file does not exist."""
+    there = contents(os.path.dirname(path))
+    return ValueError(f"{where}: no audio for the utterance {id}: {path} doesn't exist; {there}")
+
+
+def contents(folder: Path | str) -> str:
+    """Return, for a message, what a directory holds."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"in {folder}: {', '.join(names[:LISTED]) or 'nothing'}{more}"
+
+
+KINDS = (  # kind, what it is recognised by, reader; the first that is there
+    ("stm", "{}/stm", stm),
+    ("kaldi", "{}/wav.scp", kaldi),
+    ("common-voice", "{}.tsv", common_voice),
+    ("manifest", "{}.jsonl", manifest),
+    ("manifest", "{}.jsonl.gz", manifest),
+    ("manifest", "{}.json", manifest),
+    ("manifest", "{}.json.gz", manifest),
+    ("librispeech", "{}", librispeech),
+)
