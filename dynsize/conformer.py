@@ -142,24 +142,23 @@ UTTERANCES_AT_ONCE = 4
 
 
 def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ / √d) · v over the frames inside, (R', H, T', d).
+    """Return the attention of some utterances after others, (R', H, T', d).
 
-    `q`, `k`, `v`: (R', H, T', d). `inside`: (R', 1, 1, T').
-
-    Forward and backward, flash attention takes 1.5 times as long in float32, and 3 times as long in
-    bfloat16.
+    `q`, `k`, `v`: (R', H, T', d). `inside`: (R', 1, 1, T'). Forward and backward, flash attention
+    takes 1.5 times as long in float32, and 3 times as long in bfloat16.
     """
-    # A graph that is exported must not depend on the number of utterances.
-    at_once = len(q) if torch.compiler.is_exporting() else UTTERANCES_AT_ONCE
     outside = torch.where(inside, 0.0, -1e30)  # finite, so an utterance without frames has no NaN
     q = q / math.sqrt(q.shape[-1])
-    parts = [tensor.split(at_once) for tensor in (q, k, v, outside)]
-    outputs = []
-    for q, k, v, outside in zip(*parts, strict=True):
-        products = q @ k.transpose(-2, -1)  # (utterances, H, T', T')
-        weights = (products + outside).softmax(-1)
-        outputs.append(weights @ v)
-    return torch.cat(outputs)
+    if torch.compiler.is_exporting():  # to a graph that serves any number of utterances
+        return attention(q, k, v, outside)
+    parts = [tensor.split(UTTERANCES_AT_ONCE) for tensor in (q, k, v, outside)]
+    return torch.cat([attention(*part) for part in zip(*parts, strict=True)])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, outside: Tensor) -> Tensor:
+    """Return softmax(q·kᵀ + outside) · v."""
+    products = q @ k.transpose(-2, -1)  # (…, H, T', T')
+    return (products + outside).softmax(-1) @ v
 
 
 def depthwise_on_cpu(x: Tensor, depthwise: nn.Conv1d) -> Tensor:
