@@ -11,19 +11,24 @@ import sys
 from pathlib import Path
 
 import dynsize
-from dynsize import checkpoint, export, pruning
-from dynsize.algorithms import ALGORITHMS
+from dynsize import checkpoint, export
+from dynsize.algorithms import ALGORITHMS, shuffled
+from dynsize.config import Config, with_method
 from dynsize.processes import device_of, hardware, use_threads
-from dynsize.subnet import COSTS, cut, latencies, macs, parameters
-from dynsize.supernet import LAYER_MAP, layer_map
+from dynsize.run_directory import check_new
+from dynsize.subnet import BUDGETS, cut, largest_within, latencies, macs, parameters, widened
+from dynsize.supernet import LAYER_MAP, Supernet, layer_map
 from dynsize.terminal import Parser, printable, reported
+from dynsize.training import Trainer
 from train import train
 
+RANKINGS = ("learned", "first", "random")
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
 EXAMPLES = """\
   python prune.py runs/demo                          a file for each size that was trained
   python prune.py runs/demo --max-latency-ms 20      the largest size that takes at most 20 ms
   python prune.py runs/demo --export onnx --int8     ONNX files of each size and of all in one
+  python prune.py runs/demo/size-7.pt --export onnx  the ONNX file of a size that was cut
   python prune.py runs/full --method simple-top-k    learn which layers of a full model to keep"""
 
 
@@ -85,7 +90,7 @@ def add_sizes(parser: Parser) -> None:
     )
     sizes.add_argument(
         "--ranking",
-        choices=pruning.RANKINGS,
+        choices=RANKINGS,
         default="learned",
         help="which layers a size keeps (learned)",
     )
@@ -130,6 +135,8 @@ def contradiction(options: argparse.Namespace) -> str:
         return (
             f"--audio-seconds {options.audio_seconds}: must be above 0 and at most {LONGEST_AUDIO}"
         )
+    if options.updates is not None and options.updates < 0:
+        return f"--updates {options.updates}: must be 0 or more"
     for name, limit in budgets.items():
         if not 0 < limit < math.inf:
             return f"--{name.replace('_', '-')} {limit}: must be a number above 0"
@@ -138,80 +145,188 @@ def contradiction(options: argparse.Namespace) -> str:
 
 def budgets_of(options: argparse.Namespace) -> dict[str, float]:
     """Return the budgets that the command line sets."""
-    limits = {name: getattr(options, name) for name in COSTS}
+    limits = {name: getattr(options, name) for name in BUDGETS}
     return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+# Learning which layers to keep.
 
 
 def learn(options: argparse.Namespace) -> Path:
     """Train the sizes of a full-size model in another run directory, which is returned."""
     loaded = checkpoint.load(options.supernet)
     folder = options.output or loaded.path.parent / options.method
-    trainer = pruning.learner(
-        loaded, options.method, options.sizes, options.updates, folder, options.overwrite
-    )
+    trainer = learner(loaded, options, folder)
     if options.updates == 0:
+        trainer.save()
         print("--updates 0: nothing was learned; a size keeps its first layers")
     else:
         train(trainer)
     return folder
 
 
+def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: Path) -> Trainer:
+    """Return a training that learns which layers of a full-size model to keep, in a new run.
+
+    Raises ValueError for values that can't be, and where the new run would replace the model.
+    """
+    model_file = loaded.path.resolve()
+    if folder.resolve() in [model_file, *model_file.parents]:
+        raise ValueError(f"--output {folder}: has the model {loaded.path}; choose another folder")
+    config = learner_settings(loaded.model.config, options)
+    model = widened(loaded.model, config)
+    initial = dataclasses.replace(loaded, model=model, training=None)
+    check_new(folder, options.overwrite)
+    return Trainer(config, folder, initial).begin()
+
+
+def learner_settings(old: Config, options: argparse.Namespace) -> Config:
+    """Return the settings with which a model's layers are learned; `old`: those of the model.
+
+    Without --sizes: a third and two thirds of the layers. Without --updates: a third of the
+    model's.
+    """
+    smaller = options.sizes or (old.layers // 3, 2 * old.layers // 3)
+    all_sizes = {*smaller, old.layers}
+    asked = old.updates // 3 if options.updates is None else options.updates
+    updates = max(1, asked)
+    return with_method(
+        old,
+        options.method,
+        size=0,
+        sizes=tuple(sorted(all_sizes)),
+        layers_from="",
+        teacher="",
+        updates=updates,
+        log_every=min(old.log_every, updates),
+        validate_every=min(old.validate_every, updates),
+        save_every=min(old.save_every, updates),
+    )
+
+
+# Cutting.
+
+
 def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]:
-    """Write the subnets. Returns the supernet, and them as they are read back."""
-    supernet = checkpoint.load(run)
-    model = supernet.model
-    folder = options.output or supernet.path.parent
+    """Write the subnets. Returns the network of `run`, and the subnets as they are read back."""
+    loaded = checkpoint.load(run)
+    model = loaded.model
     config = model.config
     device = device_of(dataclasses.replace(config, device=options.device or config.device))
     model.to(device)
     print(f"device     {hardware(config, device)}")
-    pruning.rank(model, options.ranking, options.seed)
-    sizes = pruning.sizes_to_cut(model, options.sizes, budgets_of(options), options.audio_seconds)
-    files = {size: pruning.named(folder / f"size-{size}.pt", options.ranking) for size in sizes}
+    if model.size is None:
+        rank_layers(model, options)
+    elif options.ranking != "learned" or not options.export:
+        what = f"was cut already, to {model.size} layers; --export onnx writes its ONNX file"
+        raise ValueError(f"{loaded.path}: {what}")
+    sizes = sizes_to_cut(model, options)
+    files = {size: path_of(loaded, f"size-{size}.pt", options) for size in sizes}
     if options.export:
-        onnx = [file.with_suffix(".onnx") for file in files.values()]
-        onnx.insert(0, onnx_path(supernet, options))
+        onnx = [onnx_path(loaded, options)]
+        onnx += [file.with_suffix(".onnx") for file in files.values()]
         export.check_paths(onnx, options.int8, options.overwrite)
-    subnets = pruning.write_subnets(supernet, files, options.overwrite)
+    subnets = write_subnets(loaded, files, options.overwrite)
     for size in sizes:
-        if nearest := pruning.nearest_trained(model, size):
-            names = " and ".join(map(str, nearest))
-            message = f"prune.py: warning: size {size} was never trained; the nearest: {names}"
+        if size not in model.sizes:
+            trained = sorted(model.sizes, key=lambda trained: abs(trained - size))
+            nearest = " and ".join(map(str, sorted(trained[:2])))
+            message = f"prune.py: warning: size {size} was never trained; the nearest: {nearest}"
             print(message, file=sys.stderr)
     for subnet in subnets:
         subnet.model.to(device)
-    return [supernet, *subnets]
+    return [loaded, *subnets]
+
+
+def rank_layers(model: Supernet, options: argparse.Namespace) -> None:
+    """Give a supernet the ranking that the command line names: learned, in order, or random."""
+    layers = model.config.layers
+    if options.ranking == "first":
+        model.ranking = list(range(layers))
+    if options.ranking == "random":
+        model.ranking = shuffled(layers, options.seed)
+
+
+def path_of(loaded: checkpoint.Checkpoint, name: str, options: argparse.Namespace) -> Path:
+    """Return the path of a file to write; another ranking's has its name: `size-7-random.pt`."""
+    file = (options.output or loaded.path.parent) / name
+    if options.ranking == "learned":
+        return file
+    return file.with_stem(f"{file.stem}-{options.ranking}")
+
+
+def sizes_to_cut(model: Supernet, options: argparse.Namespace) -> list[int]:
+    """Return the sizes that were asked for, largest first, with the largest within all budgets.
+
+    Without sizes and budgets: all that were trained, except the full one.
+    """
+    asked = set(options.sizes)
+    within = []
+    for name, limit in budgets_of(options).items():
+        within.append(largest_within(model, name, limit, options.audio_seconds))
+    if within:
+        asked.add(min(within))
+    if not asked:
+        asked.update(model.sizes[:-1])
+    return sorted(asked, reverse=True)
+
+
+def write_subnets(
+    supernet: checkpoint.Checkpoint, files: dict[int, Path], overwrite: bool
+) -> list[checkpoint.Checkpoint]:
+    """Write the subnet of each size to its file, and return what is read back.
+
+    Raises ValueError, and then has written nothing, for a size that the supernet can't have, for
+    files that exist unless they may be replaced, and for the supernet's file.
+    """
+    subnets = {size: cut(supernet.model, size) for size in files}
+    for file in files.values():
+        if file.resolve() == supernet.path.resolve():
+            raise ValueError(f"{file}: is the supernet itself; --output names another folder")
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file}: exists already; --overwrite replaces it")
+    for size, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        longest = supernet.longest_seconds
+        checkpoint.save(file, subnets[size], supernet.tokenizer, longest_seconds=longest)
+    return [checkpoint.load(file) for file in files.values()]
+
+
+# What the sizes cost, and their ONNX files.
 
 
 def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
     """Print the table of costs, then the layers that each size keeps."""
-    full = networks[0].model.config.layers
-    models = [cut(networks[0].model, full)] + [loaded.model for loaded in networks[1:]]
+    models = [loaded.model for loaded in networks]
+    if models[0].size is None:
+        models[0] = cut(models[0], models[0].config.layers)
     taken = latencies([(model, model.size) for model in models], seconds)
     milliseconds = f"{f'ms for {seconds:g} s':>12}"
     print(f"{'':9} layers  parameters  MACs for 1 s   file bytes {milliseconds}  file")
     for loaded, model, ms in zip(networks, models, taken, strict=True):
         name, size = f"size {model.size}", f"{loaded.path.stat().st_size:,}"
-        if loaded is networks[0]:
+        if loaded.model.size is None:
             name, size = "supernet", "-"  # its file has the state of the training too
         costs = f"{parameters(model):>11,} {macs(model, model.size):>13,}"
         file = printable(loaded.path)
         print(f"{name:9} {model.size:>6} {costs} {size:>12} {ms:>12.1f}  {file}")
     print(f"kept layers, {LAYER_MAP}")
-    for model in models[1:]:
-        print(f"  size {model.size:>2}  {layer_map(model.mask(model.size))}")
+    for loaded in networks:
+        size = loaded.model.size
+        if size is not None:
+            print(f"  size {size:>2}  {layer_map(loaded.model.mask(size))}")
 
 
-def onnx_path(supernet: checkpoint.Checkpoint, options: argparse.Namespace) -> Path:
-    """Return the path of the supernet's ONNX file."""
-    folder = options.output or supernet.path.parent
-    return pruning.named(folder / "supernet.onnx", options.ranking)
+def onnx_path(loaded: checkpoint.Checkpoint, options: argparse.Namespace) -> Path:
+    """Return the path of the ONNX file of the network from which the sizes are cut."""
+    size = loaded.model.size
+    return path_of(loaded, "supernet.onnx" if size is None else f"size-{size}.onnx", options)
 
 
 def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
-    """Write the ONNX files of the supernet and of the subnets, and print what each size costs."""
-    supernet, *subnets = networks
-    by_path = {onnx_path(supernet, options): supernet}
+    """Write the ONNX file of each network, and print what each size costs."""
+    first, *subnets = networks
+    by_path = {onnx_path(first, options): first}
     by_path |= {subnet.path.with_suffix(".onnx"): subnet for subnet in subnets}
     print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
     for file in export.export_all(by_path, options.int8):
@@ -223,8 +338,10 @@ def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -
 
 def hint(networks: list[checkpoint.Checkpoint]) -> str:
     """Return the command that evaluates what was cut."""
-    supernet, *subnets = networks
-    folder = supernet.path.parent
+    first, *subnets = networks
+    if first.model.size is not None:
+        return f"python evaluate.py {printable(first.path)} measures its word error rate"
+    folder = first.path.parent
     if subnets and subnets[0].path.parent != folder:
         return f"python evaluate.py {printable(subnets[0].path)} measures its word error rate"
     return f"python evaluate.py {printable(folder)} measures the word error rates of all sizes"

@@ -60,12 +60,7 @@ def widened(model: Supernet, config: Config) -> Supernet:
     return supernet
 
 
-# Budget → function of a cut subnet, its size, and seconds of audio → cost.
-COSTS: dict[str, Callable[[Supernet, int, float], float]] = {
-    "max_params": lambda subnet, size, seconds: parameters(subnet, size),
-    "max_macs": lambda subnet, size, seconds: macs(subnet, size),
-    "max_latency_ms": lambda subnet, size, seconds: latencies([(subnet, size)], seconds)[0],
-}
+BUDGETS = ("max_params", "max_macs", "max_latency_ms")
 
 
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
@@ -74,12 +69,17 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
     It bisects: the cost must grow with the size. Each size that it tries is cut out, and for
     milliseconds timed alone, see `latencies`.
 
-    `budget`: one of `COSTS`; milliseconds are those for `seconds` of audio. Raises ValueError where
-    a single layer costs more.
+    `budget`: one of `BUDGETS`; milliseconds are those for `seconds` of audio. Raises ValueError
+    where a single layer costs more.
     """
 
     def cost(size: int) -> float:
-        return COSTS[budget](cut(model, size), size, seconds)
+        subnet = cut(model, size)
+        if budget == "max_params":
+            return parameters(subnet)
+        if budget == "max_macs":
+            return macs(subnet, size)
+        return latencies([(subnet, size)], seconds)[0]
 
     sizes = range(1, model.config.layers + 1)
     size = bisect_right(sizes, limit, key=cost)

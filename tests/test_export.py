@@ -239,6 +239,12 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, prune, tmp_path, m
     assert not list(tmp_path.glob("*.pt"))  # it was told before anything was written
     code, _, error = prune(supernet.path, "--int8")
     assert code == 2 and "--export onnx writes it" in error
+    assert prune(supernet.path, "--output", tmp_path, "--sizes", 2)[0] == 0
+    code, _, error = prune(tmp_path / "size-2.pt", "--export", "onnx", "--overwrite")
+    assert (code, error) == (0, "") and asked[-1] == (2, 2, "size-2.onnx")
+    for flags in ([], ["--export", "onnx", "--ranking", "first"]):
+        code, _, error = prune(tmp_path / "size-2.pt", *flags)
+        assert code == 2 and "was cut already, to 2 layers; --export onnx writes" in error
 
 
 def test_a_changed_byte_is_noticed(single, tmp_path):
