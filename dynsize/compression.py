@@ -20,7 +20,7 @@ from dynsize.evaluation import Scores, evaluated, open_system, read_scores
 from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
-from dynsize.report import change, millions, rate, table
+from dynsize.report import change, millions, rate, read_json, table
 from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
 from dynsize.wer import interval, mean_rate, verdict
 
@@ -90,7 +90,7 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
 # Files and error rates.
 
 
-def name_of(network: str, size: int, numbers: str) -> str:
+def stem_of(network: str, size: int, numbers: str) -> str:
     """Return the name of a network's file without its ending. Example: `cut-8-int8`."""
     suffix = "" if numbers == "float32" else f"-{numbers}"
     return f"{network}-{size}{suffix}"
@@ -106,7 +106,7 @@ def exported(
             run = run.format(size=size)
             if f"{runs.name}/{run}" not in trainings:
                 continue
-            exact, rounded = (name_of(network, size, numbers) for numbers in NUMBERS)
+            exact, rounded = (stem_of(network, size, numbers) for numbers in NUMBERS)
             exports[exact] = output / f"{exact}.onnx"
             exports[rounded] = export.int8_path(exports[exact])
             if not exports[exact].exists():
@@ -128,7 +128,7 @@ def rows_of(
     for size in reversed(config.sizes):
         for network in NETWORKS:
             for numbers in NUMBERS:
-                name = name_of(network, size, numbers)
+                name = stem_of(network, size, numbers)
                 if name not in exports:
                     continue
                 splits = {}
@@ -157,7 +157,7 @@ def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
     for split, of_split in scores.items():
         for size in reversed(config.sizes):
             for network in NETWORKS:
-                names = [name_of(network, size, numbers) for numbers in NUMBERS]
+                names = [stem_of(network, size, numbers) for numbers in NUMBERS]
                 if (names[0], size) not in of_split.errors:
                     continue
                 exact, rounded = ([of_split.errors[name, size]] for name in names)
@@ -180,7 +180,7 @@ def timed(config: Config, runs: Path, exports: dict[str, Path]) -> dict:
                 choice=choice_rows(config, runs / NETWORKS["cut"], exports),
             )
         files.write_text(path, json.dumps(found, indent=2) + "\n")
-    return json.loads(path.read_bytes())
+    return read_json(path)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def choice_rows(config: Config, supernet: Path, exports: dict[str, Path]) -> lis
     calls: dict[tuple[str, int, str], Callable[[], object]] = {}
     cut_bytes = {}
     for size in reversed(config.sizes):
-        file = exports[name_of("cut", size, "float32")]
+        file = exports[stem_of("cut", size, "float32")]
         subnet = cut(loaded.model, size)
         single = {"ONNX": open_onnx(file).network, "torch": network_of(subnet)}
         cut_bytes["ONNX", size] = file.stat().st_size

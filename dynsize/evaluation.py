@@ -1,7 +1,6 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -79,6 +78,16 @@ class System:
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the network, ascending."""
         return self.facts.sizes
+
+    @property
+    def decoding(self) -> dict:
+        """What decides about the results, beside the network and the split."""
+        words = self.words
+        lm = dict(lm=None, lm_weight=None, word_bonus=None)
+        if words:
+            lm = dict(lm=str(words.path), lm_weight=words.weight, word_bonus=words.bonus)
+        config = self.config
+        return dict(corpus=config.corpus, normaliser=config.normaliser, beam=self.beam, **lm)
 
     @property
     def decoder(self) -> Decoder:
@@ -275,9 +284,8 @@ def evaluate(system: System, split: str, output: Path) -> dict:
         row["real_time_factor"] = seconds / audio_seconds
     found = dict(
         checkpoint=str(system.path),
-        corpus=config.corpus,
         split=split,
-        normaliser=config.normaliser,
+        **system.decoding,
         device=str(device_of(config)),
         measure="wer" if blanks else "cer",
         utterances=len(read),
@@ -469,9 +477,21 @@ class Scores(NamedTuple):
 
 
 def evaluated(system: System, split: str, output: Path) -> Path:
-    """Return the folder with the evaluation of a split, which is made where it is missing."""
-    if not (output / "results.json").exists():
+    """Return the folder with the evaluation of a split, which is made where it is missing.
+
+    Raises ValueError where one is there that was made in another way, or is damaged.
+    """
+    path = output / "results.json"
+    if not path.exists():
         evaluate(system, split, output)
+        return output
+    there = report.read_json(path)
+    for name, now in system.decoding.items():
+        before = there.get(name, now)
+        if before != now:
+            flag = f"--{name.replace('_', '-')}"
+            what = f"was made with {flag} {before}, not {now}"
+            raise ValueError(f"{path}: {what}; move its folder elsewhere")
     return output
 
 
@@ -482,7 +502,7 @@ def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
     """
     reports = {}
     for name, folder in folders.items():
-        reports[name] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        reports[name] = report.read_json(folder / "results.json")
     unreadable = set()
     for found in reports.values():
         unreadable.update(found["left_out"].get(UNREADABLE, {}))

@@ -25,6 +25,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from dynsize.config import LAYERS
 from dynsize.conformer import part
+from dynsize.report import read_json
 from dynsize.terminal import printable, reported
 
 STYLE = {
@@ -138,14 +139,6 @@ def read_metrics(run: Path) -> list[dict]:
         if isinstance(record, dict) and "update" in record:
             records.append(record)
     return records
-
-
-def read_json(path: Path) -> dict | list:
-    """Return what a JSON file holds. Raises ValueError, with the path, for a damaged one."""
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
 
 
 def read_results(source: Path) -> dict[str, dict[str, list[dict]]]:

@@ -6,6 +6,7 @@ control a terminal.
 
 import json
 import re
+import typing
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -181,6 +182,14 @@ def became_worse(scored: dict[int, list[Scored]]) -> list[dict]:
 
 
 # Files.
+
+
+def read_json(path: Path) -> typing.Any:
+    """Return what a JSON file holds. Raises ValueError, with the path, for a damaged one."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; delete it") from error
 
 
 def write(report: dict, scored: dict[int, list[Scored]], output: Path) -> None:

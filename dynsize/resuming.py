@@ -7,10 +7,11 @@ from dynsize import processes
 from dynsize.config import Config
 from dynsize.training_data import TrainingData
 
-# What a resumed training may change without changing what is learned. `corpus`: the same corpus,
-# elsewhere.
+# What a resumed training may change without changing what is learned. `corpus`, `teacher`: the
+# same ones, elsewhere.
 FREE = (
     *("device", "workers", "cache_features", "corpus", "corpus_kind", "most_left_out"),
+    "teacher",
     *("log_every", "validate_every", "save_every", "save_minutes", "keep"),
 )
 # What it may change too, though the result is then not that of an unbroken training.

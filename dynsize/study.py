@@ -4,12 +4,17 @@ A study is a folder with a folder for each seed, which has a run directory for e
 FOLDER/seed-0/simple-top-k. `next_training` goes on where the study was stopped; `results` compares
 what is trained. `python -m dynsize.study FOLDER` trains nothing, and writes the tables and pictures
 of the trainings that are at their end.
+
+The subnets of a supernet are compared with networks trained alone, of the same size and with the
+same seeds: with the first layers, and with the layers that the supernet kept, which take the same
+multiply-accumulates.
 """
 
 import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -26,13 +31,19 @@ from dynsize.wer import interval, mean_rate, verdict
 
 PAPER = ("simple-top-k", "iterative-zero-out")  # what further seeds train, beside each size alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
-ONE_SIZE = ("alone", "distilled")  # ways to train that have a training for each size
-WAYS = ("alone", *SHARED, "distilled")
+SAME_LAYERS = {method: f"{method}-layers" for method in PAPER}  # alone, with the layers it kept
+WAYS = ("alone", *SAME_LAYERS.values(), *SHARED, "distilled")
+COMPARED = [  # ways to train, and the one that each is compared with
+    *((way, "alone") for way in (*SHARED, "distilled")),
+    *SAME_LAYERS.items(),
+]
 NOTE = (
     "The 95% intervals cover other utterances and, where there are several seeds, other seeds; two "
-    "or three seeds show less than the whole spread. Differences are in percent points, each way "
-    "minus the same size trained alone with the same seeds, on the same utterances. Better, worse: "
-    "the interval does not contain 0. The others are not significantly different."
+    "or three seeds show less than the whole spread. Differences are in percent points, between "
+    "the same size on the same utterances, with the same seeds on both sides. alone: each size "
+    "trained alone, with the first layers. X-layers: trained alone, with the layers that the "
+    "supernet by X kept. Better, worse: the interval does not contain 0. The others are not "
+    "significantly different."
 )
 
 
@@ -40,39 +51,50 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> dict[str, Config
     """Return name → configuration of each training, in their order, all with the same updates.
 
     With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
-    whose network is the first layers, and each size with the largest size alone as its teacher.
-    With each further seed, the paper's two algorithms and each size alone.
+    with the first layers and with those that each of the paper's algorithms kept, and each size
+    with the largest size alone as its teacher. With each further seed, the same without
+    OrthoSoftmax, LayerDrop and teachers. At the largest size all layers are kept: there is one
+    network alone.
     """
-    trainings: dict[str, Config] = {}
+    trainings: list[Config] = []
     first, *_ = seeds
+    *smaller, largest = config.sizes
     for seed in dict.fromkeys(seeds):
-        name = f"seed-{seed}"
+        runs = folder / f"seed-{seed}"
         of_seed = dataclasses.replace(config, seed=seed)
-        for method in SHARED if seed == first else PAPER:
-            trainings[f"{name}/{method}"] = with_method(of_seed, method)
-        for size in config.sizes:
-            trainings[f"{name}/alone-{size}"] = with_method(of_seed, "none", size=size)
+        alone = partial(with_method, of_seed, "none")
+        trainings += [with_method(of_seed, way) for way in (SHARED if seed == first else PAPER)]
+        trainings += [alone(size=size) for size in config.sizes]
+        for method in PAPER:
+            supernet = str(runs / method)
+            trainings += [alone(size=size, layers_from=supernet) for size in smaller]
         if seed == first:
-            teacher = str(folder / name / f"alone-{config.sizes[-1]}")
-            for size in config.sizes:
-                taught = with_method(of_seed, "none", size=size, teacher=teacher)
-                trainings[f"{name}/distilled-{size}"] = taught
-    return trainings
+            teacher = str(runs / f"alone-{largest}")
+            trainings += [alone(size=size, teacher=teacher) for size in config.sizes]
+    return {training_name(training): training for training in trainings}
+
+
+def way_of(config: Config) -> str:
+    """Return the way by which a network of a study is trained, one of `WAYS`."""
+    if config.method != "none":
+        return config.method
+    if config.teacher:
+        return "distilled"
+    return SAME_LAYERS[Path(config.layers_from).name] if config.layers_from else "alone"
+
+
+def training_name(config: Config) -> str:
+    """Return the name of a training, which is its folder. Example: `seed-0/alone-8`."""
+    size = "" if config.method != "none" else f"-{config.size}"
+    return f"seed-{config.seed}/{way_of(config)}{size}"
 
 
 def next_training(trainings: dict[str, Config], folder: Path) -> Trainer | None:
     """Return the first training of the plan that is not at its end, new or as it was left.
 
     Returns None where all are. Raises ValueError where the folder has a training of the same name
-    with other settings, and where it has trainings beside the folders of the seeds.
+    with other settings.
     """
-    for method in SHARED:
-        if checkpoint.history(folder / method):
-            seed = next(iter(trainings)).partition("/")[0]
-            raise ValueError(
-                f"{folder / method}: a study has its trainings in a folder for each seed; "
-                f"move those of one seed to {folder / seed}, or name another --run"
-            )
     for name, planned in trainings.items():
         run = folder / name
         if not checkpoint.history(run):
@@ -85,21 +107,22 @@ def next_training(trainings: dict[str, Config], folder: Path) -> Trainer | None:
                 "--run names another folder"
             )
         if trained.training["update"] < planned.updates:
-            return Trainer.resume(run)
+            moved = dict(teacher=planned.teacher) if planned.teacher else {}
+            return Trainer.resume(run, moved)
     return None
 
 
 def other_settings(trained: Config, planned: Config) -> list[str]:
     """Return the settings in which a training differs from its plan, such as `--seed 0, not 1`.
 
-    Two paths of one directory are the same teacher.
+    Trainings of the same name in two studies' folders are the same: a study can be copied.
     """
     found = []
     for field in dataclasses.fields(Config):
         there, here = getattr(trained, field.name), getattr(planned, field.name)
         same = there == here
-        if field.name == "teacher" and there and here:
-            same = Path(there).resolve() == Path(here).resolve()
+        if field.name in ("teacher", "layers_from") and there and here:
+            same = Path(there).parts[-2:] == Path(here).parts[-2:]
         if not same:
             flag = f"--{field.name.replace('_', '-')}"
             found.append(f"{flag} {shown(there) or 'none'}, not {shown(here) or 'none'}")
@@ -111,11 +134,11 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
 
 def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return and write the tables of `write_tables`, and of `compression.results` if it can run."""
-    shown = write_tables(config, trainings, folder)
+    tables = write_tables(config, trainings, folder)
     if package := compression.missing():
         install = "pip install 'dynsize[onnx]'"
-        return f"{shown}\nno table of compression: {package} is missing: {install}\n"
-    return shown + "\n" + compression.results(config, trainings, folder)
+        return f"{tables}\nno table of compression: {package} is missing: {install}\n"
+    return tables + "\n" + compression.results(config, trainings, folder)
 
 
 def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> str:
@@ -123,9 +146,10 @@ def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> 
 
     `trainings`: name → configuration of those that are at their end. Evaluates each on the test
     splits, where that was not done. Writes the rates of each way to train to `study.json` (split →
-    way → sizes), and the differences between each way and the same size alone to
-    `differences.json` (split → rows, see `compared`).
+    way → sizes, see `rates_of`), and the differences between ways to `differences.json` (split →
+    rows, see `differences_of`).
     """
+    seeds = seeds_of_ways(trainings, config)
     rates: dict[str, dict[str, list[dict]]] = {}
     differences: dict[str, list[dict]] = {}
     tables = []
@@ -137,114 +161,111 @@ def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> 
             system = System(loaded.path, loaded.model.config, loaded)
             folders[name] = evaluated(system, split, output)
         scores = read_scores(folders, config, split)
-        rates[split] = rates_of(trainings, scores, config)
-        differences[split] = compared(trainings, scores, config)
-        tables.append(rate_table(split, rates[split], config))
-        tables.append(difference_table(split, differences[split], config))
-    text = "\n".join([*tables, seeds_of_ways(rates[split]), NOTE + "\n"])
+        rates[split] = {way: rates_of(way, seeds[way], scores, config) for way in seeds}
+        differences[split] = differences_of(seeds, scores, config)
+        tables += tables_of(split, differences[split], scores, config)
+    text = "\n".join([*tables, NOTE + "\n"])
     files.write_text(folder / "study.json", json.dumps(rates, indent=2) + "\n")
     files.write_text(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
     files.write_text(folder / "study.md", text)
     return text
 
 
-def runs_of(trainings: dict[str, Config], way: str, size: int) -> dict[int, str]:
-    """Return seed → name of the trainings that have a size by one way to train."""
-    wanted = f"{way}-{size}" if way in ONE_SIZE else way
-    found = {}
-    for name, planned in trainings.items():
-        if name.partition("/")[2] == wanted:
-            found[planned.seed] = name
+def seeds_of_ways(trainings: dict[str, Config], config: Config) -> dict[str, list[int]]:
+    """Return way → the seeds with which all its sizes are trained, without ways that have none."""
+    found: dict[str, list[int]] = {}
+    for way in WAYS:
+        for seed in dict.fromkeys(training.seed for training in trainings.values()):
+            if all(training_of(way, seed, size, config) in trainings for size in config.sizes):
+                found.setdefault(way, []).append(seed)
     return found
 
 
-def rates_of(trainings: dict[str, Config], scores: Scores, config: Config) -> dict[str, list[dict]]:
-    """Return way to train → rows of a split, largest size first.
+def training_of(way: str, seed: int, size: int, config: Config) -> str:
+    """Return the name of the training that has a size by one way."""
+    if way in SHARED:
+        return f"seed-{seed}/{way}"
+    if way in SAME_LAYERS.values() and size == config.sizes[-1]:
+        way = "alone"  # all layers are kept
+    return f"seed-{seed}/{way}-{size}"
+
+
+def rates_of(way: str, seeds: Sequence[int], scores: Scores, config: Config) -> list[dict]:
+    """Return the rates of one way to train on a split, largest size first.
 
     Each row has `size`, the `measure` (wer or cer), and under the measure's name the mean rate of
-    all seeds, its 95% `interval`, the rate of each of the `seeds`, and the mean `parameters` and
+    the seeds, its 95% `interval`, the rate of each of the `seeds`, and the mean `parameters` and
     `macs`.
     """
-    rates: dict[str, list[dict]] = {}
-    for way in WAYS:
-        for size in reversed(config.sizes):
-            names = runs_of(trainings, way, size)
-            if not names:
-                continue
-            errors = [scores.errors[name, size] for name in names.values()]
-            rows = [scores.rows[name, size] for name in names.values()]
-            row = dict(size=size, measure=scores.measure)
-            row[scores.measure] = mean_rate(errors)
-            row["interval"] = interval(*errors)
-            row["seeds"] = {}
-            for seed, of_seed in zip(names, errors, strict=True):
-                row["seeds"][seed] = mean_rate([of_seed])
-            row["parameters"] = round(fmean(of_seed["parameters"] for of_seed in rows))
-            row["macs"] = round(fmean(of_seed["macs"] for of_seed in rows))
-            rates.setdefault(way, []).append(row)
+    rates = []
+    for size in reversed(config.sizes):
+        runs = [(training_of(way, seed, size, config), size) for seed in seeds]
+        errors = [scores.errors[run] for run in runs]
+        row = dict(size=size, measure=scores.measure)
+        row[scores.measure] = mean_rate(errors)
+        row["interval"] = interval(*errors)
+        row["seeds"] = {}
+        for seed, of_seed in zip(seeds, errors, strict=True):
+            row["seeds"][seed] = mean_rate([of_seed])
+        for cost in ("parameters", "macs"):
+            row[cost] = round(fmean(scores.rows[run][cost] for run in runs))
+        rates.append(row)
     return rates
 
 
-def compared(trainings: dict[str, Config], scores: Scores, config: Config) -> list[dict]:
-    """Return the differences of error rates between each way to train and the same size alone.
+def differences_of(seeds: dict[str, list[int]], scores: Scores, config: Config) -> list[dict]:
+    """Return the differences of error rates between the ways to train that are `COMPARED`.
 
-    Each row has `method`, `size`, the `seeds` that both were trained with, the `measure` (wer or
-    cer), the `rates` of both, their `difference`, its 95% `interval` and the `verdict` on the
-    method.
+    `seeds`: way → its seeds. Each row has `method`, the `baseline` that it is compared with, the
+    `size`, the `seeds` that both were trained with, the `measure` (wer or cer), the `rates` of
+    both, their `difference`, its 95% `interval` and the `verdict` on the method.
     """
     rows = []
-    for way in WAYS[1:]:
-        for size in reversed(config.sizes):
-            alone = runs_of(trainings, "alone", size)
-            names = runs_of(trainings, way, size)
-            seeds = [seed for seed in names if seed in alone]
-            first = [scores.errors[names[seed], size] for seed in seeds]
-            second = [scores.errors[alone[seed], size] for seed in seeds]
-            row = dict(method=way, size=size, seeds=seeds, measure=scores.measure)
-            if seeds:
-                rows.append(row | verdict(first, second))
+    for way, baseline in COMPARED:
+        both = [seed for seed in seeds.get(way, ()) if seed in seeds.get(baseline, ())]
+        for size in reversed(config.sizes) if both else ():
+            sides = []
+            for side in (way, baseline):
+                runs = [(training_of(side, seed, size, config), size) for seed in both]
+                sides.append([scores.errors[run] for run in runs])
+            row = dict(method=way, baseline=baseline, size=size, seeds=both)
+            rows.append(row | dict(measure=scores.measure) | verdict(*sides))
     return rows
 
 
-# The tables.
+def tables_of(split: str, rows: list[dict], scores: Scores, config: Config) -> list[str]:
+    """Return the tables of a split: for each set of seeds the error rates, then the differences.
 
-
-def rate_table(split: str, rates: dict[str, list[dict]], config: Config) -> str:
-    """Return the error rates on a split, in percent with 95% intervals, largest size first."""
-    cells = {(way, row["size"]): rate(row) for way, rows in rates.items() for row in rows}
-    lines = []
-    for size in reversed(config.sizes):
-        lines.append([size, *(cells.get((way, size), "") for way in rates)])
-    measures = {row["measure"].upper() for rows in rates.values() for row in rows}
-    return table([f"{split}, {measures.pop()}: size", *rates], lines)
-
-
-def difference_table(split: str, rows: list[dict], config: Config) -> str:
-    """Return the differences on a split with their intervals and verdicts, largest size first."""
-    cells = {(row["method"], row["size"]): change(row) for row in rows}
-    ways = list(dict.fromkeys(row["method"] for row in rows))
-    lines = []
-    for size in reversed(config.sizes):
-        lines.append([size, *(cells.get((way, size), "") for way in ways)])
-    return table([f"{split}: size", *(f"{way} − alone" for way in ways)], lines)
-
-
-def seeds_of_ways(rates: dict[str, list[dict]]) -> str:
-    """Return a sentence on the seeds of each way to train, for below the tables.
-
-    Sizes are named where they have different seeds, in a study that is not at its end.
+    A table has the same seeds in all its columns. The largest size comes first. `rows`: what
+    `differences_of` returned.
     """
-    named: dict[str, list[str]] = {}
-    for way, rows in rates.items():
-        sizes_of: dict[str, list[str]] = {}
-        for row in rows:
-            seeds = " and ".join(map(str, row["seeds"]))
-            sizes_of.setdefault(seeds, []).append(str(row["size"]))
-        for seeds, sizes in sizes_of.items():
-            name = way if len(sizes_of) == 1 else f"{way} {' '.join(sizes)}"
-            named.setdefault(seeds, []).append(name)
-    parts = [f"{seeds}: {', '.join(names)}" for seeds, names in named.items()]
-    return f"Means of the trainings with seed {'; with seed '.join(parts)}.\n"
+    groups: dict[tuple[int, ...], list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["seeds"]), []).append(row)
+    tables = []
+    for seeds, of_group in groups.items():
+        named = f"{split}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
+        compared = {way for row in of_group for way in (row["method"], row["baseline"])}
+        rates: dict[str, dict[int, str]] = {}
+        for way in WAYS:
+            if way in compared:
+                of_way = rates_of(way, seeds, scores, config)
+                rates[way] = {row["size"]: rate(row) for row in of_way}
+        changes: dict[str, dict[int, str]] = {}
+        for row in of_group:
+            column = changes.setdefault(f"{row['method']} − {row['baseline']}", {})
+            column[row["size"]] = change(row)
+        tables.append(size_table(f"{named}, {scores.measure.upper()}", rates, config))
+        tables.append(size_table(named, changes, config))
+    return tables
+
+
+def size_table(title: str, columns: dict[str, dict[int, str]], config: Config) -> str:
+    """Return a table with a line for each size and the `columns` (name → size → cell)."""
+    lines = []
+    for size in reversed(config.sizes):
+        lines.append([size, *(column[size] for column in columns.values())])
+    return table([f"{title}: size", *columns], lines)
 
 
 # The tables of what is trained.

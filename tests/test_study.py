@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -18,17 +19,20 @@ from dynsize.study import main, next_training, plan, write_tables
 from dynsize.subnet import costs, cut, weights_in
 
 SIZES = (3, 8)
+PAPER = [
+    *("simple-top-k", "iterative-zero-out", "alone-3", "alone-8"),
+    *("simple-top-k-layers-3", "iterative-zero-out-layers-3"),
+]
 FIRST = [
-    *("seed-0/simple-top-k", "seed-0/iterative-zero-out", "seed-0/ortho-softmax"),
-    *("seed-0/layerdrop", "seed-0/alone-3", "seed-0/alone-8"),
+    *(f"seed-0/{way}" for way in (*PAPER[:2], "ortho-softmax", "layerdrop", *PAPER[2:])),
     *("seed-0/distilled-3", "seed-0/distilled-8"),
 ]
-FURTHER = [
-    *("seed-1/simple-top-k", "seed-1/iterative-zero-out"),
-    *("seed-1/alone-3", "seed-1/alone-8"),
-]
+FURTHER = [f"seed-1/{way}" for way in PAPER]
 HALF_DONE = "seed-1/simple-top-k"
-WAYS = "alone simple-top-k iterative-zero-out ortho-softmax layerdrop distilled".split()
+SHARED = ("simple-top-k", "iterative-zero-out", "ortho-softmax", "layerdrop")
+TWO_SEEDS = ("alone", "simple-top-k-layers", "iterative-zero-out-layers", *SHARED[:2])
+COMPARED = [(way, "alone") for way in (*SHARED, "distilled")]
+COMPARED += [(way, f"{way}-layers") for way in SHARED[:2]]
 RATE = r" +[\d.]+% \[[\d.]+, [\d.]+\] \|"
 CHANGE = r" +[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\](?: better| worse)? \|"
 
@@ -89,17 +93,18 @@ def study(tones, tmp_path_factory) -> Study:
 
 def test_the_plan_has_every_way_for_the_first_seed_and_the_papers_for_further_ones():
     trainings = plan(tiny(sizes=SIZES), [0, 1], Path("runs/study"))
-    assert list(trainings) == FIRST + FURTHER  # a teacher comes before those that it teaches
+    assert list(trainings) == FIRST + FURTHER  # what a training starts from comes before it
     for name, config in trainings.items():
         seed, _, way = name.partition("/")
         assert config.seed == int(seed.removeprefix("seed-"))
         kind, _, size = way.rpartition("-")
-        if kind in ("alone", "distilled"):
-            assert (config.method, config.size, config.sizes) == ("none", int(size), (8,))
-        else:
+        if way in SHARED:
             assert (config.method, config.size, config.sizes) == (way, 0, SIZES)
-        teacher = "runs/study/seed-0/alone-8" if kind == "distilled" else ""
-        assert config.teacher == teacher
+        else:
+            assert (config.method, config.size, config.sizes) == ("none", int(size), (8,))
+        assert config.teacher == ("runs/study/seed-0/alone-8" if kind == "distilled" else "")
+        source = f"runs/study/{seed}/{kind.removesuffix('-layers')}"
+        assert config.layers_from == (source if kind.endswith("-layers") else "")
     assert list(plan(tiny(sizes=SIZES), [1, 1], Path("x"))) == [
         name.replace("seed-0", "seed-1") for name in FIRST
     ]
@@ -121,60 +126,83 @@ def metrics(study: Study, name: str) -> list[str]:
     return (study.folder / name / "metrics.jsonl").read_text().splitlines()
 
 
+def run_of(way: str, size: int) -> str:
+    """The folder of the training that has a size by one way; at size 8 all layers are kept."""
+    if way in SHARED:
+        return way
+    return f"{way}-{size}" if (way == "distilled" or size == 3) else "alone-8"
+
+
 def test_rates_are_the_means_of_the_seeds(study):
     found = study.read("study.json")
     assert list(found) == ["test-clean"]
-    for split, ways in found.items():
-        assert list(ways) == WAYS
-        for way, rows in ways.items():
-            assert [row["size"] for row in rows] == [8, 3]
-            seeds = ["0", "1"] if way in ("alone", *WAYS[1:3]) else ["0"]
-            for row in rows:
-                suffix = f"-{row['size']}" if way in ("alone", "distilled") else ""
-                rates = [
-                    study.rate(f"seed-{seed}/{way}{suffix}", split, row["size"]) for seed in seeds
-                ]
-                assert list(row["seeds"]) == seeds
-                assert list(row["seeds"].values()) == pytest.approx(rates)
-                assert row["wer"] == pytest.approx(fmean(rates))
-                assert row["interval"][0] <= row["wer"] <= row["interval"][1]
+    assert list(found["test-clean"]) == [*TWO_SEEDS, *SHARED[2:], "distilled"]
+    for way, rows in found["test-clean"].items():
+        assert [row["size"] for row in rows] == [8, 3]
+        seeds = ["0", "1"] if way in TWO_SEEDS else ["0"]
+        for row in rows:
+            run = run_of(way, row["size"]) if way != "alone" else f"alone-{row['size']}"
+            rates = [study.rate(f"seed-{seed}/{run}", "test-clean", row["size"]) for seed in seeds]
+            assert list(row["seeds"]) == seeds
+            assert list(row["seeds"].values()) == pytest.approx(rates)
+            assert row["wer"] == pytest.approx(fmean(rates))
+            assert row["interval"][0] <= row["wer"] <= row["interval"][1]
     different = [
         row["seeds"]["0"] != row["seeds"]["1"] for rows in found["test-clean"].values()
         for row in rows if len(row["seeds"]) > 1
     ]  # fmt: skip
     assert any(different)
+    macs = {way: rows[1]["macs"] for way, rows in found["test-clean"].items()}
+    for way in SHARED[:2]:  # alone with the same layers, a size costs what it costs inside
+        assert macs[way] == macs[f"{way}-layers"]
 
 
-def test_differences_are_to_the_size_alone_with_the_same_seeds(study):
-    rates = study.read("study.json")
-    for split, rows in study.read("differences.json").items():
-        pairs = [(row["method"], row["size"]) for row in rows]
-        assert pairs == [(way, size) for way in WAYS[1:] for size in (8, 3)]
-        of_split = {(way, r["size"]): r["seeds"] for way, of in rates[split].items() for r in of}
-        for row in rows:
-            first = of_split[row["method"], row["size"]]
-            second = of_split["alone", row["size"]]
-            assert row["seeds"] == [int(seed) for seed in first]
-            assert row["runs"] == [len(first), len(first)]
-            means = [fmean(first.values()), fmean(second[seed] for seed in first)]
-            assert row["rates"] == pytest.approx(means)
-            assert row["difference"] == pytest.approx(means[0] - means[1])
-            low, high = row["interval"]
-            verdict = (
-                "better" if high < 0 else "worse" if low > 0 else "not significantly different"
-            )
-            assert row["verdict"] == verdict
+def test_differences_are_between_the_same_seeds(study):
+    rates = study.read("study.json")["test-clean"]
+    rows = study.read("differences.json")["test-clean"]
+    found = [(row["method"], row["baseline"], row["size"]) for row in rows]
+    assert found == [(*pair, size) for pair in COMPARED for size in (8, 3)]
+    seeds_of = {(way, row["size"]): row["seeds"] for way in rates for row in rates[way]}
+    for row in rows:
+        first = seeds_of[row["method"], row["size"]]
+        second = seeds_of[row["baseline"], row["size"]]
+        assert row["seeds"] == [int(seed) for seed in first]
+        assert row["runs"] == [len(first), len(first)]
+        means = [fmean(first.values()), fmean(second[seed] for seed in first)]
+        assert row["rates"] == pytest.approx(means)
+        assert row["difference"] == pytest.approx(means[0] - means[1])
+        low, high = row["interval"]
+        verdict = "better" if high < 0 else "worse" if low > 0 else "not significantly different"
+        assert row["verdict"] == verdict
 
 
-def test_the_tables_have_a_row_for_each_size_and_a_column_for_each_way(study):
+def cells(text: str, title: str) -> list[dict[str, str]]:
+    """The lines of the table whose first column has this title: column → cell."""
+    lines = [line.strip("|\n ").split("|") for line in text.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line] for line in lines]
+    start = next(number for number, line in enumerate(lines) if line[0] == title)
+    names = lines[start]
+    return [dict(zip(names, line, strict=True)) for line in lines[start + 2 : start + 4]]
+
+
+def test_a_table_has_the_same_seeds_in_all_columns(study):
     text = (study.folder / "study.md").read_text()
     assert text == study.text
-    columns = r" \| +".join(WAYS)
-    assert re.search(rf"^\| test-clean, WER: size \| +{columns} \|$", text, re.M)
-    assert len(re.findall(rf"^\| +[83] \|(?:{RATE}){{6}}$", text, re.M)) == 2
-    assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{5}}$", text, re.M)) == 2
-    seeds = "with seed 0 and 1: alone, simple-top-k, iterative-zero-out; with seed 0: ortho-softmax"
-    assert seeds in text
+    assert len(re.findall(rf"^\| +[83] \|(?:{RATE}){{5}}$", text, re.M)) == 2
+    assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{4}}$", text, re.M)) == 2
+    assert len(re.findall(rf"^\| +[83] \|(?:{RATE}){{4}}$", text, re.M)) == 2
+    assert len(re.findall(rf"^\| +[83] \|(?:{CHANGE}){{3}}$", text, re.M)) == 2
+    rows = study.read("differences.json")["test-clean"]
+    for title, ways in (("seeds 0 and 1", SHARED[:2]), ("seed 0", (*SHARED[2:], "distilled"))):
+        rates = cells(text, f"test-clean, {title}, WER: size")
+        changes = cells(text, f"test-clean, {title}: size")
+        for row in rows:
+            if row["method"] in ways:
+                line = (8, 3).index(row["size"])
+                shown = [rates[line][row[side]].split("%")[0] for side in ("method", "baseline")]
+                assert shown == [f"{100 * rate:.2f}" for rate in row["rates"]]
+                difference = changes[line][f"{row['method']} − {row['baseline']}"].split(" ")[0]
+                assert difference == f"{100 * row['difference']:+.2f}"
 
 
 def test_the_tables_of_an_unfinished_study_have_what_is_trained(study, tmp_path, exports):
@@ -185,17 +213,14 @@ def test_the_tables_of_an_unfinished_study_have_what_is_trained(study, tmp_path,
         (tmp_path / name).symlink_to(study.folder / name)
     (tmp_path / "seed-0" / "notes.txt").write_text("mine")
     main([str(tmp_path)])
-    ways = ["alone", "simple-top-k", "iterative-zero-out", "layerdrop"]
     found = json.loads((tmp_path / "study.json").read_text())["test-clean"]
-    assert list(found) == ways
-    assert [list(row["seeds"]) for row in found["alone"]] == [["0", "1"], ["0"]]
-    whole = study.read("study.json")["test-clean"]
-    assert found["layerdrop"] == whole["layerdrop"]
+    assert list(found) == [*TWO_SEEDS, "layerdrop"]
+    assert [list(row["seeds"]) for row in found["alone"]] == [["0"], ["0"]]
+    assert found["layerdrop"] == study.read("study.json")["test-clean"]["layerdrop"]
     rows = json.loads((tmp_path / "differences.json").read_text())["test-clean"]
-    seeds = {(row["method"], row["size"]): row["seeds"] for row in rows}
-    assert seeds["simple-top-k", 8] == [0, 1] and seeds["simple-top-k", 3] == [0]
-    text = (tmp_path / "study.md").read_text()
-    assert "seed 0 and 1: alone 8, simple-top-k, iterative-zero-out; with seed 0: alone 3" in text
+    seeds = {(row["method"], row["baseline"]): row["seeds"] for row in rows}
+    assert seeds["simple-top-k", "alone"] == [0]
+    assert seeds["simple-top-k", "simple-top-k-layers"] == [0, 1]
     rows = json.loads((tmp_path / "compression.json").read_text())["rows"]
     pairs = [(row["size"], row["network"]) for row in rows[::2]]
     assert pairs == [(8, "cut"), (8, "alone"), (3, "cut"), (3, "alone")]
@@ -209,24 +234,47 @@ def test_where_nothing_is_trained_there_are_no_tables(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_study_without_folders_of_seeds_is_refused(study, tmp_path):
-    (tmp_path / "simple-top-k").symlink_to(study.folder / "seed-0" / "simple-top-k")
-    with pytest.raises(ValueError, match=r"simple-top-k: .* move those of one seed to .*seed-0"):
-        next_training(study.trainings, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["simple-top-k"]
-
-
 def test_a_training_with_other_settings_is_refused_and_the_settings_are_named(study):
     other = dataclasses.replace(study.config, dropout=0.2, updates=3)
     with pytest.raises(ValueError, match=r"\(--dropout 0.1, not 0.2, --updates 2, not 3\)"):
         next_training(plan(other, [0, 1], study.folder), study.folder)
 
 
-def test_another_path_of_the_same_teacher_is_the_same_training(study, tmp_path):
-    (tmp_path / "link").symlink_to(study.folder)
-    assert next_training(plan(study.config, [0, 1], tmp_path / "link"), study.folder) is None
+def test_a_copied_study_goes_on_with_its_own_teacher(study, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(study.folder, folder)
+    trainings = plan(study.config, [0, 1], folder)
+    assert next_training(trainings, folder) is None
+    run = folder / "seed-0" / "distilled-3"
+    (run / checkpoint.NAME).unlink()  # the one before it is left, of update 1
+    trainer = next_training(trainings, folder)
+    assert trainer.config.teacher == str(folder / "seed-0" / "alone-8") and trainer.done == 1
+    assert trainer.starts_from[-1].parent == folder / "seed-0" / "alone-8"
+    trainer.locked.close()
+    other = {"seed-0/distilled-3": dataclasses.replace(trainer.config, teacher="runs/x")}
     with pytest.raises(ValueError, match="--teacher "):
-        next_training(plan(study.config, [0, 1], tmp_path), study.folder)
+        next_training(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(beam=16), "results.json: was made with --beam 16, not 1"),
+        (dict(lm="3gram.arpa"), "was made with --lm 3gram.arpa, not None"),
+        (dict(normaliser="plain"), "was made with --normaliser plain, not none"),
+        (dict(corpus="elsewhere"), "was made with --corpus elsewhere"),
+        (None, "results.json: damaged: "),
+    ],
+)
+def test_results_that_were_made_in_another_way_are_not_taken_over(study, tmp_path, change, why):
+    loaded = checkpoint.load(study.folder / "seed-0" / "alone-3")
+    system = evaluation.System(loaded.path, loaded.model.config, loaded)
+    evaluated = loaded.path.parent / "evaluation" / "checkpoint" / "test-clean"
+    there = (evaluated / "results.json").read_text()
+    text = json.dumps(json.loads(there) | change) if change else there[:-100]
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(why)):
+        evaluation.evaluated(system, "test-clean", tmp_path)
 
 
 # Compression. A file of these tests is a checkpoint with the ending of an ONNX file, as a true
