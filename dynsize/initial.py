@@ -1,4 +1,4 @@
-"""What a training starts with: its network and its optimizer.
+"""What a training starts with: its network, its teacher and its optimizer.
 
 The network is new, or has the weights of another training.
 """
@@ -18,6 +18,8 @@ from dynsize.corpora import read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 
+# Settings that decide what a network gets as its input and which times its frames have.
+SAME = ("sample_rate", "mel_bins", "lowest_hz", "highest_hz", "window_ms", "hop_ms", "front_end")
 UNITS = {"tokenizer", "units", "vocabulary"}  # settings that ask for another tokenizer
 FREE_OF_WEIGHTS = {"dropout"}  # a setting of the network that its weights do not depend on
 CHOICE = {"method", "sizes", "size", "layers_from"}  # settings that decide which layers there are
@@ -100,6 +102,27 @@ def check_memory(model: Supernet) -> None:
             f"a network of {weights:,} weights takes {16e-9 * weights:.0f} GB in training, "
             f"more than the {1e-9 * memory:.0f} GB of this machine: lower --blocks or --width"
         )
+
+
+def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
+    """Return the checkpoint that `config.teacher` names.
+
+    Raises ValueError where its labels or its features are not those of this training.
+    """
+    loaded = checkpoint.load(Path(config.teacher))
+    if not torch.equal(loaded.tokenizer.model, tokenizer.model):
+        raise ValueError(
+            f"--teacher {loaded.path}: its labels are not those of this training; "
+            "train both on the same corpus with the same --vocabulary"
+        )
+    for name in SAME:
+        here, there = getattr(config, name), getattr(loaded.model.config, name)
+        if here != there:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--teacher {loaded.path}: was trained with {flag} {there}, not {here}"
+            )
+    return loaded
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dynsize import kernels
 from dynsize.config import Config
@@ -59,11 +58,6 @@ def is_first() -> bool:
     return number() == 0
 
 
-def wrapped(model: nn.Module) -> nn.Module:
-    """Return the model, wrapped so that the gradients of several processes become their mean."""
-    return DistributedDataParallel(model) if count() > 1 else model
-
-
 def total(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     if count() == 1:
@@ -71,6 +65,21 @@ def total(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Replace the gradients of a model by their sums over all processes.
+
+    All are exchanged as one tensor after the backward pass. That is plainer than
+    DistributedDataParallel, which exchanges some while others are computed.
+    """
+    if count() == 1:
+        return
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parts = total(flat).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @contextmanager

@@ -1,84 +1,186 @@
-"""What an update trains: in step 1 by the algorithm, in step 2 by the sandwich rule.
+"""One update: which networks it trains, with which gates and loss weights, and their losses.
 
-An update of step 1 trains two networks. The supernet has all layers, each with gate True. The
-subnet has the algorithm's layer weights as gates, and the output layer of the largest trained size
-that is at most its size k. A layer whose weight is a tensor is computed even where that is 0, so
-the subnet takes as long as the supernet; only Iterative-Zero-Out saves the layers that it has
-zeroed out. There is no stochastic depth.
+Step 1 trains two networks. The supernet has all layers. The subnet has the algorithm's layer
+weights as gates, and the output layer of the largest trained size that is at most its size k. A
+layer whose weight is a tensor is computed even where that is 0, so the subnet takes as long as the
+supernet; only Iterative-Zero-Out saves the layers that it has zeroed out. There is no stochastic
+depth.
 
-`update` is the number of an update, from 0. The settings are the model's.
+Step 2 trains the largest size, the smallest one and a random size between, each with the binary
+mask that the ranking gives it: the sandwich rule. The largest has stochastic depth.
+
+LayerDrop trains one network, the largest, of which each utterance skips random layers.
 """
 
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dynsize import sandwich
 from dynsize.algorithms import ALGORITHMS
-from dynsize.conformer import Gates
+from dynsize.batching import Batch
+from dynsize.config import Config
+from dynsize.conformer import Gates, padding_mask
+from dynsize.ctc import ctc_loss
 from dynsize.kernels import layer_gates
 from dynsize.schedule import ends_span, in_step1
 from dynsize.supernet import Supernet
 
 
-def loss_weights(model: Supernet, update: int) -> dict[int, float]:
-    """Return the networks that an update trains, largest first: size → weight of its loss."""
+@dataclass(frozen=True)
+class Update:
+    """What one update trains."""
+
+    number: int  # from 0
+    step: int  # of the paper: 1 learns the layer scores, 2 trains all sizes
+    weights: dict[int, float]  # size → weight of its CTC loss, largest size first
+
+
+def planned(model: Supernet, number: int) -> Update:
+    """Return what the update of this number trains."""
     config = model.config
-    if in_step1(update, config):
-        size = ALGORITHMS[config.method].size_at(update, config)
-        return {config.layers: 1.0, size: config.subnet_loss}
+    if in_step1(number, config):
+        size = ALGORITHMS[config.method].size_at(number, config)
+        return Update(number, 1, {config.layers: 1.0, size: config.subnet_loss})
     if config.method == "layerdrop":
-        return {config.layers: 1.0}
-    return sandwich.loss_weights(update, model.sizes, config)
+        return Update(number, 2, {config.layers: 1.0})
+    return Update(number, 2, sandwich(number, model.sizes, config))
 
 
-def gates(model: Supernet, update: int, seeds: Tensor) -> list[Gates]:
-    """Return the gates of the networks of `loss_weights`, for utterances with these seeds."""
+def sandwich(number: int, sizes: Sequence[int], config: Config) -> dict[int, float]:
+    """Return size → weight of its loss, largest size first, by the sandwich rule.
+
+    The largest size trains with weight 1. The smallest one and one between, drawn from
+    (seed, update), train with the weight `subnet_loss`. `sizes`: ascending.
+    """
+    smallest, largest = sizes[0], sizes[-1]
+    between = sizes[1:-1]
+    weights = {largest: 1.0}
+    if between:
+        draw = random.Random(f"sandwich {config.seed} {number}")
+        weights[draw.choice(between)] = config.subnet_loss
+    if smallest != largest:
+        weights[smallest] = config.subnet_loss
+    return weights
+
+
+def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
+    """Return the L gates of each network, largest first, for utterances with these seeds, (B,)."""
     config = model.config
-    if in_step1(update, config):
+    if update.step == 1:
         algorithm = ALGORITHMS[config.method]
         supernet = [True] * config.layers
-        subnet = algorithm.layer_weights(model.scores, model.ranking, update, config)
+        subnet = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
         return [supernet, subnet]
     if config.method == "layerdrop":
         return [list(layer_gates(seeds, config.layers, config.layer_drop))]
-    masks = [model.mask(size) for size in loss_weights(model, update)]
-    return sandwich.gates(masks, seeds, config)
+    largest, *smaller = [model.mask(size) for size in update.weights]
+    if smaller and config.stochastic_depth > 0:
+        largest = stochastic_depth(smaller[-1], seeds, config)
+    return [largest, *smaller]
 
 
-def extra_loss(model: Supernet, update: int) -> Tensor:
-    """Return the algorithm's extra loss in an update of step 1."""
+def stochastic_depth(smallest: Sequence[bool], seeds: Tensor, config: Config) -> Gates:
+    """Return the supernet's L gates: True inside the smallest subnet's mask, else (B,) float32.
+
+    Each utterance skips each layer outside of the smallest subnet with the probability
+    `stochastic_depth`. Layers that only a middle size keeps are skipped too. The gate of a skipped
+    layer is 0; the layer is computed all the same. The gate of any other layer is 1: it is not
+    scaled up.
+
+    `smallest`: the mask of the smallest subnet. `seeds`: (B,) int64, one for each utterance.
+    """
+    drawn = layer_gates(seeds, len(smallest), config.stochastic_depth)  # (L, B)
+    return [True if kept else gate for kept, gate in zip(smallest, drawn, strict=True)]
+
+
+def losses_of(
+    update: Update,
+    batch: Batch,
+    label_count: float,
+    model: Supernet,
+    teacher: Supernet | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what a batch adds to an update's loss, (), and the CTC loss of each network, (M,).
+
+    Both are sums over the batch's utterances, divided by `label_count`: how many target labels the
+    update has, in all batches of all processes. The first is Σ weight · CTC, and where there is a
+    teacher the divergence of `distillation_loss` beside it.
+    """
+    device = next(model.parameters()).device
+    features, frames, targets, target_lengths, seeds = batch.to(device)
+    gates = gates_of(update, model, seeds)
+    log_probs, lengths = model(features, frames, list(update.weights), gates, seeds)
+    networks, utterances = log_probs.shape[:2]  # M, B
+    by_utterance = ctc_loss(
+        log_probs.flatten(0, 1),  # (M·B, T', V)
+        lengths.repeat(networks),
+        targets.repeat(networks, 1),
+        target_lengths.repeat(networks),
+    )
+    ctc = by_utterance.unflatten(0, (networks, utterances)).sum(1) / label_count  # (M,)
+    pairs = zip(update.weights.values(), ctc, strict=True)
+    loss = sum(weight * of_network for weight, of_network in pairs)
+    if teacher is not None:
+        divergence = distillation_loss(teacher, features, frames, log_probs[0])
+        loss = loss + divergence / label_count
+    return loss, ctc.detach()
+
+
+def distillation_loss(
+    teacher: Supernet, features: Tensor, lengths: Tensor, log_probs: Tensor
+) -> Tensor:
+    """Return KL(teacher ‖ network), summed over all frames of the utterances, in nats.
+
+    It is the divergence of the labels' probabilities in each frame (Hinton et al. 2015,
+    arXiv 1503.02531, at temperature 1). The teacher is the largest network of its checkpoint; it
+    learns nothing.
+
+    `features`: (B, T, F). `lengths`: (B,) feature frames. `log_probs`: (B, T', V), the network's.
+    """
+    with torch.no_grad():
+        (target,), frames = teacher(features, lengths, [teacher.sizes[-1]])  # (B, T', V)
+    divergence = F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)  # (B, T')
+    inside = padding_mask(frames, divergence.shape[1])
+    return (divergence * inside).sum()
+
+
+def extra_loss(update: Update, model: Supernet) -> Tensor | float:
+    """Return the algorithm's extra loss, (); 0 in step 2."""
+    if update.step == 2:
+        return 0.0
     algorithm = ALGORITHMS[model.config.method]
-    return algorithm.extra_loss(model.scores, model.ranking, update, model.config)
+    return algorithm.extra_loss(model.scores, model.ranking, update.number, model.config)
 
 
-def rank_at_span_end(model: Supernet, update: int) -> None:
+def rank_at_span_end(update: Update, model: Supernet) -> None:
     """Rank the layers after the last update of a span: the next one may depend on the ranking."""
-    if in_step1(update, model.config) and ends_span(update, model.config):
-        rank_layers(model, update)
+    if update.step == 1 and ends_span(update.number, model.config):
+        rank_layers(model, update.number)
 
 
-def rank_layers(model: Supernet, update: int) -> None:
-    """Rank the layers by their scores after an update, where it was one of step 1.
+def rank_layers(model: Supernet, number: int) -> None:
+    """Rank the layers by their scores after the update of this number, where it was in step 1.
 
     Note: this waits for the device.
     """
-    if update >= 0 and in_step1(update, model.config):
+    if number >= 0 and in_step1(number, model.config):
         algorithm = ALGORITHMS[model.config.method]
-        model.ranking = algorithm.rank(model.scores, model.ranking, update, model.config)
+        model.ranking = algorithm.rank(model.scores, model.ranking, number, model.config)
 
 
-def shown_scores(model: Supernet, update: int, values: list[float]) -> dict:
+def shown_scores(update: Update, model: Supernet, values: list[float]) -> dict:
     """Return the layers' scores and their ranking before an update, for metrics.jsonl.
 
     `values`: the numbers in `model.scores`. Where the scores are a matrix, the layer weights of the
     subnet are shown instead.
     """
-    config = model.config
-    algorithm = ALGORITHMS[config.method]
+    algorithm = ALGORITHMS[model.config.method]
     scores = torch.tensor(values).view_as(model.scores)
-    shown = scores
-    if scores.dim() > 1:
-        shown = algorithm.layer_weights(scores, model.ranking, update, config)
+    now = (scores, model.ranking, update.number, model.config)
+    shown = scores if scores.dim() == 1 else algorithm.layer_weights(*now)
     rounded = [round(float(score), 5) for score in shown]
-    ranked = algorithm.rank(scores, model.ranking, update, config)
-    return dict(scores=rounded, ranking=ranked)
+    return dict(scores=rounded, ranking=algorithm.rank(*now))

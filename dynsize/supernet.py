@@ -99,20 +99,6 @@ class Supernet(nn.Module):
                 nearest = trained
         return self.output_layers[str(nearest)]
 
-    def without_gradient(self, sizes: Sequence[int], learning: bool) -> list[nn.Parameter]:
-        """Return the weights that have no gradient in an update of networks of these sizes.
-
-        These are the output layers of other sizes and, except in step 1 (`learning`), the scores.
-        """
-        used = [self.output_layer(size) for size in sizes]
-        weights: list[nn.Parameter] = []
-        for output_layer in self.output_layers.values():
-            if output_layer not in used:
-                weights.extend(output_layer.parameters())
-        if self.scores is not None and not learning:
-            weights.append(self.scores)
-        return weights
-
     def forward(
         self,
         features: Tensor,

@@ -1,20 +1,31 @@
-"""What a training reads: its utterances, batch by batch, and which of them are left out."""
+"""What a training reads: its utterances and dev's, and which of them are left out."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
-from dynsize import files, processes
+import torch
+
+from dynsize import files, processes, run_directory
 from dynsize.batching import Batch, Examples, labels_of, load
+from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus, summary
+from dynsize.evaluation import transcribe
 from dynsize.features import feature_frames
+from dynsize.networks import facts_of
+from dynsize.report import errors_of
+from dynsize.subnet import kept_names
+from dynsize.supernet import Supernet
 from dynsize.text import shown
 from dynsize.tokenizer import Tokenizer, tokenizer_for
+from dynsize.wer import Errors, writes_blanks
 
+UNREADABLE_DEV = f"{UNREADABLE} (dev)"
 UNALIGNED = "more labels than CTC can align"
 
 
@@ -35,12 +46,11 @@ class TrainingData:
             if processes.is_first():
                 clean_caches(config)
             self.corpus = read_corpus(config, config.train_splits, "--train-splits")
-        unreadable = self.corpus.left_out.get(UNREADABLE, {})
-        self.unlisted = len(unreadable)  # utterances whose audio could not be listed
-        self.left_out = 0  # utterances that could not be read in this epoch, by all processes
-        if told := self.too_many_left_out():
-            told = f"{told}; the first: {next(iter(unreadable.values()))}"
-            raise processes.in_first(ValueError(told))
+        self.unlisted = self.corpus.left_out.get(UNREADABLE, {})  # id → why
+        self.left_out = 0  # utterances that this process could not read in this epoch
+        if told := self.too_many(0):
+            first = next(iter(self.unlisted.values()))
+            raise processes.in_first(ValueError(f"{told}; the first: {first}"))
         if tokenizer is None:
             texts = (utterance.text for utterance in self.corpus.utterances)
             tokenizer = tokenizer_for(texts, config)
@@ -66,18 +76,13 @@ class TrainingData:
         """Read the utterances of a plan, batch by batch. `pin`: see `batching.load`."""
         return load(self.examples, plan, pin)
 
-    def too_many_left_out(self) -> str:
-        """Return a message where more utterances can't be read than may be, else ''.
+    def too_many(self, left_out: int) -> str:
+        """Return a message where too many utterances can't be read, else ''.
 
-        They are those that could not be listed, and those that could not be read in this epoch.
+        `left_out`: those that could not be read in this epoch, by all processes.
         """
-        lost = self.unlisted + self.left_out
-        utterances = self.unlisted + len(self.corpus.utterances)
-        most = self.config.most_left_out
-        if lost <= most * utterances:
-            return ""
-        what = f"{lost} of {utterances} training utterances could not be read"
-        return f"{what}, more than --most-left-out {most:g}"
+        listed = len(self.corpus.utterances)
+        return too_many(left_out, len(self.unlisted), listed, "training", self.config)
 
     @cached_property
     def summary(self) -> str:
@@ -96,6 +101,77 @@ class TrainingData:
                 except (ValueError, OSError) as error:
                     others[split] = str(error)
         return summary(self.corpus, self.config, others)
+
+
+class Dev:
+    """The dev utterances of a training, of which each process decodes its share.
+
+    `left_out`: those that could not be listed: why → id → what exactly. Those that can't be read
+    are named in the run directory's left-out.txt and not counted.
+    """
+
+    def __init__(self, config: Config, run: Path, data: TrainingData) -> None:
+        self.config = config
+        self.run = run
+        self.data = data
+        corpus = read_corpus(config, config.dev_splits, "--dev-splits")
+        self.left_out = {f"{why} (dev)": names for why, names in corpus.left_out.items()}
+        self.unlisted = self.left_out.get(UNREADABLE_DEV, {})
+        self.listed = len(corpus.utterances)
+        self.blanks = writes_blanks(utterance.text for utterance in corpus.utterances)
+        share = corpus.utterances[processes.number() :: processes.count()]
+        self.examples = data.examples_of(share)
+
+    def results(self, model: Supernet) -> dict[int, dict]:
+        """Decode dev with every size, and return what metrics.jsonl tells of each, largest first.
+
+        `measure` says whether the error rate `wer` and the errors are of words or of characters.
+        """
+        results = {}
+        for size, errors in self.errors(model).items():
+            results[size] = dict(
+                wer=errors.rate,
+                measure="wer" if self.blanks else "cer",
+                errors=errors.total,
+                words=errors.words,
+                layers=kept_names(model, size),
+            )
+        return results
+
+    def errors(self, model: Supernet) -> dict[int, Errors]:
+        """Decode dev, each process its share; return size → errors of all, largest first.
+
+        They are in words, or in characters where the language writes no blanks. Raises ValueError
+        where more than the share `most_left_out` of the utterances can't be read.
+        """
+        sizes = list(reversed(model.sizes))
+        longest = self.data.longest_seconds
+        facts = facts_of(Checkpoint(self.run, model, self.data.tokenizer, None, longest))
+        texts, unreadable = transcribe(model, self.examples, sizes, "validating", facts)
+        run_directory.note_left_out(self.run, {UNREADABLE_DEV: unreadable})
+        left_out = int(processes.total(torch.tensor(len(unreadable))))
+        if told := too_many(left_out, len(self.unlisted), self.listed, "dev", self.config):
+            reasons = [*self.unlisted.values(), *unreadable.values(), "in another process"]
+            raise processes.in_first(ValueError(f"{told}; the first: {reasons[0]}"))
+        totals = {}
+        for size in sizes:
+            errors = sum(errors_of(self.examples.utterances, texts[size], self.blanks), Errors())
+            counts = processes.total(torch.tensor(dataclasses.astuple(errors)))
+            totals[size] = Errors(*counts.tolist())
+        return totals
+
+
+def too_many(left_out: int, unlisted: int, listed: int, kind: str, config: Config) -> str:
+    """Return a message where more than the share `most_left_out` can't be read, else ''.
+
+    `unlisted`: utterances whose audio could not be listed. `left_out`: how many of the `listed`
+    ones could not be read.
+    """
+    lost, utterances = left_out + unlisted, listed + unlisted
+    if lost <= config.most_left_out * utterances:
+        return ""
+    what = f"{lost} of {utterances} {kind} utterances can't be read"
+    return f"{what}, more than --most-left-out {config.most_left_out:g}"
 
 
 def clean_caches(config: Config) -> None:

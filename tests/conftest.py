@@ -22,8 +22,10 @@ import torch
 if not torch.cuda.is_available():  # read when triton is imported, so it comes first
     os.environ["TRITON_INTERPRET"] = "1"
 
+from dynsize.batching import Batch
 from dynsize.config import LAYERS, Config
 from dynsize.supernet import Supernet
+from dynsize.training import Trainer
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -90,6 +92,14 @@ def tiny(**changes) -> Config:
         time_mask_frames=4, frequency_mask_bins=2,
     )  # fmt: skip
     return Config(**(values | changes))
+
+
+def one_update(trainer: Trainer, batches: list[Batch]) -> dict:
+    """Train one update of these batches, without what comes before and after; return its record."""
+    trainer.batches = lambda: iter(batches)
+    trainer.prepare = trainer.save = lambda: None
+    trainer.validate = trainer.log = lambda *_: {}
+    return next(trainer.updates())
 
 
 def network(seed: int = 0, labels: int = 7, **changes) -> Supernet:

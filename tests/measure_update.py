@@ -16,6 +16,7 @@ from pathlib import Path
 from dynsize import checkpoint
 from dynsize.batching import Batch
 from dynsize.config import LAYERS
+from dynsize.steps import planned
 from dynsize.training import Trainer
 
 ROUNDS = 15
@@ -30,7 +31,9 @@ def measured(trainer: Trainer, batch: Batch) -> tuple[float, int]:
         for kind in LAYERS
     ]
     start = time.perf_counter()
-    trainer.train_on([batch])
+    trainer.add_gradients(planned(trainer.model, trainer.done), [batch], label_count=1)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
     seconds = time.perf_counter() - start
     for hook in hooks:
         hook.remove()

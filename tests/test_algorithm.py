@@ -11,11 +11,12 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import iterative_zero_out, ortho_softmax, sandwich, simple_top_k
+from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
 from dynsize.algorithms import ALGORITHMS, every_other, shuffled
 from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
 from dynsize.kernels import layer_gates
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
+from dynsize.steps import Update, extra_loss, gates_of, planned, sandwich
 from dynsize.supernet import Supernet
 
 
@@ -220,17 +221,14 @@ def test_no_network_of_an_update_waits_for_the_device(method, relaxation, monkey
     model = Supernet(config, 7).to("meta")
     features = torch.zeros(2, 30, 12, device="meta")
     lengths, seeds = torch.zeros(2, 2, dtype=torch.int64, device="meta")
-    for update in (0, step1_updates(config) - 1):
-        now = (model.scores, model.ranking, update, config)
-        gates = [[True] * 8, ALGORITHMS[method].layer_weights(*now)]
-        log_probs, _ = model(features, lengths, [8, 5], gates, seeds)
-        (log_probs.sum() + ALGORITHMS[method].extra_loss(*now)).backward()
+    for number in (0, step1_updates(config) - 1, config.updates - 1):
+        update = planned(model, number)
+        gates = gates_of(update, model, seeds)
+        log_probs, _ = model(features, lengths, list(update.weights), gates, seeds)
+        (log_probs.sum() + extra_loss(update, model)).backward()
     assert model.scores.grad.is_meta
-    gates = sandwich.gates([model.mask(size) for size in (8, 5, 3)], seeds, config)
-    log_probs, _ = model(features, lengths, [8, 5, 3], gates, seeds)
-    log_probs.sum().backward()
     with pytest.raises(RuntimeError):
-        ALGORITHMS[method].rank(*now)  # this one waits
+        ALGORITHMS[method].rank(model.scores, model.ranking, 0, config)  # this one waits
 
 
 def test_every_algorithm_has_default_settings():
@@ -292,7 +290,7 @@ def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
 
 def test_sandwich_rule():
     def weights(update: int, *sizes: int, **changes) -> dict[int, float]:
-        return sandwich.loss_weights(update, sizes, tiny(**changes))
+        return sandwich(update, sizes, tiny(**changes))
 
     drawn = [weights(update, 2, 3, 5, 8) for update in range(4000)]
     for of_update in drawn:
@@ -310,20 +308,23 @@ def test_sandwich_rule():
 
 def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
     seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
-    smallest = [layer in (1, 6) for layer in range(8)]
-    masks = [[True] * 8, [layer in (1, 2, 6) for layer in range(8)], smallest]
-    gates = sandwich.gates(masks, seeds, tiny(stochastic_depth=0.3))
+    model = Supernet(tiny(sizes=(2, 3, 8), stochastic_depth=0.3), 5, [1, 6, 2, 0, 3, 4, 5, 7])
+    update = Update(11, 2, {8: 1.0, 3: 0.3, 2: 0.3})
+    masks = [model.mask(size) for size in (8, 3, 2)]
+    smallest = masks[-1]
+    gates = gates_of(update, model, seeds)
     assert gates[1:] == masks[1:]
     assert [gate is True for gate in gates[0]] == smallest
     stays = torch.stack([gate for gate in gates[0] if gate is not True])  # (6, 3000)
     assert set(stays.unique().tolist()) == {0.0, 1.0}
     assert stays.mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / stays.numel()))
     assert not torch.equal(stays[0], stays[1])
-    half = sandwich.gates(masks, seeds[1500:], tiny(stochastic_depth=0.3))[
-        0
-    ]  # an utterance's draw is its own
+    half = gates_of(update, model, seeds[1500:])[0]  # an utterance's draw is its own
     assert torch.equal(torch.stack([gate for gate in half if gate is not True]), stays[:, 1500:])
-    assert sandwich.gates(masks, seeds, tiny(stochastic_depth=0.0)) == masks
+    alone = Update(11, 2, {8: 1.0})
+    assert gates_of(alone, model, seeds) == [[True] * 8]
+    model.config = tiny(sizes=(2, 3, 8), stochastic_depth=0.0)
+    assert gates_of(update, model, seeds) == masks
 
 
 def test_learning_rate():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from dynsize.distillation import distillation_loss
+from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
 from dynsize.training import Trainer
 
@@ -91,9 +91,7 @@ def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
     distances = []
     for trainer in (alone, taught):
         log_probs = trainer.model.eval()(features, lengths, [3])[0][0]
-        distances.append(
-            distillation_loss(taught.losses.teacher, features, lengths, log_probs).item()
-        )
+        distances.append(distillation_loss(taught.teacher, features, lengths, log_probs).item())
     assert distances[1] < 0.5 * distances[0]
 
 

@@ -379,15 +379,16 @@ def test_the_best_network_is_kept(tones, tmp_path):
 
 def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, monkeypatch):
     trainer, seen = begun(tones, tmp_path / "run", batch_seconds=3.0), []
-    frames, run = trainer.data.examples.frames(), trainer.losses.add_gradients
+    frames, run = trainer.data.examples.frames(), trainer.add_gradients
 
-    def full(batch, *arguments, **named):
+    def full(update, batches, *arguments, **named):
+        (batch,) = batches
         seen.append(batch.lengths.max().item() * len(batch.lengths))
         if len(seen) == 2:
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
-        return run(batch, *arguments, **named)
+        return run(update, batches, *arguments, **named)
 
-    monkeypatch.setattr(trainer.losses, "add_gradients", full)
+    monkeypatch.setattr(trainer, "add_gradients", full)
     with pytest.raises(
         ValueError,
         match=r"largest batch.*--batch-seconds 3 .*--accumulate.*--checkpoint-activations",

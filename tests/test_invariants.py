@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynsize import checkpoint, iterative_zero_out, sandwich
+from dynsize import checkpoint, iterative_zero_out
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config
 from dynsize.schedule import ends_span, size_at_span_start, step1_updates
 from dynsize.simple_top_k import relaxed_top_k
+from dynsize.steps import Update, gates_of
 from dynsize.subnet import cut, largest_within, macs, parameters
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
@@ -341,7 +342,7 @@ def test_stochastic_depth_changes_the_supernet_alone(seed):
     features, lengths = utterances(model, [17, 24])
     masks = [model.mask(size) for size in (8, 5, 3)]
     seeds = torch.tensor([seed, 2**40 + seed])
-    gates = sandwich.gates(masks, seeds, model.config)
+    gates = gates_of(Update(11, 2, {8: 1.0, 5: 0.3, 3: 0.3}), model, seeds)
     dropped, _ = model(features, lengths, [8, 5, 3], gates)
     plain, _ = model(features, lengths, [8, 5, 3], masks)
     torch.testing.assert_close(dropped[1:], plain[1:], rtol=1e-9, atol=1e-9)

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import one_update, tiny
 
 from dynsize import checkpoint, processes
 from dynsize.config import Config
@@ -61,9 +62,7 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
             seen[name] = torch.zeros(0) if weight.grad is None else weight.grad.clone()
 
     trainer.optimizer.step = keep
-    trainer.train_on(
-        [next(batch) for batch in [trainer.batches()] for _ in range(trainer.config.accumulate)]
-    )
+    one_update(trainer, list(islice(trainer.batches(), trainer.config.accumulate)))
     return seen
 
 
@@ -191,12 +190,12 @@ def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
         f"sys.path.insert(0, {str(TRAIN.parent)!r})\n"
         "import train\n"
         "from dynsize import processes, training\n"
-        "original = training.Trainer.train_on\n"
-        "def train_on(self, batches):\n"
-        "    if self.done == 2 and processes.number() == 1:\n"
+        "original = training.Trainer.add_gradients\n"
+        "def add_gradients(self, *arguments, **named):\n"
+        "    if self.done == 3 and processes.number() == 1:\n"
         "        raise RuntimeError('the second one dies')\n"
-        "    return original(self, batches)\n"
-        "training.Trainer.train_on = train_on\n"
+        "    return original(self, *arguments, **named)\n"
+        "training.Trainer.add_gradients = add_gradients\n"
         "train.main()\n"
     )
     flags = ["--corpus", tones, *TINY, "--updates", "1000000", "--save-every", "2"]

@@ -11,11 +11,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny, write_tones
+from conftest import one_update, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import batching, checkpoint, losses, metrics, training
+from dynsize import batching, checkpoint, metrics, steps, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.training import Trainer
@@ -223,7 +223,7 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
 @pytest.mark.parametrize("save_every", [500, 10])
 def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch, save_every):
     run = trainer(tones, tmp_path / "run", updates=30, save_every=save_every)
-    loss, calls = losses.ctc_loss, []
+    loss, calls = steps.ctc_loss, []
 
     def sometimes(*arguments):
         calls.append(1)
@@ -231,7 +231,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
 
     updates = run.updates()
     next(updates)
-    monkeypatch.setattr(losses, "ctc_loss", sometimes)
+    monkeypatch.setattr(steps, "ctc_loss", sometimes)
     next(updates)
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     next(updates)
@@ -255,7 +255,7 @@ def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch
     updates = run.updates()
     next(updates)
     next(updates)
-    monkeypatch.setattr(losses, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
+    monkeypatch.setattr(steps, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
 
     def gone(model):
         raise ValueError("dev is gone")
@@ -266,7 +266,9 @@ def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch
     assert checkpoint.load(tmp_path / "run").training["update"] == 2
 
 
-def test_a_stop_while_dev_is_decoded_ends_the_training_after_it(tones, tmp_path, monkeypatch):
+def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
+    tones, tmp_path, monkeypatch
+):
     run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
     results = run.dev.results
 
@@ -276,11 +278,11 @@ def test_a_stop_while_dev_is_decoded_ends_the_training_after_it(tones, tmp_path,
 
     monkeypatch.setattr(run.dev, "results", stopped_meanwhile)
     *_, last = run.updates()
-    assert last["update"] == 4 and last["stop"] and "dev" in last
-    assert checkpoint.load(tmp_path / "run").training["update"] == 4
+    assert last["update"] == 5 and last["stop"] and "dev" not in last
+    assert checkpoint.load(tmp_path / "run").training["update"] == 5
     resumed = Trainer.resume(tmp_path / "run")
     resumed.stop_soon = 0
-    assert [record["update"] for record in resumed.updates()] == [5, 6, 7, 8, 9]
+    assert [record["update"] for record in resumed.updates()] == [6, 7, 8, 9]
 
 
 def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
@@ -368,7 +370,7 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     run.data.examples.in_memory.clear()
     with pytest.raises(ValueError, match=r"of 24 training utterances.*--most-left-out 0\.1"):
         left_out.extend(record["left_out"] for record in updates)
-    assert left_out[0] == 0 and left_out[-1] > 2 and left_out[-2] <= 2
+    assert left_out[0] == 0 and max(left_out) <= 2  # the update that read more did not train
     assert checkpoint.load(tmp_path / "run").training["update"] == run.done
 
 
@@ -505,32 +507,15 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
 ):
     run, drawn = on_meta(tones, tmp_path / "run", monkeypatch, update, **method)
     (tmp_path / "run").mkdir()
-    assert "losses" in run.train_on(drawn[:1])
+    assert "losses" in one_update(run, drawn[:1])
     with Copies() as copies, Made() as made:
         torch.zeros(1).to("meta").new_tensor([1.0])
         assert copies.counted == made.counted == 1
         copies.counted = made.counted = 0
-        assert "losses" in run.train_on(drawn[1:])
+        assert "losses" in one_update(run, drawn[1:])
     assert made.counted == 0
     assert copies.counted == 5  # features, lengths, labels, label lengths, seeds
     assert len(run.optimizer.state) > 10
-
-
-def test_weights_that_are_not_finite_are_never_saved(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", updates=8, save_every=4)
-    updates = run.updates()
-    for _ in range(5):
-        next(updates)
-    before = (tmp_path / "run" / checkpoint.NAME).read_bytes()
-    with torch.no_grad():
-        run.model.encoder.blocks[0]["norm"].weight[3] = math.inf
-    with pytest.raises(FloatingPointError, match=r"checkpoint\.pt: not written, as weights.*norm"):
-        run.save()
-    run.model.encoder.blocks[0]["norm"].weight.data[3] = 1.0
-    next(iter(run.optimizer.state.values()))["exp_avg"].fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"training\.optimizer"):
-        run.save()
-    assert (tmp_path / "run" / checkpoint.NAME).read_bytes() == before
 
 
 def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
@@ -560,7 +545,7 @@ def test_a_line_shows_the_loss_of_each_size():
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
     run = trainer(tones, tmp_path / "run", updates=3)
     weights = sum(weight.numel() for weight in run.model.parameters())
-    add, alive, reserved = run.losses.add_gradients, [], []
+    add, alive, reserved = run.add_gradients, [], []
     ones_like = torch.ones_like
 
     def kept(tensor, *arguments, **named):
@@ -574,7 +559,7 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
         return add(*arguments, **named)
 
     monkeypatch.setattr(torch, "ones_like", kept)
-    monkeypatch.setattr(run.losses, "add_gradients", gradients)
+    monkeypatch.setattr(run, "add_gradients", gradients)
     list(run.updates())
     assert min(alive[:2]) >= 2 * weights and max(alive[2:]) < 2 * weights
 
