@@ -14,17 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import one_update, tiny
+from in_process import ROOT, TINY
 
 from dynsize import checkpoint, processes
 from dynsize.config import Config
 from dynsize.training import Trainer
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-TINY = (
-    "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 "
-    "--width 16 --attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 "
-    "--batch-seconds 2 --precision float32"
-).split()
+TRAIN = ROOT / "train.py"
+SMALL = [*TINY, "--batch-seconds", "2"]
 CASES = {
     "step 1": (0, dict()),
     "step 1, soft": (0, dict(relaxation="soft")),
@@ -49,12 +46,9 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
     """Return the gradients that the optimizer gets in one update; empty where it gets none."""
     trainer = Trainer(configured(corpus, case, batches), folder)
     trainer.state |= dict(update=CASES[case][0], batches=CASES[case][0])
-    for (
-        parameter
-    ) in trainer.model.parameters():  # so that no layer is nothing, as all are at the start
-        torch.nn.init.normal_(
-            parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
-        )
+    for weight in trainer.model.parameters():  # a new layer is the identity
+        generator = torch.Generator().manual_seed(weight.numel())
+        torch.nn.init.normal_(weight, std=0.1, generator=generator)
     seen = {}
 
     def keep() -> None:
@@ -67,15 +61,8 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
 
 
 def torchrun(count: int, *command: object) -> list[str]:
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        "--",
-    )
-    return [*torchrun, *map(str, command)]
+    start = f"-m torch.distributed.run --standalone --nproc-per-node={count} --"
+    return [sys.executable, *start.split(), *map(str, command)]
 
 
 @pytest.fixture(scope="module")
@@ -91,79 +78,53 @@ def of_two(tones, tmp_path_factory) -> dict[str, dict]:
 def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, batches):
     together = of_two[f"{case} {batches}"]
     alone = gradients(str(tones), case, batches, tmp_path)
-    assert together.keys() == alone.keys()
-    assert {name for name in alone if len(alone[name]) == 0} == {
-        n for n in together if len(together[n]) == 0
+    assert {name: len(grad) for name, grad in together.items()} == {
+        name: len(grad) for name, grad in alone.items()
     }
-    joined, expected = (
-        torch.cat([grads[name].flatten().double() for name in alone]) for grads in (together, alone)
-    )
+    joined = torch.cat([together[name].flatten().double() for name in alone])
+    expected = torch.cat([grad.flatten().double() for grad in alone.values()])
     assert expected.norm() > 0.1 and (joined - expected).norm() <= 1e-6 * expected.norm()
 
 
 def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
     """`train.py`, or another script, in this number of processes."""
-    started = (
-        torchrun(processes, *command) if processes > 1 else [sys.executable, *map(str, command)]
-    )
-    return subprocess.Popen(
-        started, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    started = torchrun(processes, *command)
+    if processes == 1:
+        started = [sys.executable, *map(str, command)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(started, cwd=cwd, text=True, **pipes)
 
 
 def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
-    flags = [
-        "--corpus",
-        tones,
-        *TINY,
-        "--updates",
-        "1000",
-        "--validate-every",
-        "500",
-        "--log-every",
-        "1",
-    ]
-    training = trained(tmp_path, TRAIN, "--run", "run", *flags, processes=2)
+    often = "--run run --updates 1000 --validate-every 500 --save-every 1000 --log-every 1".split()
+    training = trained(tmp_path, TRAIN, "--corpus", tones, *SMALL, *often, processes=2)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() and training.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(training.pid, signal.SIGTERM)
     out, err = training.communicate(timeout=120)
-    assert (
-        training.returncode and "stopped and saved at update" in out and out.count("network") == 1
-    ), err
-    assert "strides" not in err and "Warning" not in err, err
+    assert training.returncode and "stopped and saved at update" in out, err
+    assert out.count("network") == 1 and "strides" not in err and "Warning" not in err, err
     stopped = checkpoint.load(tmp_path / "run")
     done = stopped.training["update"]
     assert 1 <= done < 1000 and stopped.training["batches"] == 2 * done
-    assert [line["update"] for line in map(json.loads, metrics.read_text().splitlines())] == list(
-        range(1, done + 1)
-    )
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, done + 1))
     shorter = dataclasses.replace(stopped.model.config, updates=done + 3, step1_share=0.0)
     stopped.model.config = shorter
     checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
     out, err = trained(tmp_path, TRAIN, "--resume", "run", processes=1).communicate(timeout=120)
     assert "batches of an update, in all processes: 1, and not 2 as before" in err
     ended = checkpoint.load(tmp_path / "run").training
-    assert (
-        ended["update"] == done + 3 and ended["batches"] == 2 * done + 3 and "done: run" in out
-    ), err
+    assert (ended["update"], ended["batches"]) == (done + 3, 2 * done + 3), err
+    assert "done: run" in out
 
 
 def test_dev_errors_of_two_processes_are_those_of_one(tones, tmp_path):
     results = {}
     for count in (1, 2):
-        flags = [
-            "--corpus",
-            tones,
-            *TINY,
-            "--updates",
-            "2",
-            "--accumulate",
-            str(2 // count),
-            "--validate-every",
-            "1",
-        ]
+        often = f"--updates 2 --validate-every 1 --accumulate {2 // count}".split()
+        flags = ["--corpus", tones, *SMALL, *often]
         training = trained(tmp_path, TRAIN, "--run", f"run{count}", *flags, processes=count)
         out, err = training.communicate(timeout=120)
         assert training.returncode == 0, err
@@ -198,7 +159,8 @@ def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
         "training.Trainer.add_gradients = add_gradients\n"
         "train.main()\n"
     )
-    flags = ["--corpus", tones, *TINY, "--updates", "1000000", "--save-every", "2"]
+    often = "--updates 1000000 --validate-every 1000000 --save-every 2".split()
+    flags = ["--corpus", tones, *SMALL, *often]
     training = trained(tmp_path, script, "--run", "run", *flags, processes=2)
     out, err = training.communicate(timeout=120)
     assert training.returncode and "the second one dies" in err and "done" not in out

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SPLITS, write_tones
+from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, compression, config, spoken
@@ -71,17 +71,9 @@ def work(trained, tmp_path) -> Path:
 
 
 def test_train_leaves_and_shows_what_it_promises(trained):
-    names = {path.name for path in (trained / "run").iterdir()}
-    networks = {"checkpoint.pt", "checkpoint-1.pt", "best.pt"}
-    assert names - networks - {"plots"} == {
-        "config.json",
-        "metrics.jsonl",
-        "ranking.json",
-        "left-out.txt",
-        "corpus.txt",
-        "lock",
-    }
-    assert networks < names
+    names = {path.name for path in (trained / "run").iterdir()} - {"plots"}
+    expected = "config.json metrics.jsonl ranking.json left-out.txt corpus.txt lock best.pt "
+    assert names == {*(expected + "checkpoint.pt checkpoint-1.pt").split()}
     values = json.loads((trained / "run" / "config.json").read_text())
     assert values["sizes"] == [3, 5, 8] and values["updates"] == 12 and values["seed"] == 0
     shown = (trained / "train.out").read_text()
@@ -95,81 +87,61 @@ def test_train_leaves_and_shows_what_it_promises(trained):
 def test_prune_cuts_each_size(work):
     pruned = started("prune.py", "run", cwd=work)
     assert pruned.returncode == 0, pruned.stderr
-    rows = re.findall(
-        r"^(supernet|size \d+) +(\d+) +([\d,]+) +([\d,]+) +([\d,]+|-) +([\d.]+) +(\S+)$",
-        pruned.stdout,
-        re.M,
-    )
+    number = r"([\d,]+)"
+    row = rf"^(supernet|size \d+) +(\d+) +{number} +{number} +([\d,]+|-) +([\d.]+) +(\S+)$"
+    rows = re.findall(row, pruned.stdout, re.M)
     assert [row[:2] for row in rows] == [("supernet", "8"), ("size 5", "5"), ("size 3", "3")]
     for column in (2, 3):  # parameters and MACs
         numbers = [int(row[column].replace(",", "")) for row in rows]
         assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == 3
-    assert rows[0][4] == "-"
-    for row in rows[1:]:
-        assert row[4] == f"{(work / row[6]).stat().st_size:,}"
+    bytes_of = [f"{(work / row[6]).stat().st_size:,}" for row in rows]
+    assert [row[4] for row in rows] == ["-", *bytes_of[1:]]
     again = run("prune.py", "run", cwd=work)
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_prune_by_budget_and_by_other_rankings(work):
-    model = checkpoint.load(work / "run").model
-    most = parameters(cut(model, 4))
-    done = run("prune.py", "run", "--max-params", str(most), "--max-macs", "10000000", cwd=work)
-    assert done.returncode == 0, done.stderr
+    def pruned(flags: str) -> subprocess.CompletedProcess:
+        done = run("prune.py", "run", *flags.split(), cwd=work)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    most = parameters(cut(checkpoint.load(work / "run").model, 4))
+    done = pruned(f"--max-params {most} --max-macs 10000000")
     assert re.search(rf"^size 4 +4 +{most:,} ", done.stdout, re.M)
     assert "size 4 was never trained; the nearest: 3 and 5" in done.stderr
-    for ranking, kept in (("first", "fcm. ....\n"), ("random", "")):
-        done = run("prune.py", "run", "--sizes", "3", "--ranking", ranking, cwd=work)
-        assert (
-            f"size  3  {kept}" in done.stdout and (work / "run" / f"size-3-{ranking}.pt").exists()
-        )
-    assert (
-        run("prune.py", "run", "--sizes", "3", "--max-latency-ms", "9000", cwd=work).returncode == 0
-    )
-    assert (work / "run" / "size-3.pt").exists() and (work / "run" / "size-8.pt").exists()
+    assert "size  3  fcm. ....\n" in pruned("--sizes 3 --ranking first").stdout
+    assert "size  3  " in pruned("--sizes 3 --ranking random").stdout
+    pruned("--sizes 3 --max-latency-ms 9000")
+    for name in ("size-3-first.pt", "size-3-random.pt", "size-3.pt", "size-8.pt"):
+        assert (work / "run" / name).exists()
 
 
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
-    tiny = [flag if flag != "run" else "full" for flag in TINY]
-    full = run("train.py", "--corpus", tones, "--run", "full", *tiny, "--method", "none", cwd=work)
+    def pruned(flags: str) -> subprocess.CompletedProcess:
+        return run("prune.py", *flags.split(), "--method", method, cwd=work)
+
+    full = run("train.py", "--corpus", tones, "--run", "full", *TINY, "--method", "none", cwd=work)
     assert full.returncode == 0, full.stderr
-    nothing = run(
-        "prune.py", "full", "--method", method, "--updates", "0", "--output", "nothing", cwd=work
-    )
+    nothing = pruned("full --updates 0 --output nothing")
     assert nothing.returncode == 0 and "nothing was learned" in nothing.stdout
     assert "size  2  fc.. ....\n" in nothing.stdout
-    done = run(
-        "prune.py", "full", "--method", method, "--sizes", "3", "5", "--updates", "6", cwd=work
-    )
+    done = pruned("full --sizes 3 5 --updates 6")
     assert done.returncode == 0, done.stderr
     folder = work / "full" / method
-    assert all(
-        (folder / name).is_file()
-        for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl")
-    )
-    start, learned = (
-        torch.load(f / "checkpoint.pt", weights_only=True) for f in (work / "full", folder)
-    )
-    moved = max(
-        (start["weights"][n] - learned["weights"][n]).abs().max()
-        for n in start["weights"]
-        if "encoder" in n
-    )
-    assert 0 < moved < 0.1  # from the model's weights on
-    again = run("prune.py", "full", "--method", method, cwd=work)
+    for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl"):
+        assert (folder / name).is_file()
+    pairs = zip(*encoders(work / "full", folder), strict=True)
+    assert 0 < max((a - b).abs().max() for a, b in pairs) < 0.1  # from the model's weights on
+    again = pruned("full")
     assert again.returncode == 2 and "exists already" in again.stderr
-    refused = run(
-        "prune.py", f"full/{method}/size-3.pt", "--method", method, "--output", "x", cwd=work
-    )
+    refused = pruned(f"full/{method}/size-3.pt --output x")
     assert refused.returncode == 2 and "cut" in refused.stderr and not (work / "x").exists()
 
 
 class Watcher(threading.Thread):
-    """Runs steps beside a script in this process; each waits for a condition, then acts.
-
-    SIGINT and SIGTERM are ignored while no training handles them.
-    """
+    """Runs steps beside a script in this process; each waits for a condition, then acts."""
 
     def __init__(self, *steps: tuple[Callable[[], bool], Callable[[], object]]) -> None:
         super().__init__(daemon=True)
@@ -182,14 +154,12 @@ class Watcher(threading.Thread):
             self.done.append(act())
 
     def __enter__(self) -> "Watcher":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        self.before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while nothing trains
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self.before)
 
 
 def send(number: int) -> Callable[[], None]:
@@ -231,14 +201,10 @@ def check_resume(run_directory: Path, saved: int) -> None:
     stopped = checkpoint.load(run_directory)
     assert stopped.training["update"] == saved
     stopped.model.config = dataclasses.replace(stopped.model.config, updates=saved + 3)
-    save_again(stopped)
+    checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
     resumed = run("train.py", "--resume", "run", "--threads", "1", cwd=run_directory.parent)
     assert resumed.returncode == 0, resumed.stderr
     assert checkpoint.load(run_directory).training["update"] == saved + 3
-
-
-def save_again(loaded: checkpoint.Checkpoint) -> None:
-    checkpoint.save(loaded.path, loaded.model, loaded.tokenizer, loaded.training)
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tones, tmp_path):
@@ -299,75 +265,68 @@ def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path
     assert "12/12" in drawn[-1] and "update 4/12" not in bar.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--corpus nowhere --run new", ["nowhere", "no such directory"]),
-        (
-            "--corpus CORPUS --run new --train-splits train-clean-100",
-            ["train-clean-100", "no such split"],
-        ),
-        ("--corpus CORPUS --run run", ["run: exists already", "--overwrite"]),
-        ("--corpus CORPUS --run . --overwrite", ["not a run directory"]),
-        ("--corpus nowhere --run run --overwrite", ["nowhere"]),
-        ("--run new --attention-heads 5", ["--attention-heads 5", "width 96"]),
-        ("--run new --kernel 8", ["--kernel 8", "odd"]),
-        ("--run new --sizes 7 13 21", ["--sizes 7 13 21", "20"]),
-        ("--run new --updates many", ["--updates", "many"]),
-        ("--run new --colour red", ["--colour"]),
-        ("--preset big", ["big", "librispeech"]),
-        ("--resume run --updates 9", ["--resume"]),
-        ("--resume nowhere", ["nowhere"]),
-        ("--run new --size 8", ["--size 8", "--method none"]),
-        ("--corpus= --run new", ["--corpus ''", "a directory, or spoken"]),
-        ("--run new --method none --size 21", ["--size 21", "0 to 20"]),
-        (
-            "--corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none "
-            "--layers-from nowhere",
-            ["nowhere", "no such checkpoint"],
-        ),
-    ],
-)
-def test_bad_input_to_train(trained, tones, refuse, arguments, words):
-    said = refuse("train.py", *arguments.replace("CORPUS", str(tones)).split(), cwd=trained)
-    assert all(word in said for word in words), said
+REFUSED = [
+    ("train.py --corpus nowhere --run new", "nowhere: no such directory"),
+    ("train.py --corpus CORPUS --run new --train-splits train-100", "train-100.*no such split"),
+    ("train.py --corpus CORPUS --run run", "run: exists already.*--overwrite"),
+    ("train.py --corpus CORPUS --run . --overwrite", "not a run directory"),
+    ("train.py --corpus nowhere --run run --overwrite", "nowhere"),
+    ("train.py --run new --attention-heads 5", "--attention-heads 5.*width 96"),
+    ("train.py --run new --kernel 8", "--kernel 8.*odd"),
+    ("train.py --run new --sizes 7 13 21", "--sizes 7 13 21.*20"),
+    ("train.py --run new --updates many", "--updates.*many"),
+    ("train.py --run new --colour red", "--colour"),
+    ("train.py --preset big", "big.*librispeech"),
+    ("train.py --resume nowhere", "nowhere"),
+    ("train.py --run new --size 8", "--size 8.*--method none"),
+    ("train.py --corpus= --run new", "--corpus ''.*a directory, or spoken"),
+    ("train.py --run new --method none --size 21", "--size 21.*0 to 20"),
+    (
+        "train.py --corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none "
+        "--layers-from nowhere",
+        "nowhere: no such checkpoint",
+    ),
+    ("train.py --resume run --updates 9", "--updates 9 with --resume"),
+    ("train.py --resume=run --seed=7", "--seed"),
+    ("train.py --sizes 2 5 8 --resume run", "--sizes"),
+    ("train.py --resume=run --study", "--study with --resume"),
+    ("train.py --resume run --preset demo", "--preset with --resume"),
+    ("train.py --resume run --run other", "--run with --resume"),
+    ("train.py --overwrite --resume=run", "--overwrite with --resume"),
+    ("train.py --init-from run --run new --width 32", "--width.*run/checkpoint.pt"),
+    ("train.py --init-from run --run new --mel-bins 20", "--mel-bins"),
+    ("train.py --init-from run --run new --sizes 3 8", "--sizes"),
+    ("train.py --init-from run --run new --method none", "--method"),
+    ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
+    ("train.py --init-from run --run new --resume run", "--resume with --init-from"),
+    ("train.py --init-from run --run new --study", "--study with --init-from"),
+    ("train.py --init-from run --run run --overwrite", "has checkpoint.pt, from which this train"),
+    ("prune.py nowhere", "nowhere: no such checkpoint"),
+    ("prune.py run/config.json", "config.json.*not a checkpoint"),
+    ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
+    ("prune.py run --max 4", "--max"),
+    ("prune.py run --max-params 10", "--max-params 10.*one layer has"),
+    ("prune.py run --updates 9", "--updates.*--method"),
+    ("prune.py run --method simple-top-k --ranking first", "--method.*ranking"),
+    ("prune.py run --method simple-top-k --sizes 9 --output new", "--sizes.*8"),
+]
 
 
-def test_overwrite_replaces_a_run(work, tones):
-    (work / "run" / "size-5.pt").touch()
+@pytest.mark.parametrize(("command", "said"), REFUSED)
+def test_bad_input_is_one_line_and_changes_nothing(trained, tones, refuse, command, said):
+    script, *arguments = command.replace("CORPUS", str(tones)).split()
+    line = refuse(script, *arguments, cwd=trained)
+    assert re.search(said, line) and line.count("\n") == 1, line
+
+
+def test_overwrite_renames_a_run(work, tones):
     (work / "run" / "mine").touch()
-    done = run(
-        "train.py",
-        "--corpus",
-        tones,
-        "--run",
-        "run",
-        "--overwrite",
-        *TINY,
-        "--updates",
-        "2",
-        cwd=work,
-    )
-    assert done.returncode == 0 and not (work / "run" / "size-5.pt").exists()
-    assert (work / "run.old" / "mine").exists() and (work / "run.old" / "size-5.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "words"),
-    [
-        ("prune.py", "nowhere", ["nowhere", "no such checkpoint"]),
-        ("prune.py", "run/config.json", ["config.json", "not a checkpoint"]),
-        ("prune.py", "run --sizes 3 9", ["no size 9", "1 to 8 layers"]),
-        ("prune.py", "run --max 4", ["--max"]),
-        ("prune.py", "run --max-params 10", ["--max-params 10", "one layer has"]),
-        ("prune.py", "run --updates 9", ["--updates", "--method"]),
-        ("prune.py", "run --method simple-top-k --ranking first", ["--method", "ranking"]),
-        ("prune.py", "run --method simple-top-k --sizes 9 --output new", ["--sizes", "8"]),
-    ],
-)
-def test_bad_input_to_prune(trained, refuse, script, arguments, words):
-    said = refuse(script, *arguments.split(), cwd=trained)
-    assert all(word in said for word in words), said
+    flags = ["--corpus", tones, "--run", "run", "--overwrite", *TINY, "--updates", "2"]
+    with pytest.warns(UserWarning, match=r"now in .*run\.old"):
+        assert run("train.py", *flags, cwd=work).returncode == 0
+    assert checkpoint.load(work / "run").training["update"] == 2
+    assert (work / "run.old" / "mine").exists()
+    assert checkpoint.load(work / "run.old").training["update"] == 12
 
 
 @pytest.mark.parametrize("preset", ["demo", "digits", "librispeech", "tedlium2"])
@@ -406,47 +365,6 @@ def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
     stream.flush()
     assert b"done: \\xe9/checkpoint.pt" in stream.buffer.getvalue()
     assert checkpoint.load(tmp_path / "é").training["update"] == 12
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--resume=run --seed=7", ["--seed"]),
-        ("--sizes 2 5 8 --resume run", ["--sizes"]),
-        ("--resume=run --study", ["--study", "--resume"]),
-        ("--resume run --preset demo", ["--preset", "--resume"]),
-        ("--resume run --run other", ["--run", "--resume"]),
-        ("--overwrite --resume=run", ["--overwrite", "--resume"]),
-    ],
-)
-def test_resume_refuses_what_changes_the_result(trained, refuse, flags, words):
-    said = refuse("train.py", *flags.split(), cwd=trained)
-    assert all(word in said for word in words), said
-
-
-def test_resume_accepts_what_does_not_change_the_result(work, tones):
-    stopped = checkpoint.load(work / "run")
-    stopped.model.config = dataclasses.replace(stopped.model.config, updates=16)
-    save_again(stopped)
-    free = ["--threads", "1", "--log-every=1", "--workers", "0", "--keep", "2", "--device=cpu"]
-    done = run("train.py", "--resume", "run", *free, "--corpus", tones, cwd=work)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert (
-        "\nupdate 13/16  " in done.stdout and checkpoint.load(work / "run").model.config.keep == 2
-    )
-
-
-def test_resume_tells_that_batches_or_the_corpus_differ(work, tmp_path):
-    stopped = checkpoint.load(work / "run")
-    stopped.model.config = dataclasses.replace(stopped.model.config, updates=14)
-    save_again(stopped)
-    other = write_tones(tmp_path / "other", SPLITS | {"train": 23})
-    flags = ["--corpus", other, "--batch-seconds", "4"]
-    with pytest.warns(UserWarning, match=r"utterances|batch-seconds") as told:
-        done = run("train.py", "--resume", "run", *flags, cwd=work)
-    said = " ".join(str(warning.message) for warning in told)
-    assert done.returncode == 0, done.stderr
-    assert "other" in said and "utterances" in said and "--batch-seconds" in said
 
 
 @pytest.fixture
@@ -501,25 +419,6 @@ def test_a_supernet_is_trained_on_with_its_ranking(work):
     torch.testing.assert_close(*encoders(work / "run", work / "tuned"), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--width 32", ["--width", "run/checkpoint.pt"]),
-        ("--mel-bins 20", ["--mel-bins"]),
-        ("--sizes 3 8", ["--sizes"]),
-        ("--method none", ["--method"]),
-        ("--preset demo", ["--preset", "--init-from"]),
-        ("--resume run", ["--resume", "--init-from"]),
-        ("--study", ["--study", "--init-from"]),
-        ("--run run --overwrite", ["checkpoint.pt, from which this training starts"]),
-    ],
-)
-def test_init_from_refuses_what_the_weights_were_not_trained_for(trained, refuse, flags, words):
-    flags = ["--init-from", "run", "--run", "new", *flags.split()]
-    said = refuse("train.py", *flags, cwd=trained)
-    assert all(word in said for word in words), said
-
-
 def test_prune_never_replaces_its_source(work, refuse):
     for flags in ("--method simple-top-k --output run --overwrite --updates 2", "--output run"):
         source = work / "run" / "checkpoint.pt"
@@ -557,23 +456,10 @@ def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatc
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
-    pytest.importorskip(
-        "espeakng_loader", reason="espeak-ng is not installed: pip install -e '.[demo]'"
-    )
+    pytest.importorskip("espeakng_loader", reason="pip install -e '.[demo]' brings it")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    short = [
-        "--updates",
-        "2",
-        "--batch-seconds",
-        "20",
-        "--width",
-        "16",
-        "--attention-heads",
-        "2",
-        "--dev-splits",
-        "dev-other",
-    ]
-    done = started("train.py", *short, cwd=tmp_path)
+    short = "--updates 2 --batch-seconds 20 --width 16 --attention-heads 2 --dev-splits dev-other"
+    done = started("train.py", *short.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
     kept = [path.name.partition("-")[0] for path in (tmp_path / "cache" / "dynsize").iterdir()]
