@@ -255,7 +255,7 @@ def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path
     log = run("train.py", "--run", "log", *flags, cwd=tmp_path)
     loss = r"-?\d+\.\d\d"
     lines = re.findall(rf"^update (\d+)/12  loss 8: {loss} (\w+).*left$", log.stdout, re.M)
-    assert lines == [("4", "target"), ("8", "5"), ("12", "5")]
+    assert lines == [("4", "4"), ("8", "5"), ("12", "5")]
     assert not log.stderr
     monkeypatch.setenv("COLUMNS", "132")
     bar = run("train.py", "--run", "bar", *flags, cwd=tmp_path, terminal=True)
