@@ -1,4 +1,59 @@
-"""Dynamic encoder size: one Conformer-CTC supernet, and subnets that share its weights."""
+"""Dynamic encoder size: one Conformer-CTC supernet, and subnets that share its weights.
+
+The rooms, each above what it builds on:
+
+The network and the paper's algorithms
+    conformer           front-end, the four kinds of layers, and one forward for all sizes
+    supernet            the encoder with a ranking of its layers and an output layer for each size
+    simple_top_k        learns the ranking by the straight-through top k of relaxed weights
+    iterative_zero_out  learns it by zeroing out the layers of smallest weight, a few at a time
+    ortho_softmax       learns it by a distribution over the layers for each place of the ranking
+    algorithms          the table of these three, and the rankings of the baselines
+    schedule            step 1's spans and their sizes, as functions of the update's number
+    ctc                 the loss with its gradient, and greedy decoding
+
+Training
+    config              every setting with its check, the presets, the methods' defaults
+    steps               one update: which networks, with which gates and loss weights; the losses
+    training            the loop: read, forward and backward, step, log, validate, save, resume
+    training_data       what is trained on, and the dev splits
+    initial             where the weights begin: new ones, another run's, a teacher's
+
+From audio to batches
+    corpora             a corpus as utterances, what is left out of it, and what it looks like
+    readers             the directory layouts and list files in which corpora come
+    audio               audio files: how long they are, and their samples
+    text                one spelling for the same text; normalisers
+    tokenizer           SentencePiece units as labels, and the text of labels
+    features            log-mel features and SpecAugment
+    batching            which utterances share a batch, and worker processes that read them
+    spoken, digits      two corpora that anyone can make
+
+What keeps a training safe
+    checkpoint          one file with all that decoding or more training needs
+    files               files that appear whole or not at all, and the cache
+    run_directory       who may write in a run, and what is logged there
+    processes           one training in several processes; what computes here
+    terminal            flags and messages of the commands, and how they end
+
+Deployment
+    subnet              cutting a size out of a supernet; parameters, MACs, milliseconds
+    export              ONNX files of one size, or of all sizes in one
+    networks            a network of one size as a function, from a checkpoint or an ONNX file
+    decoding            prefix beam search, and a language model of words
+    recogniser          text, with the time of each word, from audio of any length
+    __main__            the command `dynsize`
+
+Results
+    evaluation          texts of a test split by every size; comparisons of networks
+    wer                 alignment, word error rates, and their intervals
+    report              tables and files of results
+    study               the paper's comparison: all methods, with several seeds
+    compression         parameters, time and error rate of each size, side by side
+    plots               pictures of a run or a study
+
+Beside them, `dynsize.kernels` has Triton kernels for a GPU and their definitions in torch.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +69,6 @@ def load(path: str | Path) -> "Recogniser":
 
     Raises ValueError where `path` is none of these.
     """
-    from dynsize import recogniser  # here, so that `import dynsize` does not import torch
+    from dynsize import recogniser  # here, so that the kernels need torch alone
 
-    return recogniser.load(path)
+    return recogniser.open_recogniser(path)

@@ -1,17 +1,21 @@
 """The command `dynsize`: text, with times, from audio files. `python -m dynsize` is the same."""
 
-from __future__ import annotations
-
 import argparse
+import codecs
+import html
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 import dynsize
+from dynsize import files
+from dynsize.processes import use_threads
+from dynsize.recogniser import Recogniser, Transcript, Word
 from dynsize.terminal import (
     Parser,
     add_decoding_flags,
@@ -22,9 +26,6 @@ from dynsize.terminal import (
     printable,
     reported,
 )
-
-if TYPE_CHECKING:  # not when it runs: flags are read before torch is imported
-    from dynsize.recogniser import Recogniser, Transcript, Word
 
 DESCRIPTION = "Turns audio files into text with a trained network, at a size that can be chosen."
 EXAMPLES = """  dynsize talk.flac --model runs/demo
@@ -103,16 +104,16 @@ def srt(transcript: Transcript, name: str) -> str:
 
 
 def vtt(transcript: Transcript, name: str) -> str:
-    blocks = [
-        f"{clock(line[0].start, '.')} --> {clock(line[-1].end, '.')}\n{joined(line)}\n"
-        for line in captions(transcript)
-    ]
+    blocks = []
+    for line in captions(transcript):
+        text = html.escape(joined(line), quote=False)  # & and < are WebVTT's own
+        blocks.append(f"{clock(line[0].start, '.')} --> {clock(line[-1].end, '.')}\n{text}\n")
     return "\n".join(["WEBVTT\n", *blocks])
 
 
 def ctm(transcript: Transcript, name: str) -> str:
     """Return NIST's format: recording, channel, start, duration, word."""
-    recording = "_".join(stem(name).split())  # the fields are separated by spaces
+    recording = printable("_".join(stem(name).split()))  # the fields are separated by spaces
     return "".join(
         f"{recording} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}\n"
         for word in transcript.words
@@ -135,22 +136,25 @@ FORMATS: dict[str, Callable[[Transcript, str], str]] = {
 def outputs(options: argparse.Namespace) -> list[Path | None]:
     """Return the file to write for each audio file; None: standard output.
 
-    Raises ValueError where one is there already, or would be written twice.
+    Raises ValueError where one is there already, is an audio file, or would be written twice.
     """
     if not options.output:
         return [None] * len(options.audio)
-    files = [options.output / f"{stem(name)}.{options.format}" for name in options.audio]
-    for i, file in enumerate(files):
-        if file in files[:i]:
+    inputs = {os.path.realpath(name) for name in options.audio}
+    texts = [options.output / f"{stem(name)}.{options.format}" for name in options.audio]
+    for i, file in enumerate(texts):
+        if file in texts[:i]:
             raise ValueError(f"{options.audio[i]}: another file's text would be {file} too")
-        if file.exists() and not options.overwrite:
+        if os.path.realpath(file) in inputs:
+            raise ValueError(f"{file}: is an audio file itself; --output names another folder")
+        if os.path.lexists(file) and not options.overwrite:
             raise ValueError(f"{file}: exists already; --overwrite replaces it")
-    return files
+    return texts
 
 
 def run(options: argparse.Namespace) -> int:
     """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
-    files = outputs(options)
+    written = outputs(options)
     recogniser = dynsize.load(options.model)
     words = None
     if options.lm:
@@ -162,15 +166,15 @@ def run(options: argparse.Namespace) -> int:
         channel=None if options.channel is None else options.channel - 1,
     )
     code, texts = 0, []
-    for name, file in zip(options.audio, files, strict=True):
+    for name, file in zip(options.audio, written, strict=True):
         try:
-            transcript = transcribe(recogniser, name, asked)
+            transcript = with_progress(recogniser, name, asked)
         except ValueError as error:
             print(one_line(f"dynsize: {error}"), file=sys.stderr)
             code = 2
             continue
         texts.append(transcript.text)
-        write(FORMATS[options.format](transcript, name), file)
+        put(FORMATS[options.format](transcript, name), file)
     if words:
         print(one_line(f"dynsize: {words.missing(texts)}"), file=sys.stderr)
     return code
@@ -188,7 +192,7 @@ def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
     return size
 
 
-def transcribe(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
+def with_progress(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
     """Return the text of a file; on a terminal, a long one has a progress bar."""
     with tqdm(
         desc=printable(name),
@@ -201,22 +205,31 @@ def transcribe(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Tran
         return recogniser.transcribe(name, progress=bar.update, **asked)
 
 
-def write(text: str, file: Path | None) -> None:
-    """Write a text to a file, or to standard output."""
+def put(text: str, file: Path | None) -> None:
+    """Write a text to a file, or to standard output.
+
+    Characters that the stream or UTF-8 lacks are written as JSON does, so that JSON stays JSON.
+    """
     if file is None:
-        print(text, end="", flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "json").decode(encoding), end="", flush=True)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        files.write(file, text.encode("utf-8", "json"))
+
+
+def json_escapes(error: UnicodeError) -> tuple[str, int]:
+    """Return the escapes of what can't be encoded, as `codecs.register_error` asks for it."""
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json", json_escapes)
 
 
 def main() -> None:
-    options = parse(sys.argv[1:])
-    # Here, as they import torch, which takes seconds.
-    from dynsize import processes, recogniser  # noqa: F401
-
     with reported("dynsize", "stopped; files that were written are whole"):
-        processes.use_threads(options.threads)
+        options = parse(sys.argv[1:])
+        use_threads(options.threads)
         sys.exit(run(options))
 
 

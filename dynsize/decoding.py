@@ -198,7 +198,7 @@ class BeamSearch:
                 scores[i] += prefix.ended_score + end
         found = []
         for i in largest(scores, self.beam):
-            labels = labels_of(self.prefixes[i])
+            labels = labels_with_frames(self.prefixes[i])
             found.append((float(scores[i]), labels))
         return found
 
@@ -213,7 +213,7 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
     return best[scores[best] > -np.inf]
 
 
-def labels_of(prefix: Prefix) -> list[tuple[int, int]]:
+def labels_with_frames(prefix: Prefix) -> list[tuple[int, int]]:
     """Return the labels of a prefix, each with its frame; frames never fall."""
     pairs = []
     frame = prefix.frame

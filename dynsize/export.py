@@ -61,8 +61,8 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     loaded = dataclasses.replace(loaded, model=model)
     with files.whole(path) as unfinished:
         with without_logging():
-            write(loaded, size is None, unfinished)
-        compare(unfinished, model)
+            write_graph(loaded, size is None, unfinished)
+        check_results(unfinished, model)
 
 
 def export_all(networks: dict[Path, Checkpoint], int8: bool) -> Iterator[Path]:
@@ -109,7 +109,7 @@ def require_packages(path: Path) -> None:
         raise ValueError(f"{path}: exporting needs {error.name}: {install}") from error
 
 
-def write(loaded: Checkpoint, choose: bool, path: Path) -> None:
+def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
     """Write a network's file. With `choose` the size is an input."""
     model = loaded.model
     network = Deployed(model, tuple(model.sizes)).eval()
@@ -179,7 +179,7 @@ def without_logging() -> Iterator[None]:
         logging.disable(before)
 
 
-def compare(path: Path, model: Supernet) -> None:
+def check_results(path: Path, model: Supernet) -> None:
     """Raise ValueError where a file gives other log-probabilities than its network, for some size.
 
     Noise of several lengths, in batches of several sizes, is what they are compared on. Equal

@@ -13,10 +13,11 @@ import soxr
 import torch
 
 from dynsize import checkpoint
-from dynsize.audio import opened
+from dynsize.audio import LOUDEST, opened
 from dynsize.ctc import label_frames
 from dynsize.decoding import LM_WEIGHT, BeamSearch, LanguageModel
 from dynsize.networks import (
+    MOST_RATE,
     Facts,
     Network,
     facts_of,
@@ -78,21 +79,25 @@ class Recogniser:
         default the largest. `channel`: 0 is the first; by default the mean of all channels.
         `beam`: prefixes that the beam search keeps; with 1 and without a `language_model`, the best
         label of each frame is taken instead. `progress` is called with the seconds of audio that
-        were read since its last call. Raises ValueError for a size that the network lacks and for
-        audio that can't be read.
+        were read since its last call. Digital silence has no words. Raises ValueError for a size
+        that the network lacks, for other arguments that can't be, and for audio that can't be read.
         """
         size = self.sizes[-1] if size is None else size
         self.check_size(size)
+        if channel is not None and not isinstance(channel, Integral):
+            raise ValueError(f"channel {channel!r}: must be a whole number; 0 is the first")
+        search = BeamSearch(beam, self.facts.tokenizer.units, language_model)
         if not isinstance(audio, str | Path | np.ndarray):
             found = type(audio).__name__
             raise ValueError(f"audio must be a path or a numpy array of floats, not {found}")
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
-        samples = 0
+        samples, silent = 0, True
 
         def counted() -> Iterator[np.ndarray]:
-            nonlocal samples
+            nonlocal samples, silent
             for block in read(audio, self.facts.sample_rate, sample_rate, channel):
                 samples += len(block)
+                silent = silent and not block.any()
                 progress(len(block) / self.facts.sample_rate)
                 yield block
 
@@ -101,12 +106,13 @@ class Recogniser:
         if beam == 1 and language_model is None:
             labels = label_frames(torch.cat([log_probs.argmax(-1) for log_probs in parts]))
         else:
-            search = BeamSearch(beam, self.facts.tokenizer.units, language_model)
             for log_probs in parts:
                 search.advance(log_probs)
             labels = search.results()[0][1]
         seconds = samples / self.facts.sample_rate
-        return Transcript(words_of(labels, self.facts, seconds), seconds)
+        if silent:
+            return Transcript([], seconds)
+        return Transcript(timed_words(labels, self.facts, seconds), seconds)
 
     def language_model(
         self, path: str | Path, weight: float = LM_WEIGHT, bonus: float = 0.0
@@ -146,7 +152,7 @@ class Recogniser:
         return taken[size]
 
 
-def load(path: str | Path) -> Recogniser:
+def open_recogniser(path: str | Path) -> Recogniser:
     """Return the recogniser of a run directory, of one checkpoint, or of an ONNX file.
 
     Raises ValueError where `path` is none of these.
@@ -193,8 +199,8 @@ def array_blocks(
     """Yield an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
     if sample_rate is None:
         raise ValueError("an array of samples needs its sample_rate")
-    if not isinstance(sample_rate, Integral) or sample_rate < 1:
-        raise ValueError(f"sample_rate {sample_rate}: must be a whole number of Hz, 1 or more")
+    if not isinstance(sample_rate, Integral) or not 1 <= sample_rate <= MOST_RATE:
+        raise ValueError(f"sample_rate {sample_rate}: must be a whole number, 1 to {MOST_RATE} Hz")
     if audio.ndim not in (1, 2) or not np.issubdtype(audio.dtype, np.floating):
         found = f"{audio.dtype} of shape {audio.shape}"
         raise ValueError(f"audio must be floats, (samples,) or (samples, channels), not {found}")
@@ -212,19 +218,21 @@ def resampled(
     blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, channel: int | None, name: str
 ) -> Iterator[np.ndarray]:
     """Yield one channel, (samples,) float32 at `to_rate`, of blocks of (samples, channels)."""
+    if from_rate > MOST_RATE:
+        raise ValueError(f"{name}: its sample rate is {from_rate} Hz; at most {MOST_RATE} is read")
     stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
     for block in blocks:
         if channel is not None and not 0 <= channel < block.shape[1]:
             raise ValueError(f"{name}: has no channel {channel}; it has {block.shape[1]}")
         mono = block.mean(1) if channel is None else np.ascontiguousarray(block[:, channel])
-        if not np.isfinite(mono).all():
-            raise ValueError(f"{name}: samples that are no numbers")
+        if not (np.abs(mono) <= LOUDEST).all():  # nor for what is no number
+            raise ValueError(f"{name}: samples that are no numbers, or above {LOUDEST:g}")
         yield mono if from_rate == to_rate else stream.resample_chunk(mono)
     if from_rate != to_rate:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def words_of(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> list[Word]:
+def timed_words(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> list[Word]:
     """Return the words of labels given with the encoder frame of each.
 
     CTC's labels are short peaks inside a word. So a word starts `LEAD` before its first label and

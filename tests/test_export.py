@@ -187,7 +187,7 @@ def test_a_file_with_other_results_is_refused_and_not_left(single, monkeypatch, 
         exporting, "network_of", lambda model: lambda audio, size: right(model)(audio, size) + 2e-4
     )
     monkeypatch.setattr(
-        exporting, "write", lambda *arguments: arguments[-1].write_bytes(original)
+        exporting, "write_graph", lambda *arguments: arguments[-1].write_bytes(original)
     )  # the export that the fixture made, which takes its time
     original = beside(single, "size-2.onnx").read_bytes()
     with pytest.raises(ValueError, match="other results than the checkpoint's: size 2"):

@@ -27,7 +27,7 @@ from dynsize import __main__ as command
 from dynsize import checkpoint
 from dynsize.ctc import label_frames
 from dynsize.networks import Facts, facts_of, network_of, windowed_log_probs
-from dynsize.recogniser import Recogniser, Transcript, Word, file_blocks, words_of
+from dynsize.recogniser import Recogniser, Transcript, Word, file_blocks, timed_words
 from dynsize.subnet import cut
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, train_tokenizer
@@ -166,7 +166,7 @@ def test_times_are_ordered_and_inside_the_audio(steps, share):
         frame += 1 + gap
         labels.append((label, frame))
     seconds = (frame + share) * STEP / RATE if steps else share
-    words = words_of(labels, facts(units=units), seconds)
+    words = timed_words(labels, facts(units=units), seconds)
     times = [time for word in words for time in (word.start, word.end)]
     assert times == sorted(times) and all(0 <= time <= seconds + 5e-4 for time in times)
     text = b"".join(units[label - 1] for label, _ in labels).decode()
