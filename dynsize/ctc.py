@@ -21,7 +21,15 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     frames, 1 to T. `labels`: (N, U), padded with anything. `label_lengths`: (N,), 0 to U.
     """
     if kernels.triton_runs("ctc_loss", log_probs.device, log_probs.dtype):
-        return kernels.ctc_loss(log_probs, lengths, labels, label_lengths)
+        differentiate = torch.is_grad_enabled() and log_probs.requires_grad
+        others = (lengths, labels, label_lengths, differentiate)
+        loss, _ = torch.ops.dynsize.ctc_loss(log_probs, *others)
+        return loss
+    if log_probs.device.type == "cuda":
+        # F.ctc_loss is this op, but it returns 0 for an infinite loss, or else a gradient of NaN.
+        by_frame = log_probs.transpose(0, 1).to(torch.promote_types(log_probs.dtype, torch.float32))
+        loss, _ = torch._ctc_loss(by_frame, labels, lengths, label_lengths, BLANK, True)
+        return loss
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
 
 
@@ -36,6 +44,10 @@ class CtcLoss(torch.autograd.Function):
     states before: s' = s, s' = s−1, and also s' = s−2 where state s is no blank and its label
     differs from that of s−2. β is the same recursion on the utterance and its labels reversed, so
     one loop over the frames, on a batch of 2 N, gives both.
+
+    α and β are kept relative to the largest number of each frame, because float32 rounds those of
+    long utterances, −10⁴, to 10⁻³. As the posterior probabilities of a frame sum to 1, they are the
+    softmax over its states.
     """
 
     @staticmethod
@@ -52,16 +64,17 @@ class CtcLoss(torch.autograd.Function):
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         emitted = log_probs.to(dtype).gather(2, by_frame)  # (N, T, S)
         emitted = emitted.masked_fill(outside[:, None], -torch.inf)
-        alpha, beta = forward_backward(emitted, extended, last_frame, last_state)
+        alpha, beta, largest = forward_backward(emitted, extended, last_frame, last_state)
         utterance = torch.arange(len(alpha), device=alpha.device)
         at_end = alpha[utterance, last_frame]  # (N, S)
         state = torch.arange(extended.shape[1], device=labels.device)  # (S,)
         before_last = last_state - 1  # the last label; the last state is the blank after it
         final = (state == last_state[:, None]) | (state == before_last[:, None])
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
+        log_likelihood = log_likelihood + largest.cumsum(1)[utterance, last_frame]
         # e(t, s) is in both α and β: take it out once; −inf − −inf would be NaN
         posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
-        posterior = (posterior - log_likelihood[:, None, None]).exp()
+        posterior = posterior.softmax(2)
         padding = after(last_frame, frames)  # (N, T)
         impossible = ~log_likelihood.isfinite()  # (N,)
         nowhere = padding[:, :, None] | outside[:, None] | impossible[:, None, None]
@@ -112,8 +125,8 @@ def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
 
 def forward_backward(
     emitted: Tensor, labels: Tensor, last_frame: Tensor, last_state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return α and β of every frame and state, (N, T, S) each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return α and β of every frame and state, (N, T, S), and what was subtracted from α, (N, T).
 
     `emitted`: (N, T, S) log-probabilities, −inf outside the states of an utterance. `labels`:
     (N, S). `last_frame`, `last_state`: (N,); β is undefined past them.
@@ -125,24 +138,26 @@ def forward_backward(
     reverse_labels = flipped(labels, last_state, dim=1)
     both = torch.cat([emitted, reverse])  # (2N, T, S)
     both_labels = torch.cat([labels, reverse_labels])  # (2N, S)
-    alpha, beta = forward_variables(both, both_labels).chunk(2)
+    variables, largest = forward_variables(both, both_labels)
+    alpha, beta = variables.chunk(2)
     beta = flipped(beta, last_frame, dim=1)
     beta = flipped(beta, last_state, dim=2)
-    return alpha, beta
+    return alpha, beta, largest[: len(alpha)]
 
 
-def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
-    """Return α of every frame and state, (N, T, S).
+def forward_variables(emitted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return α of every frame and state, (N, T, S), and what was subtracted in each frame, (N, T).
 
     `emitted`: (N, T, S) log-probabilities. `labels`: (N, S).
     """
-    here = labels[:, 2:]  # (N, S − 2)
+    label = labels[:, 2:]  # (N, S − 2)
     two_before = labels[:, :-2]
-    may_skip = (here != BLANK) & (here != two_before)
+    may_skip = (label != BLANK) & (label != two_before)
     skip_penalty = emitted.new_zeros(may_skip.shape)
     skip_penalty = skip_penalty.masked_fill(~may_skip, -torch.inf)
     alpha = torch.full_like(emitted, -torch.inf)
     alpha[:, 0, :2] = emitted[:, 0, :2]
+    largest = emitted.new_zeros(emitted.shape[:2])
     for t in range(1, emitted.shape[1]):
         before = alpha[:, t - 1]  # (N, S)
         sources = before.new_full((3, *before.shape), -torch.inf)
@@ -150,8 +165,10 @@ def forward_variables(emitted: Tensor, labels: Tensor) -> Tensor:
         sources[1, :, 1:] = before[:, :-1]
         sources[2, :, 2:] = before[:, :-2] + skip_penalty
         entering = sources.logsumexp(0)
-        alpha[:, t] = entering + emitted[:, t]
-    return alpha
+        here = entering + emitted[:, t]
+        largest[:, t] = here.amax(1).clamp(min=-1e30)  # finite where no alignment gets here
+        alpha[:, t] = here - largest[:, t, None]
+    return alpha, largest
 
 
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:

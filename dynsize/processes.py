@@ -138,7 +138,7 @@ def hardware(config: Config, device: torch.device) -> str:
     if device.type == "cpu":
         number = torch.get_num_threads()
         parts.append(f"{number} thread{'s' if number > 1 else ''}")
-    parts.append(f"kernels: {kernels.describe(device, dtype)}")
+    parts.append(f"kernels: {kernels.describe(device, dtype, config.width, config.layers)}")
     return ", ".join(parts)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynsize import kernels
 from dynsize.config import Config
 from dynsize.schedule import size_at_span_end
 
@@ -69,6 +70,9 @@ def relaxed_top_k(scores: Tensor, k: int) -> Tensor:
     ones selected, by 1 − p, but does not exclude it. So several can select the same layer, and its
     weight may exceed 1. The weights are not negative, sum to k, and keep the order of the scores.
     """
+    if kernels.triton_runs("relaxed_top_k", scores.device, scores.dtype, len(scores)):
+        relaxed, _ = torch.ops.dynsize.relaxed_top_k(scores, k)
+        return relaxed
     # log(1 − p) is the log-sum-exp of all other entries of a minus that of all: in this form it
     # stays finite where p is 1 to rounding.
     layers = len(scores)

@@ -1,20 +1,30 @@
-"""Two fused ops, which Triton computes on a GPU and plain torch elsewhere.
+"""Three fused ops, which Triton computes on a GPU and plain torch elsewhere.
 
-`gated_residual_layer_norm` ends one layer and begins the next: `reference.py` has its definition in
-torch, `residual.py` its kernels. `ctc_loss` is the loss: `dynsize/ctc.py` has its definition in
-torch, and calls the op here where `triton_runs`; `kernels/ctc.py` has its kernel. What is drawn at
-random for an utterance, dropout and skipped layers, is there as well.
+| op | its kernels | its definition in torch |
+| --- | --- | --- |
+| `gated_residual_layer_norm`: a layer's end, the next LayerNorm | `residual.py` | `reference.py` |
+| `ctc_loss` with its gradient | `ctc.py` | `dynsize/ctc.py` |
+| `relaxed_top_k` of Simple-Top-k | `top_k.py` | `dynsize/simple_top_k.py` |
 
-The environment variable `DYNSIZE_KERNELS` chooses: `torch`, `triton`, or `auto`, which is Triton on
-a GPU. Before its first use on a device, each op is compared with torch (`self_check.py`); an op
-that does not compile or is wrong there is left to torch. triton is imported only where it is used.
+A room with kernels registers its op with torch under the op's name, so that `torch.compile` takes
+it as one node. An op is called where `triton_runs` says so. The environment variable
+`DYNSIZE_KERNELS` decides that:
+
+    torch     torch computes everything
+    triton    Triton computes everything but float64; where it can't, there is an error
+    auto      Triton on a GPU, torch elsewhere, and where an op fails its self-check (the default)
+
+The self-check compares an op with torch before its first use on a device, at the width that is
+used (`self_check.py`). `describe` makes it for a whole training before the training begins; in a
+forward pass its results are looked up. triton is imported only where it is used.
 No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
 """
 
-import functools
+import importlib
 import importlib.util
 import logging
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,67 +34,85 @@ from dynsize.kernels.reference import layer_gates as layer_gates
 from dynsize.kernels.reference import layer_seed as layer_seed
 
 log = logging.getLogger(__name__)
-INTEGERS = (torch.int32, torch.int64)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@functools.cache
-def decide(device: str) -> bool:
-    """Return whether tensors on this kind of device (`cpu`, `cuda`) go to Triton.
+class Choice(NamedTuple):
+    """What computes an op: Triton, with the error of its self-check, or else torch."""
 
-    Raises ValueError where `DYNSIZE_KERNELS` is no mode, or asks for Triton where it can't run.
+    triton: bool
+    error: float = 0.0  # the largest one, relative to the largest number of the same tensor
+    reason: str = ""  # why not Triton, where one would expect it
+
+
+# What was chosen: (op, kind of device, dtype, size) → Choice
+CHOSEN: dict[tuple[str, str, torch.dtype, int], Choice] = {}
+
+
+def triton_runs(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> bool:
+    """Return whether Triton computes `op` on `device` in `dtype`. float64 is left to torch.
+
+    `size`: the width D of the residual, the L of the top-k. Raises ValueError where
+    `DYNSIZE_KERNELS` is no mode, or asks for Triton where it can't compute the op.
     """
+    if dtype == torch.float64:
+        return False
+    key = (op, device.type, dtype, size)
+    if key not in CHOSEN:
+        CHOSEN[key] = choose(op, device, dtype, size)
+    return CHOSEN[key].triton
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> Choice:
+    """Return what computes `op`, as `triton_runs` describes it. Waits for the device."""
     mode = os.environ.get("DYNSIZE_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise ValueError(f"DYNSIZE_KERNELS={mode}: must be auto, torch or triton")
-    if mode == "torch" or (mode == "auto" and device != "cuda"):
-        return False
-    obstacle = ""
+    if mode == "torch" or (mode == "auto" and device.type != "cuda"):
+        return Choice(triton=False)
+    error = 0.0
+    reason = obstacle(device.type)
+    if not reason:
+        error, reason = self_check.compare(op, device, dtype, size)
+    if reason and mode == "triton":
+        raise ValueError(f"DYNSIZE_KERNELS=triton: {op} on {device.type} in {dtype}: {reason}")
+    if reason:
+        log.warning("torch, not Triton, computes %s: %s", op, reason)
+    return Choice(not reason, error, reason)
+
+
+def obstacle(device: str) -> str:
+    """Return why Triton can't run on this kind of device, or nothing."""
     if importlib.util.find_spec("triton") is None:
-        obstacle = "triton is not installed"
-    elif device != "cuda" and not (device == "cpu" and interpreted()):
-        obstacle = f"Triton runs on 'cuda', and with TRITON_INTERPRET=1 on 'cpu', not on '{device}'"
-    if obstacle and mode == "triton":
-        raise ValueError(f"DYNSIZE_KERNELS=triton: {obstacle}")
-    if obstacle:
-        log.warning("torch computes what Triton could: %s", obstacle)
-    return not obstacle
+        return "triton is not installed"
+    interpreted = importlib.import_module("triton").knobs.runtime.interpret
+    if device == "cuda" or (device == "cpu" and interpreted):
+        return ""
+    return f"Triton runs on 'cuda', and with TRITON_INTERPRET=1 on 'cpu', not on '{device}'"
 
 
-def interpreted() -> bool:
-    """Return whether Triton interprets its kernels, which works on a CPU."""
-    triton = importlib.import_module("triton")
-    return triton.knobs.runtime.interpret
+def describe(device: torch.device, dtype: torch.dtype, width: int, layers: int) -> str:
+    """Choose what computes the ops of a training on `device`, and return it for people.
 
+    `dtype`: of the residual's branches. `width`, `layers`: the network's D and L.
 
-def triton_runs(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether Triton computes `op` on `device` in `dtype`. float64 is left to torch."""
-    if dtype == torch.float64 or not decide(device.type):
-        return False
-    return self_check.error_of(op, device, dtype) is not None
-
-
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what computes the ops on `device` in a run of `dtype`.
-
-    `torch`, or `triton (checked: 3e-3)` with the largest error of the self-check, relative to the
-    largest number of the same tensor. An op that failed is named: `…, torch for ctc_loss`.
+    `torch`, or `Triton (largest error 3e-3)`, or with each op that torch computes on a GPU and why:
+    `Triton (largest error 3e-3), but torch for ctc_loss, because …`.
     """
-    if not decide(device.type):
-        return "torch"
-    computed_in = dict(gated_residual_layer_norm=dtype, ctc_loss=torch.float32)
-    largest = 0.0
-    failed = []
-    for op in computed_in:
-        error = self_check.error_of(op, device, computed_in[op])
-        if error is None:
-            failed.append(f", torch for {op}")
-        else:
-            largest = max(largest, error)
-    if len(failed) == len(computed_in):
-        return "torch"
-    rounded = f"{largest:.0e}".replace("e-0", "e-")
-    return f"triton (checked: {rounded})" + "".join(failed)
+    sizes = dict(gated_residual_layer_norm=width, ctc_loss=0, relaxed_top_k=layers)
+    chosen = {}
+    for op, size in sizes.items():
+        computed_in = dtype if op == "gated_residual_layer_norm" else torch.float32
+        triton_runs(op, device, computed_in, size)
+        chosen[op] = CHOSEN[op, device.type, computed_in, size]
+    errors = [choice.error for choice in chosen.values() if choice.triton]
+    reasons = {op: choice.reason for op, choice in chosen.items() if choice.reason}
+    if not errors:
+        first = next(iter(reasons.values()), "")
+        return f"torch, because {first}" if first else "torch"
+    rounded = f"{max(errors):.0e}".replace("e-0", "e-")
+    parts = [f"Triton (largest error {rounded})"]
+    parts += [f"but torch for {op}, because {reason}" for op, reason in reasons.items()]
+    return ", ".join(parts)
 
 
 def gated_residual_layer_norm(
@@ -111,76 +139,20 @@ def gated_residual_layer_norm(
 
     Where the gate is 0, y is bitwise `x`, and NaN in the branch reaches no result and no gradient
     but the gate's. The gate's gradient is computed there too, so a gate of 0 can learn.
-    Differentiable once. Nothing waits for the device. Raises ValueError for shapes, dtypes or
-    devices that don't fit.
+    Differentiable once. Nothing waits for the device.
     """
-    check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows)
     rows = len(x) if rows is None else rows
     dtype = dtype or x.dtype
+    assert branch.shape[1:] == x.shape[1:] and len(branch) <= len(x)
+    assert gate is None or gate.shape == branch.shape[:1]
+    assert 0 <= rows <= len(x)
+    if dropout_p:
+        utterances = len(seed)  # B
+        assert len(x) % utterances == 0 and len(branch) % utterances == 0
     op = reference.gated_residual_layer_norm
     computed_in = branch.dtype if x.dtype == torch.float32 else x.dtype
-    if triton_runs("gated_residual_layer_norm", x.device, computed_in):
+    if triton_runs("gated_residual_layer_norm", x.device, computed_in, x.shape[-1]):
         from dynsize.kernels.residual import GatedResidualLayerNorm
 
         op = GatedResidualLayerNorm.apply
     return op(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
-
-
-def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
-    """Return the losses of `dynsize.ctc.ctc_loss`, computed by Triton in float32.
-
-    Raises ValueError for shapes, dtypes or devices that don't fit.
-    """
-    expect_frames("log_probs", log_probs, FLOATS)
-    n = len(log_probs)
-    expect("lengths", lengths, (n,), INTEGERS, log_probs)
-    expect("labels", labels, (n, labels.shape[-1]), INTEGERS, log_probs)
-    expect("label_lengths", label_lengths, (n,), INTEGERS, log_probs)
-    if log_probs.shape[1] == 0:
-        raise ValueError(f"log_probs {described(log_probs)} must have frames")
-    from dynsize.kernels.ctc import CtcLoss
-
-    return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
-
-
-def check_residual(x, branch, gate, dropout_p, seed, weight, bias, rows) -> None:
-    """Raise ValueError where an argument of `gated_residual_layer_norm` doesn't fit."""
-    expect_frames("x", x, (torch.float32, torch.float64))
-    count, frames, width = x.shape
-    prefix = len(branch)  # R'
-    expect("branch", branch, (prefix, frames, width), FLOATS, x)
-    if prefix > count:
-        raise ValueError(f"branch {described(branch)} must have at most {count} rows, those of x")
-    if gate is not None:
-        expect("gate", gate, (prefix,), FLOATS, x)
-    expect("weight", weight, (width,), FLOATS, x)
-    expect("bias", bias, (width,), FLOATS, x)
-    if rows is not None and not 0 <= rows <= count:
-        raise ValueError(f"rows {rows} must be at least 0 and at most {count}, the rows of x")
-    if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
-        raise ValueError(f"dropout_p {dropout_p} must be 0, or below 1 with a seed")
-    if seed is not None:
-        utterances = len(seed)  # B
-        expect("seed", seed, (utterances,), (torch.int64,), x)
-        if utterances == 0 or count % utterances or prefix % utterances:
-            rows_of_both = f"the {count} rows of x and the {prefix} of the branch"
-            raise ValueError(f"seed: {utterances} seeds must divide {rows_of_both}")
-
-
-def expect_frames(name: str, tensor: Tensor, dtypes: tuple) -> None:
-    """Raise ValueError unless the tensor has three dimensions and one of `dtypes`."""
-    if tensor.dim() != 3 or tensor.dtype not in dtypes:
-        raise ValueError(f"{name} {described(tensor)} must have 3 dimensions and one of {dtypes}")
-
-
-def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, like: Tensor) -> None:
-    """Raise ValueError unless the tensor has this shape, one of `dtypes`, and `like`'s device."""
-    fits = tensor.shape == shape and tensor.dtype in dtypes
-    if not fits or tensor.device != like.device:
-        expected = f"{shape} on {like.device}, one of {dtypes}"
-        raise ValueError(f"{name} {described(tensor)} must be {expected}")
-
-
-def described(tensor: Tensor) -> str:
-    """Return shape, dtype and device, for messages."""
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

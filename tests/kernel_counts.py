@@ -26,7 +26,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import interpreter_builder as builder
 from triton.runtime.jit import JITFunction
 
-from dynsize.kernels.ctc import CtcLoss
 from dynsize.kernels.residual import GatedResidualLayerNorm
 
 # GPU: Triton's target; shared bytes of a program, of a processor; its registers; its warps
@@ -116,8 +115,11 @@ def cases(every: bool) -> list[tuple]:
     """Return name, function and arguments of what is compiled: `every` width and dtype, or few."""
     gate = torch.ones(2, requires_grad=True)
     log_probs, *others = ctc_inputs(2, 80, 250, "cpu")
-    found = [("CTC, U 50", CtcLoss.apply, [log_probs, *others])]
-    found.append(("CTC, the loss alone", CtcLoss.apply, [log_probs.detach(), *others]))
+    found = [("CTC, U 50", torch.ops.dynsize.ctc_loss, [log_probs, *others, True])]
+    alone = [log_probs.detach(), *others, False]
+    found.append(("CTC, the loss alone", torch.ops.dynsize.ctc_loss, alone))
+    scores = torch.full((48,), 0.5, requires_grad=True)
+    found.append(("relaxed top-k, L 48", torch.ops.dynsize.relaxed_top_k, [scores, 16]))
     widths = (144, 256, 384, 512) if every else (512,)
     types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
     for width, dtype in itertools.product(widths, types):

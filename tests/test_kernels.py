@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from test_ctc import problems
 import dynsize.ctc
 from dynsize import kernels
 from dynsize.kernels import reference, self_check
+from dynsize.simple_top_k import relaxed_top_k
 from dynsize.training import Trainer
 
 triton = pytest.importorskip("triton")
-from dynsize.kernels import ctc, residual  # noqa: E402
+from dynsize.kernels import ctc, residual, top_k  # noqa: E402
 
 # the interpreter's numpy takes logarithms of 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -46,10 +48,10 @@ CTC_TOLERANCE = 3e-5  # float32: α and β reach −100, where a rounding is 4e-
 def triton_everywhere(monkeypatch):
     """Without it, tensors on a CPU would go to torch."""
     monkeypatch.setenv("DYNSIZE_KERNELS", "triton")
-    kernels.decide.cache_clear()
-    monkeypatch.setattr(self_check, "error_of", lambda *_: 0.0)
+    monkeypatch.setattr(self_check, "compare", lambda *_: (0.0, ""))
+    kernels.CHOSEN.clear()
     yield
-    kernels.decide.cache_clear()
+    kernels.CHOSEN.clear()
 
 
 def formula(x, branch, gate, keep, p, weight, bias, rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,7 +300,9 @@ def test_layers_and_layer_gates_draw_from_different_seeds():
     assert gates.dtype == torch.float32 and set(gates.unique().tolist()) == {0.0, 1.0}
 
 
-def assert_ctc_is_torchs(logits, lengths, labels, label_lengths) -> None:
+def assert_ctc_is_torchs(
+    logits, lengths, labels, label_lengths, tolerance: float = CTC_TOLERANCE
+) -> None:
     """Triton's losses and gradients are those of torch's `ctc_loss` in float64."""
     others = [tensor.to(DEVICE) for tensor in (lengths, labels, label_lengths)]
     cotangents = [torch.linspace(-1, 2, len(logits))]
@@ -309,10 +313,10 @@ def assert_ctc_is_torchs(logits, lengths, labels, label_lengths) -> None:
         return (F.ctc_loss(by_frame, others[1], others[0], others[2], reduction="none"),)
 
     def ours(logits):
-        return (kernels.ctc_loss(logits.log_softmax(-1), *others),)
+        return (dynsize.ctc.ctc_loss(logits.log_softmax(-1), *others),)
 
     truth = differentiated(right, dict(logits=logits.double()), cotangents)
-    assert_close(differentiated(ours, dict(logits=logits), cotangents), truth, CTC_TOLERANCE)
+    assert_close(differentiated(ours, dict(logits=logits), cotangents), truth, tolerance)
 
 
 @settings(max_examples=10)
@@ -321,11 +325,91 @@ def test_ctc_is_torchs(problem):
     assert_ctc_is_torchs(*problem)
 
 
-def test_ctc_of_long_targets():
+def problem_of(labels: int, frames: int, vocabulary: int = 5) -> tuple[torch.Tensor, ...]:
+    """Return logits, lengths, labels and their number, for one utterance."""
     torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(2, 64, 5), torch.randint(1, 5, (2, 25))
-    lengths, label_lengths = torch.tensor([64, 51]), torch.tensor([25, 13])
-    assert_ctc_is_torchs(logits, lengths, labels, label_lengths)
+    logits = 3 * torch.randn(1, frames, vocabulary)
+    targets = torch.arange(labels)[None] % (vocabulary - 1) + 1
+    targets[0, 1] = targets[0, 0]  # a blank must be between them
+    return logits, torch.tensor([frames]), targets, torch.tensor([labels])
+
+
+@pytest.mark.parametrize("labels", [63, 64, 130])
+def test_ctc_of_many_states(labels):
+    """From 64 labels on, several warps share the states of a frame."""
+    assert_ctc_is_torchs(*problem_of(labels, labels + 3), tolerance=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("labels, frames", [(200, 250), (1000, 1003), (1000, 5000)])
+def test_ctc_of_long_utterances(labels, frames):
+    logits, lengths, targets, label_lengths = problem_of(labels, frames, vocabulary=80)
+    assert_ctc_is_torchs(logits / 3, lengths, targets, label_lengths, tolerance=1e-3)
+
+
+LAYOUTS = ["time-major", "labels first", "every second"]
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same numbers in another memory layout."""
+    if layout == "every second":
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    if tensor.dim() < 2:
+        return tensor
+    last = 1 if layout == "time-major" else tensor.dim() - 1
+    return tensor.transpose(0, last).contiguous().transpose(0, last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ctc_in_any_memory_layout(layout):
+    logits, lengths, labels, label_lengths = problem_of(3, 7)
+    logits = torch.cat([logits, 2 * logits]).to(DEVICE)
+    others = [torch.cat([t, t]).to(DEVICE) for t in (lengths, labels, label_lengths)]
+    log_probs = logits.log_softmax(-1)
+
+    def ours(log_probs):
+        return (dynsize.ctc.ctc_loss(log_probs, *others),)
+
+    cotangents = [torch.ones(2)]
+    right = differentiated(ours, dict(log_probs=log_probs), cotangents)
+    others = [laid_out(tensor, layout) for tensor in others]
+    strided = differentiated(ours, dict(log_probs=laid_out(log_probs, layout)), cotangents)
+    assert right["gradient of log_probs"].abs().max() > 0.1
+    assert_close(strided, {name: t.double() for name, t in right.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("layers, k", [(2, 1), (8, 3), (48, 47), (100, 30)])
+@pytest.mark.parametrize("kind", ["equal", "normal", "wide", "strided"])
+def test_relaxed_top_k_is_its_definition(kind, layers, k, monkeypatch):
+    torch.manual_seed(0)
+    scores = torch.randn(layers) * dict(equal=0, wide=30).get(kind, 1)
+    cotangent = torch.randn(layers)
+    if kind == "strided":
+        scores, cotangent = laid_out(scores, "every second"), laid_out(cotangent, "every second")
+
+    def function(scores):
+        return (relaxed_top_k(scores, k),)
+
+    truth = differentiated(function, dict(scores=scores.double()), [cotangent])
+    ours = differentiated(function, dict(scores=scores.to(DEVICE)), [cotangent.to(DEVICE)])
+    ours = {name: result.cpu() for name, result in ours.items()}
+    assert_close(ours, truth, TOLERANCE[torch.float32])
+
+
+def test_relaxed_top_k_is_the_authors():
+    numbers = np.load(Path(__file__).parent / "reference" / "relaxed_top_k.npz")
+    cases = {name.rpartition("/")[0] for name in numbers}
+    for case in sorted(cases):
+        k = int(case.rpartition("_k")[2])
+        of_case = ("scores", "cotangent", "weights", "scores_grad")
+        scores, cotangent, *right = (
+            torch.from_numpy(numbers[f"{case}/{name}"]).to(DEVICE) for name in of_case
+        )
+        ours = differentiated(
+            lambda s, k=k: (relaxed_top_k(s, k),), dict(s=scores.float()), [cotangent]
+        )
+        truth = dict(zip(("output 0", "gradient of s"), right, strict=True))
+        assert_close(ours, truth, TOLERANCE[torch.float32])
 
 
 def test_ctc_of_what_cant_be_aligned():
@@ -343,137 +427,127 @@ def test_ctc_of_what_cant_be_aligned():
     assert (grad[0] == 0).all() and (grad[3] == 0).all()
     assert (grad[1, :4] != 0).any() and (grad[1, 4:] == 0).all()
     nothing = (log_probs[:0], lengths[:0], labels[:0], label_lengths[:0])
-    assert kernels.ctc_loss(*nothing).shape == (0,)
+    assert dynsize.ctc.ctc_loss(*nothing).shape == (0,)
 
 
-def test_ctc_of_too_many_labels_is_a_value_error():
+def test_what_is_too_large_is_a_value_error():
     labels = torch.ones(1, ctc.MOST_STATES // 2, dtype=torch.int64, device=DEVICE)
     one = torch.ones(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="at most 2047"):
-        kernels.ctc_loss(torch.zeros(1, 1, 2, device=DEVICE), one, labels, one)
-
-
-def arguments_of(op: str) -> tuple:
-    torch.manual_seed(0)
-    if op == "ctc_loss":
-        log_probs = torch.randn(2, 6, 4, device=DEVICE).log_softmax(-1).requires_grad_()
-        others = ([6, 5], [[1, 2], [3, 3]], [2, 2])
-        return log_probs, *(torch.tensor(values, device=DEVICE) for values in others)
-    leaves = drawn(2, 2, 5, 12, torch.tensor([0.0, 0.4]))
-    leaves = {name: leaf.to(DEVICE).requires_grad_() for name, leaf in leaves.items()}
-    first = leaves["x"], leaves["branch"], leaves["gate"]
-    seed = torch.tensor([3, 4], device=DEVICE)
-    return *first, SCALE, 0.3, seed, leaves["weight"], leaves["bias"]
-
-
-@pytest.mark.parametrize("op", ["gated_residual_layer_norm", "ctc_loss"])
-def test_what_does_not_fit_is_a_value_error(op):
-    good = arguments_of(op)
-    for i, argument in enumerate(good):
-        if isinstance(argument, torch.Tensor):
-            for bad in (argument[..., None], argument.bool(), argument.to("meta")):
-                with pytest.raises(ValueError, match=r"\(.*\)"):
-                    getattr(kernels, op)(*good[:i], bad, *good[i + 1 :])
-
-
-def test_seed_rows_width_that_do_not_fit_are_value_errors():
-    good = arguments_of("gated_residual_layer_norm")
-    for bad in (good[5][:0], torch.ones(3, dtype=torch.int64, device=DEVICE), None):
-        with pytest.raises(ValueError, match="seed"):
-            kernels.gated_residual_layer_norm(*good[:5], bad, *good[6:])
-    with pytest.raises(ValueError, match="rows 3"):
-        kernels.gated_residual_layer_norm(*good, rows=3)
-    with pytest.raises(ValueError, match="dropout_p 1"):
-        kernels.gated_residual_layer_norm(*good[:4], 1.0, *good[5:])
+        dynsize.ctc.ctc_loss(torch.zeros(1, 1, 2, device=DEVICE), one, labels, one)
+    with pytest.raises(ValueError, match="1025"):
+        relaxed_top_k(torch.zeros(top_k.MOST_LAYERS + 1, device=DEVICE), 1)
     wide, one = torch.ones(1, 1, 8193, device=DEVICE), torch.ones(8193, device=DEVICE)
     with pytest.raises(ValueError, match="8193"):
         kernels.gated_residual_layer_norm(wide, wide, None, SCALE, 0.0, None, one, one)
 
 
 def test_which_implementation_runs(monkeypatch):
-    def decided(mode, device="cpu", interpreted=False, installed=True) -> bool:
-        kernels.decide.cache_clear()
+    def decided(mode, device="cpu", interpreted=False, installed=True, reason="") -> bool:
+        kernels.CHOSEN.clear()
         monkeypatch.setenv("DYNSIZE_KERNELS", mode)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
         monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: installed or None)
-        return kernels.decide(device)
+        monkeypatch.setattr(self_check, "compare", lambda *_: (0.0, reason))
+        return kernels.triton_runs("ctc_loss", torch.device(device), torch.float32)
 
     assert decided("auto", "cuda") and decided("triton", "cpu", interpreted=True)
     assert not decided("auto", "cpu", interpreted=True) and not decided("auto", "meta")
     assert not decided("torch", "cuda") and not decided("auto", "cuda", installed=False)
+    assert not decided("auto", "cuda", reason="its error is 1")
     for bad in (("triton",), ("triton", "cuda", False, False), ("cuda",)):
         with pytest.raises(ValueError, match="DYNSIZE_KERNELS"):
             decided(*bad)
+    with pytest.raises(ValueError, match=r"=triton: ctc_loss .*: its error is 1"):
+        decided("triton", "cuda", reason="its error is 1")
+    assert not kernels.triton_runs("ctc_loss", torch.device("cuda"), torch.float64)
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Let the self-check run as in a new process."""
-    monkeypatch.undo()
-    monkeypatch.setenv("DYNSIZE_KERNELS", "triton")
-    kernels.decide.cache_clear()
-    self_check.error_of.cache_clear()
-    yield
-    self_check.error_of.cache_clear()
+@pytest.mark.parametrize(
+    "reasons, installed, told",
+    [
+        ({}, True, "Triton (largest error 3e-4)"),
+        (
+            dict(ctc_loss="its error is 1"),
+            True,
+            "Triton (largest error 3e-4), but torch for ctc_loss, because its error is 1",
+        ),
+        ({}, False, "torch, because triton is not installed"),
+    ],
+)
+def test_a_training_is_told_what_computes(reasons, installed, told, monkeypatch):
+    monkeypatch.setenv("DYNSIZE_KERNELS", "auto")
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(self_check, "compare", lambda op, *_: (3e-4, reasons.get(op, "")))
+    device = torch.device("cuda")
+    assert kernels.describe(device, torch.bfloat16, width=512, layers=48) == told
+    assert kernels.describe(torch.device("cpu"), torch.float32, 512, 48) == "torch"
+    keys = [("gated_residual_layer_norm", "cuda", torch.bfloat16, 512)]
+    keys += [(op, "cuda", torch.float32, n) for op, n in dict(ctc_loss=0, relaxed_top_k=48).items()]
+    assert list(kernels.CHOSEN)[:3] == keys
+
+
+OPS = dict(gated_residual_layer_norm=144, ctc_loss=0, relaxed_top_k=48)  # with sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_self_check_accepts_the_kernels(unchecked, dtype, caplog):
-    described = kernels.describe(DEVICE, dtype)
-    assert described.startswith("triton (checked: ") and "torch" not in described
-    assert not caplog.records
-    assert self_check.error_of("gated_residual_layer_norm", DEVICE, dtype) < 2 * TOLERANCE[dtype]
+@pytest.mark.parametrize("op", OPS)
+def test_self_check_accepts_the_kernels(op, dtype, monkeypatch):
+    monkeypatch.undo()
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(self_check, "LABELS", (10,))  # interpreted, 200 take half a minute
+    error, reason = self_check.compare(op, DEVICE, dtype, OPS[op])
+    assert not reason and 0 < error < 2 * max(TOLERANCE[dtype], CTC_TOLERANCE)
 
 
-def wrong(function: Callable) -> Callable:
-    """Return `function` with a first result that is 1% off."""
-
-    def changed(*arguments):
-        first, *others = function(*arguments)
-        return first * 1.01, *others
-
-    return changed
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 144, 256, 384, 512, 1000, 1024])
+def test_self_check_accepts_the_residual_at_any_width(width, monkeypatch):
+    monkeypatch.undo()
+    _, reason = self_check.compare("gated_residual_layer_norm", DEVICE, torch.bfloat16, width)
+    assert not reason
 
 
-def broken(*_, **__):
-    raise RuntimeError("out of registers")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("fault", ["wrong", "not a number", "broken"])
+def test_self_check_refuses_what_is_wrong(op, fault, monkeypatch):
+    """An op that is 1% off, gives NaN, or does not compile, is not used, and the reason is told."""
+    monkeypatch.undo()
+    largest = self_check.largest_error
+
+    def changed(ours: Callable, truth: Callable, arguments: list) -> float:
+        def other(*arguments):
+            if fault == "broken":
+                raise RuntimeError("long\nout of registers")
+            first, *others = truth(*arguments)
+            return first * (1.01 if fault == "wrong" else math.nan), *others
+
+        return largest(other, truth, arguments)
+
+    monkeypatch.setattr(self_check, "largest_error", changed)
+    _, reason = self_check.compare(op, DEVICE, torch.float32, OPS[op])
+    told = dict(wrong="its error is 1.0e-02, above 3e-04", broken="RuntimeError: out of registers")
+    assert reason == told.get(fault, "its error is nan, above 3e-04")
 
 
-@pytest.mark.parametrize("launcher", ["launch_forward", "launch_backward"])
-def test_torch_runs_where_a_kernel_is_wrong(unchecked, launcher, monkeypatch, caplog):
-    """Only the op that fails goes to torch; the log names it and says why."""
-    monkeypatch.setattr(residual, launcher, wrong(getattr(residual, launcher)))
-    described = kernels.describe(DEVICE, torch.float32)
-    assert described.endswith("torch for gated_residual_layer_norm")
+def test_torch_runs_where_a_kernel_is_wrong(monkeypatch, caplog):
+    """On a GPU only the op that fails goes to torch; the log names it once and says why."""
+    monkeypatch.setenv("DYNSIZE_KERNELS", "auto")
+    monkeypatch.setattr(self_check, "compare", lambda op, *_: (1.0, "wrong" * (op == "ctc_loss")))
+    device = torch.device("cuda")
+    for _ in range(2):
+        assert not kernels.triton_runs("ctc_loss", device, torch.float32)
+        assert kernels.triton_runs("relaxed_top_k", device, torch.float32, 48)
     (record,) = caplog.records
-    assert "gated_residual_layer_norm on" in record.message
-    assert "its error is 1.0e-02, above 1e-04" in record.message
-    monkeypatch.setattr(residual, launcher, broken)  # it is not called again
-    good = arguments_of("gated_residual_layer_norm")
-    y, normed = kernels.gated_residual_layer_norm(*good)
-    (y.sum() + normed.sum()).backward()
-    assert len(caplog.records) == 1
+    assert record.message == "torch, not Triton, computes ctc_loss: wrong"
 
 
-def test_torch_runs_where_nothing_compiles(unchecked, monkeypatch, caplog):
-    monkeypatch.setattr(residual, "launch_forward", broken)
-    monkeypatch.setattr(ctc, "launch_ctc", broken)
-    assert kernels.describe(DEVICE, torch.float16) == "torch"
-    assert ["out of registers" in record.message for record in caplog.records] == [True, True]
-    good = arguments_of("ctc_loss")
-    loss = dynsize.ctc.ctc_loss(*good)
-    log_probs, lengths, labels, label_lengths = good
-    by_frame = log_probs.transpose(0, 1)
-    right = F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
-    torch.testing.assert_close(loss, right)
-
-
-def test_self_check_runs_inside_of_a_forward(unchecked):
+def test_self_check_runs_inside_of_a_forward(monkeypatch):
     """Its first use may be without gradients and under autocast."""
-    good = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments_of("ctc_loss")]
+    monkeypatch.undo()
     with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
-        dynsize.ctc.ctc_loss(*good)
-    assert self_check.error_of("ctc_loss", DEVICE, torch.float32) is not None
+        _, reason = self_check.compare("relaxed_top_k", DEVICE, torch.float32, 12)
+    assert not reason
 
 
 def test_works_without_triton():
@@ -486,7 +560,7 @@ x = torch.ones(1, 2, 3, requires_grad=True)
 w = torch.ones(3)
 y, n = kernels.gated_residual_layer_norm(x, x, torch.ones(1), 0.5, 0.1, w[:1].long(), w, w)
 (y.sum() + n.sum()).backward()
-assert kernels.describe(torch.device("cpu"), torch.float32) == "torch"
+assert kernels.describe(torch.device("cpu"), torch.float32, 3, 4) == "torch"
 assert not any(name.startswith("triton.") for name in sys.modules)
 """
     environment = os.environ | dict(DYNSIZE_KERNELS="auto")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def test_machine_code_spills_nothing_and_fits():
     records = kernel_counts.machine_code_of_all()
-    assert len(records) == len(kernel_counts.TARGETS) * 6
+    assert len(records) == len(kernel_counts.TARGETS) * 8
     for record in records:
         most_shared = kernel_counts.TARGETS[record["target"]][1]
         assert record["spilled"] == 0 and record["shared"] <= most_shared, record
@@ -85,16 +85,15 @@ def test_nothing_of_the_branch_is_read_where_gates_are_zero():
 
 def test_benchmark_but_for_the_clock(monkeypatch, capsys):
     monkeypatch.setenv("DYNSIZE_KERNELS", "torch")
-    kernels.decide.cache_clear()
+    kernels.CHOSEN.clear()
     called = []
     monkeypatch.setattr(benchmark, "milliseconds", lambda call: called.append(call()) or 2.0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(kernels, "ctc_loss", benchmark.torchs_ctc_loss)
     small = dict(DEVICE="cpu", UTTERANCES=1, FRAMES=10, WIDTHS=(32,), VOCABULARIES=(7,))
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
     benchmark.main()
-    kernels.decide.cache_clear()
+    kernels.CHOSEN.clear()
     card, *table = capsys.readouterr().out.splitlines()
     assert card == "a card"
     assert len(table) == 2 + 3 + 1 and len(called) == 4 * 2 * 2  # rows; columns, directions
@@ -139,7 +138,8 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
     arguments = kernel_counts.residual_inputs(2, gate, 16, 64, torch.float32)
     function = fused
     if op == "ctc":
-        function, arguments = ctc.CtcLoss.apply, kernel_counts.ctc_inputs(2, 16, 64, "cpu")
+        function = torch.ops.dynsize.ctc_loss
+        arguments = [*kernel_counts.ctc_inputs(2, 16, 64, "cpu"), True]
     with monkeypatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", launch)
         kernel_counts.passes(function, arguments)[1]()
