@@ -48,7 +48,7 @@ from dynsize.terminal import (
     beam_of,
     check_decoding,
     lm_settings,
-    printable,
+    one_line,
     reported,
 )
 from dynsize.text import counted
@@ -129,7 +129,7 @@ def opened(path: Path, options: argparse.Namespace) -> System:
         for split in options.split or system.config.test_splits:
             utterances = read_corpus(as_trained, [split]).utterances
             told = words.missing((u.text for u in utterances), MOST_UNKNOWN)
-            print(f"language model, {printable(split)}: {printable(told)}")
+            print(f"language model, {split}: {told}")
     return dataclasses.replace(system, beam=beam_of(options), words=words)
 
 
@@ -141,14 +141,14 @@ def show_comparison(options: argparse.Namespace) -> None:
     if files_alone and not (options.corpus and options.split):
         raise ValueError("files of hypotheses alone: --corpus and --split name their references")
     for number, side in enumerate(sides, start=1):
-        print(f"{number}: {printable(', '.join(str(system.path) for system in side))}")
+        print(f"{number}: {', '.join(str(system.path) for system in side)}")
     for split in options.split or sides[0][0].config.test_splits:
         rows = compare(sides, split)
         measure = rows[0]["measure"].upper()
         subject = f"{measure} of the same {counted(rows[0]['utterances'], 'utterance')}"
         lost = f" ({rows[0]['left_out']} left out: audio that can't be read)"
         subject += lost if rows[0]["left_out"] else ""
-        print(f"\n{printable(split)}: {subject}; first minus second, in points\n")
+        print(f"\n{split}: {subject}; first minus second, in points\n")
         rates = [f"{measure} of first", f"{measure} of second"]
         header = ["first", "second", *rates, "difference", "95% interval", "verdict"]
         print(table(header, [comparison_row(row) for row in rows], text_columns=2), end="")
@@ -210,11 +210,11 @@ def write_decoding(system: System, options: argparse.Namespace, file: Path) -> N
 
 def show(report: dict, folder: Path) -> None:
     """Print one split's table and three utterances; name what could not be read."""
-    print(f"{headline(report)} → {printable(folder)}\n\n{error_rates(report)}")
+    print(f"{headline(report)} → {folder}\n\n{error_rates(report)}")
     print(examples(report["examples"], shutil.get_terminal_size((100, 0)).columns))
     unreadable = report["left_out"].get(UNREADABLE, {})
     for name, what in list(unreadable.items())[:NAMED]:
-        print(f"evaluate.py: warning: {printable(f'{name}: not scored: {what}')}", file=sys.stderr)
+        print(one_line(f"evaluate.py: warning: {name}: not scored: {what}"), file=sys.stderr)
     if len(unreadable) > NAMED:
         print(f"evaluate.py: all {len(unreadable)} are named in results.md", file=sys.stderr)
 

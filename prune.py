@@ -18,7 +18,7 @@ from dynsize.processes import device_of, hardware, use_threads
 from dynsize.run_directory import check_new
 from dynsize.subnet import BUDGETS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import LAYER_MAP, Supernet, layer_map
-from dynsize.terminal import Parser, printable, reported
+from dynsize.terminal import Parser, reported
 from dynsize.training import Trainer
 from train import train
 
@@ -308,7 +308,7 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
         if loaded.model.size is None:
             name, size = "supernet", "-"  # its file has the state of the training too
         costs = f"{parameters(model):>11,} {macs(model, model.size):>13,}"
-        file = printable(loaded.path)
+        file = loaded.path
         print(f"{name:9} {model.size:>6} {costs} {size:>12} {ms:>12.1f}  {file}")
     print(f"kept layers, {LAYER_MAP}")
     for loaded in networks:
@@ -333,18 +333,18 @@ def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -
         recogniser = dynsize.load(file)
         for size in reversed(recogniser.sizes):
             costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
-            print(f"{'':9} {size:>6} {costs}  {printable(file)}")
+            print(f"{'':9} {size:>6} {costs}  {file}")
 
 
 def hint(networks: list[checkpoint.Checkpoint]) -> str:
     """Return the command that evaluates what was cut."""
     first, *subnets = networks
     if first.model.size is not None:
-        return f"python evaluate.py {printable(first.path)} measures its word error rate"
+        return f"python evaluate.py {first.path} measures its word error rate"
     folder = first.path.parent
     if subnets and subnets[0].path.parent != folder:
-        return f"python evaluate.py {printable(subnets[0].path)} measures its word error rate"
-    return f"python evaluate.py {printable(folder)} measures the word error rates of all sizes"
+        return f"python evaluate.py {subnets[0].path} measures its word error rate"
+    return f"python evaluate.py {folder} measures the word error rates of all sizes"
 
 
 def main() -> None:

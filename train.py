@@ -27,7 +27,7 @@ from dynsize.run_directory import check_new
 from dynsize.study import next_training, plan, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP
-from dynsize.terminal import Parser, printable, reported
+from dynsize.terminal import Parser, reported
 from dynsize.text import counted
 from dynsize.training import Trainer
 
@@ -172,7 +172,7 @@ def start(options: argparse.Namespace) -> Trainer:
         if options.init_from:
             loaded = beginning(options.init_from, changes(options))
             config = loaded.model.config
-            print(f"weights    of {printable(loaded.path)}")
+            print(f"weights    of {loaded.path}")
         else:
             config = configuration.preset(options.preset, **changes(options))
         check_new(run, options.overwrite)
@@ -191,7 +191,7 @@ def study(options: argparse.Namespace) -> None:
         draw(trainer.run)
         del trainer  # before the next one reads its corpus
     print(results(config, trainings, folder))
-    print(f"done: {printable(folder / 'study.md')}, {printable(folder / 'study.json')}")
+    print(f"done: {folder / 'study.md'}, {folder / 'study.json'}")
     draw(folder)
 
 
@@ -206,7 +206,7 @@ def describe(trainer: Trainer) -> None:
     )
     print(f"device     {hardware(config, trainer.device)}")
     sizes = f"sizes {configuration.shown(config.sizes)}, {counted(config.updates, 'update')}"
-    print(f"training   {config.method}, {sizes}, in {printable(trainer.run)}")
+    print(f"training   {config.method}, {sizes}, in {trainer.run}")
     print(f"layers     {LAYER_MAP}", flush=True)
 
 
@@ -282,9 +282,8 @@ def train(trainer: Trainer, tensorboard: bool = False) -> None:
             progress.show(record)
             if record["stop"]:
                 progress.bar.close()
-                run = printable(trainer.run)
                 print(f"stopped and saved at update {trainer.done}; ", end="")
-                print(f"python train.py --resume {run} goes on", flush=True)
+                print(f"python train.py --resume {trainer.run} goes on", flush=True)
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 
@@ -295,7 +294,7 @@ def draw(folder: Path) -> None:
     from dynsize import plots  # needs matplotlib
 
     plots.draw(folder, folder / "plots")
-    print(f"pictures: {printable(folder / 'plots')}")
+    print(f"pictures: {folder / 'plots'}")
 
 
 def main() -> None:
@@ -310,8 +309,7 @@ def main() -> None:
             return
         trainer = start(options)
         train(trainer, options.tensorboard)
-        run = printable(trainer.run)
-        print(f"done: {run}/{NAME}; python prune.py {run} cuts its subnets")
+        print(f"done: {trainer.run}/{NAME}; python prune.py {trainer.run} cuts its subnets")
         draw(trainer.run)
 
 

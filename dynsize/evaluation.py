@@ -36,7 +36,6 @@ from dynsize.readers import lines
 from dynsize.report import Texts, errors_of, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
-from dynsize.terminal import printable
 from dynsize.text import NORMALISERS
 from dynsize.wer import Errors, difference, writes_blanks
 
@@ -241,7 +240,7 @@ def decoded(
     split: str,
 ) -> tuple[Texts, dict[str, str]]:
     """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
-    title = printable(f"{system.path}, {split}, size {size}")
+    title = f"{system.path}, {split}, size {size}"
     facts = system.facts
     if isinstance(network, Supernet):
         examples = Examples(utterances, system.source.tokenizer, system.config, keep=False)

@@ -106,7 +106,7 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()  # Python's exit would do it, but show a traceback where it fails
+        print(end="", flush=True)  # Python's exit would do it, but show a traceback where it fails
     except KeyboardInterrupt:
         stop(130, f"{prog}: {interrupted}")
     except BrokenPipeError:  # the reader of the output is gone, as after `| head`
