@@ -35,7 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dynsize import files
-from dynsize.config import Config, are_splits
+from dynsize.config import Config, are_splits, marked
 from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.decoding import LanguageModel
 from dynsize.evaluation import System, compare, evaluate, open_system, sides_of, tune
@@ -66,7 +66,6 @@ EXAMPLES = """\
   python evaluate.py --compare runs/demo other-system.trn"""
 MOST_UNKNOWN = 0.2  # share of the references' words that a language model may lack
 NAMED = 10  # utterances whose audio can't be read, at most, on the screen
-CHANGED = ("corpus", "corpus_kind", "normaliser", "device", "precision", "batch_seconds")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -109,7 +108,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def changes(options: argparse.Namespace) -> dict[str, object]:
     """Return the settings that the command line changes."""
-    given = {name: getattr(options, name) for name in CHANGED}
+    given = {name: getattr(options, name) for name in marked("evaluate")}
     if options.corpus and not options.corpus_kind:
         given["corpus_kind"] = "auto"
     return {name: value for name, value in given.items() if value is not None}

@@ -5,6 +5,7 @@ import os
 import re
 import typing
 from dataclasses import dataclass, field
+from functools import partial
 
 # stm: TED-LIUM 2, Switchboard
 CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")
@@ -18,333 +19,259 @@ METHOD_DEFAULTS: dict[str, dict[str, typing.Any]] = {
 }
 NO_SCORES = dict(delta=1, initial_score=0.0, score_rate=1.0)  # of a method that learns none
 METHODS = (*METHOD_DEFAULTS, "none", "layerdrop", "aux-loss")
-HIGHEST = 2**31 - 1  # of settings that have no other limit
+LARGEST = 2**31  # every number is smaller
 CHANNELS = {"conv2d": 2, "vgg": 4}  # convolutions of each front-end
 
 
-def setting(
-    default: object,
+def described(
     section: str,
+    default: object,
     help: str,
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    marks: str = "",
 ) -> typing.Any:
     """Return a field of `Config` with the words that `train.py --help` says about it.
 
-    A number, or each number of a tuple, lies from `least` to `most`, or from `least` to below
-    `below`. Every setting that is a number has these limits, so it is finite. `choices`: the values
-    that a text may have.
+    A number, or each number of a tuple, is `least` or more, at most `most`, and below `below`, by
+    default 2^31. `choices`: the values that a text may have. `marks`, words between blanks, say
+    what depends on the setting, and who may change it:
+
+        resume     --resume may change it: what is learned stays the same
+        affects    --resume may change it: the result is not that of an unbroken training
+        evaluate   evaluate.py may change it
+        weights    the weights depend on it: --init-from keeps it
+        units      --init-from makes a new tokenizer where it is changed
+        frames     a teacher has the same value: the features and times of its frames are these
     """
     limits = dict(least=least, most=most, below=below, choices=choices)
-    return field(default=default, metadata=dict(section=section, help=help) | limits)
-
-
-def share(default: float, section: str, help: str) -> typing.Any:
-    """Return a field of `Config` for a number from 0 to below 1."""
-    return setting(default, section, help, least=0, below=1)
+    marked = tuple(marks.split())
+    return field(default=default, metadata=dict(section=section, help=help, marks=marked) | limits)
 
 
 @dataclass(frozen=True)
 class Config:
     """All that decides a training.
 
-    The defaults are the preset `demo`; `PRESETS` lists what the others change.
+    The defaults are the preset `demo`; `PRESETS` lists what the others change. `marks`: see
+    `described`.
     """
 
+    setting = partial(described, "corpus")
     corpus: str = setting(
-        "spoken", "corpus", "directory of a corpus, or spoken: sentences that espeak-ng speaks"
+        "spoken",
+        "directory of a corpus, or spoken: sentences that espeak-ng speaks",
+        marks="resume evaluate",
     )
     corpus_kind: str = setting(
         "auto",
-        "corpus",
         "form of the corpus; auto: recognised by its files",
         choices=("auto", *CORPUS_KINDS),
+        marks="resume evaluate",
     )
-    train_splits: tuple[str, ...] = setting(
-        ("train",), "corpus", "splits to train on; A+B is A and B"
-    )
-    dev_splits: tuple[str, ...] = setting(
-        ("dev-clean", "dev-other"), "corpus", "splits to validate on"
-    )
+    train_splits: tuple[str, ...] = setting(("train",), "splits to train on; A+B is A and B")
+    dev_splits: tuple[str, ...] = setting(("dev-clean", "dev-other"), "splits to validate on")
     test_splits: tuple[str, ...] = setting(
-        ("test-clean", "test-other"), "corpus", "splits that evaluate.py decodes"
+        ("test-clean", "test-other"), "splits that evaluate.py decodes"
     )
     normaliser: str = setting(
         "none",
-        "corpus",
         "change of every text; plain: lower case without punctuation",
         choices=("none", "lower", "upper", "plain"),
+        marks="evaluate",
     )
     speeds: tuple[float, ...] = setting(
-        (1.0,),
-        "corpus",
-        "speeds of speech; one is drawn for each utterance in each epoch",
-        least=0.5,
-        most=2,
+        (1.0,), "speeds of speech; one is drawn for each utterance in each epoch", 0.5, 2
     )
     cache_features: str = setting(
-        "", "corpus", "directory that keeps features between trainings; empty: none"
+        "", "directory that keeps features between trainings; empty: none", marks="resume"
     )
-    min_seconds: float = setting(
-        0.0, "corpus", "training leaves out utterances that are shorter", least=0, most=86_400
-    )
-    max_seconds: float = setting(
-        0.0,
-        "corpus",
-        "training leaves out utterances that are longer; 0: none",
-        least=0,
-        most=86_400,
-    )
+    min_seconds: float = setting(0.0, "training leaves out utterances that are shorter", 0)
+    max_seconds: float = setting(0.0, "training leaves out utterances that are longer; 0: none", 0)
     units: str = setting(
-        "unigram", "corpus", "kind of SentencePiece units", choices=("unigram", "bpe", "characters")
+        "unigram",
+        "kind of SentencePiece units",
+        choices=("unigram", "bpe", "characters"),
+        marks="units",
     )
     tokenizer: str = setting(
-        "", "corpus", "a SentencePiece model to use as it is; empty: one is made from the texts"
+        "", "a SentencePiece model to use; empty: one is made from the texts", marks="units"
     )
     vocabulary: int = setting(
-        48,
-        "corpus",
-        "SentencePiece units without the blank; fewer where the text is small",
-        least=1,
-        most=100_000,
+        48, "SentencePiece units without the blank; fewer where the text is small", 1, marks="units"
     )
 
-    sample_rate: int = setting(
-        16000, "features", "rate to which audio is resampled, in Hz", least=1000, most=192_000
-    )
-    mel_bins: int = setting(40, "features", "mel filters", least=1, most=1024)
-    lowest_hz: float = setting(
-        60.0, "features", "lower edge of the mel filters, in Hz", least=0, most=96_000
-    )
-    highest_hz: float = setting(
-        7600.0, "features", "upper edge of the mel filters, in Hz", least=1, most=96_000
-    )
-    window_ms: float = setting(25.0, "features", "analysis window, in ms", least=1, most=1000)
-    hop_ms: float = setting(
-        12.5, "features", "step from one feature frame to the next, in ms", least=1, most=1000
-    )
+    setting = partial(described, "features", marks="weights frames")
+    sample_rate: int = setting(16000, "rate to which audio is resampled, in Hz", 1000, 192_000)
+    mel_bins: int = setting(40, "mel filters", 1)
+    lowest_hz: float = setting(60.0, "lower edge of the mel filters, in Hz", 0)
+    highest_hz: float = setting(7600.0, "upper edge of the mel filters, in Hz", 1)
+    window_ms: float = setting(25.0, "analysis window, in ms", 1, 1000)
+    hop_ms: float = setting(12.5, "step from one feature frame to the next, in ms", 1, 1000)
 
+    setting = partial(described, "SpecAugment")
     frequency_masks: int = setting(
-        2,
-        "SpecAugment",
-        "most frequency masks of an utterance; their number is drawn from 2 to this",
-        least=0,
-        most=1000,
+        2, "most frequency masks of an utterance; their number is drawn from 2 to this", 0, 1000
     )
-    frequency_mask_bins: int = setting(
-        8, "SpecAugment", "widest frequency mask, in mel bins", least=0, most=HIGHEST
-    )
+    frequency_mask_bins: int = setting(8, "widest frequency mask, in mel bins", 0)
     time_mask_every: int = setting(
-        50,
-        "SpecAugment",
-        "an utterance of T frames gets 2 to T / this time masks; 0: none",
-        least=0,
-        most=HIGHEST,
+        50, "an utterance of T frames gets 2 to T / this time masks; 0: none", 0
     )
-    time_mask_frames: int = setting(
-        20, "SpecAugment", "widest time mask, in feature frames", least=0, most=HIGHEST
-    )
+    time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)
 
+    setting = partial(described, "network", marks="weights")
     blocks: int = setting(
-        5,
-        "network",
-        "Conformer blocks N; each has the four layers " + ", ".join(LAYERS),
-        least=1,
-        most=256,
+        5, "Conformer blocks N; each has the four layers " + ", ".join(LAYERS), 1, 256
     )
-    width: int = setting(96, "network", "model width D", least=1, most=8192)
+    width: int = setting(96, "model width D", 1, 8192)
     attention_heads: int = setting(
-        4,
-        "network",
-        "attention heads H; the width of a head, D / H, is whole, and even with --rotary",
-        least=1,
-        most=8192,
+        4, "attention heads H; the width of a head, D / H, is whole, and even with --rotary", 1
     )
     kernel: int = setting(
-        15,
-        "network",
-        "odd width K of the depthwise convolution, in encoder frames of 4 hops",
-        least=1,
-        most=1023,
+        15, "odd width K of the depthwise convolution, in encoder frames of 4 hops", 1, 1023
     )
     front_end: str = setting(
         "conv2d",
-        "network",
         "conv2d: two convolutions of stride 2; vgg: the paper's",
         choices=tuple(CHANNELS),
+        marks="weights frames",
     )
     front_end_channels: tuple[int, ...] = setting(
-        (32, 32),
-        "network",
-        "channels of its convolutions: two for conv2d, four for vgg",
-        least=1,
-        most=1024,
+        (32, 32), "channels of its convolutions: two for conv2d, four for vgg", 1, 1024
     )
-    rotary: bool = setting(True, "network", "rotary positions in the attention")
-    dropout: float = share(
-        0.0, "network", "share of each layer's output that is dropped in training"
+    rotary: bool = setting(True, "rotary positions in the attention")
+    dropout: float = setting(
+        0.0, "share of each layer's output that is dropped in training", 0, below=1, marks=""
     )
     shared_output_layer: bool = setting(
-        False, "network", "one CTC output layer for all sizes instead of one for each"
+        False, "one CTC output layer for all sizes instead of one for each"
     )
 
+    setting = partial(described, "algorithm")
     sizes: tuple[int, ...] = setting(
-        (7, 13, 20),
-        "algorithm",
-        "layers of each network, ascending; the last is all 4 N",
-        least=1,
-        most=1024,
+        (7, 13, 20), "layers of each network, ascending; the last is all 4 N", 1, marks="weights"
     )
     method: str = setting(
         "simple-top-k",
-        "algorithm",
         "how layers are chosen. To compare with: none (one size trained alone), layerdrop (layers "
         "dropped at random, then every other one pruned), aux-loss (each size is the first layers)",
         choices=METHODS,
+        marks="weights",
     )
-    size: int = setting(
-        0, "algorithm", "method none: layers of the network; 0: all", least=0, most=1024
-    )
+    size: int = setting(0, "method none: layers of the network; 0: all", 0, marks="weights")
     layers_from: str = setting(
         "",
-        "algorithm",
         "method none: a run whose ranking chooses the layers; empty: the first ones",
+        marks="weights",
     )
     teacher: str = setting(
         "",
-        "algorithm",
-        "method none: a run, of whose largest network the frame posteriors are learned beside CTC",
+        "method none: a run, of whose largest network the frame posteriors are learned too",
+        marks="resume",
     )
     relaxation: str = setting(
         "straight-through",
-        "algorithm",
         "simple-top-k: layer weights of step 1",
         choices=("straight-through", "soft"),
     )
-    step1_share: float = share(
-        0.25, "algorithm", "share of the updates that are step 1, which learns the scores"
+    step1_share: float = setting(
+        0.25, "share of the updates that are step 1, which learns the scores", 0, below=1
     )
     # None stands for the method's value in the preset, by which `__post_init__` replaces it.
     delta: int = setting(
         None,
-        "algorithm",
         "layers by which the subnet of step 1 shrinks at a time; by default the method's; "
         "ortho-softmax has none",
-        least=1,
-        most=1024,
+        1,
     )
     initial_score: float = setting(
-        None,
-        "algorithm",
-        "initial value of the layer scores; by default the method's",
-        least=-1000,
-        most=1000,
+        None, "initial value of the layer scores; by default the method's", -1000, 1000
     )
     score_rate: float = setting(
         None,
-        "algorithm",
         "learning rate of the scores, as a multiple of the weights'; by default the method's",
-        least=0,
-        most=1e6,
+        0,
+        1e6,
     )
-    layer_drop: float = share(
-        0.2, "algorithm", "layerdrop: share of the utterances that skip a layer"
+    layer_drop: float = setting(
+        0.2, "layerdrop: share of the utterances that skip a layer", 0, below=1
     )
-    subnet_loss: float = setting(
-        1.0,
-        "algorithm",
-        "weight of each subnet's loss; the supernet's is 1",
-        least=0,
-        most=1000,
-    )
-    stochastic_depth: float = share(
+    subnet_loss: float = setting(1.0, "weight of each subnet's loss; the supernet's is 1", 0)
+    stochastic_depth: float = setting(
         0.0,
-        "algorithm",
         "share of the utterances for which the supernet skips a layer in step 2; "
         "layers of the smallest size are never skipped",
+        0,
+        below=1,
     )
 
-    updates: int = setting(
-        1500, "training", "updates of the whole training, both steps", least=1, most=HIGHEST
-    )
+    setting = partial(described, "training")
+    updates: int = setting(1500, "updates of the whole training, both steps", 1)
     batch_seconds: float = setting(
         40.0,
-        "training",
         "most audio in a batch with its padding, in seconds; a longer utterance is alone",
-        least=0.01,
-        most=1e6,
+        0.01,
+        marks="affects evaluate",
     )
-    batch_utterances: int = setting(
-        60, "training", "most utterances in a batch", least=1, most=HIGHEST
-    )
-    accumulate: int = setting(
-        1, "training", "batches of each process in one update", least=1, most=10_000
-    )
+    batch_utterances: int = setting(60, "most utterances in a batch", 1)
+    accumulate: int = setting(1, "batches of each process in one update", 1, marks="affects")
     checkpoint_activations: bool = setting(
-        False, "training", "save memory: compute each layer again in the backward pass"
+        False, "save memory: compute each layer again in the backward pass"
     )
+    # An epsilon or a rate beyond these limits is 0 or infinite in float32.
     peak_learning_rate: float = setting(
-        4e-3, "training", "highest learning rate; the first is 1/100 of it", least=1e-12, most=1
+        4e-3, "highest learning rate; the first is 1/100 of it", 1e-12, 1
     )
-    warmup: float = share(0.1, "training", "share of the updates in which the learning rate rises")
+    warmup: float = setting(
+        0.1, "share of the updates in which the learning rate rises", 0, below=1
+    )
     cooldown: float = setting(
-        0.8,
-        "training",
-        "share of the updates in which it falls to 1/100; the rest goes on to 1e-8",
-        least=0,
-        most=1,
+        0.8, "share of the updates in which it falls to 1/100; the rest goes on to 1e-8", 0, 1
     )
-    weight_decay: float = share(1e-3, "training", "AdamW's weight decay")
-    epsilon: float = setting(1e-8, "training", "AdamW's epsilon", least=1e-30, most=1)
-    beta2: float = share(0.98, "training", "AdamW's decay of the squared gradient")
-    clip: float = setting(
-        1.0, "training", "largest norm of the gradient; 0: no clipping", least=0, most=1e9
-    )
+    weight_decay: float = setting(1e-3, "AdamW's weight decay", 0, below=1)
+    epsilon: float = setting(1e-8, "AdamW's epsilon", 1e-30, 1)
+    beta2: float = setting(0.98, "AdamW's decay of the squared gradient", 0, below=1)
+    clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", 0)
     precision: str = setting(
         "auto",
-        "training",
         "number format of the layers; auto: bfloat16 where the hardware computes it, else float32",
         choices=("auto", "bfloat16", "float32"),
+        marks="evaluate",
     )
     device: str = setting(
-        "auto", "training", "cpu, cuda, cuda:N, or auto: cuda where there is a GPU"
+        "auto", "cpu, cuda, cuda:N, or auto: cuda where there is a GPU", marks="resume evaluate"
     )
     workers: int = setting(
         0,
-        "training",
-        "processes that read audio; 0: none, and features stay in memory (115 MB an hour)",
-        least=0,
-        most=64,
+        "processes that read audio; 0: none, features stay in memory, 115 MB an hour",
+        0,
+        64,
+        marks="resume",
     )
-    seed: int = setting(0, "training", "seed of everything that is drawn", least=0, most=HIGHEST)
-    log_every: int = setting(
-        20, "training", "updates from one line of the log to the next", least=1, most=HIGHEST
-    )
+    seed: int = setting(0, "seed of everything that is drawn", 0)
+    log_every: int = setting(20, "updates from one line of the log to the next", 1, marks="resume")
     validate_every: int = setting(
-        500,
-        "training",
-        "updates from one validation to the next; one more at the end",
-        least=1,
-        most=HIGHEST,
+        500, "updates from one validation to the next; one more at the end", 1, marks="resume"
     )
     save_every: int = setting(
-        500,
-        "training",
-        "updates from one checkpoint to the next; one more at the end",
-        least=1,
-        most=HIGHEST,
+        500, "updates from one checkpoint to the next; one more at the end", 1, marks="resume"
     )
     save_minutes: float = setting(
-        10.0, "training", "most minutes between two checkpoints", least=0.01, most=1e6
+        10.0, "most minutes between two checkpoints", 0.01, marks="resume"
     )
-    keep: int = setting(3, "training", "newest checkpoints that are kept", least=1, most=10)
-    most_left_out: float = share(
-        0.1, "training", "share of utterances that may be unreadable; with more the training ends"
+    keep: int = setting(3, "newest checkpoints that are kept", 1, 10, marks="resume")
+    most_left_out: float = setting(
+        0.1,
+        "share of utterances that may be unreadable",
+        0,
+        below=1,
+        marks="resume",
     )
 
     preset: str = "demo"  # whose METHOD_PRESETS apply; it has no help text, as it is no setting
+    del setting
 
     def __post_init__(self) -> None:
         for name, value in method_settings(self.preset, self.method).items():
@@ -455,16 +382,6 @@ def are_splits(names: tuple[str, ...]) -> bool:
     )
 
 
-def limits(setting: dataclasses.Field) -> str:
-    """Return what the numbers of a setting must be, for people; '' for other settings."""
-    least, most, below = (setting.metadata[name] for name in ("least", "most", "below"))
-    if below is not None:
-        return f"must be {least:g} or more and below {below:g}"
-    if most == HIGHEST:
-        return f"must be {least:g} or more and below 2^31"
-    return "" if least is None else f"must be {least:g} to {most:g}"
-
-
 def fault(setting: dataclasses.Field, value: object) -> str:
     """Return what a setting must be, where this value is not that; else ''."""
     least, most, below, choices = (
@@ -472,12 +389,15 @@ def fault(setting: dataclasses.Field, value: object) -> str:
     )
     if choices and value not in choices:
         return "must be " + " or ".join(choices)
+    if least is None:
+        return ""
+    highest = LARGEST if below is None else below  # not reached
     numbers = value if isinstance(value, tuple) else (value,)
-    within = least is None or all(
-        least <= number and (number <= most if below is None else number < below)
-        for number in numbers
-    )
-    return "" if within else limits(setting)
+    if all(least <= n < highest and n <= (most or highest) for n in numbers):
+        return ""
+    if most is not None:
+        return f"must be {least:g} to {most:g}"
+    return f"must be {least:g} or more and below {'2^31' if below is None else below}"
 
 
 def shown(value: object) -> str:
@@ -571,6 +491,11 @@ def from_dict(values: dict) -> Config:
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     return Config(**settings)
+
+
+def marked(mark: str) -> list[str]:
+    """Return the names of the settings with a mark; `described` explains the marks."""
+    return [field.name for field in fields() if mark in field.metadata["marks"]]
 
 
 def fields() -> tuple[dataclasses.Field, ...]:

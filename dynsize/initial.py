@@ -13,16 +13,10 @@ import torch
 from dynsize import checkpoint
 from dynsize.algorithms import every_other
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import Config, fields, with_method
+from dynsize.config import Config, marked, with_method
 from dynsize.corpora import read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
-
-# Settings that decide what a network gets as its input and which times its frames have.
-SAME = ("sample_rate", "mel_bins", "lowest_hz", "highest_hz", "window_ms", "hop_ms", "front_end")
-UNITS = {"tokenizer", "units", "vocabulary"}  # settings that ask for another tokenizer
-FREE_OF_WEIGHTS = {"dropout"}  # a setting of the network that its weights do not depend on
-CHOICE = {"method", "sizes", "size", "layers_from"}  # settings that decide which layers there are
 
 
 def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
@@ -30,13 +24,13 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
 
     Its settings are the checkpoint's with `changes`. A network that was cut is trained as it is,
     by the method none. Scores and ranking of a supernet come along. So does the tokenizer, unless
-    `changes` has one of `UNITS`: then the tokenizer is made from the new texts, and the output
-    layers are new.
+    `changes` asks for other units: then it is made from the new texts, and the output layers are
+    new.
 
     Raises ValueError for changes of what the weights were trained for: features, network, layers.
     """
     loaded = checkpoint.load(path)
-    for name in sorted(fixed_settings()):
+    for name in sorted(marked("weights")):
         if name in changes:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} with --init-from: it stays as {loaded.path} has it")
@@ -46,7 +40,7 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
         config = with_method(config, "none", size=old.size, layers_from="")
     tokenizer = loaded.tokenizer
     weights = old.state_dict()
-    if UNITS & changes.keys():
+    if changes.keys() & marked("units"):
         tokenizer = tokenizer_of(config)
         for name in old.output_layers.state_dict():
             del weights[f"output_layers.{name}"]
@@ -54,13 +48,6 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     model = Supernet(config, tokenizer.labels, old.ranking, old.size)
     model.load_state_dict(model.state_dict() | weights)
     return dataclasses.replace(loaded, model=model, tokenizer=tokenizer, training=None)
-
-
-def fixed_settings() -> set[str]:
-    """Return the names of the settings that a network keeps when its training begins again."""
-    sections = ("features", "network")
-    names = {field.name for field in fields() if field.metadata["section"] in sections}
-    return (names | CHOICE) - FREE_OF_WEIGHTS
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
@@ -115,7 +102,7 @@ def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
             f"--teacher {loaded.path}: its labels are not those of this training; "
             "train both on the same corpus with the same --vocabulary"
         )
-    for name in SAME:
+    for name in marked("frames"):
         here, there = getattr(config, name), getattr(loaded.model.config, name)
         if here != there:
             flag = f"--{name.replace('_', '-')}"

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from dynsize import checkpoint, files, processes, run_directory, steps
 from dynsize.batching import Batch, epoch_plan
-from dynsize.config import Config
+from dynsize.config import Config, marked
 from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher, new_network, optimizer_for
 from dynsize.schedule import learning_rate
@@ -28,15 +28,6 @@ from dynsize.steps import Update
 from dynsize.supernet import layer_name
 from dynsize.training_data import Dev, TrainingData
 
-# What a resumed training may change without changing what is learned. `corpus`, `teacher`: the
-# same ones, elsewhere.
-FREE = (
-    "teacher",
-    *("device", "workers", "cache_features", "corpus", "corpus_kind", "most_left_out"),
-    *("log_every", "validate_every", "save_every", "save_minutes", "keep"),
-)
-# What it may change too, though the result is then not that of an unbroken training.
-WITH_A_NOTE = ("batch_seconds", "accumulate")
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
 SECOND_SIGNAL = 1.0  # seconds after which a second signal ends the training at once
 
@@ -473,9 +464,9 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
     """
     for name, value in changes.items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if name in WITH_A_NOTE:
+        if name in marked("affects"):
             warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
-        elif name not in FREE:
+        elif name not in marked("resume"):
             raise ValueError(f"{flag} with --resume: it would change what is learned")
     return dataclasses.replace(config, **changes)
 
