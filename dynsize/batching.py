@@ -28,7 +28,7 @@ from dynsize.tokenizer import Tokenizer
 # no two epochs have the same batches.
 LENGTH_JITTER = 0.1
 MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
-# What a training handles.
+# What a training handles, and its worker processes ignore.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -75,7 +75,7 @@ class Batch:
         return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
-def labels_of(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
+def text_labels(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
     """Return the labels of an utterance's text.
 
     Raises ValueError, with the file, for characters without a label.
@@ -157,7 +157,7 @@ class Examples(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         utterance, draw = self.utterances[index], self.draw("masks", index)
-        labels = [] if self.epoch is None else labels_of(utterance, self.tokenizer)
+        labels = [] if self.epoch is None else text_labels(utterance, self.tokenizer)
         seed = draw.getrandbits(62)
         try:
             features = self.features(index, self.speed(index))
@@ -198,7 +198,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def load(
+def read_batches(
     examples: Examples, batches: Sequence[Sequence[int]], pin: bool = False
 ) -> Iterator[Batch]:
     """Yield batch after batch, read by the configured number of worker processes.
@@ -230,26 +230,21 @@ def load(
 
 
 def started(loader: DataLoader) -> Iterator[Batch]:
-    """Return the iterator of a loader, whose worker processes never get the `SIGNALS`.
+    """Return the iterator of a loader, without torch's handler of SIGCHLD.
 
-    Torch's handler of SIGCHLD, by which a worker's death would interrupt this process anywhere, in
-    the middle of an update too, is taken away: the death is seen when the next batch is read.
+    By it a worker's death would interrupt this process anywhere, in the middle of an update too.
+    Without it the death is seen when the next batch is read.
 
     Where this process ends before the iterator does, it kills the workers. Python would send them
     SIGTERM, which they ignore, and wait for ever.
     """
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it
-    try:
-        iterator = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        weakref.finalize(iterator, kill, workers)
-        return iterator
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        if signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before)
+    iterator = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    weakref.finalize(iterator, kill, set(multiprocessing.active_children()) - others)
+    return iterator
 
 
 def kill(workers: set[multiprocessing.Process]) -> None:

@@ -30,7 +30,7 @@ from dynsize.features import window_and_hop
 from dynsize.readers import KINDS, Entry, Notes, clean_notation, contents, no_audio
 from dynsize.spoken import spoken_corpus
 from dynsize.terminal import printable
-from dynsize.text import clean, counted, shown, without_unknown
+from dynsize.text import clean, counted, quoted, without_unknown
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
 UNREADABLE = "audio that can't be read"
@@ -122,7 +122,7 @@ def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, 
     path = Path(split)
     if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"{flag} {shown(split)}: names no split; A+B joins splits, and no part may be empty"
+            f"{flag} {quoted(split)}: names no split; A+B joins splits, and no part may be empty"
         )
     for name, pattern, reader in KINDS:
         source = root / pattern.format(split)
@@ -145,7 +145,7 @@ def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config
     corpus.changes["× <unk> taken out"] += unknown
     text = clean(raw, config.normaliser)
     if not text and entry.text.strip() and not entry.reference:
-        return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {shown(entry.text)}")
+        return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {quoted(entry.text)}")
     spoken = Utterance(
         id=entry.id,
         path=entry.path,
@@ -220,12 +220,12 @@ class Characters:
         """Return the characters that are wanted, the most frequent first."""
         return [character for character, _ in self.counts.most_common() if wanted(character)]
 
-    def shown(self, characters: list[str]) -> str:
+    def with_counts(self, characters: list[str]) -> str:
         """Return characters with their counts, and the first text with the first of them."""
         counts = ", ".join(f"{c} {self.counts[c]}" for c in characters[:MOST_NAMED])
         more = f" and {len(characters) - MOST_NAMED} more" if len(characters) > MOST_NAMED else ""
         first = self.first[characters[0]]
-        return f"{counts}{more}, as in {first.id}, {shown(first.text)}"
+        return f"{counts}{more}, as in {first.id}, {quoted(first.text)}"
 
 
 def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) -> str:
@@ -247,10 +247,8 @@ def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) 
         rows.append(f"{name}: {size_of(other.utterances, config)}")
         found = Characters(other.utterances)
         if new := found.like(lambda c: c not in characters.counts):
-            advice = "--normaliser lower or plain may make them those of training"
-            rows.append(
-                f"note: {name}: characters that training never had, {found.shown(new)}; {advice}"
-            )
+            told = f"characters that training never had, {found.with_counts(new)}"
+            rows.append(f"note: {name}: {told}; --normaliser lower or plain may change them")
     return "\n".join(map(printable, rows))
 
 
@@ -287,10 +285,10 @@ def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[
     capitals, small = characters.like(str.isupper), characters.like(str.islower)
     if capitals and small:
         rarer = min(capitals, small, key=lambda cs: sum(characters.counts[c] for c in cs))
-        yield f"mixed case, {characters.shown(rarer)}; --normaliser lower makes it one"
+        yield f"mixed case, {characters.with_counts(rarer)}; --normaliser lower makes it one"
     if signs := characters.like(lambda c: c != "'" and unicodedata.category(c)[0] not in "LM"):
         advice = "--normaliser plain takes signs out; numbers are learned better spelled out"
-        yield f"signs and digits, {characters.shown(signs)}; {advice}"
+        yield f"signs and digits, {characters.with_counts(signs)}; {advice}"
     if empty := [u for u in corpus.utterances if not u.text]:
         yield f"{counted(len(empty), 'empty transcript')}, as {empty[0].id}, to train silence"
     rate, id = corpus.densest

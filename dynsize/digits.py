@@ -77,14 +77,14 @@ def read_recordings(checkout: Path) -> Recordings:
     unseen_is_there = any(name.split("_")[1] == UNSEEN for name in names)
     speakers = (*SPEAKERS, UNSEEN) if unseen_is_there else SPEAKERS
     keys = [(d, s, i) for s in speakers for d in range(10) for i in range(50)]
-    missing = [name_of(*key) for key in keys if name_of(*key) not in names]
+    missing = [file_name(*key) for key in keys if file_name(*key) not in names]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"{folder}: without {', '.join(missing[:5])}{more}")
-    return {key: read_recording(folder / name_of(*key)) for key in keys}
+    return {key: read_recording(folder / file_name(*key)) for key in keys}
 
 
-def name_of(digit: int, speaker: str, index: int) -> str:
+def file_name(digit: int, speaker: str, index: int) -> str:
     """Return the file name of a recording in FSDD."""
     return f"{digit}_{speaker}_{index}.wav"
 
@@ -114,6 +114,7 @@ def join_corpus(
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty directory; name another OUTPUT")
+    files.clean(output.parent)
     recordings = read_recordings(checkout)
     speakers = {speaker for _, speaker, _ in recordings}
     splits = {name: split for name, split in splits.items() if speakers.issuperset(split.speakers)}
@@ -142,7 +143,7 @@ def write_split(
             prefix = f"{NUMBERS[speaker]}-{1000 + chapter}"
             id = f"{prefix}-{line:04}"
             draw = np.random.default_rng([*seed, number])
-            audio, words = join(speaker, split, recordings, draw)
+            audio, words = join_digits(speaker, split, recordings, draw)
             soundfile.write(folder / f"{id}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
             with open(folder / f"{prefix}.trans.txt", "a") as transcripts:
                 transcripts.write(f"{id} {' '.join(word for word, _, _ in words)}\n")
@@ -152,7 +153,7 @@ def write_split(
             yield id
 
 
-def join(
+def join_digits(
     speaker: str, split: Split, recordings: Recordings, draw: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
     """Return the audio of one utterance, (samples,) in [-1, 1], and its words.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dynsize import checkpoint, report
 from dynsize.audio import CorruptAudio
-from dynsize.batching import Examples, batch_plan, load
+from dynsize.batching import Examples, batch_plan, read_batches
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
@@ -188,7 +188,7 @@ def in_batches(
     plan = []
     for batch in batch_plan(chosen_frames, most_frames, config.batch_utterances):
         plan.append([chosen[number] for number in batch])
-    for indices, batch in zip(plan, load(examples, plan), strict=True):
+    for indices, batch in zip(plan, read_batches(examples, plan), strict=True):
         unreadable.update(batch.corrupt)
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
         if read:

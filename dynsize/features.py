@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynsize.config import Config
 
-# Of the features: a new number where `log_mel` changes, so that no cached ones are used.
+# Cached features have this number. Whoever changes `log_mel` raises it, so they are made again.
 VERSION = 1
 QUIETEST = 1e-10  # added to the mel energies before the logarithm: digital silence stays finite
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynsize.audio import ENDINGS, FOREIGN
-from dynsize.text import clean, shown
+from dynsize.text import clean, quoted
 
 LISTED = 12  # names of files that a message lists, at most
 LONGEST_LINE = 2**28  # bytes; an array of a million utterances may be one line
@@ -95,14 +95,14 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
     A line is `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`.
     """
     sph = folder.parent / "sph"
-    audio = audio_files(sph, names_in(sph))
+    audio = audio_files(sph, listing(sph))
     for where, line in lines(*sorted(folder.glob("*.stm"))):
         if line.startswith(";;"):
             continue
         name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
         if channel not in CHANNELS or not end:
             form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
-            raise ValueError(f"{where}: not {form}: {shown(line)}")
+            raise ValueError(f"{where}: not {form}: {quoted(line)}")
         id = os.path.basename(where)
         if "ignore_time_segment_in_scoring" in raw.lower():
             notes.leave_out("ignore_time_segment_in_scoring", id, where)
@@ -111,9 +111,9 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
         try:
             text, reference = parse_stm(words, notes.changes)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; in {shown(raw)}") from error
+            raise ValueError(f"{where}: {error}; in {quoted(raw)}") from error
         if words.strip() and not text and not reference:
-            notes.leave_out("no words but marks", id, f"{where}: {shown(words)}")
+            notes.leave_out("no words but marks", id, f"{where}: {quoted(words)}")
             continue
         path = audio_of(name, audio, sph, where)
         span = seconds(start, where), seconds(end, where)
@@ -123,18 +123,18 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
 def common_voice(tsv: Path, notes: Notes) -> Iterator[Entry]:
     """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
     clips = tsv.parent / "clips"
-    audio, columns = audio_files(clips, names_in(clips)), []
+    audio, columns = audio_files(clips, listing(clips)), []
     for where, line in lines(tsv):
         values = line.split("\t")
         if not columns:
             columns = values
             if not {"path", "sentence"} <= set(columns):
-                raise ValueError(f"{where}: no columns path and sentence: {shown(line)}")
+                raise ValueError(f"{where}: no columns path and sentence: {quoted(line)}")
             if parts := part_names(columns):
                 raise ValueError(f"{where}: {', '.join(parts)}: only whole clips are read")
             continue
         if len(values) != len(columns):
-            raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {shown(line)}")
+            raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {quoted(line)}")
         row = dict(zip(columns, values, strict=True))
         name = without_ending(row["path"])
         path = audio_of(name, audio, clips, where)
@@ -148,7 +148,7 @@ def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
     utt2spk, `UTTERANCE SPEAKER`.
     """
     names = ("wav.scp", "text", "utt2spk", "segments")
-    recordings, texts, speakers, segments = [table(scp.with_name(name)) for name in names]
+    recordings, texts, speakers, segments = [keyed_lines(scp.with_name(name)) for name in names]
     if not scp.with_name("text").exists():
         raise ValueError(f"{scp}:1: no file `text` beside it, of lines UTTERANCE WORDS")
     if not segments:
@@ -158,12 +158,12 @@ def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
         columns = segment.split()
         if len(columns) != 3 or columns[0] not in recordings:
             form = f"{name} has no recording of {scp}, or not RECORDING START END"
-            raise ValueError(f"{where}: {form}: {shown(segment)}")
+            raise ValueError(f"{where}: {form}: {quoted(segment)}")
         recording, start, end = columns
         line, path = recordings[recording]
         if path.endswith("|"):
             advice = "write the audio file's path in its place; most kinds of audio are read"
-            raise ValueError(f"{line}: {shown(path)} is a command, which is not run: {advice}")
+            raise ValueError(f"{line}: {quoted(path)} is a command, which is not run: {advice}")
         path = placed(scp, path, line)
         begins = seconds(start, where)
         ends = None if end in ("-1", "-1.0") else seconds(end, where)
@@ -186,7 +186,7 @@ def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
             entries += reader(file, where, id, row)
         except (LookupError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, LookupError) else str(error)
-            raise ValueError(f"{where}: {what} in {shown(json.dumps(row))}; {FORMS}") from error
+            raise ValueError(f"{where}: {what} in {quoted(json.dumps(row))}; {FORMS}") from error
     names = Counter(without_ending(entry.path) for entry in entries if not entry.id)
     for number, entry in enumerate(entries, 1):
         name = without_ending(entry.path)
@@ -302,7 +302,7 @@ def rows(file: Path) -> Iterator[tuple[str, str, object]]:
     value = parsed(listed)
     if isinstance(value, dict):
         for id, row in value.items():
-            yield f"{file}: utterance {shown(id)}", id, row
+            yield f"{file}: utterance {quoted(id)}", id, row
     elif isinstance(value, list):
         for number, row in enumerate(value, 1):
             yield f"{file}: utterance {number}", "", row
@@ -371,7 +371,7 @@ def stm_words(text: str, changes: Counter[str]) -> list[str]:
         pronounced = PRONUNCIATION.fullmatch(token)
         word = pronounced[1] if pronounced else token
         if word == "/" or (not optional and re.search(r"[(){}<>\[\]]", word)):
-            raise ValueError(f"{shown(token)} is not understood")
+            raise ValueError(f"{quoted(token)} is not understood")
         words.append(word)
     return words
 
@@ -413,7 +413,7 @@ def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{path}:{number + 1}: damaged gzip data: {error}") from error
 
 
-def table(path: Path) -> dict[str, tuple[str, str]]:
+def keyed_lines(path: Path) -> dict[str, tuple[str, str]]:
     """Return KEY → FILE:NUMBER, VALUE of a file's lines `KEY VALUE`; {} where it is missing."""
     found: dict[str, tuple[str, str]] = {}
     for where, line in lines(path) if path.exists() else ():
@@ -431,7 +431,7 @@ def seconds(value: object, where: str) -> float:
             return time
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{where}: {shown(str(value))} is not a time")
+    raise ValueError(f"{where}: {quoted(str(value))} is not a time")
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -454,7 +454,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield path, sorted(folders + names)
 
 
-def names_in(folder: Path) -> list[str]:
+def listing(folder: Path) -> list[str]:
     """Return the names in a directory that a corpus must have."""
     try:
         return os.listdir(folder)
@@ -491,13 +491,13 @@ def placed(file: Path, name: str, where: str) -> str:
     """
     bases = (os.path.dirname(file), os.getcwd())
     if ".." in name.split("/") and not os.path.isabs(name):
-        raise ValueError(f"{where}: {shown(name)} leads out of {bases[0]}; write an absolute path")
+        raise ValueError(f"{where}: {quoted(name)} leads out of {bases[0]}; write an absolute path")
     paths = [os.path.join(base, name) for base in bases]
     for path in paths:
         if os.path.isabs(name) or os.path.exists(path):
             return path
     looked = " and ".join(dict.fromkeys(bases))
-    raise ValueError(f"{where}: no audio: {shown(name)} doesn't exist, looked for in {looked}")
+    raise ValueError(f"{where}: no audio: {quoted(name)} doesn't exist, looked for in {looked}")
 
 
 def audio_of(name: str, audio: dict[str, str], folder: Path | str, where: str) -> str:

@@ -120,10 +120,10 @@ def spoken_corpus() -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # espeak-ng carries random state from one utterance to the next: in a new process the
         # speech is always the same
-        command = [sys.executable, "-m", "dynsize.spoken", str(directory)]
+        command = [sys.executable, "-m", NAME, str(directory), "--parent", str(os.getpid())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
-        if done.returncode != 0:
+        if done.returncode != 0 and not directory.exists():  # else another process was faster
             *_, why = done.stderr.splitlines() or [f"exit code {done.returncode}"]
             why = why.removeprefix(f"{NAME}: ")
             raise ValueError(f"the embedded corpus could not be spoken: {why}")
@@ -175,13 +175,18 @@ class Espeak:
         return soxr.resample(audio, self.rate, SAMPLE_RATE)
 
 
-def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES) -> None:
+def speak_corpus(
+    directory: Path, seed: int = 0, minutes: dict[str, float] = MINUTES, parent: int = 0
+) -> None:
     """Write all splits, in which no sentence is there twice.
 
     They are the same in every new process for the same seed and minutes. The progress bar is on
-    standard output: `spoken_corpus` reads the errors from the other stream. Raises ValueError where
-    espeak-ng or libsndfile fails.
+    standard output: `spoken_corpus` reads the errors from the other stream. `parent`: the
+    process that waits for the corpus, if any. Raises ValueError where that has ended, where
+    `directory` exists, and where espeak-ng or libsndfile fails.
     """
+    if directory.exists():
+        raise ValueError(f"{directory}: exists; name a new DIRECTORY")
     espeak, draw = Espeak(seed), random.Random(seed)
     said: set[str] = set()
     total = round(sum(minutes.values()))
@@ -193,6 +198,8 @@ def speak_corpus(directory: Path, seed: int = 0, minutes: dict[str, float] = MIN
                 folder = unfinished / split
                 for spoken in speak_split(folder, split, length, espeak, draw, said):
                     bar.update(min(spoken / 60, total - bar.n))
+                    if parent and os.getppid() != parent:
+                        raise ValueError(f"process {parent}, which waits for it, has ended")
     except soundfile.SoundFileError as error:
         raise ValueError(str(error)) from error
     except OSError:
@@ -237,9 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dynsize.spoken", description="Speaks the embedded corpus with espeak-ng."
     )
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="written by this command")
+    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     with reported(NAME, "stopped; nothing is left of the corpus"):
-        speak_corpus(options.directory)
+        speak_corpus(options.directory, parent=options.parent)
 
 
 if __name__ == "__main__":

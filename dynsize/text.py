@@ -16,7 +16,7 @@ APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ`"), "'")  # as people and keyboar
 UNKNOWN = re.compile(r"(?<!\S)<unk>(?!\S)", re.IGNORECASE)
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     """Return a text in quotes, its first 80 characters if it is longer, for a message."""
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
 

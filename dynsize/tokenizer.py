@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynsize.config import Config
-from dynsize.text import WORD, shown
+from dynsize.text import WORD, quoted
 
 MODELS = {"unigram": "unigram", "bpe": "bpe", "characters": "char"}  # SentencePiece's names
 
@@ -55,7 +55,7 @@ class Tokenizer:
         if self.unknown in labels:
             unknown = [c for c in sorted(set(text)) if not c.isspace() and not self.knows(c)]
             names = " ".join(map(repr, unknown))
-            raise ValueError(f"characters unknown to the tokenizer, {names}, in {shown(text)}")
+            raise ValueError(f"characters unknown to the tokenizer, {names}, in {quoted(text)}")
         return labels
 
     def knows(self, character: str) -> bool:

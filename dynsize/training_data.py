@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dynsize import files, processes, run_directory
-from dynsize.batching import Batch, Examples, labels_of, load
+from dynsize.batching import Batch, Examples, read_batches, text_labels
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
@@ -21,7 +21,7 @@ from dynsize.networks import facts_of
 from dynsize.report import errors_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
-from dynsize.text import shown
+from dynsize.text import quoted
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
@@ -73,8 +73,8 @@ class TrainingData:
         return self.examples.frames()
 
     def load(self, plan: list[list[int]], pin: bool = False) -> Iterator[Batch]:
-        """Read the utterances of a plan, batch by batch. `pin`: see `batching.load`."""
-        return load(self.examples, plan, pin)
+        """Read the utterances of a plan, batch by batch. `pin`: see `read_batches`."""
+        return read_batches(self.examples, plan, pin)
 
     def too_many(self, left_out: int) -> str:
         """Return a message where too many utterances can't be read, else ''.
@@ -208,10 +208,10 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
         if seconds > config.max_seconds > 0:
             corpus.leave_out(f"longer than {config.max_seconds:g} s", utterance.id, what)
             continue
-        labels = labels_of(utterance, tokenizer)
+        labels = text_labels(utterance, tokenizer)
         corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
         if (spelled := tokenizer.decode(labels)) != utterance.text:
-            example = corpus.respelled[1] or f"{shown(utterance.text)} as {shown(spelled)}"
+            example = corpus.respelled[1] or f"{quoted(utterance.text)} as {quoted(spelled)}"
             corpus.respelled = (corpus.respelled[0] + 1, example)
         repeats = sum(a == b for a, b in pairwise(labels))
         frames = fewest_encoder_frames(utterance, config)

@@ -19,12 +19,17 @@ from hypothesis import strategies as st
 
 from dynsize import batching, spoken
 from dynsize.audio import CorruptAudio
-from dynsize.batching import Examples, batch_plan, collate, epoch_plan
+from dynsize.batching import Example, Examples, batch_plan, collate, epoch_plan
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus, summary
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
 from dynsize.tokenizer import Tokenizer, tokenizer_for, train_tokenizer
 from dynsize.training_data import keep_usable
+
+
+def utterances_of(root: Path, **changes) -> list[Utterance]:
+    """Return the training utterances of a corpus."""
+    return read_corpus(tiny(corpus=str(root), **changes), ["train"]).utterances
 
 
 def test_log_mel_of_a_tone_peaks_in_its_filter():
@@ -448,3 +453,26 @@ def test_the_spoken_corpus(tmp_path):
     )
     assert not speakers["test-other"] & speakers["dev-other"]
     assert all(0.02 < read_audio(u, 16000).abs().max() <= 1 for u in splits["train"])
+
+
+def test_a_corpus_that_is_there_is_not_spoken_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(spoken, "Espeak", None)  # nothing is spoken
+    with pytest.raises(SystemExit) as end:
+        spoken.main([str(tmp_path)])
+    assert end.value.code == 2 and f"{tmp_path}: exists" in capsys.readouterr().err
+
+
+def test_speaking_ends_with_the_training_that_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(spoken, "Espeak", lambda seed: None)
+    monkeypatch.setattr(spoken, "speak_split", lambda *_: iter(9 * [1.0]))
+    with pytest.raises(ValueError, match="process 1, which waits for it, has ended"):
+        spoken.speak_corpus(tmp_path / "corpus", parent=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_of_damaged_audio_alone_is_empty(tones):
+    examples = [Example(u, [1], torch.zeros(1, 12), 0, "damaged") for u in utterances_of(tones)[:2]]
+    batch = collate(examples)
+    assert batch.utterances == [] and len(batch.corrupt) == 2 and batch.padding == 0
+    assert batch.features.shape == (0, 1, 12) and batch.labels.shape == (0, 1)
+    assert [len(t) for t in (batch.lengths, batch.label_lengths, batch.seeds)] == [0, 0, 0]

@@ -1,5 +1,6 @@
 """The corpus of connected digits: its layout, its repeatability, its levels, its errors."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 from conftest import tiny
 
-from dynsize import digits
+from dynsize import digits, files
 from dynsize.corpora import read_corpus
 
 FSDD = Path(__file__).parents[2] / "shared" / "fsdd"
@@ -149,7 +150,7 @@ def test_the_speaker_is_above_the_background_by_what_the_split_says(name):
     split = SMALL[name]._replace(noisy=1.0)
     found = []
     for seed in range(60):
-        audio, words = digits.join("theo", split, recordings, np.random.default_rng(seed))
+        audio, words = digits.join_digits("theo", split, recordings, np.random.default_rng(seed))
         spectra = [np.abs(np.fft.rfft(audio[start:end])) ** 2 for _, start, end in words]
         power = np.sum(spectra, axis=0)  # one bin for each 4 Hz
         speech = power[tones["theo"] // 4]
@@ -237,7 +238,13 @@ def test_an_interrupted_run_leaves_nothing(fsdd, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(digits, "join", interrupted)
+    monkeypatch.setattr(digits, "join_digits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
+    assert not list(tmp_path.iterdir())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / f"corpus.{files.HOST}.{gone.pid}.unfinished").mkdir()  # of a run that was killed
     with pytest.raises(KeyboardInterrupt):
         digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
     assert not list(tmp_path.iterdir())

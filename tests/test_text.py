@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dynsize.corpora import Corpus, Utterance, duration, summary
 from dynsize.readers import clean_notation, parse_stm
-from dynsize.text import NORMALISERS, clean, counted, shown
+from dynsize.text import NORMALISERS, clean, counted, quoted
 from dynsize.tokenizer import train_tokenizer
 from dynsize.training_data import keep_usable
 from dynsize.wer import align, errors_in, sclite_reference
@@ -200,7 +200,7 @@ def test_ids_and_texts_are_printable_where_they_are_told():
 
 
 def test_messages_show_80_characters_of_a_text():
-    assert shown("A" * 80) == repr("A" * 80) and shown("A" * 81) == repr("A" * 80 + "…")
+    assert quoted("A" * 80) == repr("A" * 80) and quoted("A" * 81) == repr("A" * 80 + "…")
     with pytest.raises(ValueError) as error:
         train_tokenizer(["A"], 1).encode("A" * 3000 + "B")
     assert len(str(error.value)) < 200 and "'B'" in str(error.value)
