@@ -7,11 +7,12 @@ With --method, first learn which layers to keep of a model that was trained at f
 import argparse
 import dataclasses
 import math
+import signal
 import sys
 from pathlib import Path
 
 import dynsize
-from dynsize import checkpoint, export
+from dynsize import checkpoint, export, metrics
 from dynsize.algorithms import ALGORITHMS, shuffled
 from dynsize.config import Config, with_method
 from dynsize.processes import device_of, hardware, use_threads
@@ -19,8 +20,7 @@ from dynsize.run_directory import check_new
 from dynsize.subnet import BUDGETS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import LAYER_MAP, Supernet, layer_map
 from dynsize.terminal import Parser, reported
-from dynsize.training import Trainer
-from train import train
+from dynsize.training import Trainer, signals
 
 RANKINGS = ("learned", "first", "random")
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
@@ -163,6 +163,22 @@ def learn(options: argparse.Namespace) -> Path:
     else:
         train(trainer)
     return folder
+
+
+def train(trainer: Trainer) -> None:
+    """Train to the end, or to a signal, which saves and ends the program; show the log."""
+    intervals = metrics.Intervals(trainer.config, trainer.done)
+    print(f"training   {trainer.config.method}, in {trainer.run}")
+    with signals(trainer):
+        for record in trainer.updates():
+            if line := intervals.line(record):
+                print(line, flush=True)
+            if "dev" in record:
+                print(metrics.validation(record, trainer.model), flush=True)
+            if record["stop"]:
+                command = f"python train.py --resume {trainer.run}"
+                print(f"stopped and saved; {command} goes on", flush=True)
+                sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
 
 
 def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: Path) -> Trainer:

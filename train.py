@@ -6,13 +6,10 @@ Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes o
 
 import argparse
 import io
-import os
 import shutil
 import signal
 import sys
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP
 from dynsize.terminal import Parser, reported
 from dynsize.text import counted
-from dynsize.training import Trainer
+from dynsize.training import Trainer, signals
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar
@@ -235,40 +232,6 @@ class Progress:
         if "dev" in record:
             self.bar.write(metrics.validation(record, self.trainer.model))
             sys.stdout.flush()
-
-
-@contextmanager
-def signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP save and end the training; a later one ends it at once.
-
-    SIGUSR1 saves, and the training goes on. SIGHUP stays ignored where nohup started the program.
-    """
-
-    def save(number: int, frame: object) -> None:
-        trainer.save_soon = True
-
-    def hang_up(number: int, frame: object) -> None:
-        forget_closed_terminal()
-        trainer.stop(number)
-
-    handlers = {signal.SIGUSR1: save, signal.SIGINT: trainer.stop, signal.SIGTERM: trainer.stop}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        handlers[signal.SIGHUP] = hang_up
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def forget_closed_terminal() -> None:
-    """Send the output and the errors nowhere, each where its terminal was closed."""
-    for stream in (1, 2):
-        try:
-            os.write(stream, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def train(trainer: Trainer, tensorboard: bool = False) -> None:

@@ -202,7 +202,6 @@ def test_a_file_with_other_results_is_refused_and_not_left(single, monkeypatch, 
 def prune(monkeypatch, capsys):
     """Runs prune.py, here and now. Returns its exit code, its output and its errors."""
     root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(str(root))
     main = runpy.run_path(str(root / "prune.py"))["main"]
 
     def prune(*arguments: object) -> tuple[int, str, str]:
