@@ -52,7 +52,6 @@ from dynsize.terminal import (
     reported,
 )
 from dynsize.text import counted
-from train import draw
 
 EXAMPLES = """\
   python evaluate.py runs/demo
@@ -182,8 +181,10 @@ def run(options: argparse.Namespace) -> None:
         report = evaluate(system, split, base / split)
         show(report, base / split)
     if options.plots:
-        print()
-        draw(folder)
+        from dynsize import plots  # needs matplotlib
+
+        plots.draw(folder, folder / "plots")
+        print(f"\npictures: {printable(folder / 'plots')}")
 
 
 def computes(system: System) -> str:

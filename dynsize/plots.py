@@ -1,9 +1,8 @@
-"""Pictures of a training, of its results, and of the idea, drawn with matplotlib (extra `plots`).
+"""Pictures of a training and of its results, drawn with matplotlib (extra `plots`).
 
 `python -m dynsize.plots RUN OUTPUT` writes those for which a run, or the folder of a study, has
-data, each as PNG and SVG. `python -m dynsize.plots --drawings OUTPUT` writes the two drawings of
-the idea. One thing has the same colour and marker in all pictures, and each picture is readable in
-black and white.
+data, each as PNG and SVG. One thing has the same colour and marker in all pictures, and each
+picture is readable in black and white.
 """
 
 import argparse
@@ -20,13 +19,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from dynsize.config import LAYERS
-from dynsize.conformer import part
 from dynsize.report import read_json
-from dynsize.terminal import printable, reported
+from dynsize.terminal import reported
 
 STYLE = {
     "font.size": 9,
@@ -74,28 +72,42 @@ COSTS = {  # column of a result → label, factor
 def draw(source: Path, output: Path) -> list[Path]:
     """Write the pictures for which a run directory or the folder of a study has data.
 
-    Returns the files. Raises ValueError where there is no data at all.
+    Returns the files. Raises ValueError where there is no data at all, and where it is damaged.
     """
-    records = read_metrics(source)
-    results = read_results(source)
-    figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
-        if any(record.get("losses") for record in records):
-            figures["training"] = training_figure(records, source.name)
-        scored = [record for record in records if has_scores(record)]
-        if scored and (source / "ranking.json").exists():
-            ranking = [row["layer"] for row in read_json(source / "ranking.json")]
-            config = read_json(source / "config.json")
-            figures["layers"] = layers_figure(scored, config, ranking, source.name)
-        if (source / "study.json").exists():
-            figures["cost"] = cost_figure(results, ["macs"])
-        elif results:
-            figures["cost"] = cost_figure(results, list(COSTS))
-        if (source / "compression.json").exists():
-            figures["compression"] = compression_figure(read_json(source / "compression.json"))
+        try:
+            figures = figures_of(source)
+        except (LookupError, TypeError, AttributeError) as error:
+            what = f"its numbers are not as train.py and evaluate.py write them: {error!r}"
+            raise ValueError(f"{source}: {what}") from error
         if not figures:
             raise ValueError(f"{source}: nothing to draw: no metrics.jsonl, evaluation or study")
-        return save_all(figures, output)
+        paths: list[Path] = []
+        for name, figure in figures.items():
+            paths += save_figure(figure, output / name)
+        return paths
+
+
+def figures_of(source: Path) -> dict[str, Figure]:
+    """Return name → picture, of a run directory or the folder of a study."""
+    figures: dict[str, Figure] = {}
+    records = read_metrics(source)
+    if any(record.get("losses") for record in records):
+        figures["training"] = training_figure(records, source.name)
+    scored = [record for record in records if has_scores(record)]
+    if scored and (source / "ranking.json").exists():
+        ranking = [row["layer"] for row in read_json(source / "ranking.json")]
+        config = read_json(source / "config.json")
+        figures["layers"] = layers_figure(scored, config, ranking, source.name)
+    if results := read_results(source):
+        costs = ("parameters", "macs", "real_time_factor")
+        figures["cost"] = cost_figure(results, costs)
+    if (source / "differences.json").exists():
+        figures["study"] = study_figure(read_json(source / "differences.json"))
+    if (source / "compression.json").exists():
+        results = compressed(read_json(source / "compression.json"))
+        figures["compression"] = cost_figure(results, ("bytes", "milliseconds"))
+    return figures
 
 
 def has_scores(record: dict) -> bool:
@@ -103,15 +115,7 @@ def has_scores(record: dict) -> bool:
     return bool(record.get("scores") and record.get("ranking")) and record["step"] == 1
 
 
-def save_all(figures: dict[str, Figure], output: Path) -> list[Path]:
-    """Write figures to a directory under their names; return the files."""
-    paths: list[Path] = []
-    for name, figure in figures.items():
-        paths += save(figure, output / name)
-    return paths
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and SVG; return the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     png = stem.with_name(f"{stem.name}.png")
@@ -141,18 +145,34 @@ def read_metrics(run: Path) -> list[dict]:
     return records
 
 
-def read_results(source: Path) -> dict[str, dict[str, list[dict]]]:
-    """Return split → way to train → rows of results, of a study or of one run's evaluations."""
-    study = source / "study.json"
-    if study.exists():
-        return read_json(study)
+def read_results(run: Path) -> dict[str, dict[str, list[dict]]]:
+    """Return split → way to train → rows, of the evaluations of a run.
+
+    Each row has the `measure` that counts, wer or cer, the rate under this name, its `interval`.
+    """
     found: dict[str, dict[str, list[dict]]] = {}
-    for path in sorted(source.glob("evaluation/*/*/results.json")):
-        split = path.parent.name
-        way = way_of(source, path.parents[1].name)
-        of_split = found.setdefault(split, {})
-        of_split[way] = read_json(path)["sizes"]
+    for path in sorted(run.glob("evaluation/*/*/results.json")):
+        report = read_json(path)
+        measure = report["measure"]
+        rows = []
+        for row in report["sizes"]:
+            bounds = row["cer_interval"] if measure == "cer" else row["interval"]
+            rows.append(row | dict(measure=measure, interval=bounds))
+        of_split = found.setdefault(path.parent.name, {})
+        of_split[way_of(run, path.parents[1].name)] = rows
     return found
+
+
+def compressed(found: dict) -> dict[str, dict[str, list[dict]]]:
+    """Return split → way to train → rows, of a study's ONNX files. `found`: compression.json."""
+    results: dict[str, dict[str, list[dict]]] = {}
+    for row in found["rows"]:
+        way = "simple-top-k" if row["network"] == "cut" else row["network"]
+        if row["numbers"] == "int8":
+            way += " int8"
+        for split, rates in row["splits"].items():
+            results.setdefault(split, {}).setdefault(way, []).append(row | rates)
+    return results
 
 
 def way_of(run: Path, checkpoint: str) -> str:
@@ -268,6 +288,7 @@ def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     outline = [withStroke(linewidth=4, foreground="black")]
     axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=outline)
     axes.set_ylim(0, None)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("line: k, size of the subnet in step 1")
     axes.spines["right"].set_visible(True)
 
@@ -278,51 +299,20 @@ def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
 def cost_figure(results: dict[str, dict[str, list[dict]]], costs: Sequence[str]) -> Figure:
     """Draw the error rate against costs: a row for each split, a column for each cost.
 
-    `results`: split → way to train → rows with `size`, `wer` (or `measure` and its rate),
-    `interval`, and the costs. Drawn are those of the `costs` that all rows have.
+    `results`: split → way to train → rows with `size`, the `measure` and under its name the rate,
+    `interval`, and the `costs`.
     """
-    figure, grid = rate_figure(results, costs)
-    for of_split, line in zip(results.values(), grid, strict=True):
-        for cost, axes in zip(known_costs(results, costs), line, strict=True):
-            label_sizes(axes, of_split, cost)
-    figure.suptitle("error rates with 95% intervals; equal costs are drawn side by side")
-    return figure
-
-
-def compression_figure(found: dict) -> Figure:
-    """Draw the error rates of a study's ONNX files against bytes and time. `found`: its JSON."""
-    results: dict[str, dict[str, list[dict]]] = {}
-    for row in found["rows"]:
-        way = "simple-top-k" if row["network"] == "cut" else row["network"]
-        if row["numbers"] == "int8":
-            way += " int8"
-        for split, rates in row["splits"].items():
-            results.setdefault(split, {}).setdefault(way, []).append(row | rates)
-    figure, _ = rate_figure(results, ["bytes", "milliseconds"])
-    sizes = sorted({row["size"] for row in found["rows"]})
-    joined = ", ".join(map(str, sizes))
-    figure.suptitle(f"error rates with 95% intervals; a line joins the sizes {joined}")
-    return figure
-
-
-def rate_figure(
-    results: dict[str, dict[str, list[dict]]], costs: Sequence[str]
-) -> tuple[Figure, np.ndarray]:
-    """Draw the error rates of all ways to train, and return the axes (splits, costs) too."""
-    costs = known_costs(results, costs)
-    rows = [row for of_split in results.values() for row in rows_of(of_split)]
     ways = list(dict.fromkeys(way for of_split in results.values() for way in of_split))
     ways.sort(key=lambda way: list(MARKS).index(mark_name(way)))
+    rows = [row for of_split in results.values() for row in rows_in(of_split)]
     width = max(6.5, 3.4 * len(costs))
     figure = Figure(figsize=(width, 1.2 + 2.6 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), len(costs), sharex="col", sharey="row", squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.1)  # inches
     for (split, of_split), line in zip(results.items(), grid, strict=True):
         for cost, axes in zip(costs, line, strict=True):
             draw_ways(axes, ways, of_split, cost)
-        of_all = rows_of(of_split)
-        measure = of_all[0].get("measure", "wer").upper()
-        line[0].set_ylabel(f"{printable(split)}: {measure} (%)")
+        of_all = rows_in(of_split)
+        line[0].set_ylabel(f"{split}: {of_all[0]['measure'].upper()} (%)")
         bounds = [row["interval"] for row in of_all]
         line[0].set_ylim(around(100 * np.array(bounds)))
     for cost, axes in zip(costs, grid[-1], strict=True):
@@ -332,16 +322,12 @@ def rate_figure(
         axes.set_xlim(around(factor * values))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure, grid
+    sizes = ", ".join(map(str, sorted({row["size"] for row in rows})))
+    figure.suptitle(f"error rates with 95% intervals; sizes on a line: {sizes}")
+    return figure
 
 
-def known_costs(results: dict[str, dict[str, list[dict]]], costs: Sequence[str]) -> list[str]:
-    """Return those of the costs that all rows have."""
-    rows = [row for of_split in results.values() for row in rows_of(of_split)]
-    return [cost for cost in costs if all(cost in row for row in rows)]
-
-
-def rows_of(ways: dict[str, list[dict]]) -> list[dict]:
+def rows_in(ways: dict[str, list[dict]]) -> list[dict]:
     """Return the rows of all ways to train on one split."""
     return [row for of_way in ways.values() for row in of_way]
 
@@ -381,7 +367,7 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
     mark = MARKS[mark_name(way)]
     _, factor = COSTS[cost]
     rows = sorted(rows, key=lambda row: row["size"])
-    rates = np.array([100 * row[row.get("measure", "wer")] for row in rows])
+    rates = np.array([100 * row[row["measure"]] for row in rows])
     intervals = np.array([row["interval"] for row in rows])
     low, high = 100 * intervals.reshape(-1, 2).T
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
@@ -389,7 +375,7 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
         [row[cost] * factor for row in rows],
         rates,
         yerr=np.maximum(0, [rates - low, high - rates]),
-        label=printable(way),
+        label=way,
         color=mark.colour,
         marker=mark.marker,
         linestyle=mark.line,
@@ -401,25 +387,62 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
     )
 
 
-def label_sizes(axes: Axes, ways: dict[str, list[dict]], cost: str) -> None:
-    """Label the top of the axes with the sizes, each at the mean cost of its networks."""
-    _, factor = COSTS[cost]
-    of_size: dict[int, list[float]] = {}
-    for row in rows_of(ways):
-        costs = of_size.setdefault(row["size"], [])
-        costs.append(row[cost] * factor)
-    places = {size: np.mean(costs) for size, costs in sorted(of_size.items())}
-    gaps = np.diff(sorted(places.values()))
-    narrow = len(gaps) > 0 and min(gaps) < 0.15 * sum(gaps)
-    raised = list(places)[1::2] if narrow else []
-    lower = [size for size in places if size not in raised]
-    top = axes.secondary_xaxis("top")
-    for sizes, minor in ((lower, False), (raised, True)):
-        ticks = [places[size] for size in sizes]
-        labels = [f"k={size}" for size in sizes]
-        top.set_xticks(ticks, labels, minor=minor)
-    top.tick_params(labelsize=8)
-    top.tick_params(which="minor", length=3.5, pad=14, labelsize=8)
+# A study.
+
+
+def study_figure(differences: dict[str, list[dict]]) -> Figure:
+    """Draw the differences of error rates: a row of panels for each split, a panel for each size.
+
+    `differences`: split → rows of `study.differences_of`. A panel has a line for each comparison:
+    its difference and 95% interval beside 0. Markers are hollow where the baseline was trained
+    alone with the layers that the supernet kept.
+    """
+    rows = next(iter(differences.values()))
+    sizes = sorted({row["size"] for row in rows}, reverse=True)
+    compared = list(dict.fromkeys((row["method"], row["baseline"]) for row in rows))
+    height = 0.9 + len(differences) * (0.5 + 0.24 * len(compared))
+    figure = Figure(figsize=(3.0 + 2.1 * len(sizes), height), layout="constrained")
+    grid = figure.subplots(len(differences), len(sizes), sharex="row", sharey=True, squeeze=False)
+    for (split, of_split), panels in zip(differences.items(), grid, strict=True):
+        for size, axes in zip(sizes, panels, strict=True):
+            for row in of_split:
+                if row["size"] == size:
+                    place = compared.index((row["method"], row["baseline"]))
+                    draw_difference(axes, place, row)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_title(f"{split}, size {size}")
+            axes.grid(axis="x", color="0.9")
+    labels = dict.fromkeys(comparison(row) for row in rows)
+    grid[0, 0].set_yticks(range(len(compared)), labels)
+    grid[0, 0].set_ylim(len(compared) - 0.5, -0.5)
+    measure = rows[0]["measure"].upper()
+    figure.supxlabel(f"difference of {measure} in percent points, with 95% interval; left: better")
+    return figure
+
+
+def comparison(row: dict) -> str:
+    """Return what a row of differences compares. Example: `layerdrop − alone, seed 0`."""
+    baseline = "alone" if row["baseline"] == "alone" else "same layers"
+    seeds = ", ".join(map(str, row["seeds"]))
+    return f"{row['method']} − {baseline}, seed{'s' if len(row['seeds']) > 1 else ''} {seeds}"
+
+
+def draw_difference(axes: Axes, place: int, row: dict) -> None:
+    """Draw a difference with its interval, in percent points, in the line `place`."""
+    mark = MARKS[mark_name(row["method"])]
+    value = 100 * row["difference"]
+    low, high = (100 * bound for bound in row["interval"])
+    axes.errorbar(
+        value,
+        place,
+        xerr=np.maximum(0, [[value - low], [high - value]]),
+        color=mark.colour,
+        marker=mark.marker,
+        markerfacecolor=mark.colour if row["baseline"] == "alone" else "white",
+        markersize=5,
+        linewidth=1.3,
+        capsize=2,
+    )
 
 
 # The training.
@@ -432,7 +455,7 @@ def training_figure(records: Sequence[dict], name: str) -> Figure:
     updates = [record["update"] for record in logged]
     figure = Figure(figsize=(8.5, 7), layout="constrained")
     losses, errors, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
-    figure.suptitle(f"training of {printable(name)}")
+    figure.suptitle(f"training of {name}")
     sizes = {int(size) for record in validated for size in record["dev"]}
     if not sizes:  # no validation yet
         sizes = {int(size) for size in logged[-1]["losses"]}
@@ -489,14 +512,15 @@ def draw_losses(axes: Axes, logged: Sequence[dict], sizes: Sequence[int]) -> Non
 
 
 def draw_errors(axes: Axes, validated: Sequence[dict], sizes: Sequence[int]) -> None:
-    """Draw the dev word error rate of each size."""
+    """Draw the dev error rate of each size: of words, or of characters if they count."""
     updates = [record["update"] for record in validated]
-    for place, size in enumerate(sizes):
-        if updates:
-            rates = [100 * record["dev"][str(size)]["wer"] for record in validated]
-            marker = "oDv^"[place % 4]
-            axes.plot(updates, rates, marker=marker, **line_of(place, sizes))
-    axes.set(ylabel="dev WER (%)", ylim=(0, None))
+    measure = "wer"
+    for place, size in enumerate(sizes if validated else ()):
+        of_size = [record["dev"][str(size)] for record in validated]
+        measure = of_size[0].get("measure", "wer")
+        rates = [100 * row[measure] for row in of_size]
+        axes.plot(updates, rates, marker="oDv^"[place % 4], **line_of(place, sizes))
+    axes.set(ylabel=f"dev {measure.upper()} (%)", ylim=(0, None))
 
 
 def line_of(place: int, sizes: Sequence[int]) -> dict:
@@ -511,132 +535,16 @@ def line_of(place: int, sizes: Sequence[int]) -> dict:
     )
 
 
-# The two drawings of the idea.
-
-EXAMPLE = {  # layer → gates of the sizes 4, 2, 1, as in the docstring of conformer.Stack
-    "ff1": (True, True, True),
-    "conv": (True, False, False),
-    "mhsa": (True, True, False),
-    "ff2": (True, False, False),
-}
-EXAMPLE_SIZES = (4, 2, 1)
-
-
-def drawings(output: Path) -> list[Path]:
-    """Write the two drawings of the idea: the stack of streams, and the two steps over time."""
-    with mpl.rc_context(STYLE):
-        figures = {"streams": streams_figure(), "steps": steps_figure()}
-        return save_all(figures, output)
-
-
-def streams_figure() -> Figure:
-    """Draw how three networks of four layers share one forward."""
-    figure = Figure(figsize=(8.5, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.set_axis_off()
-    streams = [0, 0, 0]  # of the sizes 4, 2, 1
-    flow(axes, 0, [0], streams)
-    total = 0
-    for place, (layer, gates) in enumerate(EXAMPLE.items(), start=1):
-        keeping = sum(gates)
-        rows = streams[keeping - 1] + 1
-        total += rows
-        corner = (place - 0.2, -rows + 0.62)
-        box = Rectangle(corner, 0.4, rows - 0.24, facecolor="0.8", edgecolor="0")
-        axes.add_patch(box)
-        axes.text(place, -(rows - 1) / 2, layer, ha="center", va="center")
-        axes.text(place, -2.75, f"{rows} × B rows", ha="center", va="center", fontsize=8)
-        before = streams
-        streams = part(before, gates)
-        firsts = [streams.index(stream) for stream in range(streams[-1] + 1)]
-        came_from = [before[network] for network in firsts]
-        flow(axes, place, came_from, streams)
-        for stream in range(rows, before[-1] + 1):  # it passes the layer
-            ends = [place - 0.2, place + 0.2]
-            axes.plot(ends, [-stream, -stream], color="0", linewidth=1.5)
-    for size, stream in zip(EXAMPLE_SIZES, streams, strict=True):
-        axes.text(5.05, -stream, f"output layer of size {size}", va="center")
-    separate = sum(sum(gates) for gates in EXAMPLE.values())
-    axes.text(5.05, -2.75, f"{total} × B instead of {separate} × B", va="center", fontsize=8)
-    title = "the stack: streams, and in brackets the sizes that each serves"
-    axes.text(0.02, 0.75, title, fontsize=8)
-    axes.text(0.02, -0.1, "front-end", va="top", fontsize=8)
-    axes.text(0.02, -2.75, "computed:", va="center", fontsize=8)
-    axes.set(xlim=(0, 6.4), ylim=(-3, 1))
-    return figure
-
-
-def flow(axes: Axes, place: int, came_from: Sequence[int], streams: Sequence[int]) -> None:
-    """Draw the streams after a layer; one that parted there leaves its source before the layer."""
-    end = place + 0.8
-    if place == len(EXAMPLE):
-        end += 0.2
-    for stream, source in enumerate(came_from):
-        begin = place + 0.2 if place > 0 else 0
-        below = begin
-        if source != stream:
-            begin = place - 0.4
-            below = begin + 0.15
-        x = [begin, below, end]
-        y = [-source, -stream, -stream]
-        axes.plot(x, y, color="0", linewidth=1.5, solid_capstyle="butt")
-        pairs = zip(EXAMPLE_SIZES, streams, strict=True)
-        served = [str(size) for size, of_size in pairs if of_size == stream]
-        label = f"{'abc'[stream]} ({' '.join(served)})"
-        axes.text(place + 0.78, 0.08 - stream, label, ha="right", va="bottom", fontsize=8)
-
-
-def steps_figure() -> Figure:
-    """Draw which networks train in the two steps, over the updates."""
-    layers = 48
-    smallest = 12
-    between = (24, 36)
-    updates = 120
-    end1 = 60
-    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.axvspan(0, end1, color=STEP1, zorder=0)
-    axes.plot([0, updates], [layers, layers], color="black", linewidth=2)
-    k = [layers - 4 * (1 + update * 9 // end1) for update in range(end1)]
-    k.append(smallest)
-    axes.step(range(end1 + 1), k, where="post", color=K_COLOUR, linewidth=2)
-    step2 = [end1, updates]
-    axes.plot(step2, [smallest, smallest], color="black", linewidth=2, linestyle="--")
-    draw = np.random.default_rng(0)
-    drawn = draw.choice(between, updates - end1)
-    axes.plot(np.arange(end1, updates) + 0.5, drawn, ".", color="black", markersize=4)
-    text = dict(ha="center", va="bottom")
-    axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    axes.text((end1 + updates) / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss 0.3 · CTC"
-    axes.text(14, 15, subnet, **text)
-    axes.text(90, 37.5, "one random size between: loss 0.3 · CTC", **text)
-    axes.text(90, smallest + 1, "smallest size: loss 0.3 · CTC", **text)
-    axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
-    axes.axvline(end1, color="black", linewidth=0.8, ymin=0.13)
-    axes.set(xlim=(0, updates), ylim=(0, layers + 6), xlabel="update", xticks=[])
-    axes.set_ylabel("layers of the networks that train")
-    axes.set_yticks([smallest, *between, layers])
-    axes.set_title("step 1: learn the scores", loc="left")
-    axes.set_title("step 2: train all sizes", loc="right")
-    return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 and one line where there is nothing to draw."""
     parser = argparse.ArgumentParser(
         prog="python -m dynsize.plots", description="Draws pictures of a training and its results."
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("run", type=Path, nargs="?", metavar="RUN", help="or a study's folder")
-    source.add_argument("--drawings", action="store_true", help="draw the idea instead of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="or a study's folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory for PNG and SVG")
     options = parser.parse_args(arguments)
     with reported(parser.prog, "interrupted"):
-        if options.drawings:
-            drawings(options.output)
-        else:
-            draw(options.run, options.output)
+        draw(options.run, options.output)
 
 
 if __name__ == "__main__":

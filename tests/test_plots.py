@@ -23,6 +23,7 @@ from dynsize.config import LAYERS
 
 ROOT = Path(__file__).parents[1]
 SIZES = (3, 5, 8)
+COSTS = ("parameters", "macs", "real_time_factor")
 
 
 def layer_names(blocks: int) -> list[str]:
@@ -64,22 +65,35 @@ def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **conf
     return run
 
 
-def result(size: int, wer: float, **costs: float) -> dict:
-    costs |= dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
-    return dict(size=size, wer=wer, interval=(0.9 * wer, 1.1 * wer), **costs)
+def result(size: int, rate: float, measure: str = "wer") -> dict:
+    costs = dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
+    bounds = (0.9 * rate, 1.1 * rate)
+    return {"size": size, "measure": measure, measure: rate, "interval": bounds, **costs}
 
 
-def write_study(folder: Path, measure: str = "wer") -> Path:
-    folder.mkdir()
-    ways: dict[str, list[dict]] = {
+def four_ways() -> dict[str, list[dict]]:
+    """Rows by ways to train, as `plots.read_results` returns them for one split."""
+    ways = ("alone", "simple-top-k", "layerdrop", "distilled")
+    return {
         way: [result(size, 0.31 / size + 0.001 * place) for size in SIZES]
-        for place, way in enumerate(("alone", "simple-top-k", "layerdrop", "distilled"))
+        for place, way in enumerate(ways)
     }
-    for row in (row for rows in ways.values() for row in rows):
-        row["measure"] = measure
-        row[measure] = row.pop("wer")
-    (folder / "study.json").write_text(json.dumps({"test-clean": ways, "test-other": ways}))
-    return folder
+
+
+def write_differences(folder: Path, measure: str = "wer") -> dict[str, list[dict]]:
+    """Write what a study of two seeds writes, with differences of −2 to 1 points."""
+    folder.mkdir()
+    pairs = [("simple-top-k", "alone"), ("simple-top-k", "simple-top-k-layers")]
+    rows = []
+    for place, (way, baseline) in enumerate([*pairs, ("layerdrop", "alone")]):
+        for size in reversed(SIZES):
+            value = 0.01 * (place - size / 4)
+            row = dict(method=way, baseline=baseline, size=size, measure=measure)
+            row |= dict(seeds=[0] if way == "layerdrop" else [0, 1], difference=value)
+            rows.append(row | dict(interval=[value - 0.01, value + 0.02]))
+    found = {"test-clean": rows, "test-other": rows}
+    (folder / "differences.json").write_text(json.dumps(found))
+    return found
 
 
 def write_compression(folder: Path) -> Path:
@@ -88,7 +102,7 @@ def write_compression(folder: Path) -> Path:
         for place, network in enumerate(("cut", "alone", "distilled")):
             for numbers in ("float32", "int8"):
                 rates = result(size, 0.31 / size + 0.001 * place)
-                splits = {split: rates | dict(measure="wer") for split in ("clean", "other")}
+                splits = dict.fromkeys(("clean", "other"), rates)
                 factor = 1.0 if numbers == "float32" else 0.4
                 costs = dict(bytes=5e5 * size * factor, milliseconds=2 * size * factor)
                 found = dict(size=size, network=network, numbers=numbers, splits=splits)
@@ -132,7 +146,7 @@ def pictures(tmp_path_factory) -> Path:
     results = run / "evaluation" / "checkpoint" / "test-clean"
     results.mkdir(parents=True)
     rows = [result(size, 0.1) for size in SIZES]
-    (results / "results.json").write_text(json.dumps(dict(sizes=rows)))
+    (results / "results.json").write_text(json.dumps(dict(measure="wer", sizes=rows)))
     plots.draw(run, run / "plots")
     return run / "plots"
 
@@ -147,7 +161,7 @@ def test_a_run_becomes_three_pictures_as_png_and_svg(pictures):
 
 def test_the_same_data_gives_the_same_svg(pictures, tmp_path):
     with mpl.rc_context(plots.STYLE):
-        plots.save(plots.training_figure(lines_of(2, SIZES), "run"), tmp_path / "training")
+        plots.save_figure(plots.training_figure(lines_of(2, SIZES), "run"), tmp_path / "training")
     assert (tmp_path / "training.svg").read_bytes() == (pictures / "training.svg").read_bytes()
 
 
@@ -178,18 +192,12 @@ def test_no_texts_of_a_run_overlap(blocks, sizes):
         assert_no_overlap(plots.training_figure(records, "run"))
 
 
-def test_no_texts_of_a_study_or_a_drawing_overlap(tmp_path):
-    results = plots.read_results(write_study(tmp_path / "study"))
+def test_no_texts_of_a_study_or_of_error_rates_overlap(tmp_path):
+    compressed = plots.compressed(plots.read_json(write_compression(tmp_path)))
     with mpl.rc_context(plots.STYLE):
-        assert_no_overlap(plots.cost_figure(results, ["macs"]))
-        for ways in results.values():
-            for row in (row for rows in ways.values() for row in rows):
-                row["milliseconds"] = {3: 1.0, 5: 2.9, 8: 3.0}[row["size"]]
-        assert_no_overlap(plots.cost_figure(results, list(plots.COSTS)))
-        compression = plots.read_json(write_compression(tmp_path))
-        assert_no_overlap(plots.compression_figure(compression))
-        assert_no_overlap(plots.streams_figure())
-        assert_no_overlap(plots.steps_figure())
+        assert_no_overlap(plots.study_figure(write_differences(tmp_path / "study")))
+        assert_no_overlap(plots.cost_figure({"test": four_ways()}, COSTS))
+        assert_no_overlap(plots.cost_figure(compressed, ("bytes", "milliseconds")))
 
 
 def test_the_masks_are_the_first_layers_of_the_ranking():
@@ -222,9 +230,8 @@ def test_the_shade_of_a_row_is_the_score_of_its_layer_where_it_is_among_the_k_be
                 assert seen == record["scores"][layer]
 
 
-def test_points_and_intervals_are_those_of_the_results(tmp_path):
-    results = plots.read_results(write_study(tmp_path / "study"))
-    axes = plots.cost_figure(results, ["macs"]).axes[0]
+def test_points_and_intervals_are_those_of_the_results():
+    axes = plots.cost_figure({"test": four_ways()}, ("macs",)).axes[0]
     drawn = {container.get_label(): container for container in axes.containers}
     assert set(drawn) == {"alone", "simple-top-k", "layerdrop", "distilled"}
     line, _, (bars,) = drawn["alone"]
@@ -234,9 +241,27 @@ def test_points_and_intervals_are_those_of_the_results(tmp_path):
         assert segment[:, 1].tolist() == pytest.approx([0.9 * 31 / size, 1.1 * 31 / size])
 
 
+def test_a_panel_has_the_differences_of_one_size_in_points(tmp_path):
+    found = write_differences(tmp_path / "study", "cer")
+    figure = plots.study_figure(found)
+    assert len(figure.axes) == 2 * len(SIZES) and "CER" in figure.get_supxlabel()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[1:] == ["simple-top-k − same layers, seeds 0, 1", "layerdrop − alone, seed 0"]
+    for size, axes in zip(sorted(SIZES, reverse=True), figure.axes, strict=False):
+        assert axes.get_title() == f"test-clean, size {size}"
+        rows = [row for row in found["test-clean"] if row["size"] == size]
+        for place, (row, container) in enumerate(zip(rows, axes.containers, strict=True)):
+            line, _, (bar,) = container
+            assert (line.get_xdata(), line.get_ydata()) == (100 * row["difference"], place)
+            ends = [100 * bound for bound in row["interval"]]
+            assert bar.get_segments()[0][:, 0].tolist() == pytest.approx(ends)
+            hollow = line.get_markerfacecolor() == "white"
+            assert hollow == (row["baseline"] != "alone")
+
+
 def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp_path):
-    compression = plots.read_json(write_compression(tmp_path))
-    by_bytes, by_time, *_ = plots.compression_figure(compression).axes
+    results = plots.compressed(plots.read_json(write_compression(tmp_path)))
+    by_bytes, by_time, *_ = plots.cost_figure(results, ("bytes", "milliseconds")).axes
     for axes, factor in ((by_bytes, 0.5), (by_time, 2.0)):
         drawn = {container.get_label(): container[0] for container in axes.containers}
         assert set(drawn) == {
@@ -251,17 +276,36 @@ def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp
             assert (line.get_markerfacecolor() == "white") == way.endswith("int8")
 
 
-def test_one_way_to_train_has_one_colour_and_marker(tmp_path):
-    results = plots.read_results(write_study(tmp_path / "study"))
-    compression = plots.read_json(write_compression(tmp_path))
-    figures = [plots.cost_figure(results, ["macs"]), plots.compression_figure(compression)]
-    for figure in figures:
-        for container in (c for axes in figure.axes for c in axes.containers):
-            mark = plots.MARKS[plots.mark_name(container.get_label())]
-            assert container[0].get_color() == mark.colour
-            assert container[0].get_marker() == mark.marker
+def test_one_way_to_train_has_one_colour_and_marker():
+    figure = plots.cost_figure({"test": four_ways()}, COSTS)
+    for container in (c for axes in figure.axes for c in axes.containers):
+        mark = plots.MARKS[plots.mark_name(container.get_label())]
+        assert container[0].get_color() == mark.colour
+        assert container[0].get_marker() == mark.marker
     assert len({mark.colour for mark in plots.MARKS.values()}) == len(plots.MARKS)
     assert len({mark.marker for mark in plots.MARKS.values()}) == len(plots.MARKS)
+
+
+def test_the_axis_of_k_has_whole_numbers():
+    config = dict(method="simple-top-k", blocks=6, sizes=(8, 16, 20))
+    figure = plots.layers_figure(scored(lines_of(6, (8, 16, 20))), config, layer_names(6), "run")
+    axis = next(axes for axes in figure.axes if "k, size" in axes.get_ylabel())
+    assert all(float(tick).is_integer() for tick in axis.get_yticks())
+
+
+def test_where_characters_count_the_pictures_say_cer(tmp_path):
+    run = write_run(tmp_path / "run")
+    dev = {str(size): dict(measure="cer", cer=0.1) for size in SIZES}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(dict(update=41, dev=dev)) + "\n")
+    records = [r for r in plots.read_metrics(run) if "dev" not in r or r["update"] == 41]
+    assert "dev CER (%)" in [a.get_ylabel() for a in plots.training_figure(records, "run").axes]
+    folder = run / "evaluation" / "checkpoint" / "test"
+    folder.mkdir(parents=True)
+    row = dict(size=8, wer=0.5, cer=0.1, interval=[0.4, 0.6], cer_interval=[0.05, 0.2])
+    (folder / "results.json").write_text(json.dumps(dict(measure="cer", sizes=[row])))
+    (found,) = plots.read_results(run)["test"]["simple-top-k"]
+    assert found["measure"] == "cer" and found["interval"] == [0.05, 0.2]
 
 
 def test_damaged_lines_skipped_updates_and_missing_validations_are_no_error(tmp_path):
@@ -296,16 +340,16 @@ def test_results_are_named_by_how_their_network_was_trained(tmp_path, settings, 
     run = write_run(tmp_path / "run", **settings)
     folder = run / "evaluation" / checkpoint / "test"
     folder.mkdir(parents=True)
-    rows = [result(8, 0.1)]
-    (folder / "results.json").write_text(json.dumps(dict(sizes=rows)))
+    text = json.dumps(dict(measure="wer", sizes=[result(8, 0.1)]))
+    (folder / "results.json").write_text(text)
     found = plots.read_results(run)
     assert list(found["test"]) == [way]
     assert plots.mark_name(way) == way.split()[0]
 
 
 def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
-    rows = [result(8, 0.0) | dict(interval=(0.0, 0.0))]
-    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}}, ["macs"])
+    rows = [result(8, 0.0)]
+    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}}, ("macs",))
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert math.isfinite(high)
@@ -313,21 +357,22 @@ def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
 
 
 def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
-    study, pictures = write_study(tmp_path / "study", "cer"), tmp_path / "pictures"
+    study, pictures = tmp_path / "study", tmp_path / "pictures"
+    write_differences(study)
     write_compression(study)
     plots.main([str(study), str(pictures)])
-    plots.main(["--drawings", str(pictures)])
-    names = {path.name for path in pictures.glob("*.svg")}
-    assert names == {"cost.svg", "compression.svg", "streams.svg", "steps.svg"}
-    assert "test-clean: CER (%)" in (pictures / "cost.svg").read_text()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as end:
-        plots.main([str(tmp_path / "empty"), str(tmp_path / "none")])
-    assert end.value.code == 2
-    shown = capsys.readouterr().err
-    assert "nothing to draw" in shown
-    assert shown.count("\n") == 1
-    assert not (tmp_path / "none").exists()
+    assert {path.name for path in pictures.glob("*.svg")} == {"study.svg", "compression.svg"}
+    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
+    empty.mkdir()
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_text('{"update": 1, "losses": {"8": 1.0}, "dev": 7}\n')
+    for folder, why in ((empty, "nothing to draw"), (damaged, "damaged: its numbers are not")):
+        with pytest.raises(SystemExit) as end:
+            plots.main([str(folder), str(tmp_path / "none")])
+        assert end.value.code == 2
+        shown = capsys.readouterr().err
+        assert why in shown and shown.count("\n") == 1
+        assert not (tmp_path / "none").exists()
 
 
 def test_a_training_ends_with_pictures_where_matplotlib_is_installed(tmp_path, monkeypatch, capsys):
