@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
         from dynsize import plots  # needs matplotlib
 
         plots.draw(folder, folder / "plots")
-        print(f"\npictures: {printable(folder / 'plots')}")
+        print(f"\npictures: {folder / 'plots'}")
 
 
 def computes(system: System) -> str:
