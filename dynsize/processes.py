@@ -1,8 +1,11 @@
 """The processes of one training, one or several, and the device on which each computes."""
 
 import atexit
+import ctypes
 import os
 import platform
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from dynsize import kernels
 from dynsize.config import Config
 from dynsize.supernet import precision
 
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 FAILED = 2  # exit code of a process that can't go on
 
 
@@ -27,6 +31,8 @@ def join() -> None:
         return
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     atexit.register(dist.destroy_process_group)
+    if sys.platform == "linux":  # where torchrun is killed, its processes save and end
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def use_gpu(device: str) -> None:

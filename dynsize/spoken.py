@@ -117,7 +117,11 @@ def spoken_corpus() -> Path:
     """
     directory = files.user_cache() / f"spoken-{VERSION}"
     if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"{directory.parent}: {error.strerror}; XDG_CACHE_HOME names another place"
+            raise ValueError(what) from error
         # espeak-ng carries random state from one utterance to the next: in a new process the
         # speech is always the same
         command = [sys.executable, "-m", NAME, str(directory), "--parent", str(os.getpid())]

@@ -74,8 +74,8 @@ class Trainer:
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
         self.best = math.inf  # fewest errors on dev up to now
         self.validated = 0  # the last update after which dev was decoded
-        if loaded and loaded.training:
-            self.restore(loaded.training)
+        if loaded and loaded.training is not None:
+            self.restore(loaded.path, loaded.training)
         self.last_good = self.state.copy()  # after the last update that was not skipped
         self.saved = self.done
 
@@ -341,20 +341,28 @@ class Trainer:
         trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
 
-    def restore(self, training: dict) -> None:
-        """Take a checkpoint's state; warn where its training had other utterances or batches."""
-        self.state = {name: training[name] for name in self.state}
-        self.optimizer.load_state_dict(training["optimizer"])
+    def restore(self, path: Path, training: dict) -> None:
+        """Take a checkpoint's state; warn where its training had other utterances or batches.
+
+        Raises ValueError for a state that a training can't have.
+        """
+        try:
+            self.state = {name: int(training[name]) for name in self.state}
+            self.optimizer.load_state_dict(training["optimizer"])
+            fingerprint, before = training["fingerprint"], int(training["batches_of_an_update"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"{path}: no training can go on with its state"
+            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
         if not processes.is_first():
             return
-        if training["fingerprint"] != self.data.fingerprint:
+        if fingerprint != self.data.fingerprint:
             warnings.warn(
                 f"{self.config.corpus}: the ids or texts of its "
                 f"{len(self.data.corpus.utterances)} utterances are not those with which this "
                 "training began",
                 stacklevel=2,
             )
-        now, before = processes.count() * self.config.accumulate, training["batches_of_an_update"]
+        now = processes.count() * self.config.accumulate
         if now != before:
             warnings.warn(
                 f"batches of an update, in all processes: {now}, and not {before} as before: the "

@@ -21,7 +21,7 @@ import termios
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -522,6 +522,21 @@ def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeyp
 # Resuming with changes.
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [dict(update=None), dict(batches="many"), dict(optimizer={}), dict(optimizer=[3]), dict(), [7]],
+)
+def test_a_state_with_which_no_training_can_go_on_is_one_line(written, tones, tmp_path, changed):
+    content = torch.load(written, weights_only=True)
+    state = content["training"] | changed if changed and isinstance(changed, dict) else changed
+    config = content["config"] | dict(corpus=str(tones))
+    torch.save(content | dict(training=state, config=config), tmp_path / checkpoint.NAME)
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt: (no training can go on|a network alone)"
+    ):
+        Trainer.resume(tmp_path)
+
+
 def test_a_resumed_training_takes_what_does_not_change_what_is_learned(tones, tmp_path):
     expected = finish(begun(tones, tmp_path / "unbroken"))
     run = tmp_path / "run"
@@ -593,16 +608,7 @@ def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.
     return dict(trainer.model.named_parameters())
 
 
-@pytest.fixture
-def hang_up() -> Iterator[None]:
-    """Give child processes SIGHUP's default, also where nohup started the tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("hang_up")
-@pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (2, signal.SIGHUP)])
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number):
     torch.set_num_threads(1)
     run = tmp_path / "run"
@@ -632,18 +638,17 @@ def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, said
 
 
-@pytest.mark.usefixtures("hang_up")
 def test_a_training_whose_terminal_closes_saves_and_ends(tones, tmp_path):
     run = tmp_path / "run"
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        trainer_command(tones, run, workers=0),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
+
+    def of_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    command = trainer_command(tones, run, workers=0)
+    process = subprocess.Popen(command, preexec_fn=of_terminal, **streams)
     os.close(theirs)
     wait_for_metrics(process, run)
     os.close(ours)

@@ -166,11 +166,6 @@ def test_a_long_message_is_one_line():
         ),
         (MemoryError(), 2, "train.py: out of memory"),
         (RuntimeError("can't allocate memory: 9 bytes\nmore"), 2, "can't allocate memory: 9 bytes"),
-        (
-            RuntimeError("[/gloo/transport/tcp/pair.cc:537] closed\nmore"),
-            2,
-            "another process ended",
-        ),
         (FloatingPointError("not finite"), 2, "train.py: not finite"),
         (KeyboardInterrupt(), 130, "train.py: nothing to save"),
     ],
@@ -200,7 +195,7 @@ def test_output_that_cannot_be_written_shows_no_traceback(buffered):
     with open(write_end, "wb") as unread, open("/dev/full", "wb") as full:
         assert ended(code, unread.fileno()) == (2, "")
         assert ended(code, full.fileno()) == (2, "train.py: No space left on device\n")
-    assert ended(code + ";__import__('sys').stdout.flush()", None) == (0, "")
+    assert ended(code, None) == (0, "")
 
 
 def test_a_defect_keeps_its_traceback():

@@ -95,12 +95,28 @@ def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
     return subprocess.Popen(started, cwd=cwd, text=True, **pipes)
 
 
+def wait_for_metrics(training: subprocess.Popen, run: Path) -> None:
+    """Wait until a training has logged an update, or has ended."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and training.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_processes_save_and_end_where_torchrun_is_killed(tones, tmp_path):
+    often = "--run run --updates 9999 --validate-every 9999 --save-every 9999 --log-every 1".split()
+    training = trained(tmp_path, TRAIN, "--corpus", tones, *SMALL, *often, processes=2)
+    wait_for_metrics(training, tmp_path / "run")
+    training.kill()
+    out, err = training.communicate(timeout=120)  # until the last process closes its output
+    assert f"saved at update {checkpoint.load(tmp_path / 'run').training['update']};" in out, err
+
+
 def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
     often = "--run run --updates 1000 --validate-every 500 --save-every 1000 --log-every 1".split()
     training = trained(tmp_path, TRAIN, "--corpus", tones, *SMALL, *often, processes=2)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() and training.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for_metrics(training, metrics.parent)
     os.kill(training.pid, signal.SIGTERM)
     out, err = training.communicate(timeout=120)
     assert training.returncode and "stopped and saved at update" in out, err
