@@ -19,13 +19,13 @@ from conftest import RATE, SPLITS, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import audio, batching, files, training
+from dynsize import audio, batching, files, readers, training
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, epoch_plan
-from dynsize.config import CORPUS_KINDS, fields, preset
+from dynsize.config import CORPUS_KINDS, fields
 from dynsize.corpora import UNREADABLE, read_audio, read_corpus, summary
 from dynsize.features import log_mel
-from dynsize.readers import KINDS
+from dynsize.readers import KINDS, Notes, manifest
 from dynsize.text import NORMALISERS
 from dynsize.tokenizer import MODELS, train_tokenizer
 from dynsize.training import Trainer
@@ -47,7 +47,7 @@ MANIFEST = """{"audio_filepath": "talk.wav", "text": "LOW", "duration": 1.0, "sp
 KALDI = {
     "wav.scp": "talk talk.wav\nmore ABSOLUTE\n",
     "text": "anna-1 LOW MID\nbert-1 TOP\n",
-    "segments": "anna-1 talk 0.5 1.25\nbert-1 more 0 2\nbert-2 more 1 2\n",
+    "segments": "anna-1 talk 0.5 1.25\nbert-1 more 0 -1\nbert-2 more 1 2\n",
     "utt2spk": "anna-1 anna\nbert-1 bert\n",
 }
 TRANSCRIPT = "1-2-0000 LOW MID\n1-2-0001 TOP\n"
@@ -202,51 +202,6 @@ def test_splits_are_joined(tmp_path):
     ]
 
 
-def test_the_digits_corpus_is_read_as_its_preset_says():
-    root = Path(__file__).parents[2] / "shared" / "digits"
-    if not root.is_dir():
-        pytest.skip(f"no digits: {root} is missing")
-    config = preset("digits", corpus=str(root))
-    for splits in (config.train_splits, config.dev_splits, config.test_splits):
-        corpus = read_corpus(config, splits)
-        assert (
-            corpus.utterances
-            and not corpus.left_out
-            and set(corpus.kinds.values()) == {"librispeech"}
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("none", "Don’t  STOP: it's ‘five-ish’, naïve हिन्दी"),
-        ("lower", "don’t stop: it's ‘five-ish’, naïve हिन्दी"),
-        ("upper", "DON’T STOP: IT'S ‘FIVE-ISH’, NAÏVE हिन्दी"),
-        ("plain", "don't stop it's five ish naïve हिन्दी"),
-    ],
-)
-def test_normalisers(tmp_path, name, text):
-    root = write_corpus(tmp_path / "c", "librispeech")
-    line = "1-2-0000 Don’t  STOP: it's ‘five-ish’, naïve हिन्दी\n1-2-0001 …\n"
-    (root / LISTS["librispeech"]).write_text(line, encoding="utf-8")
-    corpus = read(root, normaliser=name)
-    assert corpus.utterances[0].text == text.replace("  ", " ")
-    assert list(corpus.left_out.get("no words are left", {})) == (
-        ["1-2-0001"] if name == "plain" else []
-    )
-
-
-@pytest.mark.parametrize(
-    "space", [" ", "  ", "\t", "\n", "\u00a0", "\u2028", "\u3000", "\x1f", " \t "]
-)
-def test_white_space_of_any_kind_is_one_space_between_words(tmp_path, space):
-    root = write_corpus(tmp_path / "c", "manifest")
-    texts = [f"LOW{space}MID", f"{space}LOW MID", f"LOW MID{space}", space]
-    rows = [json.dumps({"audio_filepath": "talk.wav", "text": text}) for text in texts]
-    (root / LISTS["manifest"]).write_text("\n".join(rows))
-    assert [utterance.text for utterance in read(root).utterances] == 3 * ["LOW MID"] + [""]
-
-
 def test_other_sample_rates_are_resampled(tmp_path):
     hz, time = 440, np.arange(48000 * 2) / 48000
     soundfile.write(
@@ -298,6 +253,19 @@ def test_other_sample_rates_are_resampled(tmp_path):
         ("manifest", "talk.wav", "../talk.wav", ["train.jsonl:1", "'../talk.wav'", "absolute"]),
         ("manifest", "talk.wav", "deep/../../talk.wav", ["train.jsonl:1", "absolute"]),
         ("manifest", "talk.wav", "none.wav", ["train.jsonl:1", "none.wav", "doesn't exist"]),
+        (
+            "manifest",
+            '"speaker": "anna"}',
+            '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}',
+            ["train.jsonl:2", "x_y is there twice"],
+        ),
+        (
+            "manifest",
+            '"offset": 0.5',
+            '"start_time": 1',
+            ["train.jsonl:2", "start_time may choose"],
+        ),
+        ("common-voice", "up_votes", "start", ["train.tsv:1", "start: only whole clips"]),
         ("manifest", MANIFEST[:9], "[" * 99999, ["train.jsonl:1", "JSON"]),
         (
             "kaldi",
@@ -401,6 +369,8 @@ def cut(**changes) -> dict:
 
 
 NEMO = dict(audio_filepath="talk.wav", text="LOW", duration=2.0)
+WENET = dict(key="k", wav="talk.wav", txt="LOW")
+PART = dict(start=400, stop=1200)  # in samples
 SPEECHBRAIN = {"u-1": dict(wav="{data_root}/talk.wav", length=2.0, words="LOW", spk_id="anna")}
 
 
@@ -411,11 +381,13 @@ SPEECHBRAIN = {"u-1": dict(wav="{data_root}/talk.wav", length=2.0, words="LOW", 
     [
         ([NEMO], ("talk", "LOW", "", (0, 16000))),
         ([NEMO | dict(id=7, speaker="anna")], ("7", "LOW", "anna", (0, 16000))),
-        ([dict(key="k", wav="talk.wav", txt="LOW")], ("k", "LOW", "", (0, 16000))),
+        ([WENET], ("k", "LOW", "", (0, 16000))),
+        ([WENET | dict(start=0.5, end=1.5)], ("k", "LOW", "", (4000, 12000))),
         (SPEECHBRAIN, ("u-1", "LOW", "anna", (0, 16000))),
+        ({"u-1": SPEECHBRAIN["u-1"] | PART}, ("u-1", "LOW", "anna", (400, 1200))),
         ([cut()], ("talk-0", "LOW", "anna", (4000, 12000))),
     ],
-    ids=["nemo", "nemo with id", "wenet", "speechbrain", "lhotse"],
+    ids=["nemo", "nemo+id", "wenet", "wenet+end", "speechbrain", "speechbrain+stop", "lhotse"],
 )
 def test_manifests_of_every_form(tmp_path, name, indent, content, expected):
     write_manifest(tmp_path, content, name, indent)
@@ -435,23 +407,12 @@ def test_lhotses_cuts_give_an_utterance_for_each_supervision(tmp_path):
     assert spans == {"a": (4000, 6000), "b": (8000, 12000), "c": (4000, 12000)}
 
 
-def test_lhotses_channels_may_lie_in_files_of_their_own(tmp_path):
-    write_audio(tmp_path / "second.wav")
-    sources = [dict(type="file", channels=[0], source="talk.wav")]
-    sources.append(dict(type="file", channels=[1], source="second.wav"))
-    said = cut()["supervisions"][0] | dict(channel=1)
-    recording = cut()["recording"] | dict(sources=sources)
-    write_manifest(tmp_path, [cut(supervisions=[said], recording=recording)])
-    [utterance] = read(tmp_path).utterances
-    assert utterance.path.endswith("second.wav") and utterance.channel == 0
-
-
 @pytest.mark.parametrize(
     ("content", "which", "words"),
     [
         ([NEMO, dict(text="LOW")], 2, "no path"),
         ([NEMO, NEMO | dict(text=7)], 2, "no string"),
-        ([NEMO, dict(audio_filepath="talk.wav")], 2, "has no text"),
+        ([NEMO, dict(audio_filepath="talk.wav", sentence="A")], 2, "no text, in a field text, txt"),
         ([NEMO, NEMO | dict(id=["x"])], 2, "no string"),
         ([NEMO, 7], 2, "expected is a line of JSON"),
         ({"u": SPEECHBRAIN["u-1"] | dict(wav=dict(file="talk.wav", start=0))}, "'u'", "no string"),
@@ -480,6 +441,45 @@ def test_an_utterance_without_an_id_has_the_name_of_its_file(tmp_path):
     rows = [NEMO, NEMO | dict(offset=1, duration=0.5), dict(audio_filepath="deep/a b.wav", text="")]
     write_manifest(tmp_path, rows, indent=1)
     assert [u.id for u in read(tmp_path).utterances] == ["a_b", "talk-1", "talk-2"]
+
+
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    write_manifest(tmp_path, [NEMO] * 99, "train.json.gz")
+    with pytest.raises(ValueError, match=r"train\.json\.gz:1: longer than 1,000 bytes"):
+        read(tmp_path)
+
+
+NAMES = "offset duration start end stop start_time segments length gender".split()
+VALUES = st.none() | st.sampled_from([0, 0.5, 1, 8000])
+
+
+@settings(max_examples=300)
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=1, max_size=3))
+def test_fields_that_choose_a_part_are_read_or_refused_by_name(tmp_path_factory, rows):
+    """Rows with the fields of NeMo, wenet, speechbrain, of several of them, and of none."""
+    file = tmp_path_factory.getbasetemp() / "drawn.jsonl"
+    whole = dict(audio_filepath="/a.wav", text="A")
+    file.write_text("\n".join(json.dumps(whole | row) for row in rows))
+    given = [{name for name in row if row[name] is not None} for row in rows]
+    chosen = [names - {"duration", "length", "gender"} for names in given]
+    wrong = [
+        names not in (set(), {"offset"}, {"start", "end"}, {"start", "stop"}) for names in chosen
+    ]
+    if any(wrong):
+        first = wrong.index(True)
+        with pytest.raises(
+            ValueError, match=rf"drawn\.jsonl:{first + 1}: .* may choose a part"
+        ) as error:
+            list(manifest(file, Notes()))
+        assert all(name in str(error.value) for name in chosen[first])
+        return
+    for row, names, entry in zip(rows, given, manifest(file, Notes()), strict=True):
+        start = row["start"] if "start" in names else row.get("offset") or 0
+        end = start + row["duration"] if "duration" in names else None
+        for name in names & {"end", "stop"}:
+            end = row[name]
+        assert (entry.start, entry.end, entry.in_samples) == (start, end, "stop" in names)
 
 
 def test_damaged_gzip_data_is_told(tmp_path):
@@ -592,51 +592,11 @@ def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
         read(tmp_path / "corpus")
 
 
-NASTY = [
-    b"\0",
-    b"\xff",
-    b"\xed\xa0\x80",
-    b"\n",
-    b"\t",
-    b" ",
-    b"|",
-    b'"',
-    b"{",
-    b"[",
-    b"null",
-    b"-1",
-    b"nan",
-    b"1e999",
-]
-NASTY += [
-    b"9" * 400,
-    b"../../x",
-    b"/dev/zero",
-    b"/",
-    b"\\ud800",
-    b"\\u0000",
-    b"\xe2\x80\xa8",
-    b";;",
-    b"<unk>",
-    b"1",
-    b"B",
-]
-NASTY += [
-    b"inf",
-    b"true",
-    b"[" * 5000,
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"x" * 300,
-    b"\xd9\xa3",
-    b"1_0",
-    b"\x1c",
-    b"}",
-    b" / ",
-    b"(",
-    b")",
-    b"{ a / b }",
-]
+NASTY = (
+    rb"0 | { [ null -1 nan 1e999 ../../x /dev/zero / \ud800 \u0000 ;; <unk> 1 B inf true }".split()
+)
+NASTY += b'( ) 1_0 " \0 \xff \xed\xa0\x80 \xe2\x80\xa8 \xef\xbb\xbf \xd9\xa3'.split()
+NASTY += [b"\n", b"\t", b" ", b"\r", b"\x1c", b" / ", b"{ a / b }", b"[" * 5000, b"9" * 400]
 edits = st.tuples(
     st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4)
 )
@@ -827,15 +787,6 @@ def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
     assert abs(len(tone) - some.utterances[0].samples / 1.1) <= 1
 
 
-def test_only_the_default_speed_leaves_the_training_as_it_was(tones):
-    plain = examples(tones, frequency_masks=0, time_mask_every=0)
-    plain.epoch = 3
-    assert all(
-        torch.equal(plain[i].features, log_mel(read_audio(plain.utterances[i], RATE), plain.config))
-        for i in range(3)
-    )
-
-
 @pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, 3.0)])
 def test_impossible_speeds_are_refused(speeds):
     with pytest.raises(ValueError, match="--speeds"):
@@ -936,23 +887,3 @@ def test_training_goes_on_without_2_percent_of_its_audio(tmp_path):
     assert sum(record["audio_seconds"] for record in records[:batches]) == pytest.approx(
         good / RATE
     )
-
-
-def librispeech_seconds(draw: np.random.Generator, utterances: int) -> np.ndarray:
-    """Return durations like LibriSpeech's: most 11 to 17 s, many down to 1 s, some to 35 s."""
-    long = draw.normal(14.5, 1.7, utterances)
-    short = draw.uniform(1.3, 13.0, utterances)
-    longest = draw.uniform(17, 35, utterances)
-    kind = draw.choice(3, utterances, p=[0.63, 0.36, 0.01])
-    return np.clip(np.choose(kind, [long, short, longest]), 1, 35)
-
-
-def test_padding_of_a_plan_over_librispeechs_durations():
-    seconds = librispeech_seconds(np.random.default_rng(0), 28000)
-    assert 11.5 < seconds.mean() < 13
-    frames = np.round(100 * seconds).astype(int).tolist()
-    config = tiny(batch_seconds=150.0, batch_utterances=60)
-    for epoch in range(2):
-        plan = epoch_plan(frames, config, epoch)
-        padded = sum(len(batch) * max(frames[i] for i in batch) for batch in plan)
-        assert 1 - sum(frames) / padded < 0.08

@@ -21,6 +21,9 @@ def test_one_thing_is_counted_without_an_s():
     assert told == ["0 utterances", "1 utterance", "2 utterances", "1,000 utterances"]
 
 
+RICH = "Don’t STOP: it's ‘five-ish’, naïve हिन्दी"
+
+
 @pytest.mark.parametrize(
     ("normaliser", "text", "expected"),
     [
@@ -34,6 +37,11 @@ def test_one_thing_is_counted_without_an_s():
         ("plain", "Ｆｕｌｌ “width” ‘quotes’", "full width quotes"),
         ("plain", "мʼята м’ята м‘ята м`ята м´ята м'ята", "м'ята " * 5 + "м'ята"),
         ("plain", "a ´ b ` ʼc´ ŉ", "a b c n"),
+        ("none", " LOW\t MID\n\u00a0TOP\u2028A\u3000B\x1f", "LOW MID TOP A B"),
+        ("none", RICH, RICH),
+        ("lower", RICH, "don’t stop: it's ‘five-ish’, naïve हिन्दी"),
+        ("upper", RICH, "DON’T STOP: IT'S ‘FIVE-ISH’, NAÏVE हिन्दी"),
+        ("plain", RICH, "don't stop it's five ish naïve हिन्दी"),
         ("upper", "Straße e\u0301", "STRASSE É"),
         ("lower", "ΟΔΟΣ", "οδος"),
     ],
