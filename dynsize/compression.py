@@ -53,7 +53,7 @@ def missing() -> str:
     return next((name for name in PACKAGES if not find_spec(name)), "")
 
 
-def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
+def compare_files(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
 
     `trainings`: those that are at their end; networks that lack theirs are left out. Exports,

@@ -32,8 +32,7 @@ from dynsize.networks import (
     windowed_log_probs,
 )
 from dynsize.processes import device_of
-from dynsize.readers import lines
-from dynsize.report import Texts, errors_of, score
+from dynsize.report import Texts, errors_of, read_hypotheses, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
 from dynsize.text import NORMALISERS
@@ -294,7 +293,7 @@ def evaluate(system: System, split: str, output: Path) -> dict:
         examples=report.examples_of(scored),
         worse=report.became_worse(scored),
     )
-    report.write(found, scored, output)
+    report.write_evaluation(found, scored, output)
     return found
 
 
@@ -365,39 +364,12 @@ def has_hypotheses(path: Path) -> bool:
 def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -> dict[int, Texts]:
     """Return size → texts of a system; a file of hypotheses has the size 0."""
     if system.source is None:
-        return {0: read_hypotheses(system.path, utterances, system.config)}
+        return {0: read_hypotheses(system.path, utterances, system.config.normaliser)}
     texts = {}
     for size in system.sizes:
         network = alone(system, size)
         texts[size], _ = decoded(system, network, size, utterances, split)
     return texts
-
-
-def read_hypotheses(path: Path, utterances: Sequence[Utterance], config: Config) -> Texts:
-    """Return the normalised texts of utterances from lines `ID TEXT`, or `TEXT (ID)` in a .trn.
-
-    Lines of other utterances are ignored. Raises ValueError for a line without id, an id that is
-    there twice, and an utterance without a line.
-    """
-    normalised = NORMALISERS[config.normaliser]
-    found: dict[str, str] = {}
-    for where, line in lines(path):
-        if path.suffix == ".trn":
-            text, bracket, name = line.rstrip().removesuffix(")").rpartition("(")
-            if not bracket:
-                raise ValueError(f"{where}: not TEXT (ID): {line[:80]!r}")
-        else:
-            name, *rest = line.split(maxsplit=1)
-            text = rest[0] if rest else ""
-        if name in found:
-            raise ValueError(f"{where}: the utterance {name} is there twice")
-        words = normalised(text).split()
-        found[name] = " ".join(words)
-    missing = [u.id for u in utterances if report.written_id(u) not in found]
-    if missing:
-        number = f"{len(missing)} of {len(utterances)} utterances"
-        raise ValueError(f"{path}: has no line for {number}, the first is {missing[0]}")
-    return [found[report.written_id(utterance)] for utterance in utterances]
 
 
 def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
@@ -433,20 +405,16 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
 
 def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
     """Return a split, which all systems have. Raises ValueError where their utterances differ."""
-    corpora = []
+    first = None
     for system in chain.from_iterable(sides):
-        config = system.config
-        corpus = read_corpus(config, [split])
-        corpora.append(corpus)
-        if ids_and_texts(corpus) != ids_and_texts(corpora[0]):
-            what = f"the {split} of {config.corpus} has other utterances than the first's"
+        corpus = read_corpus(system.config, [split])
+        ids_and_texts = [(utterance.id, utterance.text) for utterance in corpus.utterances]
+        if first is None:
+            first, expected = corpus, ids_and_texts
+        if ids_and_texts != expected:
+            what = f"the {split} of {system.config.corpus} has other utterances than the first's"
             raise ValueError(f"{system.path}: {what}")
-    return corpora[0]
-
-
-def ids_and_texts(corpus: Corpus) -> list[tuple[str, str]]:
-    """Return the id and the text of each utterance."""
-    return [(utterance.id, utterance.text) for utterance in corpus.utterances]
+    return first
 
 
 def errors_by_size(
@@ -512,7 +480,9 @@ def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
     for name, found in reports.items():
         for row in found["sizes"]:
             size = row["size"]
-            texts = read_hypotheses(folders[name] / f"hyp-{size}.trn", utterances, config)
+            texts = read_hypotheses(
+                folders[name] / f"hyp-{size}.trn", utterances, config.normaliser
+            )
             scores.rows[name, size] = row
             scores.errors[name, size] = errors_of(utterances, texts, blanks)
     return scores

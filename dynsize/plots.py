@@ -159,7 +159,7 @@ def read_results(run: Path) -> dict[str, dict[str, list[dict]]]:
             bounds = row["cer_interval"] if measure == "cer" else row["interval"]
             rows.append(row | dict(measure=measure, interval=bounds))
         of_split = found.setdefault(path.parent.name, {})
-        of_split[way_of(run, path.parents[1].name)] = rows
+        of_split[way_shown(run, path.parents[1].name)] = rows
     return found
 
 
@@ -175,7 +175,7 @@ def compressed(found: dict) -> dict[str, dict[str, list[dict]]]:
     return results
 
 
-def way_of(run: Path, checkpoint: str) -> str:
+def way_shown(run: Path, checkpoint: str) -> str:
     """Return the name for the results of one of a run's checkpoints, such as `alone (best)`."""
     path = run / "config.json"
     config = read_json(path) if path.exists() else dict(method="other")

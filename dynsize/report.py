@@ -15,8 +15,9 @@ from pathlib import Path
 
 from dynsize import files
 from dynsize.corpora import Utterance
+from dynsize.readers import lines
 from dynsize.terminal import printable
-from dynsize.text import counted
+from dynsize.text import clean, counted
 from dynsize.wer import (
     VERDICTS,
     Errors,
@@ -192,7 +193,7 @@ def read_json(path: Path) -> typing.Any:
         raise ValueError(f"{path}: damaged: {error}; delete it") from error
 
 
-def write(report: dict, scored: dict[int, list[Scored]], output: Path) -> None:
+def write_evaluation(report: dict, scored: dict[int, list[Scored]], output: Path) -> None:
     """Write all files of an evaluation to a directory; `results.json` is the last one."""
     output.mkdir(parents=True, exist_ok=True)
     files.clean(output)
@@ -221,6 +222,31 @@ def trn(texts: Sequence[str], scored: Sequence[Scored]) -> str:
         line = f"{printable(text)} ({written_id(s.utterance)})\n"
         content += line.lstrip()
     return content
+
+
+def read_hypotheses(path: Path, utterances: Sequence[Utterance], normaliser: str) -> Texts:
+    """Return the texts of utterances from lines `ID TEXT`, or `TEXT (ID)` in a .trn.
+
+    They are cleaned as references are. Lines of other utterances are ignored. Raises ValueError
+    for a line without id, an id that is there twice, and an utterance without a line.
+    """
+    found: dict[str, str] = {}
+    for where, line in lines(path):
+        if path.suffix == ".trn":
+            text, bracket, name = line.rstrip().removesuffix(")").rpartition("(")
+            if not bracket:
+                raise ValueError(f"{where}: not TEXT (ID): {line[:80]!r}")
+        else:
+            name, *rest = line.split(maxsplit=1)
+            text = rest[0] if rest else ""
+        if name in found:
+            raise ValueError(f"{where}: the utterance {name} is there twice")
+        found[name] = clean(text, normaliser)
+    missing = [u.id for u in utterances if written_id(u) not in found]
+    if missing:
+        number = f"{len(missing)} of {len(utterances)} utterances"
+        raise ValueError(f"{path}: has no line for {number}, the first is {missing[0]}")
+    return [found[written_id(utterance)] for utterance in utterances]
 
 
 def aligned(scored: Scored) -> str:

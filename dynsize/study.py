@@ -133,12 +133,12 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
 
 
 def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
-    """Return and write the tables of `write_tables`, and of `compression.results` if it can run."""
+    """Return, and write, the tables of error rates, and of compression where it can run."""
     tables = write_tables(config, trainings, folder)
     if package := compression.missing():
         install = "pip install 'dynsize[onnx]'"
         return f"{tables}\nno table of compression: {package} is missing: {install}\n"
-    return tables + "\n" + compression.results(config, trainings, folder)
+    return tables + "\n" + compression.compare_files(config, trainings, folder)
 
 
 def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> str:

@@ -213,11 +213,12 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Return the 95% bootstrap interval of the first error rate minus the second.
 
-    Each side has one run or more, on the same utterances: the errors of each utterance, for each
-    seed. The rate of a side is the mean over its runs. Each of 1000 draws takes utterances with
-    replacement, the same ones for all runs, and of a side with n runs n of them, with replacement.
-    So the interval covers other utterances and other seeds. It is too narrow for a few seeds: of n
-    runs, the variance between seeds counts (n − 1) / n times; of one, not at all.
+    A side is a list of runs, one for each seed; a run has the errors of each utterance, and all
+    runs have the same utterances. The rate of a side is the mean over its runs. Each of 1000 draws
+    takes utterances with replacement, the same ones for all runs. It also takes the runs of each
+    side with replacement: n runs of a side that has n. So the interval covers other utterances and
+    other seeds. With few seeds it is too narrow: the bootstrap of n runs has (n − 1) / n of the
+    variance between seeds. With one run a side it covers other utterances alone.
 
     Raises ValueError for different numbers of utterances.
     """
@@ -235,7 +236,9 @@ def paired_interval(
 def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
     """Return the error rates, (draws, sides), of utterances and runs drawn with replacement."""
     draw = np.random.default_rng(0)
-    counts = [np.array([counted(run) for run in side]) for side in sides]  # (runs, utterances, 2)
+    counts = [
+        np.array([errors_and_words(run) for run in side]) for side in sides
+    ]  # (runs, utterances, 2)
     utterances = counts[0].shape[1]
     rates = np.empty((DRAWS, len(sides)))
     for i in range(DRAWS):
@@ -249,7 +252,7 @@ def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
     return rates
 
 
-def counted(run: Sequence[Errors]) -> np.ndarray:
+def errors_and_words(run: Sequence[Errors]) -> np.ndarray:
     """Return the errors and the words of each utterance, (utterances, 2)."""
     return np.array([(errors.total, errors.words) for errors in run], dtype=float)
 

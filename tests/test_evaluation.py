@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from dynsize import checkpoint, report
 from dynsize.batching import Examples
 from dynsize.corpora import Utterance
-from dynsize.evaluation import read_hypotheses, transcribe
+from dynsize.evaluation import transcribe
 from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
-from dynsize.report import became_worse, errors_of, examples_of, score, scores
+from dynsize.report import became_worse, errors_of, examples_of, read_hypotheses, score, scores
 from dynsize.subnet import cut, parameters
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
@@ -430,7 +430,13 @@ def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, form,
     lines = [f"{report.written_id(s.utterance)} {s.text}\n" for s in scored]
     content = report.trn(found, scored) if trn else "".join(lines)
     file.write_text(content, encoding="utf-8")
-    assert read_hypotheses(file, utterances, tiny()) == found
+    assert read_hypotheses(file, utterances, "none") == found
+
+
+def test_hypotheses_are_cleaned_as_references_are(tmp_path):
+    (tmp_path / "hyp.txt").write_text("a Vie\u0302\u0323t\nb mi\u200cravam\n", encoding="utf-8")
+    said = [utterance("", "a"), utterance("", "b")]
+    assert read_hypotheses(tmp_path / "hyp.txt", said, "upper") == ["VI\u1ec6T", "MIRAVAM"]
 
 
 @pytest.mark.parametrize(

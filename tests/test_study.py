@@ -319,7 +319,7 @@ def exports(monkeypatch) -> list[str]:
 
 
 def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, monkeypatch):
-    text = compression.results(study.config, study.trainings, study.folder)
+    text = compression.compare_files(study.config, study.trainings, study.folder)
     assert text == (study.folder / "compression.md").read_text()
     stems = [f"{network}-{size}" for size in (8, 3) for network in ("cut", "alone", "distilled")]
     expected = {f"{stem}{kind}.onnx" for stem in stems for kind in ("", "-int8")}
@@ -337,13 +337,13 @@ def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, 
     (study.folder / "compression" / "timings.json").unlink()
     monkeypatch.setattr(evaluation, "evaluate", None)
     monkeypatch.setattr(compression, "in_turn", lambda calls, rounds: dict.fromkeys(calls, 7.0))
-    compression.results(study.config, study.trainings, study.folder)
+    compression.compare_files(study.config, study.trainings, study.folder)
     again = study.read("compression.json")
     assert exports == []
     assert {row["milliseconds"] for row in again["rows"]} == {7.0}
     assert again["int8"] == found["int8"]
     monkeypatch.setattr(compression, "in_turn", None)
-    compression.results(study.config, study.trainings, study.folder)
+    compression.compare_files(study.config, study.trainings, study.folder)
     assert study.read("compression.json") == again
 
 
