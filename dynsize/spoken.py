@@ -77,28 +77,12 @@ GRAMMAR = {
 # espeak-ng's voices: American (en-us) and British (en) English, in variants of different sex, age
 # and timbre
 VOICES = {
-    "train": [
-        "en-us",
-        "en-us+m2",
-        "en-us+m5",
-        "en-us+f2",
-        "en-us+f4",
-        "en",
-        "en+m1",
-        "en+m6",
-        "en+f1",
-        "en+f3",
-    ],
-    "dev-other": ["en-us+m4", "en+f5"],
-    "test-other": ["en-us+m3", "en-us+f1", "en+m7", "en+f2"],
+    "train": "en-us en-us+m2 en-us+m5 en-us+f2 en-us+f4 en en+m1 en+m6 en+f1 en+f3".split(),
+    "dev-other": "en-us+m4 en+f5".split(),
+    "test-other": "en-us+m3 en-us+f1 en+m7 en+f2".split(),
 }
-MINUTES = {
-    "train": 60,
-    "dev-clean": 4,
-    "dev-other": 3,
-    "test-clean": 15,
-    "test-other": 10,
-}  # of speech in each split
+# Of speech in each split.
+MINUTES = {"train": 60, "dev-clean": 4, "dev-other": 3, "test-clean": 15, "test-other": 10}
 SENTENCES_IN_CHAPTER = 10
 CHOICE = 5  # sentences from which each one is chosen
 # The rate of speaking is drawn between these, in words a minute as espeak-ng counts them; they are
