@@ -1,5 +1,6 @@
 """The CTC loss against torch's, which never runs in the product; decoding against brute force."""
 
+import gzip
 import itertools
 import math
 from pathlib import Path
@@ -249,6 +250,33 @@ def test_beam_search_adds_the_language_models_scores(arpa, seed):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("units", [(b"", b"A ", b"B", b"B "), (b"", b" A B", b"B", b" ")])
+def test_words_are_scored_for_units_of_every_kind(arpa, units):
+    log_probs = random_log_probs(0, 5, 4)
+    search = BeamSearch(10**6, units, LanguageModel(arpa, LETTERS, weight=0.8, bonus=0.4))
+    search.advance(log_probs)
+    found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
+    for labels, score in all_sums(log_probs).items():
+        words = b"".join(units[label] for label in labels).decode().split()
+        expected = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
+        assert found[labels] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_without_unknown_words_has_a_floor_for_them(arpa):
+    arpa.write_text(ARPA.replace("-1.1\t<unk>\n", "").replace("ngram 1=5", "ngram 1=4"))
+    model = LanguageModel(arpa, LETTERS, weight=1.0)
+    _, score = model.score(model.start(), "BA")
+    assert score == pytest.approx(-1.9 * math.log(10))  # a tenth of B's
+    assert "it has no <unk>, so they count" in model.missing(["AB BA"])
+    assert "<unk>" not in model.missing(["AB B"])
+
+
+def test_words_of_a_language_model_are_cleaned_as_transcripts_are(arpa):
+    arpa.write_text(ARPA.replace("AB", "e\u0301a"))  # é in two characters
+    model = LanguageModel(arpa, {"É", "A", "B"}, "upper")
+    assert model.missing(["ÉA B"]).endswith("lacks 0 of 2 words")
+
+
 def test_a_language_model_counts_missing_words(arpa):
     model = LanguageModel(arpa, LETTERS, weight=1.0, bonus=0.0)
     assert model.missing(["AB B", "B AB"]).endswith("lacks 0 of 4 words")
@@ -268,6 +296,13 @@ def test_a_language_model_refuses_the_other_case_and_no_arpa_file(arpa, tmp_path
             LanguageModel(tmp_path / "bad.arpa", LETTERS)
     with pytest.raises(ValueError, match=r"weight nan: must be from -1000 to 1000"):
         LanguageModel(arpa, LETTERS, weight=math.nan)
+    with pytest.raises(ValueError, match=r"bonus 1e\+308: must be"):
+        LanguageModel(arpa, LETTERS, bonus=1e308)
+    with pytest.raises(ValueError, match="zero: not a file"):
+        LanguageModel(Path("/dev/zero"), LETTERS)
+    (tmp_path / "a.arpa.gz").write_bytes(gzip.compress(ARPA.encode()))
+    with pytest.raises(ValueError, match="is compressed; gunzip -k"):
+        LanguageModel(tmp_path / "a.arpa.gz", LETTERS)
     with pytest.raises(ValueError, match=r"missing\.arpa: No such file"):
         LanguageModel(tmp_path / "missing.arpa", LETTERS)
     assert capfd.readouterr() == ("", "")

@@ -78,7 +78,7 @@ def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate
     assert (found["weight"], found["bonus"]) == (best["weight"], best["bonus"])
     # a bonus of −20 leaves no word, so that every word of the reference is an error
     assert [row["wer"] for row in found["tried"] if row["bonus"] < 0] == [1.0, 1.0]
-    code, _, error = evaluate(*arguments, "--overwrite", "--lm-weight", 0.3, "--word-bonus", -20)
+    code, _, error = evaluate(*arguments, "--overwrite", "--lm-weight", 0.3, "--word-bonus", "-2e1")
     found = json.loads((tmp_path / "decoding.json").read_text())
     assert (code, error) == (0, "") and found["weight"] == 0.3 and "tried" not in found
     assert (

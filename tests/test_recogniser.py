@@ -1,5 +1,7 @@
 """Text from audio: a detector of tones as the network, then the command with networks of ours."""
 
+import functools
+import io
 import json
 import os
 import re
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
 from conftest import RATE, TONES, tiny
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from tqdm import tqdm
@@ -173,6 +176,59 @@ def test_times_are_ordered_and_inside_the_audio(steps, share):
     assert [word.text for word in words] == text.split()
 
 
+KINDS = {
+    "unigram": {},
+    "byte fallback": dict(byte_fallback=True, vocab_size=320, character_coverage=0.98),
+    "pieces across blanks": dict(split_by_whitespace=False, vocab_size=90),
+    "the blank as suffix": dict(treat_whitespace_as_suffix=True),
+    "symbols": dict(user_defined_symbols=["▁[x]", "A▁B"]),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request) -> Tokenizer:
+    """A SentencePiece model of a kind that a user may bring."""
+    texts = ["THE CAT IS ON THE MAT", "JÜLIA IS ON THE ROOF", "ON THE 日本 IS THE MAT"] * 20
+    model = io.BytesIO()
+    options = dict(vocab_size=40, hard_vocab_limit=False, normalization_rule_name="identity")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, bos_id=-1, eos_id=-1, minloglevel=2,
+        **(options | KINDS[request.param]),
+    )  # fmt: skip
+    return Tokenizer(torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8))
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_text_is_what_sentencepiece_decodes(tokenizer, data):
+    labels = data.draw(st.lists(st.integers(1, tokenizer.labels - 1), max_size=20))
+    expected = re.sub("\ufffd+", "\ufffd", tokenizer.pieces.decode(labels))
+    expected = " ".join(expected.split())
+    assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(labels)) == expected
+    timed = timed_words([(label, i) for i, label in enumerate(labels)], spoken(tokenizer), 99.0)
+    assert " ".join(word.text for word in timed) == tokenizer.decode(labels)
+
+
+def spoken(tokenizer: Tokenizer) -> Facts:
+    return Facts(RATE, WINDOW, HOP, tokenizer, "none", (1,), 3.0)
+
+
+def test_a_word_of_any_tokenizer_has_the_frames_of_its_letters(tokenizer):
+    text = "JÜLIA IS ON THE MAT"
+    try:
+        labels = tokenizer.encode(text)
+    except ValueError:  # this one has no unit for a letter
+        text = "THE CAT IS ON"
+        labels = tokenizer.encode(text)
+    words = tokenizer.words(labels)
+    assert [word.text for word in words] == text.split()
+    for word in words:
+        written = tokenizer.decode(labels[word.first : word.last + 1])
+        assert word.text in written.split()
+        shorter = tokenizer.decode(labels[word.first + 1 : word.last + 1])
+        assert word.first == word.last or word.text not in shorter.split()
+
+
 def test_label_frames_are_where_each_label_of_the_best_path_begins():
     path = torch.tensor([0, 3, 3, 0, 3, 2, 2, 0, 0, 1])
     assert label_frames(path) == [(3, 1), (3, 4), (2, 5), (1, 9)]
@@ -225,13 +281,16 @@ def test_refuses_what_is_no_audio(tmp_path):
         (np.zeros((2, 9), np.float32), RATE, "this array has 2 samples of 9 channels"),
         (np.zeros((9, 0), np.float32), RATE, "this array has 9 samples of 0 channels"),
         (np.zeros(9, np.float32), 0, "sample_rate 0: must be a whole number"),
+        (np.zeros(9, np.float32), 10**18, "sample_rate 1000000000000000000: must be"),
+        (np.full(RATE, 1e30), RATE, "samples that are no numbers, or above 1e"),
         (np.zeros(9, np.float32), 8000.5, r"sample_rate 8000\.5: must be"),
         ([0.0, 0.1], RATE, "must be a path or a numpy array of floats, not list"),
     ):
         with pytest.raises(ValueError, match=why):
             recogniser.transcribe(audio, sample_rate=rate)
-    with pytest.raises(ValueError, match="size 3: the sizes are 1, 2"):
-        recogniser.transcribe(np.zeros(9, np.float32), size=3, sample_rate=RATE)
+    for name, odd in dict(size=3, channel="0", beam=2.5).items():
+        with pytest.raises(ValueError, match=f"{name} {odd!r}: "):
+            recogniser.transcribe(np.zeros(9, np.float32), sample_rate=RATE, **{name: odd})
     assert recogniser.transcribe(np.zeros(0, np.float32), sample_rate=RATE).text == ""
     with pytest.raises(ValueError, match=r"nowhere\.flac: no such file"):
         recogniser.transcribe(tmp_path / "nowhere.flac")
@@ -467,6 +526,50 @@ def test_formats():
         "my_talk 1 0.500 0.400 ONE", "my_talk 1 0.900 0.350 TWO", "my_talk 1 3661.000 0.500 THREE",
     ]  # fmt: skip
     assert json.loads(written["json"])["words"][1] == dict(word="TWO", start=0.9, end=1.25)
+
+
+def test_signs_that_a_format_has_itself_are_escaped(capsys, monkeypatch):
+    talk = Transcript([Word("A&B<C", 0.0, 1.0), Word("É", 1.0, 2.0)], 2.0)
+    assert "A&amp;B&lt;C É" in command.vtt(talk, "a.wav") and "A&B<C É" in command.srt(talk, "a")
+    assert command.ctm(talk, "\x1b[1mx.wav").startswith("\\x1b[1mx 1 0.000")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    command.put(command.json_line(talk, "caf\udce9.wav"), None)
+    row = json.loads(sys.stdout.buffer.getvalue())
+    assert row["text"] == "A&B<C É" and row["file"] == "caf\udce9.wav"
+
+
+def test_silence_has_no_words():
+    recogniser = Recogniser(detect, facts())
+    assert recogniser.transcribe(np.zeros(RATE, np.float32), sample_rate=RATE).words == []
+
+
+def test_the_command_keeps_what_is_there(run, noise, tmp_path, capsys, monkeypatch):
+    name = os.fsdecode(b"caf\xe9.wav")
+    (tmp_path / name).write_bytes(noise.read_bytes())
+    says = functools.partial(dynsize_says, capsys, tmp_path / name, "--model", run, "--output")
+    assert says(tmp_path, "--format", "json")[0] == 0
+    written = tmp_path / os.fsdecode(b"caf\xe9.json")
+    assert json.loads(written.read_text())["file"].endswith(name)
+    (tmp_path / "talk.txt").write_bytes(noise.read_bytes())
+    code, _, error = dynsize_says(
+        capsys, tmp_path / "talk.txt", "--model", run, "--output", tmp_path, "--overwrite"
+    )
+    assert code == 2 and "talk.txt: is an audio file itself" in error
+    (tmp_path / "noise.txt").symlink_to(tmp_path / "nowhere")
+    arguments = (noise, "--model", run, "--output", tmp_path)
+    code, _, error = dynsize_says(capsys, *arguments)
+    assert code == 2 and "noise.txt: exists already" in error
+    os.mkfifo(tmp_path / "noise.ctm")
+    assert dynsize_says(capsys, *arguments, "--format", "ctm", "--overwrite")[0] == 0
+    before = written.read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, error = says(tmp_path, "--format", "json", "--overwrite")
+    assert code == 2 and ".json: No space left" in error and error.count("\n") == 1
+    assert written.read_bytes() == before
 
 
 def test_captions_are_short():
