@@ -125,13 +125,14 @@ class Dev:
     def results(self, model: Supernet) -> dict[int, dict]:
         """Decode dev with every size, and return what metrics.jsonl tells of each, largest first.
 
-        `measure` says whether the error rate `wer` and the errors are of words or of characters.
+        `measure` is wer or cer: whether the errors are of words or of characters. The error rate
+        stands under this name.
         """
+        measure = "wer" if self.blanks else "cer"
         results = {}
         for size, errors in self.errors(model).items():
-            results[size] = dict(
-                wer=errors.rate,
-                measure="wer" if self.blanks else "cer",
+            results[size] = {measure: errors.rate} | dict(
+                measure=measure,
                 errors=errors.total,
                 words=errors.words,
                 layers=kept_names(model, size),
