@@ -87,7 +87,8 @@ def tiny(**changes) -> Config:
         sample_rate=RATE, mel_bins=12, highest_hz=3900.0, hop_ms=10.0, vocabulary=12, blocks=2,
         width=16, attention_heads=2, kernel=3, rotary=False, dropout=0.1,
         front_end_channels=(4, 4), sizes=(3, 5, 8), step1_share=0.6, subnet_loss=0.3,
-        stochastic_depth=0.3, precision="float32", updates=12, batch_seconds=5.0, warmup=0.2,
+        stochastic_depth=0.3, precision="float32", device="cpu", updates=12,
+        batch_seconds=5.0, warmup=0.2,
         cooldown=0.7, log_every=4, validate_every=6, save_every=6, time_mask_every=100,
         time_mask_frames=4, frequency_mask_bins=2,
     )  # fmt: skip

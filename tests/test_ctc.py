@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.ctc import ctc_loss, greedy
+from dynsize.ctc import ctc_loss, greedy, torchs_ctc_loss
 from dynsize.decoding import BeamSearch, LanguageModel, beam_search
 
 
@@ -40,8 +40,14 @@ def problems(draw):
     return logits, lengths, labels, label_lengths
 
 
-@given(problems())
-def test_loss_and_gradient_are_torchs(problem):
+def on_a_gpu(*arguments) -> torch.Tensor:
+    """What computes on a GPU without Triton."""
+    return torchs_ctc_loss(*arguments)[0]
+
+
+@pytest.mark.parametrize("ctc_loss", [ctc_loss, on_a_gpu])
+@given(problem=problems())
+def test_loss_and_gradient_are_torchs(ctc_loss, problem):
     logits, lengths, labels, label_lengths = problem
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = ctc_loss(ours.log_softmax(-1), lengths, labels, label_lengths)
@@ -80,6 +86,18 @@ def test_padding_changes_nothing(problem, garbage):
     assert (changed.grad[outside] == 0).all()
 
 
+def test_float32_is_right_for_long_utterances():
+    """α reaches −1,700 where the largest number of each frame is not subtracted."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 600, 20)
+    labels = torch.randint(1, 20, (1, 120))
+    gradients = []
+    for leaf in (logits.double().requires_grad_(), logits.requires_grad_()):
+        loss = ctc_loss(leaf.log_softmax(-1), torch.tensor([600]), labels, torch.tensor([120]))
+        gradients.append(*torch.autograd.grad(loss, leaf))
+    torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=0, atol=2e-4)
+
+
 def test_sums_over_all_alignments():
     torch.manual_seed(0)
     log_probs = torch.randn(1, 4, 3, dtype=torch.float64).log_softmax(-1)
@@ -92,7 +110,8 @@ def test_sums_over_all_alignments():
     assert loss.item() == pytest.approx(-math.log(total), rel=1e-12)
 
 
-def test_impossible_alignment_is_infinite_without_a_gradient():
+@pytest.mark.parametrize("ctc_loss", [ctc_loss, on_a_gpu])
+def test_impossible_alignment_is_infinite_without_a_gradient(ctc_loss):
     log_probs = torch.randn(2, 2, 3).log_softmax(-1).requires_grad_()
     labels, label_lengths = torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
     loss = ctc_loss(

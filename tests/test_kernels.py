@@ -18,11 +18,15 @@ from conftest import one_update, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ctc import problems
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynsize.ctc
-from dynsize import kernels
+from dynsize import kernels, steps
+from dynsize.batching import Batch
+from dynsize.config import PRESETS, Config
 from dynsize.kernels import reference, self_check
 from dynsize.simple_top_k import relaxed_top_k
+from dynsize.supernet import Supernet
 from dynsize.training import Trainer
 
 triton = pytest.importorskip("triton")
@@ -576,6 +580,62 @@ def test_kernels_import_nothing_of_dynsize_but_kernels():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 foreign = [n for n in names if f"{n}.".startswith("dynsize.")]
                 assert all(f"{n}.".startswith("dynsize.kernels.") for n in foreign), path
+
+
+def batch_of(config: Config, utterances: int, frames: int, labels: int) -> Batch:
+    """Return a batch in which each utterance has all the frames and labels."""
+    lengths, count = torch.full((utterances,), frames), torch.full((utterances,), labels)
+    targets = torch.ones(utterances, labels, dtype=torch.int64)
+    features = torch.randn(utterances, frames, config.mel_bins)
+    return Batch([], features, lengths, targets, count, torch.arange(utterances), {})
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops that compute or copy something; an op of ours counts as one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        allocates = "empty" in function.name() or function.name() == "aten::detach"
+        self.count += not (function.is_view or allocates)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step, most", [(1, 1600), (2, 1800)])
+def test_launches_of_an_update_of_the_papers_shape(step, most, monkeypatch):
+    """Without values, on the device `meta`, which has no autocast."""
+    monkeypatch.setattr(kernels, "triton_runs", lambda *_: True)
+    config = Config(**PRESETS["librispeech"])
+    with torch.device("meta"):
+        model, batch = Supernet(config, 80), batch_of(config, 16, 1000, 50)
+    update = steps.planned(model, config.updates // 4 if step == 1 else config.updates - 1)
+    assert update.step == step
+    with Launches() as launches:
+        loss, _ = steps.losses_of(update, batch, 800.0, model, None)
+        loss.backward()
+    assert 1000 < launches.count <= most
+
+
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_update_is_one_graph(step, mode, monkeypatch):
+    """`torch.compile` breaks nowhere, forward or backward, and changes no gradient."""
+    monkeypatch.setattr(kernels, "triton_runs", lambda *_: mode == "triton")
+    torch.manual_seed(0)
+    config = tiny(blocks=1, sizes=(1, 3, 4), stochastic_depth=0.3, step1_share=0.5)
+    model, batch = Supernet(config, 7).to(DEVICE), batch_of(config, 2, 24, 3)
+    update = steps.planned(model, 0 if step == 1 else config.updates - 1)
+    gradients = []
+    torch._dynamo.reset()
+    compiled = torch.compile(steps.losses_of, fullgraph=True, backend="aot_eager")
+    for losses_of in (steps.losses_of, compiled):
+        model.zero_grad()
+        loss, _ = losses_of(update, batch, 6.0, model, None)
+        loss.backward()
+        gradients.append(
+            {n: w.grad.double() for n, w in model.named_parameters() if w.grad is not None}
+        )
+    assert_close(gradients[1], gradients[0], TOLERANCE[torch.float32])
 
 
 def test_training_gives_the_same_losses(tones, tmp_path, monkeypatch):
