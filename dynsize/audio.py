@@ -48,7 +48,7 @@ class Header(NamedTuple):
     samples: int  # of each channel
     rate: int  # in Hz
     channels: int
-    lost: str  # what it lacks of what its header promises
+    lost: str  # how the file was cut off, or ''
 
 
 def headers(
@@ -300,7 +300,7 @@ class AudioFile(soundfile.SoundFile):
             raise CorruptAudio(f"{self.path}: {lost}")
 
     def lost(self) -> str:
-        """Return what the file was cut off by what its header or its last bytes say, or ''."""
+        """Return how the file was cut off; '' where neither header nor last bytes show that."""
         if self.format in ("FLAC", "MP3"):
             return ""  # it shows when they are decoded
         if found := PROMISED.search(self.extra_info):
