@@ -289,7 +289,7 @@ def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=outline)
     axes.set_ylim(0, None)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("line: k, size of the subnet in step 1")
+    axes.set_ylabel("line: k, size in step 1")
     axes.spines["right"].set_visible(True)
 
 
@@ -393,9 +393,8 @@ def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float
 def study_figure(differences: dict[str, list[dict]]) -> Figure:
     """Draw the differences of error rates: a row of panels for each split, a panel for each size.
 
-    `differences`: split → rows of `study.differences_of`. A panel has a line for each comparison:
-    its difference and 95% interval beside 0. Markers are hollow where the baseline was trained
-    alone with the layers that the supernet kept.
+    `differences`: split → rows of `study.differences_of`. A panel has a line for each comparison.
+    Markers are hollow where the baseline is alone with the layers that the supernet kept.
     """
     rows = next(iter(differences.values()))
     sizes = sorted({row["size"] for row in rows}, reverse=True)
