@@ -116,7 +116,7 @@ def cases(draw):
     utterances, sizes = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     rows, branch_rows = sizes * utterances, draw(st.integers(1, sizes)) * utterances
     frames = draw(st.sampled_from([1, 5, 65, 130]))
-    width = draw(st.sampled_from([1, 18, 37, 144] + ([1000] if frames < 65 else [])))
+    width = draw(st.sampled_from([1, 18, 37, 144] + ([384, 512, 1000] if frames < 65 else [])))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     gate = None
     if draw(st.booleans()):
