@@ -4,7 +4,7 @@ from setuptools import setup
 
 DEMO = ["espeakng-loader>=0.2.4"]  # espeak-ng (GPL-3) speaks the embedded corpus
 TRITON = [
-    "triton>=3.4; platform_system == 'Linux'"
+    "triton>=3.6; platform_system == 'Linux'"
 ]  # the GPU kernels; torch's CUDA builds bring it along
 # Its wheel brings KenLM, which scores n-gram language models. It has none for Python 3.13.
 LM = ["flashlight-text>=0.0.7; python_version < '3.13'"]

@@ -152,7 +152,5 @@ def gated_residual_layer_norm(
     op = reference.gated_residual_layer_norm
     computed_in = branch.dtype if x.dtype == torch.float32 else x.dtype
     if triton_runs("gated_residual_layer_norm", x.device, computed_in, x.shape[-1]):
-        from dynsize.kernels.residual import GatedResidualLayerNorm
-
-        op = GatedResidualLayerNorm.apply
-    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
+        op = torch.ops.dynsize.gated_residual_layer_norm
+    return op(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)[:2]

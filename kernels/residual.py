@@ -13,21 +13,23 @@ and with means over a frame:
     weight: Σ normed_grad · z       bias: Σ normed_grad
 
 This replaces torch's chain of dropout, product with the gate, sum and LayerNorm, and what that
-chain keeps for the backward pass: here m comes from the seed again, and μ and r from y.
+chain keeps for the backward pass: here m comes from the seed again. Kept are y, μ and r.
 
-A program computes PROGRAM frames of one row, a tile of a few frames at a time, in registers. All
-its frames have one gate; where that is 0, nothing of the branch is loaded. The program adds up its
-shares of the gradients of weight, bias and gate in registers and stores them once; torch sums the
-shares, always in the same order.
+A program computes some frames of one row, one after the other. Up to D 512 it is a single warp, so
+the sums over a frame need no barrier. All its frames have one gate. Where that is 0, the forward
+pass loads nothing of the branch; the backward pass loads it where gates learn. x is copied to y in
+every row. The program adds up its shares of the gradients of weight, bias and gate in registers and
+stores them once; torch sums the shares, always in the same order.
+
+Importing this module registers the op `torch.ops.dynsize.gated_residual_layer_norm`.
 """
 
-from typing import NamedTuple
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dynsize.kernels import reference
 
@@ -35,22 +37,8 @@ WEYL = tl.constexpr(reference.WEYL)
 FIRST = tl.constexpr(reference.FIRST % 2**64)
 SECOND = tl.constexpr(reference.SECOND % 2**64)
 WIDEST = 8192  # columns: a program holds whole frames in registers
-PROGRAM = 64  # frames of a program, so that weights and shares are but a 40th of its traffic
-FORWARD = 2048  # elements of a tile; twice as many halve the occupancy
-BACKWARD = 1024
-WARPS = 8
-
-
-class Numbers(NamedTuple):
-    """What both kernels get after the tensors, in this order."""
-
-    branch_rows: int  # R'
-    rows: int  # that are normalised
-    frames: int  # T
-    utterances: int  # B
-    factor: float  # f
-    eps: float  # ε
-    lowest: int  # of the draws that dropout keeps; it is compiled into the kernels
+OF_WARP = 512  # columns of a warp; twice as many spill registers in the backward pass
+NUMBERS = ["branch_rows", "rows", "frames", "utterances", "chunk", "factor", "lowest"]
 
 
 @triton.jit
@@ -61,13 +49,13 @@ def load(pointer, mask):
 
 
 @triton.jit
-def place(frames, CHUNK: tl.constexpr):
+def place(frames, chunk):
     """Return the program's row, (1, 1) int64, its first frame, and the end of its frames."""
     program = tl.program_id(0)
-    chunks = tl.cdiv(frames, CHUNK)  # of a row
+    chunks = tl.cdiv(frames, chunk)  # of a row
     row = tl.full((1, 1), program // chunks, tl.int64)
-    first = program % chunks * CHUNK
-    end = tl.minimum(first + CHUNK, frames)
+    first = program % chunks * chunk
+    end = tl.minimum(first + chunk, frames)
     return row, first, end
 
 
@@ -82,16 +70,16 @@ def gate_of(gate_ptr, row, branch_rows):
 
 
 @triton.jit
-def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, WIDTH: tl.constexpr):
-    """Return a tile's `values` with 0 for what `reference.kept` drops.
+def dropout(values, seed_ptr, utterance, frame, lowest, WIDTH: tl.constexpr):
+    """Return a tile's `values`, (TILE, COLUMNS), with 0 for what `reference.kept` drops.
 
-    `frame`: (TILE, 1), their numbers. LOWEST: the lowest draw that is kept.
+    `frame`: (TILE, 1), their numbers.
     """
     if seed_ptr is not None:
-        seed = tl.load(seed_ptr + row % utterances)
+        seed = tl.load(seed_ptr + utterance)
         words = (WIDTH + 3) // 4  # of a frame
-        word = tl.arange(0, values.shape[1] // 4)
-        number = frame.to(tl.int64) * words + word[None, :]
+        word = tl.arange(0, values.shape[1] // 4)[None, :]
+        number = frame.to(tl.int64) * words + word
         z = number * WEYL + seed
         z = z.to(tl.uint64, bitcast=True)  # so that shifts to the right bring zeros
         z = (z ^ (z >> 30)) * FIRST
@@ -100,27 +88,11 @@ def dropout(values, seed_ptr, row, utterances, frame, LOWEST: tl.constexpr, WIDT
         shift = 16 * tl.arange(0, 4)
         drawn = z[:, :, None] >> shift[None, None, :]
         drawn = tl.reshape(drawn, values.shape).to(tl.int16)
-        values = tl.where(drawn >= LOWEST, values, 0.0)
+        values = tl.where(drawn >= lowest, values, 0.0)
     return values
 
 
-@triton.jit
-def frame_mean(values, width):
-    """Return the mean of each frame, (TILE, 1). `values` are 0 past the frame's `width`."""
-    return tl.sum(values, 1, keep_dims=True) / width
-
-
-@triton.jit
-def normalised(y, inside, eps, width):
-    """Return z and r of the frames `y`, which are 0 where not `inside`."""
-    centred = y - frame_mean(y, width)
-    centred = tl.where(inside, centred, 0.0)
-    variance = frame_mean(centred * centred, width)
-    r = 1 / tl.sqrt(variance + eps)
-    return centred * r, r
-
-
-@triton.jit(do_not_specialize=Numbers._fields)  # one machine code for all their values
+@triton.jit(do_not_specialize=[*NUMBERS, "eps"])  # one machine code for all their values
 def forward_kernel(
     x_ptr,  # (R, T, D) float32
     branch_ptr,  # (R', T, D)
@@ -130,19 +102,20 @@ def forward_kernel(
     bias_ptr,  # (D,)
     y_ptr,  # (R, T, D) float32, out
     normed_ptr,  # (rows, T, D), out
-    branch_rows,  # this and the following: see Numbers
-    rows,
-    frames,
-    utterances,
-    factor,
-    eps,
-    LOWEST: tl.constexpr,
+    statistics_ptr,  # (rows, T, 2) float32, out: μ and r
+    branch_rows,  # R'
+    rows,  # that are normalised
+    frames,  # T
+    utterances,  # B
+    chunk,  # frames of a program
+    factor,  # f
+    eps,  # ε
+    lowest,  # of the draws that dropout keeps
     WIDTH: tl.constexpr,  # D
     COLUMNS: tl.constexpr,  # at least D, a power of 2
-    TILE: tl.constexpr,  # frames of a tile, a power of 2
-    CHUNK: tl.constexpr,  # frames of a program
+    TILE: tl.constexpr,  # frames at a time: 1 on a GPU
 ):
-    row, first, end = place(frames, CHUNK)
+    row, first, end = place(frames, chunk)
     gate = gate_of(gate_ptr, row, branch_rows)
     column = tl.arange(0, COLUMNS)[None, :]
     in_width = column < WIDTH
@@ -151,23 +124,31 @@ def forward_kernel(
     for start in range(first, end, TILE):
         frame = start + tl.arange(0, TILE)[:, None]
         inside = (frame < end) & in_width
-        at = (row * frames + frame) * WIDTH + column
+        number = row * frames + frame  # of all R · T
+        at = number * WIDTH + column
         x = load(x_ptr + at, inside)
         branch = load(branch_ptr + at, inside & (gate != 0))
-        branch = dropout(branch, seed_ptr, row, utterances, frame, LOWEST, WIDTH)
+        branch = dropout(branch, seed_ptr, row % utterances, frame, lowest, WIDTH)
         y = x + factor * gate * branch
         y = tl.where(gate != 0, y, x)  # x + 0 would turn −0 into 0
         tl.store(y_ptr + at, y, mask=inside)
-        z, _ = normalised(y, inside, eps, WIDTH)
-        normed = z * weight + bias
+        mean = tl.sum(y, 1, keep_dims=True) / WIDTH
+        centred = tl.where(inside, y - mean, 0.0)
+        variance = tl.sum(centred * centred, 1, keep_dims=True) / WIDTH
+        r = 1 / tl.sqrt(variance + eps)
+        normed = centred * r * weight + bias
         tl.store(normed_ptr + at, normed, mask=inside & (row < rows))
+        kept = (frame < end) & (row < rows)
+        tl.store(statistics_ptr + 2 * number, mean, mask=kept)
+        tl.store(statistics_ptr + 2 * number + 1, r, mask=kept)
 
 
-@triton.jit(do_not_specialize=Numbers._fields)
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_kernel(
-    y_ptr,  # (R, T, D) float32
     y_grad_ptr,  # (R, T, D) float32, or None where y is not used
     normed_grad_ptr,  # (rows, T, D)
+    y_ptr,  # (R, T, D) float32
+    statistics_ptr,  # (rows, T, 2) float32: μ and r
     branch_ptr,  # (R', T, D), or None where the gate needs no gradient
     gate_ptr,  # (R',), or None: gates of 1
     seed_ptr,  # (B,) int64, or None
@@ -176,156 +157,248 @@ def backward_kernel(
     branch_grad_ptr,  # (R', T, D), out
     gate_grad_ptr,  # (R', chunks of T) float32, out: shares of the gate's gradient; or None
     shares_ptr,  # (rows · chunks of T, 2, D) float32, out: of the gradients of weight and bias
-    branch_rows,  # this and the following: see Numbers
+    branch_rows,  # this and the following: as in the forward pass
     rows,
     frames,
     utterances,
+    chunk,
     factor,
-    eps,
-    LOWEST: tl.constexpr,
-    WIDTH: tl.constexpr,  # D
-    COLUMNS: tl.constexpr,  # at least D, a power of 2
-    TILE: tl.constexpr,  # frames of a tile, a power of 2
-    CHUNK: tl.constexpr,  # frames of a program
+    lowest,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    row, first, end = place(frames, CHUNK)
+    row, first, end = place(frames, chunk)
     gate = gate_of(gate_ptr, row, branch_rows)
     column = tl.arange(0, COLUMNS)[None, :]
     in_width = column < WIDTH
     weight = load(weight_ptr + column, in_width)
     weight_grad = tl.zeros((TILE, COLUMNS), tl.float32)
     bias_grad = tl.zeros((TILE, COLUMNS), tl.float32)
-    gate_grad = tl.zeros((TILE, 1), tl.float32)
+    gate_grad = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(first, end, TILE):
         frame = start + tl.arange(0, TILE)[:, None]
         inside = (frame < end) & in_width
         in_normed = inside & (row < rows)
         in_branch = inside & (row < branch_rows)
-        at = (row * frames + frame) * WIDTH + column
+        number = row * frames + frame
+        at = number * WIDTH + column
         normed_grad = load(normed_grad_ptr + at, in_normed)
-        y = load(y_ptr + at, in_normed)
-        z, r = normalised(y, in_normed, eps, WIDTH)
+        kept = (frame < end) & (row < rows)
+        mean = load(statistics_ptr + 2 * number, kept)
+        r = load(statistics_ptr + 2 * number + 1, kept)
+        z = (load(y_ptr + at, in_normed) - mean) * r
         weight_grad += normed_grad * z
         bias_grad += normed_grad
-        w = normed_grad * weight
-        mean = frame_mean(w, WIDTH)
-        along_z = z * frame_mean(w * z, WIDTH)
-        grad = r * (w - mean - along_z)
+        w = normed_grad * weight  # 0 outside of the frame, where z is not
+        mean_w = tl.sum(w, 1, keep_dims=True) / WIDTH
+        mean_wz = tl.sum(w * z, 1, keep_dims=True) / WIDTH
+        grad = r * (w - mean_w - z * mean_wz)
         if y_grad_ptr is not None:
             grad += load(y_grad_ptr + at, inside)
         tl.store(x_grad_ptr + at, grad, mask=inside)
-        grad = dropout(grad, seed_ptr, row, utterances, frame, LOWEST, WIDTH)
-        branch_grad = factor * gate * grad
-        branch_grad = tl.where(gate != 0, branch_grad, 0.0)
+        grad = dropout(grad, seed_ptr, row % utterances, frame, lowest, WIDTH)
+        branch_grad = tl.where(gate != 0, factor * gate * grad, 0.0)
         tl.store(branch_grad_ptr + at, branch_grad, mask=in_branch)
         if gate_grad_ptr is not None:
-            branch = load(branch_ptr + at, in_branch)
-            gate_grad += tl.sum(grad * branch, 1, keep_dims=True)
+            gate_grad += grad * load(branch_ptr + at, in_branch)
     program = tl.full((1, 1), tl.program_id(0), tl.int64)
-    weight_grad = tl.sum(weight_grad, 0, keep_dims=True)
-    bias_grad = tl.sum(bias_grad, 0, keep_dims=True)
     share = shares_ptr + program * 2 * WIDTH + column
     stored = in_width & (row < rows)
-    tl.store(share, weight_grad, mask=stored)
-    tl.store(share + WIDTH, bias_grad, mask=stored)
+    tl.store(share, tl.sum(weight_grad, 0, keep_dims=True), mask=stored)
+    tl.store(share + WIDTH, tl.sum(bias_grad, 0, keep_dims=True), mask=stored)
     if gate_grad_ptr is not None:
-        share = factor * tl.sum(gate_grad, 0, keep_dims=True)
+        of_tile = tl.sum(gate_grad, 0, keep_dims=True)
+        share = factor * tl.sum(of_tile, 1, keep_dims=True)
         tl.store(gate_grad_ptr + program, share, mask=row < branch_rows)
 
 
-def tile_of(width: int, elements: int) -> tuple[int, int, int, int]:
-    """Return WIDTH, COLUMNS, TILE and CHUNK: a tile has about `elements` elements.
+# Each program of the backward pass stores its shares of two gradients, which are as much as half of
+# what it moves for one frame: with 8 frames a 16th. One of the forward pass stores nothing more.
+FEWEST = dict(forward=1, backward=8)
+MOST = 64  # frames of a program
+INTERPRETED = 16  # frames at a time, because each step takes it milliseconds
+PROGRAMS = 16  # of a multiprocessor: as many warps as its registers hold
+
+
+def frames_of_program(rows: int, frames: int, multiprocessors: int, fewest: int) -> int:
+    """Return how many frames a program computes, from `fewest` to MOST.
+
+    Rows of T frames give every multiprocessor PROGRAMS programs where they can, and the programs
+    of a row differ in one frame at most, but for the last.
+    """
+    wanted = rows * frames // (multiprocessors * PROGRAMS)
+    wanted = min(max(wanted, fewest), MOST)
+    programs = max(1, triton.cdiv(frames, wanted))  # of a row
+    return max(1, triton.cdiv(frames, programs))
+
+
+def tile_of(device: torch.device) -> int:
+    """Return how many frames a program computes at a time: a warp one, the interpreter several."""
+    return INTERPRETED if device.type == "cpu" else 1
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Return the number of the GPU's multiprocessors, and 1 for the interpreter."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shape_of(width: int) -> tuple[int, int]:
+    """Return COLUMNS and the number of warps for frames of this width D.
 
     Raises ValueError where D is above WIDEST.
     """
     if width > WIDEST:
         raise ValueError(f"width {width}: at most {WIDEST}, or DYNSIZE_KERNELS=torch")
     columns = max(16, triton.next_power_of_2(width))
-    frames = max(1, elements // columns)
-    return width, columns, min(frames, 32), PROGRAM
+    return columns, max(1, columns // OF_WARP)
 
 
-def dense(tensors: tuple) -> list:
+def dense(*tensors: Tensor | None) -> list:
     """Return the tensors, contiguous; what is None stays None."""
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def launch_forward(x, branch, gate, seed, weight, bias, numbers: Numbers, dtype) -> tuple:
-    """Launch `forward_kernel`, which says the tensors' shapes and dtypes.
+torch.library.define(
+    "dynsize::gated_residual_layer_norm",
+    "(Tensor x, Tensor branch, Tensor? gate, float scale, float dropout_p, Tensor? seed, "
+    "Tensor weight, Tensor bias, int rows, ScalarType dtype, float eps) "
+    "-> (Tensor y, Tensor normed, Tensor statistics)",
+)
+torch.library.define(
+    "dynsize::gated_residual_layer_norm_backward",
+    "(Tensor? y_grad, Tensor normed_grad, Tensor y, Tensor statistics, Tensor? branch, "
+    "Tensor? gate, Tensor? seed, Tensor weight, float scale, float dropout_p, int branch_rows, "
+    "ScalarType branch_dtype) "
+    "-> (Tensor x_grad, Tensor branch_grad, Tensor gate_grad, Tensor norm_grad)",
+)
 
-    Return y, and the normalised rows in `dtype`.
-    """
+
+def outputs(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps) -> tuple:
+    """Return memory for y, the normalised rows, and μ and r of their frames, (rows, T, 2)."""
     _, frames, width = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    normed = x.new_empty(numbers.rows, frames, width, dtype=dtype)
-    tensors = (x, branch, gate, seed, weight, bias)
-    tile = tile_of(width, FORWARD)
-    grid = (len(x) * triton.cdiv(frames, PROGRAM),)
-    with torch.cuda.device_of(x):
-        forward_kernel[grid](*dense(tensors), y, normed, *numbers, *tile, num_warps=WARPS)
-    return y, normed
+    y = x.new_empty(x.shape)
+    normed = x.new_empty(rows, frames, width, dtype=dtype)
+    statistics = x.new_empty(rows, frames, 2)
+    return y, normed, statistics
 
 
-def launch_backward(
-    y, y_grad, normed_grad, branch, gate, seed, weight, branch_grad, numbers: Numbers
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch `backward_kernel`, which says the tensors' shapes and dtypes. It fills `branch_grad`.
+@torch.library.impl("dynsize::gated_residual_layer_norm", ("cpu", "cuda"))
+def launch_forward(
+    x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
+) -> tuple:
+    """Return y, the normalised rows, and their statistics: `forward_kernel` has their shapes.
 
-    Return the gradients of x; of the gate, (R',), or None where `branch` is None; and of weight
-    and bias, (2, D); all float32.
+    `reference.gated_residual_layer_norm` describes the arguments.
     """
-    _, frames, width = y.shape
-    chunks = triton.cdiv(frames, PROGRAM)
-    x_grad = torch.empty_like(y)
-    gate_grad = None
-    if branch is not None:
-        gate_grad = y.new_empty(numbers.branch_rows, chunks)
-    shares = y.new_empty(numbers.rows * chunks, 2, width)
-    inputs = (y, y_grad, normed_grad, branch, gate, seed, weight)
-    outputs = (x_grad, branch_grad, gate_grad, shares)
-    tile = tile_of(width, BACKWARD)
-    grid = (len(y) * chunks,)
-    with torch.cuda.device_of(y):
-        backward_kernel[grid](*dense(inputs), *outputs, *numbers, *tile, num_warps=WARPS)
-    if gate_grad is not None:
-        gate_grad = gate_grad.sum(1)
-    return x_grad, gate_grad, shares.sum(0)
-
-
-class GatedResidualLayerNorm(torch.autograd.Function):
-    """`kernels.gated_residual_layer_norm`, with all arguments given."""
-
-    @staticmethod
-    def forward(ctx, x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps):
-        seed = seed if dropout_p else None
-        ctx.numbers = Numbers(
+    results = outputs(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
+    assert all(result.is_contiguous() for result in results)
+    count, frames, width = x.shape
+    columns, warps = shape_of(width)
+    chunk = frames_of_program(count, frames, multiprocessors_of(x.device), FEWEST["forward"])
+    programs = count * triton.cdiv(frames, chunk)
+    with torch.cuda.device_of(x):
+        forward_kernel[(programs,)](
+            *dense(x, branch, gate, seed if dropout_p else None, weight, bias),
+            *results,
             branch_rows=len(branch),
             rows=rows,
-            frames=x.shape[1],
-            utterances=1 if seed is None else len(seed),
+            frames=frames,
+            utterances=len(seed) if dropout_p else 1,
+            chunk=chunk,
             factor=scale / (1 - dropout_p),
             eps=eps,
             lowest=reference.lowest_kept(dropout_p),
+            WIDTH=width,
+            COLUMNS=columns,
+            TILE=tile_of(x.device),
+            num_warps=warps,
         )
-        y, normed = launch_forward(x, branch, gate, seed, weight, bias, ctx.numbers, dtype)
-        learned = ctx.needs_input_grad[2]
-        ctx.save_for_backward(y, branch if learned else None, gate, seed, weight)
-        ctx.set_materialize_grads(False)
-        ctx.branch_shape = branch.shape
-        ctx.branch_dtype = branch.dtype
-        return y, normed
+    return results
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, y_grad: Tensor | None, normed_grad: Tensor | None) -> tuple:
-        y, *saved = ctx.saved_tensors
-        numbers = ctx.numbers
-        if normed_grad is None:  # as if no row were normalised
-            normed_grad = y[:0]
-            numbers = numbers._replace(rows=0)
-        branch_grad = y.new_empty(ctx.branch_shape, dtype=ctx.branch_dtype)
-        x_grad, gate_grad, (weight_grad, bias_grad) = launch_backward(
-            y, y_grad, normed_grad, *saved, branch_grad, numbers
+
+def gradients(
+    y_grad, normed_grad, y, statistics, branch, gate, seed, weight, scale, dropout_p, branch_rows,
+    branch_dtype,
+) -> tuple:  # fmt: skip
+    """Return memory for the gradients of x, of the branch, of the gate, and of weight and bias."""
+    _, frames, width = y.shape
+    x_grad = y.new_empty(y.shape)
+    branch_grad = y.new_empty(branch_rows, frames, width, dtype=branch_dtype)
+    gate_grad = y.new_empty(0 if branch is None else branch_rows)
+    norm_grad = y.new_empty(2, width)
+    return x_grad, branch_grad, gate_grad, norm_grad
+
+
+@torch.library.impl("dynsize::gated_residual_layer_norm_backward", ("cpu", "cuda"))
+def launch_backward(
+    y_grad, normed_grad, y, statistics, branch, gate, seed, weight, scale, dropout_p, branch_rows,
+    branch_dtype,
+) -> tuple:  # fmt: skip
+    """Return the gradients of x, (R, T, D); of the branch, (R', T, D) in its dtype; of the gate,
+    (R',), empty where `branch` is None; and of weight and bias, (2, D).
+
+    `backward_kernel` describes the tensors.
+    """
+    count, frames, width = y.shape
+    rows = len(normed_grad)
+    columns, warps = shape_of(width)
+    chunk = frames_of_program(count, frames, multiprocessors_of(y.device), FEWEST["backward"])
+    chunks = triton.cdiv(frames, chunk)  # of a row
+    x_grad = y.new_empty(y.shape)
+    branch_grad = y.new_empty(branch_rows, frames, width, dtype=branch_dtype)
+    gate_shares = None if branch is None else y.new_empty(branch_rows, chunks)
+    shares = y.new_empty(rows * chunks, 2, width)
+    results = (x_grad, branch_grad, gate_shares, shares)
+    assert all(result is None or result.is_contiguous() for result in results)
+    with torch.cuda.device_of(y):
+        backward_kernel[(count * chunks,)](
+            *dense(y_grad, normed_grad, y, statistics, branch, gate, seed, weight),
+            *results,
+            branch_rows=branch_rows,
+            rows=rows,
+            frames=frames,
+            utterances=1 if seed is None else len(seed),
+            chunk=chunk,
+            factor=scale / (1 - dropout_p),
+            lowest=reference.lowest_kept(dropout_p),
+            WIDTH=width,
+            COLUMNS=columns,
+            TILE=tile_of(y.device),
+            num_warps=warps,
         )
-        of_layer = (x_grad, branch_grad, gate_grad, None, None, None)
-        return *of_layer, weight_grad, bias_grad, None, None, None
+    gate_grad = y.new_empty(0) if branch is None else gate_shares.sum(1)
+    return x_grad, branch_grad, gate_grad, shares.sum(0)
+
+
+def save(ctx, inputs: tuple, output: tuple) -> None:
+    """Keep what the backward pass needs of the op's inputs and outputs."""
+    _, branch, gate, scale, dropout_p, seed, weight, *_ = inputs
+    y, _, statistics = output
+    learned = branch if ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(y, statistics, learned, gate, seed if dropout_p else None, weight)
+    ctx.numbers = (scale, dropout_p, len(branch), branch.dtype)
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, y_grad: Tensor | None, normed_grad: Tensor | None, _) -> tuple:
+    """Return the gradients of the op's inputs."""
+    y, *saved = ctx.saved_tensors
+    if normed_grad is None:  # as if no row were normalised
+        normed_grad = y[:0]
+    op = torch.ops.dynsize.gated_residual_layer_norm_backward
+    x_grad, branch_grad, gate_grad, norm_grad = op(y_grad, normed_grad, y, *saved, *ctx.numbers)
+    if not ctx.needs_input_grad[2]:
+        gate_grad = None
+    weight_grad, bias_grad = norm_grad
+    of_layer = (x_grad, branch_grad, gate_grad, None, None, None)
+    return *of_layer, weight_grad, bias_grad, None, None, None
+
+
+torch.library.register_fake("dynsize::gated_residual_layer_norm", outputs)
+torch.library.register_fake("dynsize::gated_residual_layer_norm_backward", gradients)
+torch.library.register_autograd("dynsize::gated_residual_layer_norm", backward, setup_context=save)

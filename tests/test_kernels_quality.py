@@ -25,10 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_machine_code_spills_nothing_and_fits():
     records = kernel_counts.machine_code_of_all()
     assert len(records) == len(kernel_counts.TARGETS) * 8
-    for record in records:
-        most_shared = kernel_counts.TARGETS[record["target"]][1]
-        assert record["spilled"] == 0 and record["shared"] <= most_shared, record
-        assert record["occupancy"] >= 0.3, record
+    assert kernel_counts.faults(records) == []
+
+
+@pytest.mark.parametrize("fault", [dict(spilled=8), dict(shared=2**20), dict(barriers=1)])
+def test_faults_of_machine_code_are_found(fault):
+    right = dict(op="residual", target="sm80", spilled=0, shared=0, barriers=0)
+    assert kernel_counts.faults([right, right | fault]) == [right | fault]
 
 
 def counted(arguments: list) -> list[Traffic]:
@@ -41,6 +44,11 @@ def counted(arguments: list) -> list[Traffic]:
     return traffic
 
 
+def moved(traffic: Traffic, arguments: list) -> int:
+    """Return the bytes moved but for weight and bias, which all programs read from the cache."""
+    return traffic.total() - sum(traffic.total(tensor) for tensor in arguments[6:8])
+
+
 @pytest.mark.parametrize(
     "branch_rows, learned, dtype",
     [
@@ -51,36 +59,108 @@ def counted(arguments: list) -> list[Traffic]:
     ],
 )
 def test_bytes_moved_are_the_fewest(branch_rows, learned, dtype):
-    """A branch of 1, 2 or 3 of 3 rows, of which as many are normalised: at most 5% above."""
+    """A branch of 1, 2 or 3 of 3 rows, of which as many are normalised: at most 8% above.
+
+    What is above are the shares of gradients, of programs of 8 frames: the fewest of any training.
+    """
     gate = torch.ones(branch_rows, requires_grad=learned)
-    arguments = kernel_counts.residual_inputs(3, gate, 48, 250, dtype)
+    arguments = kernel_counts.residual_inputs(3, gate, 48, 40, dtype)
     seen = counted(arguments)
     for traffic, least in zip(seen, kernel_counts.residual_bytes(arguments), strict=True):
-        assert least <= traffic.total() <= 1.05 * least
+        assert least <= moved(traffic, arguments) <= 1.08 * least
     with ChainBytes() as chain:
         kernel_counts.passes(kernel_counts.chain, arguments)[1]()
-    assert seen[0].total() + seen[1].total() <= 0.5 * chain.total
+    assert sum(moved(traffic, arguments) for traffic in seen) <= 0.5 * chain.total
 
 
 def test_fewest_bytes_are_those_counted_by_hand():
     """R = 3, R' = rows = 2, float32, gates that do not learn."""
     gate = torch.ones(2)
-    arguments = kernel_counts.residual_inputs(3, gate, 48, 250, torch.float32)
+    arguments = kernel_counts.residual_inputs(3, gate, 48, 40, torch.float32)
     row = arguments[0][0].nbytes
+    statistics = 2 * 40 * 2 * 4
     # x, branch, y, normed; y_grad, y, normed_grad, x_grad, branch_grad
     assert kernel_counts.residual_bytes(arguments) == (
-        (3 + 2 + 3 + 2) * row,
-        (3 + 2 + 2 + 3 + 2) * row,
+        (3 + 2 + 3 + 2) * row + statistics,
+        (3 + 2 + 2 + 3 + 2) * row + statistics,
     )
 
 
 def test_nothing_of_the_branch_is_read_where_gates_are_zero():
-    arguments = kernel_counts.residual_inputs(3, torch.zeros(2), 48, 250)
+    arguments = kernel_counts.residual_inputs(3, torch.zeros(2), 48, 40)
     branch = arguments[1]
     seen = counted(arguments)
     assert [traffic.total(branch) for traffic in seen] == [0, 0]
     for traffic, least in zip(seen, kernel_counts.residual_bytes(arguments), strict=True):
-        assert traffic.total() <= 1.05 * least
+        assert moved(traffic, arguments) <= 1.08 * least
+
+
+@pytest.mark.parametrize("name", ["x", "branch", "gate", "seed", "weight", "bias", "gradients"])
+@pytest.mark.parametrize("layout", ["doubled", "transposed", "expanded"])
+def test_strides_change_nothing(name, layout):
+    """Results are bitwise the same for each input in another memory layout."""
+    torch.manual_seed(0)
+    x, branch, gate = torch.randn(4, 6, 9), torch.randn(2, 6, 9), torch.tensor([0.5, 2.0])
+    weight, bias, seed = torch.randn(9), torch.randn(9), torch.tensor([3, 3])
+    inputs = dict(x=x, branch=branch, gate=gate, seed=seed, weight=weight, bias=bias)
+    gradients = [torch.randn(4, 6, 9), torch.randn(3, 6, 9)]
+
+    def results(inputs: dict, gradients: list) -> list:
+        leaves = {n: t.detach() for n, t in inputs.items()}
+        learned = [t.requires_grad_() for t in leaves.values() if t.is_floating_point()]
+        a = leaves
+        first = (a["x"], a["branch"], a["gate"], 0.5, 0.2, a["seed"], a["weight"], a["bias"])
+        outputs = fused(*first, 3, torch.float32)
+        return [*outputs, *torch.autograd.grad(outputs, learned, gradients)]
+
+    def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+        if layout == "transposed":
+            return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+        if layout == "expanded":
+            return tensor[:1].expand(tensor.shape)
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    changed = dict(inputs)
+    if name == "gradients":
+        gradients = [laid_out(gradient) for gradient in gradients]
+    else:
+        changed[name] = laid_out(inputs[name])
+    ours = results(changed, gradients)
+    right = results(
+        {n: t.clone(memory_format=torch.contiguous_format) for n, t in changed.items()},
+        [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients],
+    )
+    for result, same in zip(ours, right, strict=True):
+        assert torch.equal(result, same) and result.abs().sum() > 0
+
+
+def test_eps_of_zero_keeps_gradients_finite():
+    """Neither the rows that are not normalised nor the columns past D divide by 0."""
+    arguments = kernel_counts.residual_inputs(3, torch.ones(2, requires_grad=True), 9, 5)
+    y, normed = torch.ops.dynsize.gated_residual_layer_norm(*arguments, 0.0)[:2]
+    (y.sum() + normed.sum()).backward()
+    for tensor in arguments:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            assert tensor.grad.isfinite().all()
+
+
+def test_programs_fill_the_multiprocessors():
+    """About 16 programs for each multiprocessor, of `fewest` to 64 frames."""
+    assert residual.frames_of_program(48, 250, 132, 1) == 5
+    assert residual.frames_of_program(48, 250, 132, 8) == 8
+    assert residual.frames_of_program(1, 250, 132, 1) == 1
+    assert residual.frames_of_program(1000, 1000, 132, 8) == 63  # 16 programs of a row
+    assert residual.frames_of_program(3, 0, 132, 8) == 1
+    for frames in range(1, 200):
+        chunk = residual.frames_of_program(7, frames, 4, 8)
+        assert frames <= chunk * -(-frames // chunk) < frames + chunk
+
+
+def test_the_op_can_be_traced():
+    arguments = kernel_counts.residual_inputs(3, torch.ones(2, requires_grad=True), 9, 5)
+    arguments[1] = arguments[1].detach().float().requires_grad_()
+    op = torch.ops.dynsize.gated_residual_layer_norm.default
+    torch.library.opcheck(op, (*arguments[:-1], torch.float32, 1e-5))
 
 
 def test_benchmark_but_for_the_clock(monkeypatch, capsys):
@@ -115,10 +195,10 @@ def far_program(kernel, named: dict) -> tuple[int, dict, int, dict]:
         others = dict(labels_ptr=FAR * named["most_labels"], **dict.fromkeys(NUMBERS, FAR))
         return FAR, dict(frames=4096), FAR * 4096, others
     row = 512
-    program = row * FAR // residual.PROGRAM + 3
+    program = row * FAR // named["chunk"] + 3
     others = dict(shares_ptr=2 * program * named["WIDTH"], gate_grad_ptr=program, gate_ptr=row)
     numbers = dict(frames=FAR, rows=1024, branch_rows=1024)
-    return program, numbers, row * FAR + 3 * residual.PROGRAM, others
+    return program, numbers, row * FAR + 3 * named["chunk"], others
 
 
 @pytest.mark.parametrize("op", ["residual", "ctc"])
@@ -126,8 +206,9 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
     """All addresses of one program of a batch that no memory holds must be those of its frames."""
     launched, seen = [], []
 
-    def launch(kernel, *arguments, **_) -> None:
-        launched.append((kernel, arguments))
+    def launch(kernel, *arguments, grid, warmup, num_warps, **named) -> None:
+        bound = inspect.signature(kernel.fn).bind(*arguments, **named)
+        launched.append((kernel, bound.arguments))
 
     def load(pointer, mask, *_) -> TensorHandle:
         seen.append(pointer.data[mask.data.astype(bool)])
@@ -152,8 +233,7 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
             return a[at[0]]
 
         monkeypatch.setattr(builder, name, store, raising=False)
-    for kernel, arguments in launched:
-        named = inspect.signature(kernel.fn).bind(*arguments).arguments
+    for kernel, named in launched:
         program, numbers, frame, others = far_program(kernel, named)
 
         def set_program(*_, program=program) -> None:
