@@ -19,8 +19,8 @@ from dynsize.processes import device_of, hardware, use_threads
 from dynsize.run_directory import check_new
 from dynsize.subnet import BUDGETS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import LAYER_MAP, Supernet, layer_map
-from dynsize.terminal import Parser, reported
-from dynsize.training import Trainer, signals
+from dynsize.terminal import Parser, Progress, reported, signals
+from dynsize.training import Trainer
 
 RANKINGS = ("learned", "first", "random")
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
@@ -166,19 +166,17 @@ def learn(options: argparse.Namespace) -> Path:
 
 
 def train(trainer: Trainer) -> None:
-    """Train to the end, or to a signal, which saves and ends the program; show the log."""
-    intervals = metrics.Intervals(trainer.config, trainer.done)
+    """Train to the end, or to a signal, which saves and ends the program."""
     print(f"training   {trainer.config.method}, in {trainer.run}")
-    with signals(trainer):
+    progress = Progress(trainer.config, trainer.model, trainer.done)
+    trainer.listeners.append(progress.log)
+    with signals(trainer.stop, trainer.save_now), progress.bar:
         for record in trainer.updates():
-            if line := intervals.line(record):
-                print(line, flush=True)
-            if "dev" in record:
-                print(metrics.validation(record, trainer.model), flush=True)
+            progress.show(record)
             if record["stop"]:
-                command = f"python train.py --resume {trainer.run}"
-                print(f"stopped and saved; {command} goes on", flush=True)
-                sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
+                print(f"stopped and saved at update {trainer.done}; ", end="")
+                print(f"python train.py --resume {trainer.run} goes on", flush=True)
+                sys.exit(128 + trainer.stop_soon)
 
 
 def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: Path) -> Trainer:

@@ -6,30 +6,25 @@ Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes o
 
 import argparse
 import io
-import shutil
 import signal
 import sys
 import typing
 from importlib.util import find_spec
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dynsize import config as configuration
-from dynsize import metrics, processes
+from dynsize import processes
 from dynsize.checkpoint import NAME
 from dynsize.initial import beginning
 from dynsize.processes import hardware, use_threads
-from dynsize.run_directory import check_new
+from dynsize.run_directory import check_new, to_tensorboard
 from dynsize.study import next_training, plan, results
 from dynsize.subnet import parameters
 from dynsize.supernet import LAYER_MAP
-from dynsize.terminal import Parser, reported
+from dynsize.terminal import Parser, Progress, reported, signals
 from dynsize.text import counted
-from dynsize.training import Trainer, signals
+from dynsize.training import Trainer
 
-BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
-WIDEST = 80  # columns of the progress bar
 EXAMPLES = """\
   python train.py                                     the demo, in runs/demo
   python train.py --preset librispeech --help         another preset's settings
@@ -207,44 +202,17 @@ def describe(trainer: Trainer) -> None:
     print(f"layers     {LAYER_MAP}", flush=True)
 
 
-class Progress:
-    """What is shown of the updates: a bar on a terminal, elsewhere a line each logging interval."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.intervals = metrics.Intervals(trainer.config, trainer.done)
-        self.bar = tqdm(
-            total=trainer.config.updates,
-            initial=trainer.done,
-            ncols=min(WIDEST, shutil.get_terminal_size().columns),
-            bar_format=BAR,
-            disable=not processes.is_first() or not sys.stderr.isatty(),
-        )
-
-    def show(self, record: dict) -> None:
-        """Show an update."""
-        losses = metrics.losses(record)
-        self.bar.set_description_str(losses, refresh=False)
-        self.bar.update(record["update"] - self.bar.n)
-        line = self.intervals.line(record)
-        if line and self.bar.disable:
-            print(line, flush=True)
-        if "dev" in record:
-            self.bar.write(metrics.validation(record, self.trainer.model))
-            sys.stdout.flush()
-
-
 def train(trainer: Trainer, tensorboard: bool = False) -> None:
     """Train to the end, or to a signal, which saves and ends the program."""
     describe(trainer)
     if tensorboard and processes.is_first():
-        trainer.board = metrics.to_tensorboard(trainer.run)
-    progress = Progress(trainer)
-    with signals(trainer), progress.bar:
+        trainer.listeners.append(to_tensorboard(trainer.run))
+    progress = Progress(trainer.config, trainer.model, trainer.done)
+    trainer.listeners.append(progress.log)
+    with signals(trainer.stop, trainer.save_now), progress.bar:
         for record in trainer.updates():
             progress.show(record)
             if record["stop"]:
-                progress.bar.close()
                 print(f"stopped and saved at update {trainer.done}; ", end="")
                 print(f"python train.py --resume {trainer.run} goes on", flush=True)
                 sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))

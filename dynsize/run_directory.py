@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -133,3 +134,23 @@ def note_left_out(run: Path, left_out: dict[str, dict[str, str]]) -> None:
             for name, what in names.items():
                 if printable(name) not in known:
                     file.write(f"{printable(name)}\t{why}: {printable(what)}\n")
+
+
+def to_tensorboard(run: Path) -> Callable[[dict], None]:
+    """Return a function that writes the numbers of a line of metrics.jsonl for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # needs tensorboard
+
+    board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(values: dict, update: int, prefix: str = "") -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                write(value, update, f"{prefix}{name}/")
+            elif isinstance(value, int | float):
+                board.add_scalar(f"{prefix}{name}", value, update)
+
+    def write_line(record: dict) -> None:
+        write(record, record["update"])
+        board.flush()  # a process that ends loses what is not written
+
+    return write_line

@@ -1,19 +1,26 @@
-"""What the commands share: the parser of their flags, what may be shown, and how they end.
-
-Importing this module does not import torch, which takes seconds.
-"""
+"""What the commands share: the parser of their flags, what may be shown, and how they end."""
 
 import argparse
 import os
 import re
+import shutil
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynsize import __version__
+from tqdm import tqdm
 
+from dynsize import __version__, processes
+from dynsize.config import Config
+from dynsize.supernet import Supernet, layer_map
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
+WIDEST = 80  # columns of the progress bar
+Handler = Callable[[int, object], None]  # of a signal: its number, the frame that it interrupts
 LM_BEAM = 16  # prefixes, where a language model is given
 LONGEST = 1000  # characters of an error message
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
@@ -133,3 +140,89 @@ def one_line(message: str) -> str:
     """Return a message as one line that is safe to show, cut where it is too long."""
     line = printable(" ".join(message.split()))
     return line if len(line) <= LONGEST else line[:LONGEST] + " …"
+
+
+class Progress:
+    """What is shown of a training: a bar on a terminal, elsewhere the lines of its log."""
+
+    def __init__(self, config: Config, model: Supernet, done: int) -> None:
+        """`done`: the number of updates that were done before the program started."""
+        self.config = config
+        self.model = model
+        self.first = done
+        self.began = time.monotonic()
+        self.bar = tqdm(
+            total=config.updates,
+            initial=done,
+            ncols=min(WIDEST, shutil.get_terminal_size().columns),
+            bar_format=BAR,
+            disable=not processes.is_first() or not sys.stderr.isatty(),
+        )
+
+    def show(self, record: dict) -> None:
+        """Show an update, of which this is the record, on the bar."""
+        self.bar.set_description_str(losses_line(record), refresh=False)
+        self.bar.update(record["update"] - self.bar.n)
+
+    def log(self, record: dict) -> None:
+        """Print a line of metrics.jsonl: of an interval where there is no bar, of a validation."""
+        update = record["update"]
+        if "dev" in record:
+            self.bar.write(dev_lines(record, self.model))
+        elif self.bar.disable:
+            seconds_of_one = (time.monotonic() - self.began) / (update - self.first)
+            left = tqdm.format_interval(seconds_of_one * (self.config.updates - update))
+            parts = [losses_line(record), f"lr {record['learning_rate']:.1e}"]
+            parts.append(f"{record['audio_seconds_per_second']:.0f} audio s/s, {left} left")
+            print(f"update {update}/{self.config.updates}  {', '.join(parts)}")
+        sys.stdout.flush()
+
+
+def losses_line(record: dict) -> str:
+    """Return the losses of the networks that an update trained, and what the update left out."""
+    by_size = sorted(record.get("losses", {}).items(), reverse=True)
+    shown = [f"{size}: {loss:.2f}" for size, loss in by_size]
+    lost = f", {record['left_out']} left out" if record.get("left_out") else ""
+    return f"loss {' '.join(shown) or 'skipped'}, step {record['step']}{lost}"
+
+
+def dev_lines(record: dict, model: Supernet) -> str:
+    """Return the lines of a validation: error rate and layers of each size."""
+    results = record["dev"]
+    unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
+    lines = [f"update {record['update']}, {unit} error rate on dev:"]
+    for size, result in results.items():
+        mask = model.mask(size)
+        lines.append(f"  size {size:>3} {100 * result['wer']:6.2f}%  {layer_map(mask)}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def signals(stop: Handler, save: Handler) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it.
+
+    SIGHUP stays ignored where nohup started the program.
+    """
+
+    def hang_up(number: int, frame: object) -> None:
+        forget_closed_terminal()
+        stop(number, frame)
+
+    handlers = {signal.SIGUSR1: save, signal.SIGINT: stop, signal.SIGTERM: stop}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = hang_up
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def forget_closed_terminal() -> None:
+    """Send the output and the errors nowhere, each where its terminal was closed."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

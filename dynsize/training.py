@@ -45,10 +45,6 @@ class Trainer:
     `loaded`: a checkpoint to go on from; one without a training's state gives the initial network.
     """
 
-    save_soon = False  # set from outside: save after the next update
-    stop_soon = 0  # set from outside, to a signal's number: save after the next update and end
-    board: Callable[[dict], None] | None = None  # set from outside: gets each line that is logged
-
     def __init__(
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
     ) -> None:
@@ -72,6 +68,9 @@ class Trainer:
         # `batches`: how many were taken since the training began. `first`: how many batches the
         # epochs before this one have. `skipped`: updates in a row, the last ones.
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
+        self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
+        self.save_soon = False  # save after the next update
+        self.stop_soon = 0  # a signal's number: save after the next update that is read, and end
         self.best = math.inf  # fewest errors on dev up to now
         self.validated = 0  # the last update after which dev was decoded
         if loaded and loaded.training is not None:
@@ -261,11 +260,11 @@ class Trainer:
         return is_best
 
     def log(self, record: dict) -> None:
-        """Add a line to metrics.jsonl, in the first process."""
+        """Add a line to metrics.jsonl and tell it the listeners, in the first process."""
         if processes.is_first():
             run_directory.log(self.run, record | dict(time=time.time()))
-            if self.board:
-                self.board(record)
+            for listener in self.listeners:
+                listener(record)
 
     def save(self) -> None:
         """Write the checkpoint, keep the ones before it, and write the ranking for people."""
@@ -411,6 +410,10 @@ class Trainer:
                 f"raise --accumulate), or set --checkpoint-activations. {first_line}"
             ) from error
         self.optimizer.zero_grad()
+
+    def save_now(self, number: int, frame: object = None) -> None:
+        """Save after the next update and go on: a handler of signals."""
+        self.save_soon = True
 
     def stop(self, number: int, frame: object = None) -> None:
         """Save and end after the next update that is read: a handler of signals.

@@ -18,8 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dynsize import metrics, plots
+from dynsize import plots
 from dynsize.config import LAYERS
+from dynsize.run_directory import to_tensorboard
 
 ROOT = Path(__file__).parents[1]
 SIZES = (3, 5, 8)
@@ -400,7 +401,7 @@ def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path)
     pytest.importorskip("tensorboard", reason="pip install -e '.[tensorboard]' brings it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write = metrics.to_tensorboard(tmp_path)
+    write = to_tensorboard(tmp_path)
     records = lines_of(2, SIZES)
     for record in records:
         write(record)

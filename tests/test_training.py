@@ -15,9 +15,10 @@ from conftest import one_update, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import batching, checkpoint, metrics, steps, training
+from dynsize import batching, checkpoint, steps, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
+from dynsize.terminal import losses_line
 from dynsize.training import Trainer
 
 
@@ -539,7 +540,7 @@ def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
 
 def test_a_line_shows_the_loss_of_each_size():
     record = dict(step=1, losses={5: 2.0, 8: 1.0}, left_out=3)
-    assert metrics.losses(record) == "loss 8: 1.00 5: 2.00, step 1, 3 left out"
+    assert losses_line(record) == "loss 8: 1.00 5: 2.00, step 1, 3 left out"
 
 
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
