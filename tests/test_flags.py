@@ -221,3 +221,16 @@ def test_threads_are_used_and_shown(few_tones, tmp_path):
     shown = run("train.py", *arguments, cwd=tmp_path).stdout
     torch.set_num_threads(before)
     assert ", float32, 1 thread, kernels: torch\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "3000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None")],
+)
+def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_how_they_wait(given, spins):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    look = "import os, dynsize; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", look]
+    done = subprocess.run(command, cwd=ROOT, env=others | given, capture_output=True, text=True)
+    assert done.stdout.split() == [spins]
