@@ -7,12 +7,11 @@ With --method, first learn which layers to keep of a model that was trained at f
 import argparse
 import dataclasses
 import math
-import signal
 import sys
 from pathlib import Path
 
 import dynsize
-from dynsize import checkpoint, export, metrics
+from dynsize import checkpoint, export
 from dynsize.algorithms import ALGORITHMS, shuffled
 from dynsize.config import Config, with_method
 from dynsize.processes import device_of, hardware, use_threads

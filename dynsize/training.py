@@ -6,12 +6,9 @@ What an update does follows from the settings and its number: steps.py says it.
 import dataclasses
 import json
 import math
-import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -505,37 +502,3 @@ def wait_for(*values: Tensor) -> list[list[float]]:
     flat = torch.cat([value.detach().flatten().float() for value in values])
     numbers = iter(flat.tolist())
     return [list(islice(numbers, value.numel())) for value in values]
-
-
-@contextmanager
-def signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP save and end the training; a later one ends it at once.
-
-    SIGUSR1 saves, and the training goes on. SIGHUP stays ignored where nohup started the program.
-    """
-
-    def save(number: int, frame: object) -> None:
-        trainer.save_soon = True
-
-    def hang_up(number: int, frame: object) -> None:
-        forget_closed_terminal()
-        trainer.stop(number)
-
-    handlers = {signal.SIGUSR1: save, signal.SIGINT: trainer.stop, signal.SIGTERM: trainer.stop}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        handlers[signal.SIGHUP] = hang_up
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def forget_closed_terminal() -> None:
-    """Send the output and the errors nowhere, each where its terminal was closed."""
-    for stream in (1, 2):
-        try:
-            os.write(stream, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
