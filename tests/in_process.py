@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # prune.py uses what train.py shows
 SCRIPTS = {
     name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")
 }
