@@ -193,7 +193,7 @@ def dev_lines(record: dict, model: Supernet) -> str:
     lines = [f"update {record['update']}, {unit} error rate on dev:"]
     for size, result in results.items():
         mask = model.mask(size)
-        lines.append(f"  size {size:>3} {100 * result['wer']:6.2f}%  {layer_map(mask)}")
+        lines.append(f"  size {size:>3} {100 * result[result['measure']]:6.2f}%  {layer_map(mask)}")
     return "\n".join(lines)
 
 
