@@ -133,7 +133,7 @@ FORMATS: dict[str, Callable[[Transcript, str], str]] = {
 }  # fmt: skip
 
 
-def outputs(options: argparse.Namespace) -> list[Path | None]:
+def text_files(options: argparse.Namespace) -> list[Path | None]:
     """Return the file to write for each audio file; None: standard output.
 
     Raises ValueError where one is there already, is an audio file, or would be written twice.
@@ -154,7 +154,7 @@ def outputs(options: argparse.Namespace) -> list[Path | None]:
 
 def run(options: argparse.Namespace) -> int:
     """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
-    written = outputs(options)
+    written = text_files(options)
     recogniser = dynsize.load(options.model)
     words = None
     if options.lm:
