@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,9 @@ from dynsize.tokenizer import Tokenizer
 # no two epochs have the same batches.
 LENGTH_JITTER = 0.1
 MOST_KEPT = 2 << 30  # bytes of features in memory, from which on they are read again
+FILES_OF_A_BATCH = 5  # one for each tensor, by which torch shares its memory
+# For a worker process, of a training and of its validation: queues, and two batches read ahead.
+FILES_OF_A_WORKER = 32
 # What a training handles, and its worker processes ignore.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -203,10 +207,11 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yield batch after batch, read by the configured number of worker processes.
 
-    `pin`: into memory from which a GPU copies while the CPU goes on. Raises ChildProcessError where
-    a worker process died. torch tells so itself, or by an error of the connection over which the
-    batch's memory is handed over.
+    `pin`: into memory from which a GPU copies while the CPU goes on. Raises ValueError where the
+    system allows too few open files, and ChildProcessError where a worker process died. torch tells
+    so itself, or by an error of the connection over which the batch's memory is handed over.
     """
+    check_open_files(examples.config)
     loader = DataLoader(
         examples,
         batch_sampler=batches,
@@ -229,6 +234,21 @@ def read_batches(
         ) from error
 
 
+def check_open_files(config: Config) -> None:
+    """Raise ValueError where worker processes could not send their batches.
+
+    A worker process that can't open a file for a tensor would let this process wait for ever.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES_OF_A_WORKER * config.workers + FILES_OF_A_BATCH * (config.accumulate + 1)
+    needed += len(os.listdir("/dev/fd"))
+    if config.workers and needed > most != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"--workers {config.workers}: needs {needed} open files, but the limit is {most}; "
+            "raise it by ulimit -n, or lower --workers"
+        )
+
+
 def started(loader: DataLoader) -> Iterator[Batch]:
     """Return the iterator of a loader, without torch's handler of SIGCHLD.
 
@@ -240,7 +260,11 @@ def started(loader: DataLoader) -> Iterator[Batch]:
     """
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except OSError:  # too few processes are allowed; some may have been started
+        kill(set(multiprocessing.active_children()) - others)
+        raise
     if signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     weakref.finalize(iterator, kill, set(multiprocessing.active_children()) - others)

@@ -383,13 +383,19 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the gradients of the largest batch as in step 1 and as in step 2.
 
-        Meanwhile tensors take the memory that the optimizer's state will take. Raises ValueError
-        where the memory is too small.
+        Meanwhile tensors take the memory that the optimizer's state will take. Where no utterance
+        of the largest batch can be read, the next ones are tried. Raises ValueError where the
+        memory is too small.
         """
         frames = self.data.begin_epoch(0)
         plan = epoch_plan(frames, self.config, 0)
-        worst = max(plan, key=lambda batch: len(batch) * max(frames[i] for i in batch))
-        (batch,) = self.data.load([worst])
+        plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
+        for worst in plan[:MOST_SKIPPED]:
+            (batch,) = self.data.load([worst])
+            if batch.utterances:
+                break
+        else:
+            return
         moments = [] if self.optimizer.state else [*self.model.parameters()] * 2
         try:
             reserved = [torch.ones_like(weight) for weight in moments]

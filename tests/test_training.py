@@ -8,6 +8,7 @@ import re
 import signal
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from conftest import one_update, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import batching, checkpoint, steps, training
+from dynsize import checkpoint, steps, training
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.terminal import losses_line
@@ -565,12 +566,20 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
     assert min(alive[:2]) >= 2 * weights and max(alive[2:]) < 2 * weights
 
 
-def test_features_in_memory_have_a_limit(tones, monkeypatch):
-    config = tiny(corpus=str(tones))
-    run = Trainer(config, tones / "never written")
-    size = run.data.examples[0].features.nbytes
-    monkeypatch.setattr(batching, "MOST_KEPT", 3 * size)
-    for index in range(len(run.data.examples)):
-        run.data.examples[index]
-    assert 1 <= len(run.data.examples.in_memory) <= 4
-    assert sum(kept.nbytes for kept in run.data.examples.in_memory.values()) <= 3 * size
+@pytest.mark.parametrize("unread", [1, 99])
+def test_the_rehearsal_takes_the_largest_batch_of_which_something_can_be_read(
+    tmp_path, monkeypatch, unread
+):
+    run = trainer(write_tones(tmp_path / "corpus"), tmp_path / "run", batch_utterances=1)
+    utterances = sorted(run.data.examples.utterances, key=lambda u: -u.samples)
+    for utterance in utterances[:unread]:
+        Path(utterance.path).unlink()
+    rehearsed = []
+    monkeypatch.setattr(run, "add_gradients", lambda _, batches, **__: rehearsed.extend(batches))
+    run.rehearse()
+    if unread == 99:
+        assert not rehearsed
+        return
+    [read] = {batch.utterances[0] for batch in rehearsed}
+    assert len(rehearsed) == 2 and read.id != utterances[0].id
+    assert read.samples == utterances[1].samples
