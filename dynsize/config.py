@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -61,9 +62,7 @@ class Config:
 
     setting = partial(described, "corpus")
     corpus: str = setting(
-        "spoken",
-        "directory of a corpus, or spoken: sentences that espeak-ng speaks",
-        marks="resume evaluate",
+        "spoken", "directory, or spoken: sentences that espeak-ng speaks", marks="resume evaluate"
     )
     corpus_kind: str = setting(
         "auto",
@@ -73,9 +72,7 @@ class Config:
     )
     train_splits: tuple[str, ...] = setting(("train",), "splits to train on; A+B is A and B")
     dev_splits: tuple[str, ...] = setting(("dev-clean", "dev-other"), "splits to validate on")
-    test_splits: tuple[str, ...] = setting(
-        ("test-clean", "test-other"), "splits that evaluate.py decodes"
-    )
+    test_splits: tuple[str, ...] = setting(("test-clean", "test-other"), "splits to decode")
     normaliser: str = setting(
         "none",
         "change of every text; plain: lower case without punctuation",
@@ -85,9 +82,7 @@ class Config:
     speeds: tuple[float, ...] = setting(
         (1.0,), "speeds of speech; one is drawn for each utterance in each epoch", 0.5, 2
     )
-    cache_features: str = setting(
-        "", "directory that keeps features between trainings; empty: none", marks="resume"
-    )
+    cache_features: str = setting("", "directory that keeps features; empty: none", marks="resume")
     min_seconds: float = setting(0.0, "training leaves out utterances that are shorter", 0)
     max_seconds: float = setting(0.0, "training leaves out utterances that are longer; 0: none", 0)
     units: str = setting(
@@ -96,12 +91,8 @@ class Config:
         choices=("unigram", "bpe", "characters"),
         marks="units",
     )
-    tokenizer: str = setting(
-        "", "a SentencePiece model to use; empty: one is made from the texts", marks="units"
-    )
-    vocabulary: int = setting(
-        48, "SentencePiece units without the blank; fewer where the text is small", 1, marks="units"
-    )
+    tokenizer: str = setting("", "a SentencePiece model; empty: a new one", marks="units")
+    vocabulary: int = setting(48, "most SentencePiece units, without the blank", 1, marks="units")
 
     setting = partial(described, "features", marks="weights frames")
     sample_rate: int = setting(16000, "rate to which audio is resampled, in Hz", 1000, 192_000)
@@ -112,19 +103,13 @@ class Config:
     hop_ms: float = setting(12.5, "step from one feature frame to the next, in ms", 1, 1000)
 
     setting = partial(described, "SpecAugment")
-    frequency_masks: int = setting(
-        2, "most frequency masks of an utterance; their number is drawn from 2 to this", 0, 1000
-    )
+    frequency_masks: int = setting(2, "an utterance gets 2 to this frequency masks", 0, 1000)
     frequency_mask_bins: int = setting(8, "widest frequency mask, in mel bins", 0)
-    time_mask_every: int = setting(
-        50, "an utterance of T frames gets 2 to T / this time masks; 0: none", 0
-    )
+    time_mask_every: int = setting(50, "T frames get 2 to T / this time masks; 0: none", 0)
     time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)
 
     setting = partial(described, "network", marks="weights")
-    blocks: int = setting(
-        5, "Conformer blocks N; each has the four layers " + ", ".join(LAYERS), 1, 256
-    )
+    blocks: int = setting(5, "Conformer blocks N of four layers: ff1, conv, mhsa, ff2", 1, 256)
     width: int = setting(96, "model width D", 1, 8192)
     attention_heads: int = setting(
         4, "attention heads H; the width of a head, D / H, is whole, and even with --rotary", 1
@@ -142,12 +127,8 @@ class Config:
         (32, 32), "channels of its convolutions: two for conv2d, four for vgg", 1, 1024
     )
     rotary: bool = setting(True, "rotary positions in the attention")
-    dropout: float = setting(
-        0.0, "share of each layer's output that is dropped in training", 0, below=1, marks=""
-    )
-    shared_output_layer: bool = setting(
-        False, "one CTC output layer for all sizes instead of one for each"
-    )
+    dropout: float = setting(0.0, "share of a layer's output that is dropped", 0, below=1, marks="")
+    shared_output_layer: bool = setting(False, "one CTC output layer for all sizes")
 
     setting = partial(described, "algorithm")
     sizes: tuple[int, ...] = setting(
@@ -162,47 +143,30 @@ class Config:
     )
     size: int = setting(0, "method none: layers of the network; 0: all", 0, marks="weights")
     layers_from: str = setting(
-        "",
-        "method none: a run whose ranking chooses the layers; empty: the first ones",
-        marks="weights",
+        "", "method none: a run whose ranking chooses the layers; empty: the first", marks="weights"
     )
     teacher: str = setting(
-        "",
-        "method none: a run, of whose largest network the frame posteriors are learned too",
-        marks="resume",
+        "", "method none: a run; its largest network's posteriors are learned too", marks="resume"
     )
     relaxation: str = setting(
         "straight-through",
         "simple-top-k: layer weights of step 1",
         choices=("straight-through", "soft"),
     )
-    step1_share: float = setting(
-        0.25, "share of the updates that are step 1, which learns the scores", 0, below=1
-    )
+    step1_share: float = setting(0.25, "share of the updates that are step 1", 0, below=1)
     # None stands for the method's value in the preset, by which `__post_init__` replaces it.
     delta: int = setting(
-        None,
-        "layers by which the subnet of step 1 shrinks at a time; by default the method's; "
-        "ortho-softmax has none",
-        1,
+        None, "layers by which step 1's subnet shrinks at a time; by default the method's", 1
     )
-    initial_score: float = setting(
-        None, "initial value of the layer scores; by default the method's", -1000, 1000
-    )
+    initial_score: float = setting(None, "first score; by default the method's", -1000, 1000)
     score_rate: float = setting(
-        None,
-        "learning rate of the scores, as a multiple of the weights'; by default the method's",
-        0,
-        1e6,
+        None, "learning rate of the scores, in that of the weights; by default the method's", 0, 1e6
     )
-    layer_drop: float = setting(
-        0.2, "layerdrop: share of the utterances that skip a layer", 0, below=1
-    )
+    layer_drop: float = setting(0.2, "layerdrop: share of utterances that skip a layer", 0, below=1)
     subnet_loss: float = setting(1.0, "weight of each subnet's loss; the supernet's is 1", 0)
     stochastic_depth: float = setting(
         0.0,
-        "share of the utterances for which the supernet skips a layer in step 2; "
-        "layers of the smallest size are never skipped",
+        "step 2: share of utterances that skip a layer outside of the smallest size",
         0,
         below=1,
     )
@@ -211,24 +175,18 @@ class Config:
     updates: int = setting(1500, "updates of the whole training, both steps", 1)
     batch_seconds: float = setting(
         40.0,
-        "most audio in a batch with its padding, in seconds; a longer utterance is alone",
+        "most seconds of a batch with its padding; longer audio is alone",
         0.01,
         marks="affects evaluate",
     )
     batch_utterances: int = setting(60, "most utterances in a batch", 1)
     accumulate: int = setting(1, "batches of each process in one update", 1, marks="affects")
-    checkpoint_activations: bool = setting(
-        False, "save memory: compute each layer again in the backward pass"
-    )
+    checkpoint_activations: bool = setting(False, "save memory: compute layers twice")
     # An epsilon or a rate beyond these limits is 0 or infinite in float32.
-    peak_learning_rate: float = setting(
-        4e-3, "highest learning rate; the first is 1/100 of it", 1e-12, 1
-    )
-    warmup: float = setting(
-        0.1, "share of the updates in which the learning rate rises", 0, below=1
-    )
+    peak_learning_rate: float = setting(4e-3, "highest learning rate; the first is 1/100", 1e-12, 1)
+    warmup: float = setting(0.1, "share of updates in which the rate rises", 0, below=1)
     cooldown: float = setting(
-        0.8, "share of the updates in which it falls to 1/100; the rest goes on to 1e-8", 0, 1
+        0.8, "share of updates in which it falls to 1/100; the rest goes on to 1e-8", 0, 1
     )
     weight_decay: float = setting(1e-3, "AdamW's weight decay", 0, below=1)
     epsilon: float = setting(1e-8, "AdamW's epsilon", 1e-30, 1)
@@ -240,9 +198,7 @@ class Config:
         choices=("auto", "bfloat16", "float32"),
         marks="evaluate",
     )
-    device: str = setting(
-        "auto", "cpu, cuda, cuda:N, or auto: cuda where there is a GPU", marks="resume evaluate"
-    )
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto", marks="resume evaluate")
     workers: int = setting(
         0,
         "processes that read audio; 0: none, features stay in memory, 115 MB an hour",
@@ -251,23 +207,15 @@ class Config:
         marks="resume",
     )
     seed: int = setting(0, "seed of everything that is drawn", 0)
-    log_every: int = setting(20, "updates from one line of the log to the next", 1, marks="resume")
-    validate_every: int = setting(
-        500, "updates from one validation to the next; one more at the end", 1, marks="resume"
-    )
-    save_every: int = setting(
-        500, "updates from one checkpoint to the next; one more at the end", 1, marks="resume"
-    )
+    log_every: int = setting(20, "updates between two lines of the log", 1, marks="resume")
+    validate_every: int = setting(500, "updates between two validations", 1, marks="resume")
+    save_every: int = setting(500, "updates between two checkpoints", 1, marks="resume")
     save_minutes: float = setting(
         10.0, "most minutes between two checkpoints", 0.01, marks="resume"
     )
     keep: int = setting(3, "newest checkpoints that are kept", 1, 10, marks="resume")
     most_left_out: float = setting(
-        0.1,
-        "share of utterances that may be unreadable",
-        0,
-        below=1,
-        marks="resume",
+        0.1, "share of utterances that may be unreadable", 0, below=1, marks="resume"
     )
 
     preset: str = "demo"  # whose METHOD_PRESETS apply; it has no help text, as it is no setting
@@ -280,7 +228,7 @@ class Config:
         for setting in fields():
             if rule := fault(setting, getattr(self, setting.name)):
                 self.refuse(setting.name, rule)
-        for name, (holds, rule) in self.rules().items():
+        for name, holds, rule in self.rules():
             if not holds:
                 self.refuse(name, rule)
 
@@ -299,75 +247,50 @@ class Config:
         """Whether the training has a step 1, in which layer scores are learned."""
         return self.method in METHOD_DEFAULTS and len(self.sizes) > 1
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules that limits can't express: setting → whether it holds, and the rule."""
-        rules = self.corpus_rules() | self.feature_rules() | self.network_rules()
-        rules["cooldown"] = (
-            self.cooldown <= 1 - self.warmup,
-            f"must be 0 to 1 - warmup = {1 - self.warmup:g}",
-        )
-        rules["device"] = (
-            re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None,
-            "must be auto, cpu, cuda or cuda:N",
-        )
-        return rules
-
-    def corpus_rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules of the settings of the corpus."""
-        rules = {"corpus": (bool(self.corpus.strip()), "must be a directory, or spoken")}
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield the rules that limits can't express: a setting, whether it holds, and the rule."""
+        yield "corpus", bool(self.corpus.strip()), "must be a directory, or spoken"
         for name in ("train_splits", "dev_splits", "test_splits"):
-            names = getattr(self, name)
-            rules[name] = (are_splits(names), "must be names inside the corpus; A+B: A and B")
-        return rules
+            inside = are_splits(getattr(self, name))
+            yield name, inside, "must be names inside the corpus; A+B: A and B"
+        yield "speeds", bool(self.speeds), "must be one or more"
+        longer = self.max_seconds == 0 or self.max_seconds > self.min_seconds
+        yield "max_seconds", longer, f"must be above --min-seconds {self.min_seconds:g}, or 0"
 
-    def feature_rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules of the settings of the features."""
         nyquist = self.sample_rate / 2
-        return {
-            "speeds": (bool(self.speeds), "must be one or more"),
-            "max_seconds": (
-                self.max_seconds == 0 or self.max_seconds > self.min_seconds,
-                f"must be above --min-seconds {self.min_seconds:g}, or 0",
-            ),
-            "highest_hz": (
-                self.lowest_hz + self.mel_bins <= self.highest_hz <= nyquist,
-                f"must be at most {nyquist:g}, half the sample rate, and at least 1 Hz for each of "
-                f"the {self.mel_bins} mel bins above --lowest-hz {self.lowest_hz:g}",
-            ),
-            "window_ms": (self.window_ms * self.sample_rate >= 2000, "must be two samples or more"),
-            "hop_ms": (
-                self.hop_ms <= self.window_ms and self.hop_ms * self.sample_rate >= 1000,
-                f"must be a sample or more and at most --window-ms {self.window_ms:g}",
-            ),
-        }
+        rule = (
+            f"must be at most {nyquist:g}, half the sample rate, and at least 1 Hz for each of "
+            f"the {self.mel_bins} mel bins above --lowest-hz {self.lowest_hz:g}"
+        )
+        yield "highest_hz", self.lowest_hz + self.mel_bins <= self.highest_hz <= nyquist, rule
+        yield "window_ms", self.window_ms * self.sample_rate >= 2000, "must be two samples or more"
+        hop = self.hop_ms <= self.window_ms and self.hop_ms * self.sample_rate >= 1000
+        rule = f"must be a sample or more and at most --window-ms {self.window_ms:g}"
+        yield "hop_ms", hop, rule
 
-    def network_rules(self) -> dict[str, tuple[bool, str]]:
-        """Return the rules of the settings of the network and its sizes."""
         head_width, rest = divmod(self.width, self.attention_heads)
+        rule = f"must divide --width {self.width}"
+        if self.rotary:
+            rule += " an even number of times (--rotary)"
+        yield "attention_heads", rest == 0 and not (self.rotary and head_width % 2), rule
+        yield "kernel", self.kernel % 2 == 1, "must be odd"
         channels = CHANNELS[self.front_end]
+        rule = f"the front-end {self.front_end} needs {channels} numbers"
+        yield "front_end_channels", len(self.front_end_channels) == channels, rule
+
+        ascending = list(self.sizes) == sorted(set(self.sizes))
+        rule = f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks"
+        yield "sizes", ascending and self.layers in self.sizes[-1:], rule
         alone = self.method == "none"
-        return {
-            "attention_heads": (
-                rest == 0 and not (self.rotary and head_width % 2),
-                f"must divide --width {self.width}"
-                + (" an even number of times (--rotary)" if self.rotary else ""),
-            ),
-            "kernel": (self.kernel % 2 == 1, "must be odd"),
-            "front_end_channels": (
-                len(self.front_end_channels) == channels,
-                f"the front-end {self.front_end} needs {channels} numbers",
-            ),
-            "sizes": (
-                list(self.sizes) == sorted(set(self.sizes)) and self.layers in self.sizes[-1:],
-                f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks",
-            ),
-            "size": (
-                self.size <= self.layers and (self.size == 0 or alone),
-                f"must be 0 to {self.layers}, and needs --method none",
-            ),
-            "layers_from": (not self.layers_from or alone, "needs --method none"),
-            "teacher": (not self.teacher or alone, "needs --method none"),
-        }
+        rule = f"must be 0 to {self.layers}, and needs --method none"
+        yield "size", self.size <= self.layers and (self.size == 0 or alone), rule
+        yield "layers_from", not self.layers_from or alone, "needs --method none"
+        yield "teacher", not self.teacher or alone, "needs --method none"
+
+        rule = f"must be 0 to 1 - warmup = {1 - self.warmup:g}"
+        yield "cooldown", self.cooldown <= 1 - self.warmup, rule
+        device = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device)
+        yield "device", device is not None, "must be auto, cpu, cuda or cuda:N"
 
 
 def are_splits(names: tuple[str, ...]) -> bool:
