@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import dynsize
@@ -234,12 +235,7 @@ def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]
         what = f"was cut already, to {model.size} layers; --export onnx writes its ONNX file"
         raise ValueError(f"{loaded.path}: {what}")
     sizes = sizes_to_cut(model, options)
-    files = {size: path_of(loaded, f"size-{size}.pt", options) for size in sizes}
-    if options.export:
-        onnx = [onnx_path(loaded, options)]
-        onnx += [file.with_suffix(".onnx") for file in files.values()]
-        export.check_paths(onnx, options.int8, options.overwrite)
-    subnets = write_subnets(loaded, files, options.overwrite)
+    subnets = write_subnets(loaded, {size: cut(model, size) for size in sizes}, options)
     for size in sizes:
         if size not in model.sizes:
             trained = sorted(model.sizes, key=lambda trained: abs(trained - size))
@@ -285,24 +281,43 @@ def sizes_to_cut(model: Supernet, options: argparse.Namespace) -> list[int]:
 
 
 def write_subnets(
-    supernet: checkpoint.Checkpoint, files: dict[int, Path], overwrite: bool
+    loaded: checkpoint.Checkpoint, subnets: dict[int, Supernet], options: argparse.Namespace
 ) -> list[checkpoint.Checkpoint]:
     """Write the subnet of each size to its file, and return what is read back.
 
-    Raises ValueError, and then has written nothing, for a size that the supernet can't have, for
-    files that exist unless they may be replaced, and for the supernet's file.
+    Raises ValueError, and then has written nothing, where a file exists that must not be replaced,
+    an ONNX file too, where a file is the supernet's, and where ONNX files can't be written.
     """
-    subnets = {size: cut(supernet.model, size) for size in files}
-    for file in files.values():
-        if file.resolve() == supernet.path.resolve():
+    files = {size: path_of(loaded, f"size-{size}.pt", options) for size in subnets}
+    written = [*files.values()]
+    if options.export:
+        for file in onnx_paths(loaded, files.values(), options):
+            export.require_packages(file)
+            written += [file, int8_path(file)] if options.int8 else [file]
+    for file in written:
+        if file.resolve() == loaded.path.resolve():
             raise ValueError(f"{file}: is the supernet itself; --output names another folder")
-        if file.exists() and not overwrite:
+        if file.exists() and not options.overwrite:
             raise ValueError(f"{file}: exists already; --overwrite replaces it")
-    for size, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        longest = supernet.longest_seconds
-        checkpoint.save(file, subnets[size], supernet.tokenizer, longest_seconds=longest)
+    for size, file in files.items():
+        longest = loaded.longest_seconds
+        checkpoint.save(file, subnets[size], loaded.tokenizer, longest_seconds=longest)
     return [checkpoint.load(file) for file in files.values()]
+
+
+def onnx_paths(
+    loaded: checkpoint.Checkpoint, files: Iterable[Path], options: argparse.Namespace
+) -> list[Path]:
+    """Return the ONNX files of a network and of the subnets in `files`, which are cut out of it."""
+    size = loaded.model.size
+    first = path_of(loaded, "supernet.onnx" if size is None else f"size-{size}.onnx", options)
+    return [first, *(file.with_suffix(".onnx") for file in files)]
+
+
+def int8_path(path: Path) -> Path:
+    """Return the path of the int8 file beside an ONNX file."""
+    return path.with_stem(f"{path.stem}-int8")
 
 
 # What the sizes cost, and their ONNX files.
@@ -330,23 +345,25 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
             print(f"  size {size:>2}  {layer_map(loaded.model.mask(size))}")
 
 
-def onnx_path(loaded: checkpoint.Checkpoint, options: argparse.Namespace) -> Path:
-    """Return the path of the ONNX file of the network from which the sizes are cut."""
-    size = loaded.model.size
-    return path_of(loaded, "supernet.onnx" if size is None else f"size-{size}.onnx", options)
-
-
 def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
-    """Write the ONNX file of each network, and print what each size costs."""
+    """Write the ONNX files of each network, and print what each size costs."""
     first, *subnets = networks
-    by_path = {onnx_path(first, options): first}
-    by_path |= {subnet.path.with_suffix(".onnx"): subnet for subnet in subnets}
+    paths = onnx_paths(first, [subnet.path for subnet in subnets], options)
     print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
-    for file in export.export_all(by_path, options.int8):
-        recogniser = dynsize.load(file)
-        for size in reversed(recogniser.sizes):
-            costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
-            print(f"{'':9} {size:>6} {costs}  {file}")
+    for path, loaded in zip(paths, networks, strict=True):
+        export.export(loaded, loaded.model.size, path)
+        show_onnx(path)
+        if options.int8:
+            export.quantize(path, int8_path(path))
+            show_onnx(int8_path(path))
+
+
+def show_onnx(file: Path) -> None:
+    """Print what each size of an ONNX file costs."""
+    recogniser = dynsize.load(file)
+    for size in reversed(recogniser.sizes):
+        costs = f"{file.stat().st_size:>12,} {recogniser.latency(size):>12.1f}"
+        print(f"{'':9} {size:>6} {costs}  {file}")
 
 
 def hint(networks: list[checkpoint.Checkpoint]) -> str:

@@ -108,7 +108,7 @@ def exported(
                 continue
             exact, rounded = (stem_of(network, size, numbers) for numbers in NUMBERS)
             exports[exact] = output / f"{exact}.onnx"
-            exports[rounded] = export.int8_path(exports[exact])
+            exports[rounded] = output / f"{rounded}.onnx"
             if not exports[exact].exists():
                 loaded = checkpoint.load(runs / run)
                 export.export(loaded, size, exports[exact])

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,39 +63,6 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
         with without_logging():
             write_graph(loaded, size is None, unfinished)
         check_results(unfinished, model)
-
-
-def export_all(networks: dict[Path, Checkpoint], int8: bool) -> Iterator[Path]:
-    """Write ONNX files, and yield the path of each as soon as it is whole.
-
-    `networks`: path → a subnet, or a supernet, whose file has all its sizes. `int8`: write
-    NAME-int8.onnx beside each NAME.onnx too.
-    """
-    for path, loaded in networks.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        export(loaded, loaded.model.size, path)
-        yield path
-        if int8:
-            quantize(path, int8_path(path))
-            yield int8_path(path)
-
-
-def int8_path(path: Path) -> Path:
-    """Return the path of the int8 file beside a float file."""
-    return path.with_stem(f"{path.stem}-int8")
-
-
-def check_paths(paths: Iterable[Path], int8: bool, overwrite: bool) -> None:
-    """Raise ValueError where ONNX files, and with `int8` those beside them, can't be written.
-
-    They can't where packages are missing, and where a file exists that must not be replaced.
-    """
-    for path in paths:
-        require_packages(path)
-        written = [path, int8_path(path)] if int8 else [path]
-        for file in written:
-            if file.exists() and not overwrite:
-                raise ValueError(f"{file}: exists already; --overwrite replaces it")
 
 
 def require_packages(path: Path) -> None:

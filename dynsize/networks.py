@@ -33,13 +33,6 @@ LEAST_SECONDS = 2.0
 FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; full scale is 1
 
 ONNX_FORMAT = "dynsize onnx 3"
-MOST_RATE = 1_000_000  # Hz
-LIMITS = {  # of numbers in an ONNX file: their type, the least, the most
-    "sample_rate": (int, 1, MOST_RATE),
-    "window": (int, 2, MOST_RATE),
-    "hop": (int, 1, MOST_RATE),
-    "longest_seconds": (float, LEAST_SECONDS, MOST_SECONDS),
-}
 
 Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
 
@@ -91,20 +84,15 @@ def open_onnx(path: Path) -> OnnxFile:
     try:
         content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
         if content["format"] != ONNX_FORMAT:
-            raise ValueError(f"format {content['format']!r}: must be {ONNX_FORMAT}")
+            raise ValueError(f"{content['format']}, not {ONNX_FORMAT}")
         config = from_dict(content["config"])
-        costs = {int(size): dict(of_size) for size, of_size in content["costs"].items()}
-        model = b64decode(content["tokenizer"], validate=True)
-        tokenizer = Tokenizer(torch.frombuffer(bytearray(model), dtype=torch.uint8))
+        costs = {int(size): of_size for size, of_size in content["costs"].items()}
+        model = bytearray(b64decode(content["tokenizer"]))
+        tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
         found_facts = facts(config, tokenizer, tuple(costs), content["longest_seconds"])
-        check_facts(found_facts, config)
-        check_costs(costs)
-        check_graph(session, found_facts)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: its metadata can't be: {what}; export it again") from error
-    except RuntimeError as error:  # too deeply nested, or no tokenizer
-        raise ValueError(f"{path}: its metadata can't be read; export it again") from error
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"another version of dynsize wrote it ({error}); export it again"
+        raise ValueError(f"{path}: {what}") from error
 
     def log_probs(audio: Tensor, size: int) -> Tensor:
         result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
@@ -124,41 +112,6 @@ def seal(data: bytes) -> bytes:
 
 
 SEAL = len(seal(b""))
-
-
-def check_facts(found: Facts, config: Config) -> None:
-    """Raise ValueError for facts of an ONNX file that can't be."""
-    for name, (kind, least, most) in LIMITS.items():
-        value = getattr(found, name)
-        if type(value) is not kind or not least <= value <= most:
-            raise ValueError(f"{name} {value!r}: must be {least} to {most}")
-    sizes = list(found.sizes)
-    if not sizes or sizes != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= config.layers:
-        raise ValueError(f"sizes {sizes}: must be ascending numbers of 1 to {config.layers} layers")
-
-
-def check_costs(costs: dict[int, dict]) -> None:
-    """Raise ValueError for costs of an ONNX file that can't be."""
-    for size, of_size in costs.items():
-        numbers = [of_size["parameters"], of_size["macs"]]
-        layers = of_size["layers"]
-        names = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
-        if not names or len(layers) != size or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"the costs of size {size} are {of_size}")
-
-
-def check_graph(session: "InferenceSession", found: Facts) -> None:
-    """Raise ValueError where an ONNX file's inputs and outputs are not those of its metadata."""
-    inputs = {node.name: node.type for node in session.get_inputs()}
-    expected = dict(audio="tensor(float)", lengths="tensor(int64)")
-    if len(found.sizes) > 1 or "size" in inputs:
-        expected["size"] = "tensor(int64)"
-    if inputs != expected:
-        raise ValueError(f"its inputs are {inputs}, not {expected}")
-    outputs = {node.name: node.shape for node in session.get_outputs()}
-    labels = found.tokenizer.labels
-    if list(outputs) != ["log_probs", "log_prob_lengths"] or outputs["log_probs"][-1:] != [labels]:
-        raise ValueError(f"its outputs are {outputs}, not log_probs of {labels} labels")
 
 
 def onnx_session(path: Path) -> "InferenceSession":

@@ -17,7 +17,6 @@ from dynsize.audio import LOUDEST, opened
 from dynsize.ctc import label_frames
 from dynsize.decoding import LM_WEIGHT, BeamSearch, LanguageModel
 from dynsize.networks import (
-    MOST_RATE,
     Facts,
     Network,
     facts_of,
@@ -29,6 +28,7 @@ from dynsize.subnet import in_turn
 
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
+MOST_RATE = 1_000_000  # Hz, of audio
 BLOCK = 10  # seconds of audio that are read at once
 LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 

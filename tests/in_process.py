@@ -29,8 +29,14 @@ class Terminal(StringIO):
         return True
 
 
+def says(script: str, *arguments: object) -> tuple[int, str, str]:
+    """Return the exit code, the output and the errors of a script that runs here."""
+    done = run(script, *map(str, arguments))
+    return done.returncode, done.stdout, done.stderr
+
+
 def run(
-    script: str, *arguments: str | Path, cwd: Path, terminal: bool = False
+    script: str, *arguments: str | Path, cwd: str | Path = ".", terminal: bool = False
 ) -> subprocess.CompletedProcess:
     """Return the exit code and the output of a script; `terminal`: as on one."""
     stream = Terminal if terminal else StringIO

@@ -1,19 +1,19 @@
 """evaluate.py with beam search and a language model, and the choice of its weights on dev."""
 
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TONES, tiny
+from in_process import says
 
 from dynsize import checkpoint, evaluation
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[1]
+evaluate = partial(says, "evaluate.py")
 UNIGRAMS = "".join(f"-0.7\t{word}\t0\n" for word in TONES)
 ARPA = (
     f"\\data\\\nngram 1=7\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t0\n-1\t</s>\n{UNIGRAMS}"
@@ -36,30 +36,14 @@ def run(tones, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Runs evaluate.py, here and now. Returns its exit code, its output and its errors."""
-    main = runpy.run_path(str(ROOT / "evaluate.py"))["main"]
-
-    def evaluate(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return evaluate
-
-
-def test_the_beam_is_written_beside_the_results(run, tmp_path, evaluate):
+def test_the_beam_is_written_beside_the_results(run, tmp_path):
     code, _, error = evaluate(run, "--beam", 3, "--split", "test-other", "--output", tmp_path)
     assert (code, error) == (0, "")
     assert json.loads((tmp_path / "decoding.json").read_text()) == dict(beam=3)
     assert (tmp_path / "test-other" / "results.json").exists()
 
 
-def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate, monkeypatch):
+def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, monkeypatch):
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     monkeypatch.setattr(evaluation, "WEIGHTS", (0.0, 0.5))
     monkeypatch.setattr(evaluation, "BONUSES", (0.0, -20.0))
@@ -97,7 +81,7 @@ def test_weights_are_those_with_the_fewest_errors_on_dev(run, tmp_path, evaluate
         (("--lm", "other.arpa"), "lacks "),
     ],
 )
-def test_flags_that_cannot_be_are_refused(run, evaluate, arguments, why, tmp_path, monkeypatch):
+def test_flags_that_cannot_be_are_refused(run, arguments, why, tmp_path, monkeypatch):
     if "--lm" in arguments:
         pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     monkeypatch.chdir(tmp_path)
