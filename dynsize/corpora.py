@@ -27,10 +27,11 @@ from tqdm import tqdm
 from dynsize.audio import Header, headers, read_samples
 from dynsize.config import Config
 from dynsize.features import window_and_hop
-from dynsize.readers import KINDS, Entry, Notes, clean_notation, contents, no_audio
+from dynsize.readers import KINDS, Entry, Notes, contents, no_audio
 from dynsize.spoken import spoken_corpus
 from dynsize.terminal import printable
 from dynsize.text import clean, counted, quoted, without_unknown
+from dynsize.wer import Reference
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
 UNREADABLE = "audio that can't be read"
@@ -52,9 +53,7 @@ class Utterance(NamedTuple):
     rate: int  # of the file, in Hz
     channel: int = 0
     speaker: str = ""
-    # What is scored, where it is not simply `text`: words with sclite's notation. `{ a / b c / @ }`
-    # are alternatives (@: no word), `(uh)` is a word that may be missing. Split at spaces.
-    reference: str = ""
+    reference: Reference = ()  # what is scored, where it has alternatives and is not simply `text`
 
 
 @dataclass
@@ -144,7 +143,12 @@ def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config
     raw, unknown = without_unknown(entry.text)
     corpus.changes["× <unk> taken out"] += unknown
     text = clean(raw, config.normaliser)
-    if not text and entry.text.strip() and not entry.reference:
+    reference = [
+        [clean(" ".join(words), config.normaliser).split() for words in alternatives]
+        for alternatives in entry.reference
+    ]
+    has_choice = any(len(alternatives) > 1 for alternatives in reference)
+    if not text and entry.text.strip() and not has_choice:
         return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {quoted(entry.text)}")
     spoken = Utterance(
         id=entry.id,
@@ -155,7 +159,7 @@ def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config
         rate=header.rate,
         channel=channel,
         speaker=sys.intern(printable(entry.speaker)),
-        reference=clean_notation(entry.reference, config.normaliser),
+        reference=reference if has_choice else (),
     )
     corpus.utterances.append(spoken)
 

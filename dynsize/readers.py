@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynsize.audio import ENDINGS, FOREIGN
-from dynsize.text import clean, quoted
+from dynsize.text import quoted
+from dynsize.wer import Reference
 
 LISTED = 12  # names of files that a message lists, at most
 LONGEST_LINE = 2**28  # bytes; an array of a million utterances may be one line
@@ -59,7 +60,7 @@ class Entry(NamedTuple):
     start: float = 0.0  # in seconds, as `end`; both in samples if `in_samples`
     end: float | None = None  # None: the end of the file
     channel: int | None = None  # from 0; None: none is chosen
-    reference: str = ""  # see `parse_stm`
+    reference: Reference = ()  # of an STM's transcript; see `parse_stm`
     in_samples: bool = False
 
 
@@ -109,13 +110,14 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
             continue
         words = LABEL.sub("", raw)
         try:
-            text, reference = parse_stm(words, notes.changes)
+            reference = parse_stm(words, notes.changes)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; in {quoted(raw)}") from error
-        if words.strip() and not text and not reference:
+        if words.strip() and not reference:
             notes.leave_out("no words but marks", id, f"{where}: {quoted(words)}")
             continue
         path = audio_of(name, audio, sph, where)
+        text = " ".join(word for alternatives in reference for word in alternatives[0])
         span = seconds(start, where), seconds(end, where)
         yield Entry(where, id, path, text, speaker, *span, CHANNELS[channel], reference)
 
@@ -326,37 +328,31 @@ def parsed(listed: Sequence[tuple[str, str]], quiet: bool = False) -> object:
 # The notation of STM files.
 
 
-def parse_stm(raw: str, changes: Counter[str]) -> tuple[str, str]:
-    """Return the plain text of an STM's transcript, and its notation for scoring.
+def parse_stm(raw: str, changes: Counter[str]) -> Reference:
+    """Return the reference that an STM's transcript stands for; the text is its first reading.
 
     The notation is sclite's: `{ a / b c / @ }` are alternatives (@ is nothing), `(uh)` is a word
-    that may be missing; each sign but the parentheses is a separate word. It is empty where the
-    text has neither. The plain text takes the first alternative and keeps the optional words.
-    Marks such as `<sil>`, `{NOISE}` and `%hesitation` are taken out and counted in `changes`, and
-    `word(2)`, a pronunciation, is `word`. Raises ValueError for what is not understood.
+    that may be missing; each sign but the parentheses is a separate word. Marks such as `<sil>`,
+    `{NOISE}` and `%hesitation` are taken out and counted in `changes`, and `word(2)`, a
+    pronunciation, is `word`. Raises ValueError for what is not understood.
     """
     text, joined = CLITIC.subn(r"\1", raw)
     changes["× words joined, as it 's → it's"] += joined
-    words: list[str] = []  # of the plain text
-    notation: list[str] = []
+    reference: list[list[list[str]]] = []
     for braces, inside, token in re.findall(r"(\{([^{}]*)\})|([{}]|[^\s{}]+)", text):
         if not braces:
-            word = stm_words(token, changes)
-            words += word
-            notation += word
+            for word in stm_words(token, changes):
+                plain = word.strip("()")
+                reference.append([[plain]] if plain == word else [[plain], []])
         elif "/" in inside:
             changes["× alternatives, of which the first is trained on"] += 1
-            alternatives = [stm_words(part, changes) for part in inside.split("/")]
-            words += alternatives[0]
-            joined = " / ".join(" ".join(alternative) or "@" for alternative in alternatives)
-            notation += ["{", *joined.split(), "}"]
+            parts = [stm_words(part, changes) for part in inside.split("/")]
+            reference.append([[word.strip("()") for word in words] for words in parts])
         elif len(inside.split()) > 1:
             raise ValueError(f"{braces} has no alternatives, a / between them")
         else:
             changes[f"× {{{inside.strip()}}} taken out"] += 1
-    plainly = re.sub("[()]", "", " ".join(words))
-    scored = " ".join(notation)
-    return plainly, scored if re.search("[{(]", scored) else ""
+    return reference
 
 
 def stm_words(text: str, changes: Counter[str]) -> list[str]:
@@ -374,20 +370,6 @@ def stm_words(text: str, changes: Counter[str]) -> list[str]:
             raise ValueError(f"{quoted(token)} is not understood")
         words.append(word)
     return words
-
-
-def clean_notation(notation: str, normaliser: str) -> str:
-    """Return the notation of `parse_stm` with each of its words normalised."""
-    tokens: list[str] = []
-    for token in notation.split():
-        if token in ("{", "/", "}", "@"):
-            if token in ("/", "}") and tokens[-1] in ("{", "/"):  # no word of it was left
-                tokens.append("@")
-            tokens.append(token)
-        else:
-            form = "({})" if token.startswith("(") else "{}"
-            tokens += [form.format(word) for word in clean(token.strip("()"), normaliser).split()]
-    return " ".join(tokens)
 
 
 # What lists hold: lines, paths, times.

@@ -26,9 +26,9 @@ from dynsize.wer import (
     align,
     count_errors,
     errors_in,
+    in_notation,
     interval,
     plain_reference,
-    sclite_reference,
 )
 
 NOTHING = "(nothing)"  # beside a deleted or inserted word
@@ -54,9 +54,7 @@ class Scored:
 
 def reference_of(utterance: Utterance) -> Reference:
     """Return what an utterance is scored against, with the alternatives of its corpus."""
-    if utterance.reference:
-        return sclite_reference(utterance.reference)
-    return plain_reference(utterance.text)
+    return utterance.reference or plain_reference(utterance.text)
 
 
 def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> list[Errors]:
@@ -198,7 +196,7 @@ def write_evaluation(report: dict, scored: dict[int, list[Scored]], output: Path
     output.mkdir(parents=True, exist_ok=True)
     files.clean(output)
     first = next(iter(scored.values()))
-    references = [s.utterance.reference or s.utterance.text for s in first]
+    references = [in_notation(reference_of(s.utterance)) for s in first]
     contents = {"ref.trn": trn(references, first)}
     for size, of_size in scored.items():
         texts = [s.text for s in of_size]

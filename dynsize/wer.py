@@ -1,6 +1,5 @@
 """Word and character error rates: alignment, counts, and the interval that a test set allows."""
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ GAP = 1 << 21
 SUBSTITUTION = GAP * GAP
 INSERTION = SUBSTITUTION + GAP
 DELETION = SUBSTITUTION + GAP + 1
-# sclite's notation: `{ … }`, `(word)` or a word.
-SLOT = re.compile(r"\{([^{}]+)\}|\((\S+)\)(?!\S)|(\S+)")
-BETWEEN_ALTERNATIVES = re.compile(r"(?<!\S)/(?!\S)")
 NO_BLANKS = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()  # Unicode's names
 
 
@@ -60,29 +56,21 @@ def plain_reference(text: str) -> Reference:
     return [[[word]] for word in text.split()]
 
 
-def sclite_reference(text: str) -> Reference:
-    """Return the reference that a text in sclite's notation stands for.
+def in_notation(reference: Reference) -> str:
+    """Return a reference in sclite's notation.
 
-    `{ a / b c / @ }` is one of the alternatives `a`, `b c` and nothing; `(a)` is `a` or nothing.
-    Raises ValueError for braces that are not in pairs, or inside each other.
+    `{ a / b c / @ }` are the alternatives `a`, `b c` and nothing; `(a)` is `a` or nothing.
     """
-    slots: list[list[list[str]]] = []
-    for braces, optional, word in SLOT.findall(text):
-        if braces:
-            alternatives = BETWEEN_ALTERNATIVES.split(braces)
-            slots.append([words_of(alternative) for alternative in alternatives])
-        elif optional:
-            slots.append([[optional], []])
-        elif {"{", "}"} & set(word):
-            raise ValueError(f"{word!r}: alternatives are written {{ a / b / @ }}, in {text!r}")
-        else:
-            slots.append([[word]])
-    return slots
-
-
-def words_of(alternative: str) -> list[str]:
-    """Return the words of an alternative in sclite's notation, where `@` is no word."""
-    return [word for word in alternative.split() if word != "@"]
+    parts = []
+    for alternatives in reference:
+        written = [" ".join(words) or "@" for words in alternatives]
+        if len(written) == 1:
+            parts += alternatives[0]
+        elif written[1:] == ["@"] and len(alternatives[0]) == 1:
+            parts.append(f"({written[0]})")
+        elif set(written) != {"@"}:
+            parts.append(f"{{ {' / '.join(written)} }}")
+    return " ".join(parts)
 
 
 def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:

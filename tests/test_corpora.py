@@ -29,6 +29,7 @@ from dynsize.readers import KINDS, Notes, manifest
 from dynsize.text import NORMALISERS
 from dynsize.tokenizer import MODELS, train_tokenizer
 from dynsize.training import Trainer
+from dynsize.wer import in_notation
 
 STM = """;; a comment
 talk 1 anna 0.50 1.50 <o,f0,female> it 's LOW 'cause <unk> they don 't
@@ -580,12 +581,13 @@ def test_unknown_words_are_taken_out_of_every_kind_and_counted(tmp_path, kind):
 
 def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
     file = write_corpus(tmp_path / "corpus", "stm") / LISTS["stm"]
-    lines = ["talk a anna 0 1 <o,f0,male> { Um / uh / @ } Yes (eh) {NOISE} no(2)"]
+    lines = ["talk a anna 0 1 <o,f0,male> { Um-Er / … / UH } Yes (Eh) (…) {NOISE} no(2)"]
     file.write_text("\n".join([*lines, "call b bert 0 1 Top", "call A bert 0 1 {NOISE} <sil>"]))
-    corpus = read(tmp_path / "corpus", normaliser="lower")
+    corpus = read(tmp_path / "corpus", normaliser="plain")
     noted, plain = corpus.utterances
-    assert (noted.text, noted.reference) == ("um yes eh no", "{ um / uh / @ } yes (eh) no")
-    assert (plain.text, plain.reference, plain.channel) == ("top", "", 1)
+    assert noted.text == "um er yes eh no"
+    assert in_notation(noted.reference) == "{ um er / @ / uh } yes (eh) no"
+    assert (plain.text, plain.reference, plain.channel) == ("top", (), 1)
     assert list(corpus.left_out["no words but marks"]) == ["talks.stm:3"]
     file.write_text("talk a anna 0 1 yes\ntalk a anna 1 2 [laughter] no\n")
     with pytest.raises(ValueError, match=r"talks\.stm:2: '\[laughter\]' is not understood; in"):

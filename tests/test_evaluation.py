@@ -278,12 +278,13 @@ def test_a_reference_without_words_leaves_the_report_valid(work):
     assert row["words"] == 0 and row["wer"] == row["insertions"]
 
 
-def utterance(text: str, name: str = "a", reference: str = "", speaker: str = "") -> Utterance:
+def utterance(text: str, name: str = "a", reference=(), speaker: str = "") -> Utterance:
     return Utterance(name, f"{name}.wav", text, 800, (0, 800), RATE, 0, speaker, reference)
 
 
 def test_alternatives_of_the_reference_are_scored():
-    said = utterance("i've um seen", reference="i've { um / uh / @ } (well) seen")
+    reference = [[["i've"]], [["um"], ["uh"], []], [["well"], []], [["seen"]]]
+    said = utterance("i've um seen", reference=reference)
     assert errors_of([said] * 3, ["i've seen", "i've uh well seen", None], True) == [
         Errors(0, 0, 0, 2),
         Errors(0, 0, 0, 4),
