@@ -17,8 +17,18 @@ from dynsize.algorithms import ALGORITHMS, shuffled
 from dynsize.config import Config, with_method
 from dynsize.processes import device_of, hardware, use_threads
 from dynsize.run_directory import check_new
-from dynsize.subnet import BUDGETS, cut, largest_within, latencies, macs, parameters, widened
-from dynsize.supernet import LAYER_MAP, Supernet, layer_map
+from dynsize.subnet import (
+    BUDGETS,
+    LAYER_MAP,
+    cut,
+    largest_within,
+    latencies,
+    layer_map,
+    macs,
+    parameters,
+    widened,
+)
+from dynsize.supernet import Supernet
 from dynsize.terminal import Parser, Progress, reported, signals
 from dynsize.training import Trainer
 

@@ -19,8 +19,7 @@ from dynsize.initial import beginning
 from dynsize.processes import hardware, use_threads
 from dynsize.run_directory import check_new, to_tensorboard
 from dynsize.study import next_training, plan, results
-from dynsize.subnet import parameters
-from dynsize.supernet import LAYER_MAP
+from dynsize.subnet import LAYER_MAP, parameters
 from dynsize.terminal import Parser, Progress, reported, signals
 from dynsize.text import counted
 from dynsize.training import Trainer

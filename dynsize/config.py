@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import typing
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -406,6 +407,21 @@ def for_method(config: Config) -> Config:
         "aux-loss": dict(stochastic_depth=0.0),
     }
     return dataclasses.replace(config, **changes.get(config.method, {}))
+
+
+def with_changes(config: Config, changes: dict[str, object]) -> Config:
+    """Return the settings of a training that is resumed with changes.
+
+    Warns of those with which the result is not that of an unbroken training, and raises
+    ValueError for those that change what is learned.
+    """
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in marked("affects"):
+            warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
+        elif name not in marked("resume"):
+            raise ValueError(f"{flag} with --resume: it would change what is learned")
+    return dataclasses.replace(config, **changes)
 
 
 def from_dict(values: dict) -> Config:

@@ -31,9 +31,9 @@ def learning_rate(update: int, config: Config) -> float:
 
 
 def step1_updates(config: Config) -> int:
-    """Return the number of updates of step 1; the rest of the training is step 2.
+    """Return the number of updates of step 1; the other updates are step 2.
 
-    It is 0 where no layers are learned: for a baseline, and for a single size.
+    It is 0 for a baseline and for a single size, which learn no layer scores.
     """
     return round(config.step1_share * config.updates) if config.learns else 0
 
@@ -44,13 +44,17 @@ def in_step1(update: int, config: Config) -> bool:
 
 
 def size_at_span_start(update: int, config: Config) -> int:
-    """Return the size at the start of an update's span.
+    """Return the size at the start of the span in which an update lies.
 
-    Step 1 is divided into equal spans: Iterative-Zero-Out's iterations, or the values of k in
-    Simple-Top-k. In each the size falls by Δ layers, in the last one perhaps by fewer. Example:
-    with L = 8, Δ = 3, and the smallest size 3, the size is 8 at the start of the first span and 5
-    at its end; it is 5 at the start of the second span and 3 at its end. With n spans in S updates,
-    span j begins at update ⌈j · S / n⌉, both from 0.
+    Step 1 consists of equal spans. In Iterative-Zero-Out a span is an iteration; in Simple-Top-k k
+    has one value in it. Over a span the size falls by Δ layers, but never below the smallest size.
+    With n spans in S updates, span j begins at update ⌈j · S / n⌉, both from 0.
+
+    Example: L = 8, Δ = 3, the smallest size 3, 10 updates of step 1.
+
+        span   updates   size at its start   size at its end
+        0      0 to 4    8                   5
+        1      5 to 9    5                   3
     """
     smallest = config.sizes[0]
     lost = config.layers - smallest
@@ -60,19 +64,16 @@ def size_at_span_start(update: int, config: Config) -> int:
 
 
 def size_at_span_end(update: int, config: Config) -> int:
-    """Return the size at the end of an update's span: 5, then 3 in the example.
+    """Return the size at the end of the span in which an update lies.
 
-    Simple-Top-k's subnet has this size throughout the span. Iterative-Zero-Out zeroes out the
-    layers when the span ends.
+    Simple-Top-k's subnet has this size in the whole span. Iterative-Zero-Out's subnet has it only
+    after the span's last update, when layers are zeroed out.
     """
     size = size_at_span_start(update, config) - config.delta
     return max(size, config.sizes[0])
 
 
 def ends_span(update: int, config: Config) -> bool:
-    """Return whether an update of step 1 is the last one of its span, after which layers are lost.
-
-    The last update of step 1 ends a span too.
-    """
+    """Return whether an update of step 1 is the last one of its span."""
     size = size_at_span_start(update, config)
     return size_at_span_start(update + 1, config) < size

@@ -26,7 +26,7 @@ from dynsize.config import Config
 from dynsize.conformer import Gates, padding_mask
 from dynsize.ctc import ctc_loss
 from dynsize.kernels import layer_gates
-from dynsize.schedule import ends_span, in_step1
+from dynsize.schedule import in_step1
 from dynsize.supernet import Supernet
 
 
@@ -154,12 +154,6 @@ def extra_loss(update: Update, model: Supernet) -> Tensor | float:
         return 0.0
     algorithm = ALGORITHMS[model.config.method]
     return algorithm.extra_loss(model.scores, model.ranking, update.number, model.config)
-
-
-def rank_at_span_end(update: Update, model: Supernet) -> None:
-    """Rank the layers after the last update of a span: the next one may depend on the ranking."""
-    if update.step == 1 and ends_span(update.number, model.config):
-        rank_layers(model, update.number)
 
 
 def rank_layers(model: Supernet, number: int) -> None:

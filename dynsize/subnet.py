@@ -12,7 +12,7 @@ from torch import nn
 from dynsize.config import LAYERS, Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames, log_mel
-from dynsize.supernet import Supernet, layer_name
+from dynsize.supernet import Supernet
 
 ROUNDS = 15  # in each of which everything that is timed runs once
 
@@ -210,3 +210,23 @@ def in_turn(calls: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS
             call()
             taken[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def layer_name(layer: int) -> str:
+    """Return the name of a layer for people: layer 0 is `1.ff1`, the first of the first block."""
+    block, kind = divmod(layer, len(LAYERS))
+    return f"{block + 1}.{LAYERS[kind]}"
+
+
+LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa, ff2; a dot: pruned"
+
+
+def layer_map(mask: Sequence[bool]) -> str:
+    """Return a mask for people, as `LAYER_MAP` says: `fcmf f.m.` for two blocks, the second cut."""
+    text = ""
+    for layer, kept in enumerate(mask):
+        block, kind = divmod(layer, len(LAYERS))
+        if block > 0 and kind == 0:
+            text += " "
+        text += LAYERS[kind][0] if kept else "."
+    return text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynsize.algorithms import ALGORITHMS
-from dynsize.config import LAYERS, Config
+from dynsize.config import Config
 from dynsize.conformer import Encoder, Gates
 
 
@@ -148,23 +148,3 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def layer_name(layer: int) -> str:
-    """Return the name of a layer for people: layer 0 is `1.ff1`, the first of the first block."""
-    block, kind = divmod(layer, len(LAYERS))
-    return f"{block + 1}.{LAYERS[kind]}"
-
-
-LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa, ff2; a dot: pruned"
-
-
-def layer_map(mask: Sequence[bool]) -> str:
-    """Return a mask for people, as `LAYER_MAP` says: `fcmf f.m.` for two blocks, the second cut."""
-    text = ""
-    for layer, kept in enumerate(mask):
-        block, kind = divmod(layer, len(LAYERS))
-        if block > 0 and kind == 0:
-            text += " "
-        text += LAYERS[kind][0] if kept else "."
-    return text

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from dynsize import __version__, processes
 from dynsize.config import Config
-from dynsize.supernet import Supernet, layer_map
+from dynsize.subnet import layer_map
+from dynsize.supernet import Supernet
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar

@@ -3,7 +3,6 @@
 What an update does follows from the settings and its number: steps.py says it.
 """
 
-import dataclasses
 import json
 import math
 import time
@@ -20,12 +19,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from dynsize import checkpoint, files, processes, run_directory, steps
 from dynsize.batching import Batch, epoch_plan
-from dynsize.config import Config, marked
+from dynsize.config import Config, with_changes
 from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher, new_network, optimizer_for
-from dynsize.schedule import learning_rate
+from dynsize.schedule import ends_span, learning_rate
 from dynsize.steps import Update
-from dynsize.supernet import layer_name
+from dynsize.subnet import layer_name
 from dynsize.training_data import Dev, TrainingData
 
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
@@ -139,7 +138,8 @@ class Trainer:
                 self.state["skipped"] = 0
                 self.last_good = self.state.copy()
             optimizer.zero_grad()
-            steps.rank_at_span_end(update, model)
+            if update.step == 1 and ends_span(update.number, config):
+                steps.rank_layers(model, update.number)  # the next update may depend on the ranking
 
             # Log, save, validate.
             record["seconds"] = time.perf_counter() - start
@@ -206,7 +206,8 @@ class Trainer:
         read = dict(zip(here, total.tolist(), strict=True))
         if read["failed"]:
             self.give_up(failure or SystemExit(processes.FAILED))
-        if told := self.data.too_many(int(read["left_out"])):
+        left_out = int(read["left_out"])
+        if left_out and (told := self.data.too_many(left_out)):
             error = ValueError(f"{told}; {self.run / run_directory.LEFT_OUT} names them")
             self.give_up(processes.in_first(error))
         return batches, read | dict(waiting=waiting)
@@ -383,16 +384,17 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the gradients of the largest batch as in step 1 and as in step 2.
 
-        Meanwhile tensors take the memory that the optimizer's state will take. Where no utterance
-        of the largest batch can be read, the next ones are tried. Raises ValueError where the
-        memory is too small.
+        Meanwhile tensors take the memory that the optimizer's state will take. Where a process
+        can read no utterance of the largest batch, all try the next one. Raises ValueError where
+        the memory is too small.
         """
         frames = self.data.begin_epoch(0)
         plan = epoch_plan(frames, self.config, 0)
         plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
         for worst in plan[:MOST_SKIPPED]:
             (batch,) = self.data.load([worst])
-            if batch.utterances:
+            idle = torch.tensor(not batch.utterances, dtype=torch.int64)
+            if not processes.total(idle):  # every process could read some of it
                 break
         else:
             return
@@ -471,21 +473,6 @@ class Trainer:
         if self.done != self.saved:
             self.save()
         raise error
-
-
-def with_changes(config: Config, changes: dict[str, object]) -> Config:
-    """Return the settings of a training that is resumed with changes.
-
-    Warns of those with which the result is not that of an unbroken training, and raises
-    ValueError for those that change what is learned.
-    """
-    for name, value in changes.items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in marked("affects"):
-            warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
-        elif name not in marked("resume"):
-            raise ValueError(f"{flag} with --resume: it would change what is learned")
-    return dataclasses.replace(config, **changes)
 
 
 def mean_of(records: list[dict]) -> dict:

@@ -10,8 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynsize import checkpoint
 from dynsize.conformer import FRONT_ENDS
 from dynsize.features import feature_frames, log_mel
-from dynsize.subnet import ROUNDS, cut, largest_within, latencies, macs, parameters, widened
-from dynsize.supernet import Supernet, layer_name
+from dynsize.subnet import (
+    ROUNDS,
+    cut,
+    largest_within,
+    latencies,
+    layer_name,
+    macs,
+    parameters,
+    widened,
+)
+from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 
 

@@ -566,20 +566,20 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
     assert min(alive[:2]) >= 2 * weights and max(alive[2:]) < 2 * weights
 
 
-@pytest.mark.parametrize("unread", [1, 99])
-def test_the_rehearsal_takes_the_largest_batch_of_which_something_can_be_read(
-    tmp_path, monkeypatch, unread
+@pytest.mark.parametrize(("unread", "elsewhere"), [(1, 0), (99, 0), (0, 1), (1, 2)])
+def test_the_rehearsal_takes_the_largest_batch_of_which_all_processes_can_read_something(
+    tmp_path, monkeypatch, unread, elsewhere
 ):
+    """Another process can read nothing of the `elsewhere` largest batches."""
     run = trainer(write_tones(tmp_path / "corpus"), tmp_path / "run", batch_utterances=1)
     utterances = sorted(run.data.examples.utterances, key=lambda u: -u.samples)
     for utterance in utterances[:unread]:
         Path(utterance.path).unlink()
-    rehearsed = []
+    rehearsed, tried = [], itertools.count()
     monkeypatch.setattr(run, "add_gradients", lambda _, batches, **__: rehearsed.extend(batches))
+    monkeypatch.setattr(training.processes, "total", lambda n: n + (next(tried) < elsewhere))
     run.rehearse()
-    if unread == 99:
-        assert not rehearsed
-        return
-    [read] = {batch.utterances[0] for batch in rehearsed}
-    assert len(rehearsed) == 2 and read.id != utterances[0].id
-    assert read.samples == utterances[1].samples
+    found = {batch.utterances[0].samples for batch in rehearsed}
+    smaller = utterances[max(unread, elsewhere) :]
+    assert found == {utterance.samples for utterance in smaller[:1]}
+    assert len(rehearsed) == (2 if smaller else 0) and next(tried) > elsewhere
