@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -28,19 +27,6 @@ LARGEST = 1000  # of the weight and the bonus of a language model
 LOG_ZERO = -99.0  # what ARPA files write for the logarithm of 0
 GZIP = b"\x1f\x8b"
 TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
-
-
-class WordScorer(Protocol):
-    """What the beam search asks of a language model. Scores are weighted natural logarithms."""
-
-    def start(self) -> object:
-        """Return the state at the beginning of an utterance."""
-
-    def score(self, state: object, word: str) -> tuple[object, float]:
-        """Return the state after a word, and the word's score."""
-
-    def finish(self, state: object) -> float:
-        """Return the score of the utterance's end."""
 
 
 @dataclass(eq=False)
@@ -69,15 +55,15 @@ class BeamSearch:
     """
 
     def __init__(
-        self, beam: int, units: Sequence[bytes] = (), words: WordScorer | None = None
+        self, beam: int, units: Sequence[bytes] = (), words: "LanguageModel | None" = None
     ) -> None:
         if not isinstance(beam, Integral) or beam < 1:
             raise ValueError(f"beam {beam!r}: must be a whole number, 1 or more")
         self.beam = int(beam)
         self.units = units
         self.words = words
-        begins = [unit.startswith(b" ") for unit in units]
-        self.begins = np.array(begins, dtype=float)  # (V,): 1 for a label that begins a word
+        # (V,): 1 for a label that begins a word
+        self.begins = np.array([unit.startswith(b" ") for unit in units], dtype=float)
         root = Prefix(None, BLANK, frame=0)
         if words is not None:
             root.state = words.start()
@@ -111,7 +97,11 @@ class BeamSearch:
         scores = np.logaddexp(blank, label)
         scores = np.concatenate([scores, longer.ravel()])  # (P + P · V,)
         if self.words is not None:
-            scores += self.word_scores()
+            score = np.array([prefix.score for prefix in self.prefixes])  # (P,)
+            ended = np.array([prefix.ended_score for prefix in self.prefixes])
+            gain = ended - score  # of a label that begins a word
+            added = score[:, None] + gain[:, None] * self.begins  # (P, V)
+            scores += np.concatenate([score, added.ravel()])
         best = largest(scores, self.beam)
         self.choose(best, blank, label, longer)
         self.frame += 1
@@ -140,24 +130,12 @@ class BeamSearch:
         is_old = best < count
         old = best[is_old]
         new = best[~is_old] - count
-        prefixes = [self.prefixes[i] for i in old]
-        for i in new.tolist():
-            parent, added = divmod(i, vocabulary)
-            prefix = self.grown(self.prefixes[parent], added)
-            prefixes.append(prefix)
-        self.prefixes = prefixes
+        longer_ones = [divmod(i, vocabulary) for i in new.tolist()]  # prefix, label
+        grown = [self.grown(self.prefixes[i], label) for i, label in longer_ones]
+        self.prefixes = [self.prefixes[i] for i in old] + grown
         never = np.full(len(new), -np.inf)
-        grown = longer.ravel()[new]
         self.after_blank = np.concatenate([blank[old], never])
-        self.after_label = np.concatenate([label[old], grown])
-
-    def word_scores(self) -> np.ndarray:
-        """Return the scores of the finished words of P prefixes, then of P · V longer ones."""
-        score = np.array([prefix.score for prefix in self.prefixes])  # (P,)
-        ended = np.array([prefix.ended_score for prefix in self.prefixes])
-        gain = ended - score  # of a label that begins a word
-        longer = score[:, None] + gain[:, None] * self.begins  # (P, V)
-        return np.concatenate([score, longer.ravel()])
+        self.after_label = np.concatenate([label[old], longer.ravel()[new]])
 
     def grown(self, before: Prefix, label: int) -> Prefix:
         """Return the prefix with one more label: the one that exists, or else a new one."""
@@ -168,23 +146,17 @@ class BeamSearch:
         prefix = Prefix(before, label, self.frame)
         self.known[before, label] = prefix
         if self.words is not None:
-            self.add_unit(prefix, self.units[label], self.words)
+            score, state = before.score, before.state
+            *finished, prefix.word = (before.word + self.units[label]).split(b" ")
+            for word in filter(None, finished):
+                state, gain = self.words.score(state, word)
+                score += gain
+            prefix.score, prefix.state = score, state
+            prefix.ended_score, prefix.ended_state = score, state
+            if prefix.word:
+                prefix.ended_state, gain = self.words.score(state, prefix.word)
+                prefix.ended_score += gain
         return prefix
-
-    @staticmethod
-    def add_unit(prefix: Prefix, unit: bytes, words: WordScorer) -> None:
-        """Give a prefix its unfinished word and its scores, from those of the prefix before it."""
-        before = prefix.before
-        score, state = before.score, before.state
-        *finished, prefix.word = (before.word + unit).split(b" ")
-        for word in filter(None, finished):
-            state, gain = words.score(state, word.decode(errors="replace"))
-            score += gain
-        prefix.score, prefix.state = score, state
-        prefix.ended_score, prefix.ended_state = score, state
-        if prefix.word:
-            prefix.ended_state, gain = words.score(state, prefix.word.decode(errors="replace"))
-            prefix.ended_score += gain
 
     def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
         """Return the score and the labels of each prefix of the beam, the best one first.
@@ -196,11 +168,8 @@ class BeamSearch:
             for i, prefix in enumerate(self.prefixes):
                 end = self.words.finish(prefix.ended_state)
                 scores[i] += prefix.ended_score + end
-        found = []
-        for i in largest(scores, self.beam):
-            labels = labels_with_frames(self.prefixes[i])
-            found.append((float(scores[i]), labels))
-        return found
+        best = largest(scores, self.beam)
+        return [(float(scores[i]), labels_with_frames(self.prefixes[i])) for i in best]
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
@@ -229,7 +198,7 @@ def beam_search(
     lengths: Tensor,
     beam: int,
     units: Sequence[bytes] = (),
-    words: WordScorer | None = None,
+    words: "LanguageModel | None" = None,
 ) -> list[list[int]]:
     """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
     found = []
@@ -265,10 +234,8 @@ class LanguageModel:
             from flashlight.lib.text.decoder.kenlm import KenLM
             from flashlight.lib.text.dictionary import Dictionary
         except ImportError as error:
-            install = "pip install 'dynsize[lm]'"
-            raise ValueError(
-                f"{path}: a language model needs flashlight-text: {install}"
-            ) from error
+            what = "a language model needs flashlight-text: pip install 'dynsize[lm]'"
+            raise ValueError(f"{path}: {what}") from error
         for name, value in dict(weight=weight, bonus=bonus).items():
             if not (isinstance(value, Real) and abs(value) <= LARGEST):
                 raise ValueError(f"{path}: {name} {value}: must be from -{LARGEST} to {LARGEST}")
@@ -296,9 +263,9 @@ class LanguageModel:
         """Return the state at the beginning of an utterance."""
         return self.model.start(False)
 
-    def score(self, state: object, word: str) -> tuple[object, float]:
-        """Return the state after a word, and the word's score."""
-        number = self.numbers.get(word, self.unknown)
+    def score(self, state: object, word: bytes) -> tuple[object, float]:
+        """Return the state after a word in UTF-8, and the word's weighted score."""
+        number = self.numbers.get(word.decode(errors="replace"), self.unknown)
         state, score = self.model.score(state, number)
         if number == self.unknown:
             score = max(score, self.least)

@@ -249,7 +249,7 @@ def test_a_language_model_scores_as_by_hand(arpa, text):
     model = LanguageModel(arpa, LETTERS, weight=0.7, bonus=0.25)
     state, total = model.start(), 0.0
     for word in text.split():
-        state, score = model.score(state, word)
+        state, score = model.score(state, word.encode())
         total += score
     total += model.finish(state)
     expected = 0.7 * math.log(10) * by_hand(text.split()) + 0.25 * len(text.split())
@@ -284,7 +284,7 @@ def test_words_are_scored_for_units_of_every_kind(arpa, units):
 def test_a_model_without_unknown_words_has_a_floor_for_them(arpa):
     arpa.write_text(ARPA.replace("-1.1\t<unk>\n", "").replace("ngram 1=5", "ngram 1=4"))
     model = LanguageModel(arpa, LETTERS, weight=1.0)
-    _, score = model.score(model.start(), "BA")
+    _, score = model.score(model.start(), b"BA")
     assert score == pytest.approx(-1.9 * math.log(10))  # a tenth of B's
     assert "it has no <unk>, so they count" in model.missing(["AB BA"])
     assert "<unk>" not in model.missing(["AB B"])
