@@ -51,10 +51,8 @@ class Header(NamedTuple):
     lost: str  # how the file was cut off, or ''
 
 
-def headers(
-    paths: Iterable[str], corpus: Path
-) -> tuple[dict[str, Header], dict[str, OSError | CorruptAudio]]:
-    """Return the header of each file, and for files that can't be read the reason.
+def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | CorruptAudio]:
+    """Return the header of each file, or the reason why it can't be read.
 
     What was read for this corpus in an earlier run is kept in the user's cache; only files of
     another size or time are opened again. What was read is also kept after an interruption.
@@ -62,25 +60,20 @@ def headers(
     name = sha256(os.fsencode(corpus)).hexdigest()[:16]
     file = files.user_cache() / f"durations-3-{name}"
     kept = read_kept(file)
-    found: dict[str, Header] = {}
-    faults: dict[str, OSError | CorruptAudio] = {}
+    read: dict[str, Header | OSError | CorruptAudio] = {}
     paths = list(dict.fromkeys(paths))
     try:
         with ThreadPool(THREADS) as pool:
-            known = [(path, kept.get(path)) for path in paths]
-            read = pool.imap(header_of, known, 200)
-            bar = tqdm(
-                read, "headers", len(paths), unit=" files", delay=2, leave=False, disable=None
-            )
-            for path, result in zip(paths, bar, strict=True):
-                if isinstance(result, Header):
-                    found[path] = result
-                else:
-                    faults[path] = result
+            results = pool.imap(header_of, [(path, kept.get(path)) for path in paths], 200)
+            options = dict(unit=" files", delay=2, leave=False, disable=None)
+            bar = tqdm(results, "headers", len(paths), **options)
+            for path, header in zip(paths, bar, strict=True):
+                read[path] = header
     finally:
+        found = {path: header for path, header in read.items() if isinstance(header, Header)}
         if any(kept.get(path) != header for path, header in found.items()):
             write_kept(file, kept | found)
-    return found, faults
+    return read
 
 
 def read_kept(file: Path) -> dict[str, Header]:

@@ -92,7 +92,7 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
         corpus.kinds[split] = kind
         bar = tqdm(reader(source, corpus), split, unit="utt", delay=2, leave=False, disable=None)
         listed.append((source, list(bar)))
-    found, faults = headers((entry.path for _, entries in listed for entry in entries), root)
+    found = headers((entry.path for _, entries in listed for entry in entries), root)
     for source, entries in listed:
         before = len(corpus.utterances)
         seen: set[str] = set()  # two splits may have the same ids, as clean and noisy speech
@@ -101,7 +101,7 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
             if entry.id in seen:
                 raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
             seen.add(entry.id)
-            add(corpus, entry, found.get(entry.path) or faults[entry.path], config)
+            add(corpus, entry, found[entry.path], config)
         corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
         if len(corpus.utterances) == before:
             raise ValueError(nothing_in(source, corpus))

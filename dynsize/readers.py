@@ -96,7 +96,7 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
     A line is `NAME CHANNEL SPEAKER START END [<LABEL>] WORDS`.
     """
     sph = folder.parent / "sph"
-    audio = audio_files(sph, listing(sph))
+    audio = audio_files(*next(walk(sph)))
     for where, line in lines(*sorted(folder.glob("*.stm"))):
         if line.startswith(";;"):
             continue
@@ -125,7 +125,7 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
 def common_voice(tsv: Path, notes: Notes) -> Iterator[Entry]:
     """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
     clips = tsv.parent / "clips"
-    audio, columns = audio_files(clips, listing(clips)), []
+    audio, columns = audio_files(*next(walk(clips))), []
     for where, line in lines(tsv):
         values = line.split("\t")
         if not columns:
@@ -436,26 +436,16 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield path, sorted(folders + names)
 
 
-def listing(folder: Path) -> list[str]:
-    """Return the names in a directory that a corpus must have."""
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise ValueError(f"{folder}: can't be listed: {error.strerror}") from error
-
-
 def audio_files(folder: Path | str, names: Sequence[str]) -> dict[str, str]:
     """Return the paths of audio files by their names without ending.
 
     Of several endings the first in `ENDINGS` counts. No name in a list can lead out of a folder.
     """
 
-    def place(name: str) -> int:
-        return PLACES[os.path.splitext(name)[1].lower()]
-
-    known = [name for name in names if os.path.splitext(name)[1].lower() in PLACES]
+    endings = {name: os.path.splitext(name)[1].lower() for name in names}
+    known = [name for name in names if endings[name] in PLACES]
     # The first ending comes last, and stays.
-    known = sorted(sorted(known, reverse=True), key=place, reverse=True)
+    known.sort(key=lambda name: (PLACES[endings[name]], name), reverse=True)
     return {os.path.splitext(name)[0]: f"{folder}/{name}" for name in known}
 
 

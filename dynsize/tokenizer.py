@@ -53,14 +53,11 @@ class Tokenizer:
         """Return labels from 1 to V − 1. Raises ValueError for characters that no unit covers."""
         labels = self.pieces.encode(text)
         if self.unknown in labels:
-            unknown = [c for c in sorted(set(text)) if not c.isspace() and not self.knows(c)]
+            characters = sorted(set("".join(text.split())))
+            unknown = [c for c in characters if self.unknown in self.pieces.encode(c)]
             names = " ".join(map(repr, unknown))
             raise ValueError(f"characters unknown to the tokenizer, {names}, in {quoted(text)}")
         return labels
-
-    def knows(self, character: str) -> bool:
-        """Return whether a character can be written in units."""
-        return self.unknown not in self.pieces.encode(character)
 
     def letters(self) -> set[str]:
         """Return the characters that whole units write, so without those that only bytes write."""
