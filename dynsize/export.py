@@ -13,6 +13,7 @@ import warnings
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,13 +68,10 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
 
 def require_packages(path: Path) -> None:
     """Raise ValueError where a package of the extra `onnx` is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        install = "pip install 'dynsize[onnx]'"
-        raise ValueError(f"{path}: exporting needs {error.name}: {install}") from error
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        if find_spec(package) is None:
+            install = "pip install 'dynsize[onnx]'"
+            raise ValueError(f"{path}: exporting needs {package}: {install}")
 
 
 def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:

@@ -197,10 +197,9 @@ def array_blocks(
     audio: np.ndarray, to_rate: int, sample_rate: int | None, channel: int | None
 ) -> Iterator[np.ndarray]:
     """Yield an array, resampled to `to_rate`. Raises ValueError as `file_blocks` does."""
-    if sample_rate is None:
-        raise ValueError("an array of samples needs its sample_rate")
     if not isinstance(sample_rate, Integral) or not 1 <= sample_rate <= MOST_RATE:
-        raise ValueError(f"sample_rate {sample_rate}: must be a whole number, 1 to {MOST_RATE} Hz")
+        what = f"of an array must be a whole number, 1 to {MOST_RATE} Hz"
+        raise ValueError(f"sample_rate {sample_rate}: {what}")
     if audio.ndim not in (1, 2) or not np.issubdtype(audio.dtype, np.floating):
         found = f"{audio.dtype} of shape {audio.shape}"
         raise ValueError(f"audio must be floats, (samples,) or (samples, channels), not {found}")

@@ -25,13 +25,11 @@ def cut(model: Supernet, size: int) -> Supernet:
     for a size that the supernet can't have.
     """
     if model.size is not None:
-        raise ValueError(
-            f"this network was cut already, to {model.size} layers; cut the supernet it came from"
-        )
+        what = f"was cut already, to {model.size} layers; cut the supernet it came from"
+        raise ValueError(f"this network {what}")
     if not 1 <= size <= model.config.layers:
-        raise ValueError(
-            f"the supernet has no size {size}; sizes are 1 to {model.config.layers} layers"
-        )
+        sizes = f"sizes are 1 to {model.config.layers} layers"
+        raise ValueError(f"the supernet has no size {size}; {sizes}")
     output_layer = model.output_layer(size)
     subnet = Supernet(model.config, output_layer.out_features, model.ranking, size)
     weights = model.encoder.state_dict()
@@ -138,16 +136,13 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
     """
     config = model.config
     front_end = model.encoder.front_end
-    samples = round(seconds * config.sample_rate)
-    frames_in = feature_frames(samples, config)
+    frames_in = feature_frames(round(seconds * config.sample_rate), config)
     frames = front_end.output_frames(frames_in)
     total = front_end_macs(front_end, frames_in, config.mel_bins)
     for layer, kept in enumerate(model.mask(size)):
         if kept:
-            module = layer_module(model, layer)
-            total += layer_macs(module, frames)
-    output_layer = model.output_layer(size)
-    return total + frames * output_layer.weight.numel()
+            total += layer_macs(layer_module(model, layer), frames)
+    return total + frames * model.output_layer(size).weight.numel()
 
 
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -275,15 +277,15 @@ def test_refuses_what_is_no_audio(tmp_path):
             recogniser.transcribe(tmp_path / name)
     wrong = np.full(RATE, np.nan, np.float32)
     for audio, rate, why in (
-        (np.zeros(9, np.float32), None, "needs its sample_rate"),
+        (np.zeros(9, np.float32), None, "sample_rate None: of an array must be"),
         (np.zeros(9, np.int16), RATE, "must be floats"),
         (wrong, RATE, "samples that are no numbers"),
         (np.zeros((2, 9), np.float32), RATE, "this array has 2 samples of 9 channels"),
         (np.zeros((9, 0), np.float32), RATE, "this array has 9 samples of 0 channels"),
-        (np.zeros(9, np.float32), 0, "sample_rate 0: must be a whole number"),
-        (np.zeros(9, np.float32), 10**18, "sample_rate 1000000000000000000: must be"),
+        (np.zeros(9, np.float32), 0, "sample_rate 0: of an array must be a whole number"),
+        (np.zeros(9, np.float32), 10**18, "sample_rate 1000000000000000000: of an"),
         (np.full(RATE, 1e30), RATE, "samples that are no numbers, or above 1e"),
-        (np.zeros(9, np.float32), 8000.5, r"sample_rate 8000\.5: must be"),
+        (np.zeros(9, np.float32), 8000.5, r"sample_rate 8000\.5: of an"),
         ([0.0, 0.1], RATE, "must be a path or a numpy array of floats, not list"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -418,69 +420,68 @@ def of_unknown_length(noise) -> bytes:
     return data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]
 
 
-def samples_piped(data: bytes, monkeypatch) -> int:
-    """Return the number of samples that are read where the bytes come from standard input."""
+@contextmanager
+def piped(data: bytes) -> Iterator[None]:
+    """Let the bytes come from standard input."""
     read_end, write_end = os.pipe()
     with open(write_end, "wb") as other:
         assert other.write(data) < 65536  # what a pipe holds without a reader
-    with open(read_end) as pipe:
-        monkeypatch.setattr(sys, "stdin", pipe)
-        return sum(map(len, file_blocks("-", RATE, None, None)))
+    with open(read_end) as pipe, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", pipe)
+        yield
 
 
-def test_standard_input_is_a_wav_even_one_of_unknown_length(
-    run, noise, of_unknown_length, monkeypatch
-):
+def samples_of(path: str | Path) -> int:
+    """The number of samples that are read."""
+    return sum(map(len, file_blocks(path, RATE, None, None)))
+
+
+def test_standard_input_is_a_wav_even_one_of_unknown_length(run, noise, of_unknown_length):
     recogniser = dynsize.load(run)
-    for stream in (noise.read_bytes(), of_unknown_length):
-        read_end, write_end = os.pipe()
-        with open(read_end) as pipe:
-            with open(write_end, "wb") as other:
-                assert other.write(stream) < 65536  # what a pipe holds without a reader
-            monkeypatch.setattr(sys, "stdin", pipe)
+    for data in (noise.read_bytes(), of_unknown_length):
+        with piped(data):
             assert recogniser.transcribe("-") == recogniser.transcribe(noise)
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff", "au"])
-def test_standard_input_has_every_format_that_a_file_has(tmp_path, monkeypatch, ending):
+def test_standard_input_has_every_format_that_a_file_has(tmp_path, ending):
     audio = 0.1 * np.random.default_rng(0).standard_normal(RATE)
     file = tmp_path / f"a.{ending}"
     soundfile.write(file, audio, RATE)
-    assert samples_piped(file.read_bytes(), monkeypatch) == RATE
+    with piped(file.read_bytes()):
+        assert samples_of("-") == RATE
     os.mkfifo(tmp_path / "pipe")
     with ThreadPool(1) as other:
         written = other.apply_async((tmp_path / "pipe").write_bytes, [file.read_bytes()])
-        assert sum(map(len, file_blocks(tmp_path / "pipe", RATE, None, None))) == RATE
+        assert samples_of(tmp_path / "pipe") == RATE
         assert written.get()
 
 
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path, monkeypatch):
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path):
     loud, quiet = np.random.default_rng(0).uniform(-0.9, 0.9, (2, 10 * RATE))
     audio = np.concatenate([loud, 0.001 * quiet])
     soundfile.write(tmp_path / "a.mp3", audio, RATE, bitrate_mode="VARIABLE")
     data = (tmp_path / "a.mp3").read_bytes()
-    (tmp_path / "a.mp3").write_bytes(
-        data[data.index(data[:2], 100) :]
-    )  # its first frame tells the length
-    read = sum(map(len, file_blocks(tmp_path / "a.mp3", RATE, None, None)))
-    assert read == pytest.approx(len(audio), abs=2 * 1152)
+    second = data.index(data[:2], 100)  # the first frame tells the length
+    (tmp_path / "a.mp3").write_bytes(data[second:])
+    assert samples_of(tmp_path / "a.mp3") == pytest.approx(len(audio), abs=2 * 1152)
 
 
 def test_standard_input_that_is_no_audio_is_refused(monkeypatch):
     for data, why in [(b"", "is empty"), (b"text\n" * 99, "not audio that can be read: [^<]*$")]:
-        with pytest.raises(ValueError, match=f"^standard input: {why}"):
-            samples_piped(data, monkeypatch)
+        with pytest.raises(ValueError, match=f"^standard input: {why}"), piped(data):
+            samples_of("-")
     monkeypatch.setattr("dynsize.audio.MOST_PIPED", 100)
-    with pytest.raises(ValueError, match=r"^standard input: more than 0\.0 GB"):
-        samples_piped(bytes(200), monkeypatch)
+    with pytest.raises(ValueError, match=r"^standard input: more than 0\.0 GB"), piped(bytes(200)):
+        samples_of("-")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match=r"^standard input: is closed"):
-        list(file_blocks("-", RATE, None, None))
+        samples_of("-")
     _, terminal = os.openpty()
     with open(terminal) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(ValueError, match=r"^standard input: is a terminal"):
-            list(file_blocks("-", RATE, None, None))
+            samples_of("-")
 
 
 def test_the_command_is_a_module_too(run, noise, of_unknown_length):

@@ -1,13 +1,10 @@
-"""Cutting, costs, and checkpoints of supernets and subnets."""
-
-import random
+"""Cutting subnets out of a supernet, and what they cost."""
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import network, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynsize import checkpoint
 from dynsize.conformer import FRONT_ENDS
 from dynsize.features import feature_frames, log_mel
 from dynsize.subnet import (
@@ -21,17 +18,10 @@ from dynsize.subnet import (
     widened,
 )
 from dynsize.supernet import Supernet
-from dynsize.tokenizer import train_tokenizer
 
 
-def supernet(seed: int = 0, labels: int = 7, **changes) -> Supernet:
-    torch.manual_seed(seed)
-    model = Supernet(tiny(**changes), labels).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn_like(weight))
-    random.Random(seed).shuffle(model.ranking)
-    return model
+def supernet(**changes) -> Supernet:
+    return network(**changes).float()
 
 
 def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
@@ -127,54 +117,3 @@ def test_latencies_are_from_samples_to_log_probabilities(monkeypatch):
 
 def test_layer_names():
     assert [layer_name(layer) for layer in (0, 9, 23)] == ["1.ff1", "3.conv", "6.ff2"]
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    tokenizer = train_tokenizer(["LOW MID"], 12)
-    checkpoint.save(tmp_path / "a.pt", supernet(labels=tokenizer.labels), tokenizer)
-    before = (tmp_path / "a.pt").read_bytes()
-
-    def full(content, file):
-        file.write(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        checkpoint.save(tmp_path / "a.pt", supernet(1, labels=tokenizer.labels), tokenizer)
-    assert (tmp_path / "a.pt").read_bytes() == before
-
-
-class Malicious:
-    def __reduce__(self):
-        return (print, ("this code ran",))
-
-
-def test_bad_checkpoints_are_named(tmp_path, capsys):
-    tokenizer = train_tokenizer(["LOW MID"], 12)
-    good = tmp_path / "good.pt"
-    checkpoint.save(good, supernet(labels=tokenizer.labels), tokenizer)
-    data = good.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    torch.save(Malicious(), tmp_path / "code.pt")
-    content = torch.load(good, weights_only=True)
-    torch.save(content | {"weights": {}}, tmp_path / "weights.pt")
-    torch.save(content | {"config": content["config"] | {"kernel": 4}}, tmp_path / "config.pt")
-    weights = {name: w for name, w in content["weights"].items() if name != "_extra_state"}
-    torch.save(content | {"weights": weights}, tmp_path / "ranking.pt")
-    for name in (
-        "cut",
-        "text",
-        "empty",
-        "other",
-        "code",
-        "weights",
-        "config",
-        "ranking",
-        "missing",
-    ):
-        with pytest.raises(ValueError, match=f"{name}.pt"):
-            checkpoint.load(tmp_path / f"{name}.pt")
-    assert "this code ran" not in capsys.readouterr().out
