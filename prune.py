@@ -301,7 +301,10 @@ def write_subnets(
     files = {size: path_of(loaded, f"size-{size}.pt", options) for size in subnets}
     written = [*files.values()]
     if options.export:
-        for file in onnx_paths(loaded, files.values(), options):
+        onnx = onnx_paths(loaded, files.values(), options)
+        if loaded.model.size is None:
+            export.require_torch(onnx[0])
+        for file in onnx:
             export.require_packages(file)
             written += [file, int8_path(file)] if options.int8 else [file]
     for file in written:

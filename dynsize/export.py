@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-6  # added to the scaled mel energies in the graph
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
+TORCH = "2.13"  # the oldest that exports layers which don't always run
 BATCHES = {1: [4.0], 2: [1.0, 0.4], 5: [0.7, 0.02, 2.0, 0.3, 1.1]}  # utterances → seconds of each
 
 
@@ -51,10 +52,12 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     """Write an ONNX file of one size of a network, or with `size` None of all its sizes.
 
     The file computes in float32. It gets its name after it gave the checkpoint's log-probabilities.
-    Raises ValueError where a package of the extra `onnx` is missing, for a size that the network
-    can't have, and where results differ; then there is no file.
+    Raises ValueError where a package of the extra `onnx` is missing, where torch is too old for all
+    sizes, for a size that the network can't have, and where results differ; then there is no file.
     """
     require_packages(path)
+    if size is None:
+        require_torch(path)
     model = copy.copy(loaded.model).cpu().eval()
     if size is not None and model.size is None:
         model = cut(model, size)
@@ -72,6 +75,13 @@ def require_packages(path: Path) -> None:
         if find_spec(package) is None:
             install = "pip install 'dynsize[onnx]'"
             raise ValueError(f"{path}: exporting needs {package}: {install}")
+
+
+def require_torch(path: Path) -> None:
+    """Raise ValueError where this torch can't export all sizes into one file."""
+    if torch.__version__ < TORCH:  # by numbers: torch compares versions, not texts
+        needs = f"all sizes in one file need torch {TORCH} or newer, this is {torch.__version__}"
+        raise ValueError(f"{path}: {needs}; prune.py RUN/size-K.pt --export onnx writes one size")
 
 
 def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:

@@ -51,6 +51,8 @@ def saved(folder: Path, **changes) -> checkpoint.Checkpoint:
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory) -> checkpoint.Checkpoint:
     """A supernet with `supernet.onnx` and `supernet-int8.onnx` beside it. Not to be changed."""
+    if torch.__version__ < exporting.TORCH:
+        pytest.skip(f"all sizes in one file need torch {exporting.TORCH}")
     folder = tmp_path_factory.mktemp("supernet")
     loaded = saved(folder, rotary=True)
     export(loaded, None, folder / "supernet.onnx")
@@ -226,6 +228,16 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, tmp_path, monkeypa
     for flags in ([], ["--export", "onnx", "--ranking", "first"]):
         code, _, error = prune(tmp_path / "size-2.pt", *flags)
         assert code == 2 and "was cut already, to 2 layers; --export onnx writes" in error
+
+
+def test_all_sizes_in_one_file_name_the_torch_they_need(prune, tmp_path, monkeypatch):
+    loaded = saved(tmp_path)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0+cpu"))
+    code, _, error = prune(loaded.path, "--export", "onnx")
+    assert code == 2 and "need torch 2.13 or newer, this is 2.11.0+cpu" in error
+    with pytest.raises(ValueError, match="all sizes in one file need"):
+        export(loaded, None, tmp_path / "supernet.onnx")
+    assert list(tmp_path.iterdir()) == [loaded.path]
 
 
 def test_a_changed_byte_is_noticed(single, tmp_path):
