@@ -156,7 +156,10 @@ def kernel(
     log_z = finite + tl.log(tl.sum(tl.exp(end - finite), 0))
     tl.store(loss_ptr + n, -(log_z + total))
     if grad_ptr is not None:
-        tl.debug_barrier()  # what follows loads α that other threads may have stored
+        # Each α is loaded by the thread that stored it: compiled, all arrays of states have one
+        # layout. On AMD that matters, as a barrier there waits for no store (no vmcnt(0) for
+        # gfx942), and only a thread's own are certain to be seen.
+        tl.debug_barrier()
         grad = grad_ptr + n * frames * vocabulary
         if tl.abs(log_z) < float("inf"):  # false for NaN as well
             sweep(log_probs, labels, alpha, grad, length, last, -log_z, vocabulary, 1, STATES)
@@ -193,6 +196,7 @@ def launch(log_probs, lengths, labels, label_lengths, differentiate: bool) -> tu
         raise ValueError(told)
     loss, grad = outputs(log_probs, lengths, labels, label_lengths, differentiate)
     alpha = log_probs.new_empty(n, frames, width, dtype=torch.float32)
+    assert alpha.is_contiguous() and loss.is_contiguous() and grad.is_contiguous()
     states = max(32, triton.next_power_of_2(width))
     if n > 0:
         with torch.cuda.device_of(log_probs):

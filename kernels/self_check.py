@@ -18,11 +18,12 @@ from dynsize.kernels import reference
 
 # The largest error that counts as right, relative to the largest number of its tensor. One rounding
 # to float16 is 5e-4 and to bfloat16 2e-3; in float32, CTC's sums of logarithms are off by 7e-5.
-TOLERANCE = {
-    torch.float32: 3e-4,
-    torch.float16: 2e-3,
-    torch.bfloat16: 8e-3,
-}
+ROUNDED = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
+TOLERANCE = dict(
+    gated_residual_layer_norm=ROUNDED | {torch.float32: 1e-4},
+    ctc_loss=ROUNDED | {torch.float32: 3e-4},
+    relaxed_top_k=ROUNDED | {torch.float32: 1e-4},
+)
 
 LABELS = (10, 200)  # of CTC's utterances
 
@@ -44,9 +45,10 @@ def compare(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tup
     except Exception as failure:  # compilers raise errors of many kinds
         lines = str(failure).strip().splitlines() or [""]
         return math.inf, f"{type(failure).__name__}: {lines[-1]}"
-    if error <= TOLERANCE[dtype]:  # false for NaN
+    tolerance = TOLERANCE[op][dtype]
+    if error <= tolerance:  # false for NaN
         return error, ""
-    return error, f"its error is {error:.1e}, above {TOLERANCE[dtype]:.0e}"
+    return error, f"its error is {error:.1e}, above {tolerance:.0e}"
 
 
 def residual_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
@@ -78,7 +80,8 @@ def residual_error(device: torch.device, dtype: torch.dtype, width: int) -> floa
 def ctc_error(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Return the largest error of `ctc_loss` for logits of `dtype`, with 10 and with 200 labels.
 
-    Of 200 labels, several warps share the states of a frame; few labels have one warp.
+    Of 200 labels, several warps share the states of a frame; few labels have one warp. One
+    utterance has all the labels, and one frame more than they fit into; the others are short.
     """
     importlib.import_module("dynsize.kernels.ctc")
 
@@ -93,12 +96,12 @@ def ctc_error(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
     errors = []
     for most in LABELS:
-        frames = most + 3
+        frames = most + 2
         logits = normal_on(device)(3, frames, 7).to(dtype)
-        lengths = torch.tensor([frames, frames - 3, 9], device=device)
+        lengths = torch.tensor([frames, 12, 9], device=device)
         labels = torch.arange(3 * most, device=device).view(3, most) % 6 + 1  # none twice in a row
         labels[0, 1] = labels[0, 0]
-        label_lengths = torch.tensor([most, most - 5, 0], device=device)
+        label_lengths = torch.tensor([most, 5, 0], device=device)
         errors.append(largest_error(ours, truth, [logits, lengths, labels, label_lengths]))
     return max(errors)
 
