@@ -282,6 +282,9 @@ def test_bad_lines_of_kaldi_are_named(tmp_path, file, line):
     path.write_text(re.sub("bert-1.*", line, path.read_text()))
     with pytest.raises(ValueError, match=f"{file}:2: "):
         read(tmp_path / "corpus")
+    path.with_name("text").unlink()
+    with pytest.raises(ValueError, match=r"wav\.scp:1: no file `text` beside it"):
+        read(tmp_path / "corpus")
 
 
 def test_segments_beyond_their_file_are_left_out_and_a_little_is_cut(tmp_path):
@@ -409,13 +412,6 @@ def test_what_a_manifest_lacks_is_told_with_its_number(tmp_path, content, which,
     write_manifest(tmp_path, content, indent=1)
     with pytest.raises(ValueError, match=rf"train\.json: utterance {which}: .*{words}"):
         read(tmp_path)
-
-
-def test_a_kaldi_corpus_without_texts_is_refused(tmp_path):
-    kaldi = write_corpus(tmp_path / "kaldi", "kaldi")
-    (kaldi / "train/text").unlink()
-    with pytest.raises(ValueError, match=r"wav\.scp:1: no file `text` beside it"):
-        read(kaldi)
 
 
 def test_an_utterance_without_an_id_has_the_name_of_its_file(tmp_path):
