@@ -16,7 +16,7 @@ from dynsize.algorithms import ALGORITHMS, every_other, shuffled
 from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
 from dynsize.kernels import layer_gates
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
-from dynsize.steps import Update, extra_loss, gates_of, planned, sandwich
+from dynsize.steps import Update, gates_of, sandwich
 from dynsize.supernet import Supernet
 
 
@@ -210,25 +210,6 @@ def test_schedules_of_ortho_softmax():
     assert weights[0] == 0 and weights[50] == 0.5 and weights[100:] == [1.0] * 100
     sizes = Counter(ortho_softmax.size_at(update, config) for update in range(200))
     assert set(sizes) == {3, 5} and min(sizes.values()) > 70
-
-
-@pytest.mark.parametrize("method", ALGORITHMS)
-@pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
-def test_no_network_of_an_update_waits_for_the_device(method, relaxation, monkeypatch):
-    """On the `meta` device a value that is read, or a tensor that lies elsewhere, raises."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no `meta`
-    config = tiny(method=method, relaxation=relaxation)
-    model = Supernet(config, 7).to("meta")
-    features = torch.zeros(2, 30, 12, device="meta")
-    lengths, seeds = torch.zeros(2, 2, dtype=torch.int64, device="meta")
-    for number in (0, step1_updates(config) - 1, config.updates - 1):
-        update = planned(model, number)
-        gates = gates_of(update, model, seeds)
-        log_probs, _ = model(features, lengths, list(update.weights), gates, seeds)
-        (log_probs.sum() + extra_loss(update, model)).backward()
-    assert model.scores.grad.is_meta
-    with pytest.raises(RuntimeError):
-        ALGORITHMS[method].rank(model.scores, model.ranking, 0, config)  # this one waits
 
 
 def test_every_algorithm_has_default_settings():

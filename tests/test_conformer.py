@@ -1,10 +1,5 @@
 """The encoder: one forward for all sizes against separate forwards, padding, what is computed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,40 +59,15 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
     )
 
 
-# Every width, kernel, and batch × frames that training may meet, of which 14 once never returned.
-SHAPES = """
-import itertools, torch
-from conftest import computed_rows, network, tiny, utterances
-from dynsize.conformer import Convolution, depthwise_on_cpu
-torch.set_num_threads(2)
-widths = (24, 32, 48, 64, 80, 96, 128, 144, 192, 256, 384, 512)
-inputs = [(3, 62), (1, 97), (5, 41), (7, 23), (2, 151)]
-inputs += [(3, 125), (4, 63), (9, 31), (6, 87), (11, 50)]
-for width, kernel in itertools.product(widths, (15, 31)):
-    layer = Convolution(tiny(width=width, kernel=kernel))
-    for rows, frames in inputs:
-        x = torch.randn(rows, frames, width, requires_grad=True)
-        for enabled in (True, False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                x_in = x.bfloat16() if enabled else x
-                depthwise_on_cpu(x_in, layer.depthwise).sum().backward()
-        print(width, kernel, rows, frames, flush=True)
-"""
-
-
-def test_the_depthwise_convolution_returns_for_every_shape():
-    """A child process computes 240 shapes in both precisions, and is killed if it hangs."""
-    command = [sys.executable, "-c", SHAPES]
-    folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parent)])
-    environment = os.environ | dict(OMP_NUM_THREADS="2", PYTHONPATH=path)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        try:
-            output, _ = child.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            output, _ = child.communicate()
-    assert child.returncode == 0 and len(output.splitlines()) == 240, output[-100:]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_depthwise_convolution_is_float32_under_autocast(dtype):
+    """In bfloat16, oneDNN's kernel never returns for some shapes."""
+    layer = Convolution(tiny())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            depthwise_on_cpu(torch.randn(3, 11, 16, dtype=dtype), layer.depthwise).dtype
+            == torch.float32
+        )
 
 
 def test_the_stream_is_float32_under_autocast(monkeypatch):

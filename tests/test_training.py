@@ -442,12 +442,6 @@ def test_loader_processes_read_the_same_batches(tones, tmp_path):
     assert same(*weights)
 
 
-def test_checkpoints_of_a_run_can_be_loaded(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", updates=3)
-    weights = weights_after(run)
-    assert same(dict(checkpoint.load(tmp_path / "run").model.named_parameters()), weights)
-
-
 class Copies(TorchDispatchMode):
     """Counts the copies of tensors from the CPU to another device."""
 
