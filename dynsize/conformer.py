@@ -468,20 +468,13 @@ def count_keeping(by_network: Gates, layer: int) -> int:
 def part(streams: Sequence[int], by_network: Gates) -> list[int]:
     """Return the stream of each network after a layer with these gates.
 
-    Two networks stay one stream where they were one and have the same gate.
+    Two networks stay one stream where they were one and both have the gate True, or both False. The
+    values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
     """
     parted = [0]
     for i in range(1, len(streams)):
-        together = streams[i] == streams[i - 1] and same(by_network[i], by_network[i - 1])
+        pair = by_network[i - 1 : i + 1]
+        same_gate = all(isinstance(gate, bool) for gate in pair) and pair[0] == pair[1]
+        together = streams[i] == streams[i - 1] and same_gate
         parted.append(parted[-1] if together else parted[-1] + 1)
     return parted
-
-
-def same(first: Gate, second: Gate) -> bool:
-    """Return whether two gates are known to be equal: both True, or both False.
-
-    The values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
-    """
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return False
-    return first == second

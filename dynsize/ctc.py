@@ -101,8 +101,10 @@ class CtcLoss(torch.autograd.Function):
         frames = log_probs.shape[1]
         last_frame = lengths - 1  # (N,)
         last_state = 2 * label_lengths  # (N,)
-        extended = with_blanks(labels)  # (N, S)
-        outside = after(last_state, extended.shape[1])  # (N, S)
+        states = 2 * labels.shape[1] + 1  # S
+        extended = labels.new_full((len(labels), states), BLANK)  # (N, S)
+        extended[:, 1::2] = labels
+        outside = after(last_state, states)  # (N, S)
         extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
         by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
@@ -111,7 +113,7 @@ class CtcLoss(torch.autograd.Function):
         alpha, beta, largest = forward_backward(emitted, extended, last_frame, last_state)
         utterance = torch.arange(len(alpha), device=alpha.device)
         at_end = alpha[utterance, last_frame]  # (N, S)
-        state = torch.arange(extended.shape[1], device=labels.device)  # (S,)
+        state = torch.arange(states, device=labels.device)  # (S,)
         before_last = last_state - 1  # the last label; the last state is the blank after it
         final = (state == last_state[:, None]) | (state == before_last[:, None])
         log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
@@ -139,14 +141,6 @@ class CtcLoss(torch.autograd.Function):
         return log_probs_grad.to(ctx.dtype), None, None, None
 
 
-def with_blanks(labels: Tensor) -> Tensor:
-    """Return (N, S) from (N, U) labels: a blank before, between and after them."""
-    utterances, count = labels.shape
-    extended = labels.new_full((utterances, 2 * count + 1), BLANK)
-    extended[:, 1::2] = labels
-    return extended
-
-
 def after(last: Tensor, size: int) -> Tensor:
     """Return (N, size): True from the place after `last`, (N,), on."""
     place = torch.arange(size, device=last.device)
@@ -168,34 +162,34 @@ def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
 
 
 def forward_backward(
-    emitted: Tensor, labels: Tensor, last_frame: Tensor, last_state: Tensor
+    emitted: Tensor, extended: Tensor, last_frame: Tensor, last_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return α and β of every frame and state, (N, T, S), and what was subtracted from α, (N, T).
 
-    `emitted`: (N, T, S) log-probabilities, −inf outside the states of an utterance. `labels`:
+    `emitted`: (N, T, S) log-probabilities, −inf outside the states of an utterance. `extended`:
     (N, S). `last_frame`, `last_state`: (N,); β is undefined past them.
     """
     reverse = flipped(emitted, last_frame, dim=1)
     reverse = flipped(reverse, last_state, dim=2)
-    outside = after(last_state, labels.shape[1])  # (N, S)
+    outside = after(last_state, extended.shape[1])  # (N, S)
     reverse = reverse.masked_fill(outside[:, None], -torch.inf)
-    reverse_labels = flipped(labels, last_state, dim=1)
+    reverse_extended = flipped(extended, last_state, dim=1)
     both = torch.cat([emitted, reverse])  # (2N, T, S)
-    both_labels = torch.cat([labels, reverse_labels])  # (2N, S)
-    variables, largest = forward_variables(both, both_labels)
+    both_extended = torch.cat([extended, reverse_extended])  # (2N, S)
+    variables, largest = forward_variables(both, both_extended)
     alpha, beta = variables.chunk(2)
     beta = flipped(beta, last_frame, dim=1)
     beta = flipped(beta, last_state, dim=2)
     return alpha, beta, largest[: len(alpha)]
 
 
-def forward_variables(emitted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def forward_variables(emitted: Tensor, extended: Tensor) -> tuple[Tensor, Tensor]:
     """Return α of every frame and state, (N, T, S), and what was subtracted in each frame, (N, T).
 
-    `emitted`: (N, T, S) log-probabilities. `labels`: (N, S).
+    `emitted`: (N, T, S) log-probabilities. `extended`: (N, S), labels with blanks around them.
     """
-    label = labels[:, 2:]  # (N, S − 2)
-    two_before = labels[:, :-2]
+    label = extended[:, 2:]  # (N, S − 2)
+    two_before = extended[:, :-2]
     may_skip = (label != BLANK) & (label != two_before)
     skip_penalty = emitted.new_zeros(may_skip.shape)
     skip_penalty = skip_penalty.masked_fill(~may_skip, -torch.inf)

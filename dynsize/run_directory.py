@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import IO
 
 from dynsize import checkpoint, files
@@ -94,6 +95,21 @@ def log(run: Path, record: dict) -> None:
     line = json.dumps(record, allow_nan=False)
     with open(run / METRICS, "a") as file:
         file.write(line + "\n")
+
+
+def mean_of(records: list[dict]) -> dict:
+    """Return one line of metrics.jsonl: the last record, with sums and means of all of them."""
+    losses: dict[int, list[float]] = {}
+    for record in records:
+        for size, loss in record.get("losses", {}).items():
+            losses.setdefault(size, []).append(loss)
+    line = dict(records[-1])
+    line["losses"] = {size: fmean(values) for size, values in losses.items()}
+    for name in ("seconds", "audio_seconds", "waiting"):
+        line[name] = sum(record[name] for record in records)
+    line["audio_seconds_per_second"] = line["audio_seconds"] / line["seconds"]
+    line["padding"] = fmean(record["padding"] for record in records)
+    return line
 
 
 def forget_after(run: Path, update: int) -> list[dict]:

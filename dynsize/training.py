@@ -145,7 +145,7 @@ class Trainer:
             record["seconds"] = time.perf_counter() - start
             logged.append(record)
             if self.due(config.log_every):
-                self.log(mean_of(logged))
+                self.log(run_directory.mean_of(logged))
                 logged = []
             late = time.monotonic() - saved > 60 * config.save_minutes
             due = self.due(config.save_every) or self.due(config.validate_every)
@@ -473,21 +473,6 @@ class Trainer:
         if self.done != self.saved:
             self.save()
         raise error
-
-
-def mean_of(records: list[dict]) -> dict:
-    """Return one line of metrics.jsonl: the last record, with sums and means of all of them."""
-    losses: dict[int, list[float]] = {}
-    for record in records:
-        for size, loss in record.get("losses", {}).items():
-            losses.setdefault(size, []).append(loss)
-    line = dict(records[-1])
-    line["losses"] = {size: fmean(values) for size, values in losses.items()}
-    for name in ("seconds", "audio_seconds", "waiting"):
-        line[name] = sum(record[name] for record in records)
-    line["audio_seconds_per_second"] = line["audio_seconds"] / line["seconds"]
-    line["padding"] = fmean(record["padding"] for record in records)
-    return line
 
 
 def wait_for(*values: Tensor) -> list[list[float]]:

@@ -162,11 +162,10 @@ def test_gradients_of_ortho_softmax_are_finite_differences(seed, update):
     assert large.grad.isfinite().all()
 
 
-@given(
-    st.lists(
-        st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=5), min_size=5, max_size=5
-    )
-)
+five_scores = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=5)
+
+
+@given(st.lists(five_scores, min_size=5, max_size=5))
 def test_ortho_softmax_ranks_row_by_row(rows):
     """Each row takes its largest layer that no earlier row took; of equal ones the lower one."""
     taken = []
@@ -184,9 +183,8 @@ def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
     assert len(scores.unique(dim=0)) == 24  # equal rows would have equal gradients
     other = dataclasses.replace(config, seed=4)
     assert not torch.equal(scores, ortho_softmax.initial_scores(other))
-    useful = torch.linspace(0, 1, 24)[
-        torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    ]
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    useful = torch.linspace(0, 1, 24)[order]
     optimizer = torch.optim.Adam([scores], betas=(0.9, config.beta2))
     for update in range(step1_updates(config)):
         weights = torch.stack(ortho_softmax.layer_weights(scores, [], update, config))
@@ -239,14 +237,13 @@ def test_k_falls_in_equal_spans(method, updates, delta, smallest, share):
     config = tiny(updates=updates, delta=delta, sizes=(smallest, 8), step1_share=share)
     config = dataclasses.replace(config, method=method)
     ks = [size_at_span_end(update, config) for update in range(step1_updates(config))]
-    expected = [
-        max(8 - delta * i, smallest) for i in range(1, 1 + math.ceil((8 - smallest) / delta))
-    ]
+    spans = math.ceil((8 - smallest) / delta)
+    expected = [max(8 - delta * i, smallest) for i in range(1, 1 + spans)]
     assert [ALGORITHMS[method].size_at(update, config) for update in range(len(ks))] == ks
-    spans = Counter(ks)
-    if len(ks) >= len(expected):
-        assert ks == sorted(ks, reverse=True) and list(spans) == expected
-        assert max(spans.values()) - min(spans.values()) <= 1
+    updates_of = Counter(ks)
+    if len(ks) >= spans:
+        assert ks == sorted(ks, reverse=True) and list(updates_of) == expected
+        assert max(updates_of.values()) - min(updates_of.values()) <= 1
 
 
 @given(st.integers(2, 12), st.data())
@@ -278,9 +275,8 @@ def test_sandwich_rule():
         assert list(of_update) == sorted(of_update, reverse=True)
         assert len(of_update) == 3 and of_update[8] == 1.0 and of_update[2] == 0.3
     between = Counter(list(of_update)[1] for of_update in drawn)
-    assert set(between) == {3, 5} and abs(between[3] - 2000) < 4 * math.sqrt(
-        1000
-    )  # 4 standard deviations
+    assert set(between) == {3, 5}
+    assert abs(between[3] - 2000) < 4 * math.sqrt(1000)  # 4 standard deviations
     assert drawn[17] == weights(17, 2, 3, 5, 8)
     assert drawn != [weights(update, 2, 3, 5, 8, seed=1) for update in range(4000)]
     assert weights(0, 4, 8) == {8: 1.0, 4: 0.3}
@@ -311,9 +307,8 @@ def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
 def test_learning_rate():
     config = tiny(updates=1000, peak_learning_rate=1.0, warmup=0.45, cooldown=0.45)
     rates = [learning_rate(update, config) for update in range(1000)]
-    assert rates[0] == pytest.approx(0.01, abs=0.003) and rates[449] == max(rates) == pytest.approx(
-        1.0
-    )
+    assert rates[0] == pytest.approx(0.01, abs=0.003)
+    assert rates[449] == max(rates) == pytest.approx(1.0)
     assert rates[224] == pytest.approx(0.505, abs=0.003) and rates[899] == pytest.approx(0.01)
     assert rates[:450] == sorted(rates[:450]) and rates[450:] == sorted(rates[450:], reverse=True)
     assert rates[-1] == pytest.approx(1e-8)

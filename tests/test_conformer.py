@@ -36,12 +36,8 @@ def test_a_gate_of_zero_is_a_pruned_layer():
     features, lengths = utterances(model, [21])
     mask = model.mask(5)
     zeros = [True if kept else torch.zeros(1, dtype=torch.float64) for kept in mask]
-    torch.testing.assert_close(
-        model(features, lengths, [8], [zeros])[0],
-        model(features, lengths, [8], [mask])[0],
-        rtol=0,
-        atol=0,
-    )
+    outputs = [model(features, lengths, [8], [gates])[0] for gates in (zeros, mask)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [1, 5, 31])
@@ -51,12 +47,9 @@ def test_depthwise_convolution_is_conv1d(kernel, width):
     layer = Convolution(tiny(kernel=kernel, width=width)).double()
     x = torch.randn(3, 11, width, dtype=torch.float64)
     weight, bias = layer.depthwise.weight, layer.depthwise.bias
-    expected = F.conv1d(
-        x.transpose(1, 2), weight, bias, padding=kernel // 2, groups=width
-    ).transpose(1, 2)
-    torch.testing.assert_close(
-        depthwise_on_cpu(x, layer.depthwise), expected, rtol=1e-12, atol=1e-12
-    )
+    expected = F.conv1d(x.mT, weight, bias, padding=kernel // 2, groups=width).mT
+    ours = depthwise_on_cpu(x, layer.depthwise)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,8 +116,7 @@ def test_dropout_differs_by_layer_and_utterance_and_is_one_for_all_sizes(monkeyp
     assert len(set(seen)) == len(seen) == 2 * 8
     for i, size in enumerate((8, 5, 3)):
         for row in range(2):
-            alone, _ = model(
-                features[row : row + 1], lengths[row : row + 1], [size], seeds=seeds[row : row + 1]
-            )
+            one = slice(row, row + 1)
+            alone, _ = model(features[one], lengths[one], [size], seeds=seeds[one])
             torch.testing.assert_close(alone[0, 0], together[i, row], rtol=0, atol=1e-9)
     assert not torch.equal(together, model(features, lengths, [8, 5, 3])[0])

@@ -37,22 +37,36 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A corpus of tones to be damaged."""
+    return write_tones(tmp_path / "corpus")
+
+
+def damage_dev(root: Path) -> None:
+    """Damage two dev utterances: one is found when listing, one when decoding."""
+    folder = root / "dev-clean" / "1" / "7"
+    (folder / "1-7-0002.flac").write_bytes(b"")
+    file = folder / "1-7-0003.flac"
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
 def lines(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        dict(relaxation="straight-through"),
-        dict(relaxation="soft"),
-        dict(method="iterative-zero-out", delta=2, score_rate=500.0),
-        dict(method="ortho-softmax", score_rate=500.0),
-        dict(method="layerdrop", shared_output_layer=True),
-        dict(method="none", sizes=(8,), size=5),
-    ],
-    ids=lambda changes: " ".join(map(str, changes.values())),
-)
+METHODS = {
+    "straight-through": dict(),
+    "soft": dict(relaxation="soft"),
+    "iterative-zero-out": dict(method="iterative-zero-out", delta=2, score_rate=500.0),
+    "ortho-softmax": dict(method="ortho-softmax", score_rate=500.0),
+    "layerdrop": dict(method="layerdrop", shared_output_layer=True),
+    "none": dict(method="none", sizes=(8,), size=5),
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@every_method
 @pytest.mark.parametrize("stop", [3, 7, 10])  # in step 1, with step 2 just begun, later in it
 def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method):
     unbroken = trainer(tones, tmp_path / "unbroken", **method, dropout=0.2)
@@ -68,18 +82,15 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method
     assert resumed.done == stop
     assert same(weights_after(resumed), expected)
     assert resumed.model.ranking == unbroken.model.ranking
-    assert [line["update"] for line in lines(tmp_path / "broken")] == [
-        line["update"] for line in lines(tmp_path / "unbroken")
-    ]
+    broken, unbroken = lines(tmp_path / "broken"), lines(tmp_path / "unbroken")
+    assert [line["update"] for line in broken] == [line["update"] for line in unbroken]
     other = trainer(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
     assert not same(weights_after(other), expected)
 
 
 def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
-    run = trainer(
-        tones, tmp_path / "run", method="iterative-zero-out", delta=2, score_rate=300.0, updates=20,
-        step1_share=0.6, validate_every=20, save_every=20,
-    )  # fmt: skip
+    changes = dict(method="iterative-zero-out", delta=2, score_rate=300.0, step1_share=0.6)
+    run = trainer(tones, tmp_path / "run", updates=20, validate_every=20, save_every=20, **changes)
     start, survivors, computed = run.model.scores.detach().clone(), [], []
     for record in run.updates():
         if record["step"] == 1:
@@ -92,16 +103,9 @@ def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path
 
 
 def test_the_sparsity_loss_alone_lowers_the_weights_of_the_survivors(tones, tmp_path):
-    run = trainer(
-        tones,
-        tmp_path / "run",
-        method="iterative-zero-out",
-        score_rate=300.0,
-        subnet_loss=0.0,
-        updates=9,
-    )
-    records = run.updates()
-    next(records)
+    changes = dict(method="iterative-zero-out", score_rate=300.0, subnet_loss=0.0, updates=9)
+    run = trainer(tones, tmp_path / "run", **changes)
+    next(run.updates())
     assert (run.model.scores < run.config.initial_score).all()
 
 
@@ -111,46 +115,25 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     supernet.model.ranking = [6, 2, 0, 1, 3, 4, 5, 7]
     supernet.save()
     source = str(tmp_path / "supernet") if layers_from else ""
-    run = trainer(
-        tones, tmp_path / "run", method="none", sizes=(8,), size=3, layers_from=source, updates=3
-    )
+    alone = dict(method="none", size=3, layers_from=source)
+    run = trainer(tones, tmp_path / "run", **alone, sizes=(8,), updates=3)
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[3]] * 3 and list(records[-1]["dev"]) == [3]
     loaded = checkpoint.load(tmp_path / "run").model
-    kept = [
-        4 * b + LAYERS.index(k)
-        for b, block in enumerate(loaded.encoder.blocks)
-        for k in block
-        if k != "norm"
-    ]
-    assert sorted(kept) == ([0, 2, 6] if layers_from else [0, 1, 2]) and loaded.size == 3
+    kept = [[kind for kind in block if kind != "norm"] for block in loaded.encoder.blocks]
+    assert kept == ([["ff1", "mhsa"], ["mhsa"]] if layers_from else [["ff1", "conv", "mhsa"], []])
+    assert loaded.size == 3
     if layers_from:
         with pytest.raises(ValueError, match="has 8 layers, this network has 4"):
-            trainer(
-                tones,
-                tmp_path / "b",
-                method="none",
-                blocks=1,
-                sizes=(4,),
-                size=3,
-                layers_from=source,
-            )
+            trainer(tones, tmp_path / "b", **alone, blocks=1, sizes=(4,))
 
 
 def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
-    run = trainer(
-        tones,
-        tmp_path / "run",
-        method="layerdrop",
-        shared_output_layer=True,
-        sizes=(4, 8),
-        updates=3,
-    )
+    changes = dict(method="layerdrop", shared_output_layer=True, sizes=(4, 8), updates=3)
+    run = trainer(tones, tmp_path / "run", **changes)
     records = list(run.updates())
-    assert [record["sizes"] for record in records] == [[8]] * 3 and set(records[-1]["dev"]) == {
-        4,
-        8,
-    }
+    assert [record["sizes"] for record in records] == [[8]] * 3
+    assert set(records[-1]["dev"]) == {4, 8}
     assert sorted(run.model.ranking[:4]) == [0, 2, 4, 6]
 
 
@@ -164,15 +147,8 @@ def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
 
 def test_both_steps_train_what_they_should(tones, tmp_path):
     run = tmp_path / "run"
-    trained = trainer(
-        tones,
-        run,
-        updates=20,
-        step1_share=0.5,
-        validate_every=10,
-        save_every=20,
-        sizes=(3, 5, 6, 8),
-    )
+    changes = dict(step1_share=0.5, validate_every=10, save_every=20, sizes=(3, 5, 6, 8))
+    trained = trainer(tones, run, updates=20, **changes)
     before = {name: weight.clone() for name, weight in trained.model.named_parameters()}
     records = []
     for record in trained.updates():
@@ -180,32 +156,27 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
         if record["update"] == 10:
             scores, ranking = trained.model.scores.detach().clone(), list(trained.model.ranking)
     assert [record["step"] for record in records] == [1] * 10 + [2] * 10
-    assert [record["sizes"] for record in records[:10]] == [
-        [8, k] for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)
-    ]
+    falling = [[8, k] for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)]
+    assert [record["sizes"] for record in records[:10]] == falling
     assert all(record["sizes"] in ([8, 6, 3], [8, 5, 3]) for record in records[10:])
     assert not torch.equal(scores, before["scores"])
     assert torch.equal(trained.model.scores, scores) and trained.model.ranking == ranking
-    assert all(
-        not torch.equal(weight, before[name]) for name, weight in trained.model.named_parameters()
-    )
+    after = trained.model.named_parameters()
+    assert not any(torch.equal(weight, before[name]) for name, weight in after)
     assert set(records[-1]["dev"]) == {3, 5, 6, 8} and records[-1]["dev"][3]["words"] > 0
     assert len(records[-1]["dev"][5]["layers"]) == 5 and "dev" not in records[-2]
     logged = lines(run)
     assert [line["update"] for line in logged if "losses" in line] == [4, 8, 12, 16, 20]
     assert [line["update"] for line in logged if "dev" in line] == [10, 20]
     ranked = json.loads((run / "ranking.json").read_text())
-    assert len(ranked) == 8 and [r["score"] for r in ranked] == sorted(
-        (r["score"] for r in ranked), reverse=True
-    )
+    by_score = sorted(ranked, key=lambda layer: -layer["score"])
+    assert len(ranked) == 8 and ranked == by_score
 
 
 def test_learns_its_training_data(tones, tmp_path):
-    learned = trainer(
-        tones, tmp_path / "run", updates=300, peak_learning_rate=3e-3, width=32, dropout=0.0,
-        time_mask_every=0,
-        frequency_masks=0, validate_every=300, save_every=300, dev_splits=("train",),
-    )  # fmt: skip
+    changes = dict(updates=300, validate_every=300, save_every=300, dev_splits=("train",))
+    changes |= dict(width=32, dropout=0.0, time_mask_every=0, frequency_masks=0)
+    learned = trainer(tones, tmp_path / "run", peak_learning_rate=3e-3, **changes)
     *_, last = learned.updates()
     assert all(result["wer"] < 0.15 for result in last["dev"].values()), last["dev"]
 
@@ -287,8 +258,7 @@ def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
     assert [record["update"] for record in resumed.updates()] == [6, 7, 8, 9]
 
 
-def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_corrupt_training_audio_is_left_out_and_counted(root, tmp_path):
     folder = root / "train" / "0" / "7"
     for name in ("0-7-0003", "0-7-0005"):  # found when listing; when read
         data = (folder / f"{name}.flac").read_bytes()
@@ -300,9 +270,8 @@ def test_corrupt_training_audio_is_left_out_and_counted(tmp_path):
     assert {why: set(names) for why, names in run.data.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
     report = (tmp_path / "run" / "left-out.txt").read_text()
-    assert sorted(line.partition("\t")[0] for line in report.splitlines()) == [
-        f"0-7-000{n}" for n in (3, 5, 8)
-    ]
+    named = sorted(line.partition("\t")[0] for line in report.splitlines())
+    assert named == [f"0-7-000{n}" for n in (3, 5, 8)]
     assert "encoder frames" in report and "damaged audio" in report
 
 
@@ -313,8 +282,7 @@ def snapshot(run: Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
-def test_an_update_of_which_nothing_can_be_read_changes_nothing(tmp_path, front_end):
-    root = write_tones(tmp_path / "corpus")
+def test_an_update_of_which_nothing_can_be_read_changes_nothing(root, tmp_path, front_end):
     channels = (4, 4) if front_end == "conv2d" else (4, 4, 4, 4)
     network = dict(front_end=front_end, front_end_channels=channels)
     run = trainer(root, tmp_path / "run", batch_utterances=1, updates=30, **network)
@@ -332,8 +300,7 @@ def test_an_update_of_which_nothing_can_be_read_changes_nothing(tmp_path, front_
     assert [line.split("\t")[0] for line in told] == ["0-7-0003"]
 
 
-def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(root, tmp_path):
     run = trainer(root, tmp_path / "run", batch_utterances=1, accumulate=12, updates=4)
     (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
     records = list(run.updates())
@@ -342,8 +309,7 @@ def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(tmp_path)
     assert all(math.isfinite(sum(record["losses"].values())) for record in records)
 
 
-def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(root, tmp_path):
     changes = dict(updates=100, most_left_out=0.99, batch_seconds=2.0, save_every=100)
     run = trainer(root, tmp_path / "run", validate_every=100, **changes)
     updates = run.updates()
@@ -361,8 +327,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(t
     assert resumed.done == 3 and all(map(torch.equal, snapshot(resumed), expected))
 
 
-def test_too_many_unreadable_utterances_end_the_training(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_too_many_unreadable_utterances_end_the_training(root, tmp_path):
     run = trainer(root, tmp_path / "run", batch_seconds=2.0, updates=100)
     updates = run.updates()
     left_out = [next(updates)["left_out"]]
@@ -376,8 +341,7 @@ def test_too_many_unreadable_utterances_end_the_training(tmp_path):
     assert checkpoint.load(tmp_path / "run").training["update"] == run.done
 
 
-def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(root, tmp_path):
     files = sorted((root / "train" / "0" / "7").glob("*.flac"))
     for file in files[:8]:
         file.write_bytes(b"")
@@ -390,16 +354,13 @@ def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(tmp_path):
         list(run.updates())
 
 
-def test_unreadable_dev_audio_is_left_out_and_named(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_unreadable_dev_audio_is_left_out_and_named(root, tmp_path):
     run = trainer(root, tmp_path / "run", most_left_out=0.3)
     words = [record["dev"][8]["words"] for record in run.updates() if "dev" in record]
     run.locked.close()
     transcript = root / "dev-other" / "2" / "7" / "2-7.trans.txt"
     transcript.write_text(transcript.read_text().replace("LOW", "lOW"))  # scoring needs no labels
-    for name in ("1-7-0002", "1-7-0003"):  # one is found when listing, one when decoding
-        file = root / "dev-clean" / "1" / "7" / f"{name}.flac"
-        file.write_bytes(file.read_bytes()[: 0 if name == "1-7-0002" else -2000])
+    damage_dev(root)
     again = Trainer(run.config, tmp_path / "b").begin()
     fewer = [record["dev"][8]["words"] for record in again.updates() if "dev" in record]
     assert words == words[:1] * 2 and fewer == fewer[:1] * 2 and fewer[0] < words[0]
@@ -407,19 +368,15 @@ def test_unreadable_dev_audio_is_left_out_and_named(tmp_path):
     assert re.findall(r"^(\S+)\t.*\(dev\)", report, re.M) == ["1-7-0002", "1-7-0003"]
 
 
-def test_bad_dev_audio_stops_before_training(tmp_path):
-    root = write_tones(tmp_path / "corpus")
-    for name in ("1-7-0002", "1-7-0003"):
-        file = root / "dev-clean" / "1" / "7" / f"{name}.flac"
-        file.write_bytes(file.read_bytes()[: 0 if name == "1-7-0002" else -2000])
+def test_bad_dev_audio_stops_before_training(root, tmp_path):
+    damage_dev(root)
     run = trainer(root, tmp_path / "run")
     with pytest.raises(ValueError, match=r"2 of 8 dev utterances.*1-7-0002\.flac"):
         next(run.updates())
     assert run.done == 0
 
 
-def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(tmp_path):
-    root = write_tones(tmp_path / "corpus")
+def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(root, tmp_path):
     for transcript in root.rglob("*.trans.txt"):
         text = re.sub("LOW|MID|HIGH|TOP", "低音", transcript.read_text())
         transcript.write_text(text, encoding="utf-8")
@@ -436,10 +393,8 @@ def test_one_size_trains_without_step_1(tones, tmp_path):
 
 
 def test_loader_processes_read_the_same_batches(tones, tmp_path):
-    weights = [
-        weights_after(trainer(tones, tmp_path / f"{n}", workers=n, updates=4)) for n in (0, 2)
-    ]
-    assert same(*weights)
+    runs = [trainer(tones, tmp_path / f"{n}", workers=n, updates=4) for n in (0, 2)]
+    assert same(*map(weights_after, runs))
 
 
 class Copies(TorchDispatchMode):
@@ -487,17 +442,7 @@ def on_meta(tones, folder, monkeypatch, update: int, **changes) -> tuple[Trainer
 
 
 @pytest.mark.parametrize("update", [1, 30], ids=["step 1", "step 2"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        dict(relaxation="straight-through"),
-        dict(relaxation="soft"),
-        dict(method="iterative-zero-out", delta=2),
-        dict(method="ortho-softmax"),
-        dict(method="layerdrop", shared_output_layer=True),
-    ],
-    ids=lambda changes: " ".join(map(str, changes.values())),
-)
+@every_method
 def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
     tones, tmp_path, monkeypatch, update, method
 ):
