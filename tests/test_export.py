@@ -230,7 +230,7 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, tmp_path, monkeypa
         assert code == 2 and "was cut already, to 2 layers; --export onnx writes" in error
 
 
-def test_all_sizes_in_one_file_name_the_torch_they_need(prune, tmp_path, monkeypatch):
+def test_all_sizes_in_one_file_name_the_torch_they_need(tmp_path, monkeypatch):
     loaded = saved(tmp_path)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0+cpu"))
     code, _, error = prune(loaded.path, "--export", "onnx")
