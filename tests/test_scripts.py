@@ -166,7 +166,7 @@ def send(number: int) -> Callable[[], None]:
 
 
 def test_study_goes_on_where_it_was_stopped(tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(compression, "results", lambda *arguments: "the table of compression")
+    monkeypatch.setattr(compression, "compare_files", lambda *arguments: "the table of compression")
     splits = ["--dev-splits", "dev-clean", "--test-splits", "test-clean"]
     flags = ["--corpus", tones, "--run", "study", *TINY, "--updates", "20", "--save-every", "3"]
     command = ["train.py", *flags, *splits, "--study", "7"]

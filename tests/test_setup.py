@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 THEIRS = 'from setuptools import setup\nsetup(name="kernels", version="1", packages=["kernels"])\n'
 LOOK = """
 import kernels, dynsize.kernels, dynsize.config
-print(kernels.WHOSE, hasattr(dynsize.kernels, "ctc_loss"), dynsize.__file__, kernels.__file__)
+print(kernels.WHOSE, hasattr(dynsize.kernels, "triton_runs"), dynsize.__file__, kernels.__file__)
 """
 
 
