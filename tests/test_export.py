@@ -1,7 +1,9 @@
 """ONNX files against the checkpoint's network, which computes its features by FFT."""
 
+import fcntl
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -48,26 +50,34 @@ def saved(folder: Path, **changes) -> checkpoint.Checkpoint:
     return checkpoint.load(folder / "checkpoint.pt")
 
 
-@pytest.fixture(scope="module")
+def exported(factory: pytest.TempPathFactory, size: int | None, **changes) -> checkpoint.Checkpoint:
+    """A checkpoint with its ONNX files beside it. The first process of a test run exports them."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    name = "supernet" if size is None else f"size-{size}"
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / f"{name}-int8.onnx").exists():
+            export(saved(folder, **changes), size, folder / f"{name}.onnx")
+            quantize(folder / f"{name}.onnx", folder / f"{name}-int8.onnx")
+    return checkpoint.load(folder / "checkpoint.pt")
+
+
+@pytest.fixture(scope="session")
 def supernet(tmp_path_factory) -> checkpoint.Checkpoint:
     """A supernet with `supernet.onnx` and `supernet-int8.onnx` beside it. Not to be changed."""
     if torch.__version__ < exporting.TORCH:
         pytest.skip(f"all sizes in one file need torch {exporting.TORCH}")
-    folder = tmp_path_factory.mktemp("supernet")
-    loaded = saved(folder, rotary=True)
-    export(loaded, None, folder / "supernet.onnx")
-    quantize(folder / "supernet.onnx", folder / "supernet-int8.onnx")
-    return loaded
+    return exported(tmp_path_factory, None, rotary=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def single(tmp_path_factory) -> checkpoint.Checkpoint:
     """A supernet with `size-2.onnx` and `size-2-int8.onnx` beside it. Not to be changed."""
-    folder = tmp_path_factory.mktemp("single")
-    loaded = saved(folder, front_end="vgg", front_end_channels=(3, 4, 4, 3), precision="bfloat16")
-    export(loaded, 2, folder / "size-2.onnx")
-    quantize(folder / "size-2.onnx", folder / "size-2-int8.onnx")
-    return loaded
+    vgg = dict(front_end="vgg", front_end_channels=(3, 4, 4, 3))
+    return exported(tmp_path_factory, 2, precision="bfloat16", **vgg)
 
 
 def beside(loaded: checkpoint.Checkpoint, name: str) -> Path:
