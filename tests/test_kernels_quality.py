@@ -1,6 +1,12 @@
 """The kernels' quality without a GPU: machine code for five GPUs, and the bytes moved."""
 
 import inspect
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +22,6 @@ import kernel_counts
 from kernel_counts import ChainBytes, Traffic, fused
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, _get_np_dtype
 
-from dynsize import kernels
 from dynsize.kernels import ctc, residual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -163,22 +168,59 @@ def test_the_op_can_be_traced():
     torch.library.opcheck(op, (*arguments[:-1], torch.float32, 1e-5))
 
 
-def test_benchmark_but_for_the_clock(monkeypatch, capsys):
-    monkeypatch.setenv("DYNSIZE_KERNELS", "torch")
-    kernels.CHOSEN.clear()
-    called = []
-    monkeypatch.setattr(benchmark, "milliseconds", lambda call: called.append(call()) or 2.0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    small = dict(DEVICE="cpu", UTTERANCES=1, FRAMES=10, WIDTHS=(32,), VOCABULARIES=(7,))
-    for name, value in small.items():
-        monkeypatch.setattr(benchmark, name, value)
-    benchmark.main()
-    kernels.CHOSEN.clear()
-    card, *table = capsys.readouterr().out.splitlines()
-    assert card == "a card"
-    assert len(table) == 2 + 3 + 1 and len(called) == 4 * 2 * 2  # rows; columns, directions
-    assert all(line.count("|") == 4 for line in table)
-    assert table[2] == "| residual, D 32, 1 of 3 sizes | 2.000 + 2.000 | 2.000 + 2.000 |"
+def test_benchmark_is_rehearsed_from_a_bare_checkout(tmp_path):
+    """All parts and tables are there, without the packages that read audio and text."""
+    script = Path(benchmark.__file__)
+    bare = "import runpy, sys; sys.modules |= dict.fromkeys(sys.argv[2].split()); "
+    bare += "script = sys.argv[1]; del sys.argv[1:]; runpy.run_path(script, run_name='__main__')"
+    needless = "sentencepiece soundfile soxr tqdm"
+    command = [sys.executable, "-c", bare, script, needless]
+    environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *parts = done.stdout.split("\n## ")
+    assert first.startswith("A rehearsal on a CPU")
+    rows = {}
+    for part in parts:
+        table = [line for line in part.splitlines() if line.startswith("|")]
+        assert len({line.count(" | ") for line in table}) == 1
+        rows[part.split("\n")[0]] = table[2:]
+    counts = {name: len(table) for name, table in rows.items()}
+    # Machine; ops; widths, labels, top-k; shapes forward and backward; modes and steps; updates.
+    assert counts == dict(machine=7, compiled=3, errors=3, times=10, update=4, losses=2)
+    assert all("| yes |" in line for line in rows["compiled"])
+    for line in rows["losses"]:
+        assert float(line.split("|")[-2]) < 1e-4
+    assert not re.search(r"\d", "".join(line.split("|", 4)[4] for line in rows["times"]))
+
+
+def test_benchmark_goes_on_where_a_part_fails(monkeypatch, capsys):
+    """It tells the fault in one line, or that the time is over; what was printed stays."""
+
+    def fails() -> None:
+        benchmark.row("a", "table")
+        raise ValueError("one\ntwo | three")
+
+    parts = dict(first=fails, slow=lambda: time.sleep(60), last=lambda: print("the end"))
+    monkeypatch.setattr(benchmark, "PARTS", parts | dict(skipped=fails))
+    assert benchmark.main(["--skip", "skipped", "--minutes", "0.002"]) == 1
+    told = capsys.readouterr().out
+    assert "| a | table |\n\nThe part first failed: ValueError: one two / three\n" in told
+    assert "The part slow failed: OutOfTime: more than 0.002 minutes\n" in told
+    assert told.endswith("## last\n\nthe end\n")
+
+
+@pytest.mark.parametrize("found", [(1e-5, 0.1), (float("nan"), 0.0), ValueError("why")])
+def test_benchmark_fails_for_large_errors(found, monkeypatch, capsys):
+    def largest_errors(*_) -> tuple[float, float]:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(benchmark, "largest_errors", largest_errors)
+    monkeypatch.setattr(benchmark.SHAPES, "labels", (3,))
+    with pytest.raises(AssertionError, match="CTC, U 3"):
+        benchmark.errors()
 
 
 FAR = 2**20  # frames or utterances
