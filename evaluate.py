@@ -32,16 +32,25 @@ import json
 import shutil
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from dynsize import files
 from dynsize.config import Config, are_splits, marked
 from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.decoding import LanguageModel
-from dynsize.evaluation import System, compare, evaluate, open_system, sides_of, tune
+from dynsize.evaluation import (
+    System,
+    alone,
+    compare,
+    decoded,
+    evaluate,
+    open_system,
+    sides_of,
+)
 from dynsize.networks import OnnxFile
 from dynsize.processes import device_of, hardware, processor, use_threads
-from dynsize.report import error_rates, examples, headline, percent, table
+from dynsize.report import error_rates, errors_of, examples, headline, percent, table
 from dynsize.terminal import (
     Parser,
     add_decoding_flags,
@@ -52,6 +61,7 @@ from dynsize.terminal import (
     reported,
 )
 from dynsize.text import counted
+from dynsize.wer import Errors, writes_blanks
 
 EXAMPLES = """\
   python evaluate.py runs/demo
@@ -63,6 +73,10 @@ EXAMPLES = """\
   python evaluate.py --compare runs/demo/size-7.onnx runs/demo/size-7-int8.onnx
   python evaluate.py --compare a/seed0,a/seed1 b/seed0,b/seed1
   python evaluate.py --compare runs/demo other-system.trn"""
+SAID = {"better": "the first is better", "worse": "the second is better"}
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of a language model, tried on dev
+BONUSES = (0.0, 0.5, 1.0, 2.0)  # for each word, tried on dev
+MOST_TUNED = 500  # utterances of the dev splits on which they are tried
 MOST_UNKNOWN = 0.2  # share of the references' words that a language model may lack
 NAMED = 10  # utterances whose audio can't be read, at most, on the screen
 
@@ -147,20 +161,23 @@ def show_comparison(options: argparse.Namespace) -> None:
         lost = f" ({rows[0]['left_out']} left out: audio that can't be read)"
         subject += lost if rows[0]["left_out"] else ""
         print(f"\n{split}: {subject}; first minus second, in points\n")
-        rates = [f"{measure} of first", f"{measure} of second"]
-        header = ["first", "second", *rates, "difference", "95% interval", "verdict"]
-        print(table(header, [comparison_row(row) for row in rows], text_columns=2), end="")
+        print(table([comparison_row(row) for row in rows], text_columns=2), end="")
 
 
-def comparison_row(row: dict) -> list[str]:
-    """Return the cells of one pair; a file of hypotheses has no size."""
-    ends = [
-        f"{side + 1}, size {size}" if size else f"{side + 1}"
-        for side, size in (row["first"], row["second"])
-    ]
+def comparison_row(row: dict) -> dict[str, str]:
+    """Return column → cell of one pair; a file of hypotheses has no size."""
+    measure = row["measure"].upper()
+    cells = {}
+    for name in ("first", "second"):
+        side, size = row[name]
+        cells[name] = f"{side + 1}, size {size}" if size else f"{side + 1}"
+    for name, of_side in zip(("first", "second"), row["rates"], strict=True):
+        cells[f"{measure} of {name}"] = percent(of_side)
     low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
-    rates = [percent(rate) for rate in row["rates"]]
-    return [*ends, *rates, f"{100 * row['difference']:+.2f}", f"{low} to {high}", row["verdict"]]
+    cells["difference"] = f"{100 * row['difference']:+.2f}"
+    cells["95% interval"] = f"{low} to {high}"
+    cells["verdict"] = SAID.get(row["verdict"], row["verdict"])
+    return cells
 
 
 def run(options: argparse.Namespace) -> None:
@@ -206,6 +223,32 @@ def write_decoding(system: System, options: argparse.Namespace, file: Path) -> N
         content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def tune(system: System) -> list[dict]:
+    """Set a system's language model's weight and bonus to those with the fewest errors on dev.
+
+    The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
+    the weight, the bonus and the word error rate of every pair.
+    """
+    config = system.config
+    words = system.words
+    corpus = read_corpus(config, config.dev_splits)
+    utterances = corpus.utterances[:MOST_TUNED]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    size = system.sizes[-1]
+    network = alone(system, size)
+    rows = []
+    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
+        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
+        texts, _ = decoded(system, network, size, utterances, title)
+        errors = sum(errors_of(utterances, texts, blanks), Errors())
+        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
+        rows.append(row)
+    best = min(rows, key=lambda row: row["wer"])
+    words.weight = best["weight"]
+    words.bonus = best["bonus"]
+    return rows
 
 
 def show(report: dict, folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
 from dynsize.report import change, millions, rate, read_json, table
 from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
-from dynsize.wer import interval, mean_rate, verdict
+from dynsize.wer import difference, interval, mean_rate
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
 NETWORKS = {  # network of a size → the run directory that it comes from
@@ -96,16 +97,19 @@ def stem_of(network: str, size: int, numbers: str) -> str:
     return f"{network}-{size}{suffix}"
 
 
+def networks_in(config: Config) -> list[tuple[int, str]]:
+    """Return the size and the network of each line of the tables, the largest size first."""
+    return list(product(reversed(config.sizes), NETWORKS))
+
+
 def exported(
     config: Config, trainings: dict[str, Config], runs: Path, output: Path
 ) -> dict[str, Path]:
     """Return name → ONNX file of each size of each network; writes those that are missing."""
     exports = {}
-    for size in reversed(config.sizes):
-        for network, run in NETWORKS.items():
-            run = run.format(size=size)
-            if f"{runs.name}/{run}" not in trainings:
-                continue
+    for size, network in networks_in(config):
+        run = NETWORKS[network].format(size=size)
+        if f"{runs.name}/{run}" in trainings:
             exact, rounded = (stem_of(network, size, numbers) for numbers in NUMBERS)
             exports[exact] = output / f"{exact}.onnx"
             exports[rounded] = output / f"{rounded}.onnx"
@@ -125,29 +129,20 @@ def rows_of(
 ) -> list[dict]:
     """Return a row for each file: its error rates on each of the `splits`, and what it costs."""
     rows = []
-    for size in reversed(config.sizes):
-        for network in NETWORKS:
-            for numbers in NUMBERS:
-                name = stem_of(network, size, numbers)
-                if name not in exports:
-                    continue
-                splits = {}
-                for split, of_split in scores.items():
-                    errors = of_split.errors[name, size]
-                    splits[split] = dict(measure=of_split.measure, interval=interval(errors))
-                    splits[split][of_split.measure] = mean_rate([errors])
-                costs = of_split.rows[name, size]
-                row = dict(
-                    size=size,
-                    network=network,
-                    numbers=numbers,
-                    splits=splits,
-                    bytes=exports[name].stat().st_size,
-                    parameters=costs["parameters"],
-                    macs=costs["macs"],
-                    milliseconds=milliseconds[name],
-                )
-                rows.append(row)
+    for (size, network), numbers in product(networks_in(config), NUMBERS):
+        name = stem_of(network, size, numbers)
+        if name not in exports:
+            continue
+        row = dict(size=size, network=network, numbers=numbers, splits={})
+        for split, of_split in scores.items():
+            errors = of_split.errors[name, size]
+            rates = dict(measure=of_split.measure, interval=interval(errors))
+            row["splits"][split] = rates | {of_split.measure: mean_rate([errors])}
+        row["bytes"] = exports[name].stat().st_size
+        for cost in ("parameters", "macs"):
+            row[cost] = of_split.rows[name, size][cost]
+        row["milliseconds"] = milliseconds[name]
+        rows.append(row)
     return rows
 
 
@@ -155,14 +150,12 @@ def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
     """Return the difference of error rates between int8 and float32, for each split and network."""
     rows = []
     for split, of_split in scores.items():
-        for size in reversed(config.sizes):
-            for network in NETWORKS:
-                names = [stem_of(network, size, numbers) for numbers in NUMBERS]
-                if (names[0], size) not in of_split.errors:
-                    continue
+        for size, network in networks_in(config):
+            names = [stem_of(network, size, numbers) for numbers in NUMBERS]
+            if (names[0], size) in of_split.errors:
                 exact, rounded = ([of_split.errors[name, size]] for name in names)
                 row = dict(split=split, size=size, network=network, measure=of_split.measure)
-                rows.append(row | verdict(rounded, exact))
+                rows.append(row | difference(rounded, exact))
     return rows
 
 
@@ -275,16 +268,17 @@ def text_of(found: dict, config: Config) -> str:
 
 def file_table(rows: list[dict]) -> str:
     """Return what each file costs and how well it recognises, largest size first."""
-    splits = rows[0]["splits"]
     lines = []
     for row in rows:
-        rates = [rate(of_split) for of_split in row["splits"].values()]
-        cells = [row["size"], row["network"], row["numbers"], *rates]
-        cells += [megabytes(row["bytes"]), millions(row["parameters"]), millions(row["macs"])]
-        lines.append([*cells, f"{row['milliseconds']:.1f} ms"])
-    rates = [f"{split} {of_split['measure'].upper()}" for split, of_split in splits.items()]
-    costs = ["file", "parameters", "MACs for 1 s", "10 s take"]
-    return table(["size", "network", "numbers", *rates, *costs], lines, text_columns=3)
+        cells = {name: row[name] for name in ("size", "network", "numbers")}
+        for split, of_split in row["splits"].items():
+            cells[f"{split} {of_split['measure'].upper()}"] = rate(of_split)
+        cells["file"] = megabytes(row["bytes"])
+        cells["parameters"] = millions(row["parameters"])
+        cells["MACs for 1 s"] = millions(row["macs"])
+        cells["10 s take"] = f"{row['milliseconds']:.1f} ms"
+        lines.append(cells)
+    return table(lines, text_columns=3)
 
 
 def int8_table(split: str, rows: list[dict], config: Config) -> str:
@@ -292,8 +286,9 @@ def int8_table(split: str, rows: list[dict], config: Config) -> str:
     cells = {(row["network"], row["size"]): change(row) for row in rows}
     lines = []
     for size in reversed(config.sizes):
-        lines.append([size, *(cells.get((network, size), "") for network in NETWORKS)])
-    return table([f"{split}, int8 − float32: size", *NETWORKS], lines)
+        line = {network: cells.get((network, size), "") for network in NETWORKS}
+        lines.append({f"{split}, int8 − float32: size": size} | line)
+    return table(lines)
 
 
 def choice_table(rows: list[dict]) -> str:
@@ -302,13 +297,18 @@ def choice_table(rows: list[dict]) -> str:
     for row in rows:
         cut_ms, inside_ms = row["milliseconds"]
         cut_bytes, inside_bytes = row["weights"]
-        cells = [row["form"], row["size"]]
-        cells += [f"{cut_ms:.1f} ms", f"{inside_ms:.1f} ms", f"{inside_ms / cut_ms:.2f}"]
-        cells += [megabytes(cut_bytes), megabytes(inside_bytes), f"{row['after_change']:.2f}"]
+        cells = {
+            "": row["form"],
+            "size": row["size"],
+            "10 s, cut out": f"{cut_ms:.1f} ms",
+            "10 s, inside": f"{inside_ms:.1f} ms",
+            "inside / cut out": f"{inside_ms / cut_ms:.2f}",
+            "weights, cut out": megabytes(cut_bytes),
+            "weights, inside": megabytes(inside_bytes),
+            "first / second": f"{row['after_change']:.2f}",
+        }
         lines.append(cells)
-    times = ["10 s, cut out", "10 s, inside", "inside / cut out"]
-    weights = ["weights, cut out", "weights, inside"]
-    return table(["", "size", *times, *weights, "first / second"], lines, text_columns=1)
+    return table(lines, text_columns=1)
 
 
 def megabytes(number: int) -> str:

@@ -41,9 +41,6 @@ from dynsize.wer import Errors, difference, writes_blanks
 # What an ONNX file does, and the settings that say so.
 ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
 ONNX_ONLY = dict(device=("auto", "cpu"), precision=("auto", "float32"), batch_seconds=())
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of a language model, tried on dev
-BONUSES = (0.0, 0.5, 1.0, 2.0)  # for each word, tried on dev
-MOST_TUNED = 500  # utterances of the dev splits on which they are tried
 
 # Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
 Decoder = Callable[[Tensor, Tensor], list[list[int]]]
@@ -81,11 +78,14 @@ class System:
     def decoding(self) -> dict:
         """What decides about the results, beside the network and the split."""
         words = self.words
-        lm = dict(lm=None, lm_weight=None, word_bonus=None)
-        if words:
-            lm = dict(lm=str(words.path), lm_weight=words.weight, word_bonus=words.bonus)
-        config = self.config
-        return dict(corpus=config.corpus, normaliser=config.normaliser, beam=self.beam, **lm)
+        return dict(
+            corpus=self.config.corpus,
+            normaliser=self.config.normaliser,
+            beam=self.beam,
+            lm=str(words.path) if words else None,
+            lm_weight=words.weight if words else None,
+            word_bonus=words.bonus if words else None,
+        )
 
     @property
     def decoder(self) -> Decoder:
@@ -217,8 +217,7 @@ def in_windows(
             parts = windowed_log_probs(partial(network, size=size), [audio], facts)
             by_size.append(torch.cat(list(parts)))  # (T, V)
         log_probs = torch.stack(by_size)[:, None]  # (M, 1, T, V)
-        lengths = torch.tensor([log_probs.shape[2]])
-        yield [index], log_probs, lengths
+        yield [index], log_probs, torch.tensor([log_probs.shape[2]])
 
 
 def alone(system: System, size: int) -> Supernet | Network:
@@ -321,10 +320,7 @@ def decoded_by_size(
 
 
 def read_by_all(texts: Sequence[Texts], split: str) -> list[int]:
-    """Return the indices of the utterances that have a text everywhere.
-
-    Raises ValueError where there is none.
-    """
+    """Return the indices of utterances with a text everywhere. Raises ValueError if none has."""
     by_utterance = zip(*texts, strict=True)
     read = [i for i, of_one in enumerate(by_utterance) if None not in of_one]
     if not read:
@@ -378,8 +374,8 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     A side has one system, or one for each seed; its rate is their mean. Equal sizes are compared;
     all of them, where two sides have no size in common. Each row has `first` and `second`, (number
     of the side from 0, size) each, the `measure` (wer or cer), the `rates`, their `difference`,
-    first minus second, its `interval` (see `wer.paired_interval`), the `verdict`, and the numbers
-    of `utterances` and of those `left_out`, whose audio can't be read. Raises ValueError where the
+    first minus second, its `interval`, the `verdict` (see `wer.difference`), and the numbers of
+    `utterances` and of those `left_out`, whose audio can't be read. Raises ValueError where the
     utterances differ.
     """
     corpus = common_corpus(sides, split)
@@ -428,10 +424,8 @@ def errors_by_size(
     errors = {}
     for size in runs[0]:
         if all(size in texts for texts in runs):
-            errors[size] = []
-            for texts in runs:
-                chosen_texts = [texts[size][i] for i in read]
-                errors[size].append(errors_of(chosen, chosen_texts, blanks))
+            of_runs = ([texts[size][i] for i in read] for texts in runs)
+            errors[size] = [errors_of(chosen, of_run, blanks) for of_run in of_runs]
     return errors
 
 
@@ -467,9 +461,8 @@ def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
 
     Counted are the utterances that all of them could read.
     """
-    reports = {}
-    for name, folder in folders.items():
-        reports[name] = report.read_json(folder / "results.json")
+    files = {name: folder / "results.json" for name, folder in folders.items()}
+    reports = {name: report.read_json(file) for name, file in files.items()}
     unreadable = set()
     for found in reports.values():
         unreadable.update(found["left_out"].get(UNREADABLE, {}))
@@ -480,35 +473,8 @@ def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
     for name, found in reports.items():
         for row in found["sizes"]:
             size = row["size"]
-            texts = read_hypotheses(
-                folders[name] / f"hyp-{size}.trn", utterances, config.normaliser
-            )
+            file = folders[name] / f"hyp-{size}.trn"
+            texts = read_hypotheses(file, utterances, config.normaliser)
             scores.rows[name, size] = row
             scores.errors[name, size] = errors_of(utterances, texts, blanks)
     return scores
-
-
-def tune(system: System) -> list[dict]:
-    """Set a system's language model's weight and bonus to those with the fewest errors on dev.
-
-    The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
-    the weight, the bonus and the word error rate of every pair.
-    """
-    config = system.config
-    words = system.words
-    corpus = read_corpus(config, config.dev_splits)
-    utterances = corpus.utterances[:MOST_TUNED]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    size = system.sizes[-1]
-    network = alone(system, size)
-    rows = []
-    for words.weight, words.bonus in product(WEIGHTS, BONUSES):
-        title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
-        texts, _ = decoded(system, network, size, utterances, title)
-        errors = sum(errors_of(utterances, texts, blanks), Errors())
-        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
-        rows.append(row)
-    best = min(rows, key=lambda row: row["wer"])
-    words.weight = best["weight"]
-    words.bonus = best["bonus"]
-    return rows

@@ -265,12 +265,9 @@ def label_rows(axes: Axes, blocks: int) -> None:
     """Label the rows: the number of each block, or of every second one, and each kind once."""
     axes.set_ylim(len(LAYERS) * blocks - 0.5, -0.5)
     step = 1 if blocks <= 8 else 2
-    ticks: list[int] = []
-    middles = []
-    for kind in range(len(LAYERS)):
-        first = kind * blocks
-        ticks += range(first, first + blocks, step)
-        middles.append(first + blocks / 2 - 0.5)
+    rows = range(len(LAYERS) * blocks)
+    ticks = [row for row in rows if row % blocks % step == 0]
+    middles = [(kind + 0.5) * blocks - 0.5 for kind in range(len(LAYERS))]
     numbers = [str(tick % blocks + 1) for tick in ticks]
     axes.set_yticks(ticks, numbers, fontsize=7)
     kinds = axes.secondary_yaxis(-0.04)
@@ -334,12 +331,8 @@ def rows_in(ways: dict[str, list[dict]]) -> list[dict]:
 
 def around(values: np.ndarray) -> tuple[float, float]:
     """Return the limits of an axis that shows these values, none of which is negative."""
-    lowest = values.min()
-    highest = values.max()
-    margin = 0.1 * (highest - lowest)
-    if margin == 0:
-        margin = 0.5
-    return max(0, lowest - margin), highest + margin
+    margin = 0.1 * np.ptp(values) or 0.5
+    return max(0, values.min() - margin), values.max() + margin
 
 
 def mark_name(way: str) -> str:
@@ -455,10 +448,8 @@ def training_figure(records: Sequence[dict], name: str) -> Figure:
     figure = Figure(figsize=(8.5, 7), layout="constrained")
     losses, errors, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
     figure.suptitle(f"training of {name}")
-    sizes = {int(size) for record in validated for size in record["dev"]}
-    if not sizes:  # no validation yet
-        sizes = {int(size) for size in logged[-1]["losses"]}
-    sizes = sorted(sizes, reverse=True)
+    by_size = validated[-1]["dev"] if validated else logged[-1]["losses"]
+    sizes = sorted(map(int, by_size), reverse=True)
     draw_losses(losses, logged, sizes)
     draw_errors(errors, validated, sizes)
     rate.plot(updates, [record["learning_rate"] for record in logged], color="black")
@@ -487,24 +478,21 @@ def name_step(axes: Axes, step: str, first: int, last: int) -> None:
 
 def draw_losses(axes: Axes, logged: Sequence[dict], sizes: Sequence[int]) -> None:
     """Draw the CTC loss of each size, and in step 1 that of the subnet, whose k changes."""
-    full = str(sizes[0])
-    for place, size in enumerate(sizes):
-        shown = [record for record in logged if str(size) in record["losses"]]
-        if str(size) != full:
-            shown = [record for record in shown if record["step"] == 2]
-        if shown:
-            updates = [record["update"] for record in shown]
-            losses = [record["losses"][str(size)] for record in shown]
-            axes.plot(updates, losses, **line_of(place, sizes))
-    updates = []
-    losses = []
+    lines: dict[str, dict[int, float]] = {"k": {}}  # size → update → loss; k: of step 1
     for record in logged:
-        smaller = [loss for size, loss in record["losses"].items() if size != full]
-        if record["step"] == 1 and len(record["losses"]) > 1:
-            updates.append(record["update"])
-            losses.append(np.mean(smaller))
-    if updates:
-        axes.plot(updates, losses, color=K_COLOUR, label="subnet of step 1, size k")
+        losses = dict(record["losses"])
+        full = losses.pop(str(sizes[0]), None)
+        if record["step"] == 1:
+            losses = {"k": np.mean(list(losses.values()))} if losses else {}
+        if full is not None:
+            losses[str(sizes[0])] = full
+        for size, loss in losses.items():
+            lines.setdefault(size, {})[record["update"]] = loss
+    styles = {str(size): line_of(place, sizes) for place, size in enumerate(sizes)}
+    styles["k"] = dict(color=K_COLOUR, label="subnet of step 1, size k")
+    for size, style in styles.items():
+        if of_size := lines.get(size):
+            axes.plot(list(of_size), list(of_size.values()), **style)
     axes.set(ylabel="CTC loss (nats a label)", yscale="log")
     axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))

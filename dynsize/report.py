@@ -19,7 +19,6 @@ from dynsize.readers import lines
 from dynsize.terminal import printable
 from dynsize.text import clean, counted
 from dynsize.wer import (
-    VERDICTS,
     Errors,
     Pair,
     Reference,
@@ -300,14 +299,15 @@ def padded(text: str, width: int, right: bool = False) -> str:
     return text + blanks
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 0) -> str:
-    """Return a Markdown table that is aligned as plain text too.
+def table(rows: Sequence[dict[str, object]], text_columns: int = 0) -> str:
+    """Return a Markdown table that is aligned as plain text too, from the first row's keys on.
 
     The first `text_columns` columns begin at the left, the others end at the right.
     """
-    cells = [table_cells(row) for row in [header, *rows]]
     padded_columns = []
-    for number, column in enumerate(zip(*cells, strict=True)):
+    for number, title in enumerate(rows[0]):
+        cells = [printable(cell) for cell in (title, *(row[title] for row in rows))]
+        column = [cell.replace("|", "\\|") for cell in cells]  # it stays inside the table
         right = number >= text_columns
         width = max(map(columns, column))
         rule = "-" * (width - 1) + ":" if right else "-" * width
@@ -317,23 +317,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], text_columns:
     return "".join(lines)
 
 
-def table_cells(row: Sequence[object]) -> list[str]:
-    """Return a row's cells as text that stays inside a Markdown table."""
-    texts = [printable(cell) for cell in row]
-    return [text.replace("|", "\\|") for text in texts]
-
-
 def percent(rate: float) -> str:
     return f"{100 * rate:.2f}%"
 
 
 def millions(number: int) -> str:
     return f"{number / 1e6:,.2f} M"
-
-
-def spread(bounds: Sequence[float]) -> str:
-    """Return an interval in percent."""
-    return f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
 
 
 def rate(row: dict) -> str:
@@ -350,7 +339,7 @@ def change(row: dict) -> str:
     """
     value = 100 * row["difference"]
     low, high = (100 * bound for bound in row["interval"])
-    told = f" {row['verdict']}" if row["verdict"] in VERDICTS.values() else ""
+    told = f" {row['verdict']}" if row["verdict"] in ("better", "worse") else ""
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{told}"
 
 
@@ -371,22 +360,20 @@ def error_rates(report: dict) -> str:
     for row in report["sizes"]:
         counts = row["characters"] if first == "cer" else row
         bounds = row["cer_interval"] if first == "cer" else row["interval"]
-        cells = [
-            row["size"],
-            percent(row[first]),
-            spread(bounds),
-            percent(row[second]),
-            counts["substitutions"],
-            counts["deletions"],
-            counts["insertions"],
-            millions(row["parameters"]),
-            millions(row["macs"]),
-            f"{row['real_time_factor']:.4f}",
-        ]
+        cells = {
+            "size": row["size"],
+            first.upper(): percent(row[first]),
+            "95% interval": f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}",
+            second.upper(): percent(row[second]),
+            "sub": counts["substitutions"],
+            "del": counts["deletions"],
+            "ins": counts["insertions"],
+            "parameters": millions(row["parameters"]),
+            "MACs": millions(row["macs"]),
+            "RTF": f"{row['real_time_factor']:.4f}",
+        }
         rows.append(cells)
-    rates = [first.upper(), "95% interval", second.upper()]
-    header = ["size", *rates, "sub", "del", "ins", "parameters", "MACs", "RTF"]
-    return table(header, rows)
+    return table(rows)
 
 
 def examples(rows: Sequence[dict], width: int = 0) -> str:
@@ -435,8 +422,8 @@ def markdown(report: dict) -> str:
         parts.append(f"## Most frequent confusions at size {row['size']}\n")
         rows = []
         for said, heard, count in row["confusions"]:
-            rows.append([said or NOTHING, heard or NOTHING, count])
-        parts.append(table(["said", "recognised", "times"], rows, text_columns=2))
+            rows.append(dict(said=said or NOTHING, recognised=heard or NOTHING, times=count))
+        parts.append(table(rows, text_columns=2) if rows else "Nothing is confused.\n")
     for why, names in report["left_out"].items():
         parts.append(f"## Left out: {printable(why)}\n")
         items = [f"* {printable(name)}: {printable(what)}\n" for name, what in names.items()]
@@ -457,10 +444,12 @@ def speakers(report: dict) -> str:
     rows = []
     for speaker in worst[:SPEAKERS]:
         counts = largest[speaker]
-        rates = [percent(row["speakers"][speaker][measure]) for row in report["sizes"]]
-        rows.append([speaker, counts["utterances"], counts["words"], *rates])
-    sizes = [f"{measure.upper()}, size {row['size']}" for row in report["sizes"]]
-    shown = table(["speaker", "utterances", "words", *sizes], rows, text_columns=1)
+        cells = dict(speaker=speaker, utterances=counts["utterances"], words=counts["words"])
+        for row in report["sizes"]:
+            rate = row["speakers"][speaker][measure]
+            cells[f"{measure.upper()}, size {row['size']}"] = percent(rate)
+        rows.append(cells)
+    shown = table(rows, text_columns=1)
     left = len(worst) - len(rows)
     if left:
         shown += f"\n{left} more are in results.json.\n"

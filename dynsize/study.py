@@ -27,7 +27,7 @@ from dynsize.report import change, rate, table
 from dynsize.run_directory import check_new
 from dynsize.terminal import reported
 from dynsize.training import Trainer
-from dynsize.wer import interval, mean_rate, verdict
+from dynsize.wer import difference, interval, mean_rate
 
 PAPER = ("simple-top-k", "iterative-zero-out")  # what further seeds train, beside each size alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
@@ -229,7 +229,7 @@ def differences_of(seeds: dict[str, list[int]], scores: Scores, config: Config) 
                 runs = [(training_of(side, seed, size, config), size) for seed in both]
                 sides.append([scores.errors[run] for run in runs])
             row = dict(method=way, baseline=baseline, size=size, seeds=both)
-            rows.append(row | dict(measure=scores.measure) | verdict(*sides))
+            rows.append(row | dict(measure=scores.measure) | difference(*sides))
     return rows
 
 
@@ -246,26 +246,18 @@ def tables_of(split: str, rows: list[dict], scores: Scores, config: Config) -> l
     for seeds, of_group in groups.items():
         named = f"{split}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
         compared = {way for row in of_group for way in (row["method"], row["baseline"])}
-        rates: dict[str, dict[int, str]] = {}
-        for way in WAYS:
-            if way in compared:
-                of_way = rates_of(way, seeds, scores, config)
-                rates[way] = {row["size"]: rate(row) for row in of_way}
-        changes: dict[str, dict[int, str]] = {}
+        rates: dict[int, dict] = {}  # size → line of a table
+        changes: dict[int, dict] = {}
+        title = f"{named}, {scores.measure.upper()}: size"
+        for way in sorted(compared, key=WAYS.index):
+            for row in rates_of(way, seeds, scores, config):
+                line = rates.setdefault(row["size"], {title: row["size"]})
+                line[way] = rate(row)
         for row in of_group:
-            column = changes.setdefault(f"{row['method']} − {row['baseline']}", {})
-            column[row["size"]] = change(row)
-        tables.append(size_table(f"{named}, {scores.measure.upper()}", rates, config))
-        tables.append(size_table(named, changes, config))
+            line = changes.setdefault(row["size"], {f"{named}: size": row["size"]})
+            line[f"{row['method']} − {row['baseline']}"] = change(row)
+        tables += [table(list(rates.values())), table(list(changes.values()))]
     return tables
-
-
-def size_table(title: str, columns: dict[str, dict[int, str]], config: Config) -> str:
-    """Return a table with a line for each size and the `columns` (name → size → cell)."""
-    lines = []
-    for size in reversed(config.sizes):
-        lines.append([size, *(column[size] for column in columns.values())])
-    return table([f"{title}: size", *columns], lines)
 
 
 # The tables of what is trained.

@@ -14,7 +14,6 @@ Reference = Sequence[Sequence[Sequence[str]]]
 Pair = tuple[str | None, str | None]  # word of the reference, word of the hypothesis
 
 DRAWS = 1000  # of the bootstrap
-VERDICTS = {"the first is better": "better", "the second is better": "worse"}
 # The cost of an alignment is one integer: errors, then gaps (deletions and insertions), then
 # deletions, 21 bits each. So the smallest cost has the fewest errors, and of these the fewest gaps.
 GAP = 1 << 21
@@ -224,9 +223,10 @@ def paired_interval(
 def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
     """Return the error rates, (draws, sides), of utterances and runs drawn with replacement."""
     draw = np.random.default_rng(0)
-    counts = [
-        np.array([errors_and_words(run) for run in side]) for side in sides
-    ]  # (runs, utterances, 2)
+    counts = []  # of each side: errors and words, (runs, utterances, 2)
+    for side in sides:
+        pairs = [[(errors.total, errors.words) for errors in run] for run in side]
+        counts.append(np.array(pairs, dtype=float))
     utterances = counts[0].shape[1]
     rates = np.empty((DRAWS, len(sides)))
     for i in range(DRAWS):
@@ -240,20 +240,18 @@ def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
     return rates
 
 
-def errors_and_words(run: Sequence[Errors]) -> np.ndarray:
-    """Return the errors and the words of each utterance, (utterances, 2)."""
-    return np.array([(errors.total, errors.words) for errors in run], dtype=float)
-
-
 def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
-    """Return the rates of two sides, given as the errors of each run, and what they tell."""
+    """Return the rates of two sides, given as the errors of each run, and what they tell.
+
+    The `verdict` is on the first side: better, worse, or not significantly different.
+    """
     rates = [mean_rate(first), mean_rate(second)]
     low, high = paired_interval(first, second)
     verdict = "not significantly different"  # the interval contains 0
     if high < 0:
-        verdict = "the first is better"
+        verdict = "better"
     elif low > 0:
-        verdict = "the second is better"
+        verdict = "worse"
     return dict(
         rates=rates,
         difference=rates[0] - rates[1],
@@ -267,10 +265,3 @@ def mean_rate(side: list[list[Errors]]) -> float:
     """Return the mean error rate of several runs."""
     totals = [sum(run, Errors()) for run in side]
     return sum(total.rate for total in totals) / len(side)
-
-
-def verdict(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
-    """Return `difference` with a `verdict` on the first side."""
-    found = difference(first, second)
-    found["verdict"] = VERDICTS.get(found["verdict"], found["verdict"])
-    return found
