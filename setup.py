@@ -22,7 +22,7 @@ setup(
     packages=["dynsize", "dynsize.kernels"],
     package_dir={"dynsize.kernels": "kernels"},
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "numpy>=1.24",
         "sentencepiece>=0.2",
         "soundfile>=0.12",
