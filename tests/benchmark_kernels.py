@@ -53,7 +53,7 @@ from dynsize.batching import Batch
 from dynsize.config import Config, preset
 from dynsize.initial import optimizer_for
 from dynsize.kernels import reference, self_check
-from dynsize.schedule import learning_rate
+from dynsize.schedule import ends_span, learning_rate
 from dynsize.simple_top_k import relaxed_top_k
 from dynsize.supernet import Supernet
 
@@ -431,7 +431,8 @@ class Training:
             group["lr"] = learning_rate(number, self.config) * group["factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        steps.rank_at_span_end(update, self.model)
+        if update.step == 1 and ends_span(number, self.config):
+            steps.rank_layers(self.model, number)
         return by_network
 
 
