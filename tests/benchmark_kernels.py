@@ -269,7 +269,7 @@ def errors() -> None:
     for width in SHAPES.widths:
         for dtype in SHAPES.dtypes:
             inputs = residual_inputs(2, 2, 20, width, dtype)
-            bar = self_check.TOLERANCE[dtype]
+            bar = self_check.TOLERANCE["gated_residual_layer_norm"][dtype]
             pair = (residual, reference.gated_residual_layer_norm)
             cases.append(("residual", f"D {width}, {str(dtype)[6:]}", *pair, inputs, bar))
     for labels in SHAPES.labels:
@@ -278,7 +278,7 @@ def errors() -> None:
         cases.append(("CTC", f"U {labels}, T {5 * labels}", *pair, inputs, 1e-3))
     for layers, k in SHAPES.top_k:
         inputs = [self_check.normal_on(DEVICE)(layers), k]
-        bar = self_check.TOLERANCE[torch.float32]
+        bar = self_check.TOLERANCE["relaxed_top_k"][torch.float32]
         cases.append(("top-k", f"L {layers}, k {k}", top_k, torchs_top_k, inputs, bar))
     faults = []
     for op, shape, ours, truth, inputs, bar in cases:
@@ -557,5 +557,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if not GPU:
-        self_check.LABELS = (6, 10)  # 200 take the interpreter seconds
+        self_check.LABELS = (10,)  # 200 take the interpreter seconds
     sys.exit(main())
