@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a supernet, from which prune.py cuts subnets of several sizes.
 
-Without flags: the preset demo, on speech that espeak-ng makes, in ten minutes on a CPU.
+Without flags: the preset demo, on speech that espeak-ng makes, in six to ten minutes on two cores.
 """
 
 import argparse

@@ -44,6 +44,20 @@ def pytest_collection_modifyitems(items) -> None:
             )
 
 
+def skip_without_interpreter() -> None:
+    """Skip a module of tests that interpret kernels, where this Triton can't do that.
+
+    Triton's interpreters before 3.7 fail with numpy 2.4 and newer.
+    """
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    new = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+    if old and new and not torch.cuda.is_available():
+        reason = f"triton {triton.__version__} does not interpret with numpy {np.__version__}"
+        pytest.skip(reason, allow_module_level=True)
+
+
 RATE = 8000  # Hz
 TONES = {"LOW": 300, "MID": 900, "HIGH": 2000, "TOP": 3200}  # Hz
 SPLITS = {"train": 24, "dev-clean": 4, "dev-other": 4, "test-clean": 6, "test-other": 4}

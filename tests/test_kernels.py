@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_update, tiny
+from conftest import one_update, skip_without_interpreter, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ctc import problems
@@ -31,6 +31,8 @@ from dynsize.training import Trainer
 
 triton = pytest.importorskip("triton")
 from dynsize.kernels import ctc, residual, top_k  # noqa: E402
+
+skip_without_interpreter()
 
 # the interpreter's numpy takes logarithms of 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

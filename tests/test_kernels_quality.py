@@ -19,10 +19,13 @@ if torch.cuda.is_available():
 
 import benchmark_kernels as benchmark
 import kernel_counts
+from conftest import skip_without_interpreter
 from kernel_counts import ChainBytes, Traffic, fused
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, _get_np_dtype
 
 from dynsize.kernels import ctc, residual
+
+skip_without_interpreter()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
