@@ -1,6 +1,6 @@
 """Dynamic encoder size: one Conformer-CTC supernet, and subnets that share its weights.
 
-The rooms, each above what it builds on:
+The modules, by what they are for:
 
 The network and the paper's algorithms
     conformer           front-end, the four kinds of layers, and one forward for all sizes
@@ -52,7 +52,8 @@ Results
     compression         parameters, time and error rate of each size, side by side
     plots               pictures of a run or a study
 
-Beside them, `dynsize.kernels` has Triton kernels for a GPU and their definitions in torch.
+Beside them, `dynsize.kernels` has Triton kernels of three ops for a GPU. Their definitions in torch
+are in `kernels/reference.py`, `ctc` and `simple_top_k`.
 """
 
 import os

@@ -104,7 +104,7 @@ class Config:
     hop_ms: float = setting(12.5, "step from one feature frame to the next, in ms", 1, 1000)
 
     setting = partial(described, "SpecAugment")
-    frequency_masks: int = setting(2, "an utterance gets 2 to this frequency masks", 0, 1000)
+    frequency_masks: int = setting(2, "most frequency masks of an utterance", 0, 1000)
     frequency_mask_bins: int = setting(8, "widest frequency mask, in mel bins", 0)
     time_mask_every: int = setting(50, "T frames get 2 to T / this time masks; 0: none", 0)
     time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)

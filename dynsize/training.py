@@ -80,7 +80,7 @@ class Trainer:
         return self.state["update"]
 
     def updates(self) -> Iterator[dict]:
-        """Train to the end, or to the update after which a stop is asked for.
+        """Train to the end, or to the first update that is read after a stop is asked for.
 
         Yields what each update did, with the dev word error rates after a validation. A checkpoint
         comes before a validation, so that a kill in between loses nothing.
@@ -119,7 +119,7 @@ class Trainer:
                 norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
                 shown = update.step == 1 and self.due(config.log_every)
                 scores = [model.scores] if shown else []
-                # The one place of an update where the CPU waits for the device.
+                # Here the CPU waits for the device; beside it only ranking and saving do.
                 losses, (norm,), *scores = wait_for(losses, norm, *scores)
                 finite = math.isfinite(sum(losses) + norm)
                 fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"

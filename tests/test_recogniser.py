@@ -205,7 +205,7 @@ def tokenizer(request) -> Tokenizer:
 def test_text_is_what_sentencepiece_decodes(tokenizer, data):
     labels = data.draw(st.lists(st.integers(1, tokenizer.labels - 1), max_size=20))
     expected = re.sub("\ufffd+", "\ufffd", tokenizer.pieces.decode(labels))
-    expected = " ".join(expected.split())
+    expected = b" ".join(expected.encode().split()).decode()  # splits at ASCII's blanks alone
     assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(labels)) == expected
     timed = timed_words([(label, i) for i, label in enumerate(labels)], spoken(tokenizer), 99.0)
     assert " ".join(word.text for word in timed) == tokenizer.decode(labels)
