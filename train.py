@@ -32,7 +32,7 @@ EXAMPLES = """\
   python train.py --resume runs/mine --threads 4      go on after a stop
   python train.py --init-from runs/mine/size-16.pt --corpus other --run runs/fine-tuned
   python train.py --study 0 1 --preset digits --corpus DIGITS
-  torchrun --nproc-per-node 4 train.py --preset tedlium2     a process for each of four GPUs"""
+  torchrun --nproc-per-node 4 -- train.py --preset tedlium2  a process for each of four GPUs"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -417,9 +417,11 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
     """
     for name, value in changes.items():
         flag = f"--{name.replace('_', '-')} {value}"
+        # A teacher may have moved, but none may come or go.
+        same = name != "teacher" or bool(value) == bool(config.teacher)
         if name in marked("affects"):
             warnings.warn(f"{flag}: the result is not that of an unbroken training", stacklevel=3)
-        elif name not in marked("resume"):
+        elif name not in marked("resume") or not same:
             raise ValueError(f"{flag} with --resume: it would change what is learned")
     return dataclasses.replace(config, **changes)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynsize import kernels
 from dynsize.config import Config
-from dynsize.supernet import precision
+from dynsize.supernet import Supernet, precision
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 FAILED = 2  # exit code of a process that can't go on
@@ -71,6 +71,17 @@ def total(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor
+
+
+def start_alike(model: Supernet) -> None:
+    """Give all processes the first one's weights and ranking, whatever each of them read."""
+    if count() == 1:
+        return
+    for weight in model.parameters():
+        dist.broadcast(weight.data, 0)
+    ranking = torch.tensor(model.ranking)
+    dist.broadcast(ranking, 0)
+    model.ranking = ranking.tolist()
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -53,12 +54,15 @@ def begin(run: Path, config: Config, corpus: str) -> IO[bytes]:
     run.mkdir(parents=True, exist_ok=True)
     locked = lock(run)
     if names_in(run) - FIRST:
+        if run in (here := Path.cwd(), *here.parents):
+            locked.close()
+            raise ValueError(f"{run}: can't be renamed from inside: start in another directory")
         names = (f"{run.name}.old{number}" for number in ("", *range(2, 1000)))
         old = next(run.with_name(name) for name in names if not run.with_name(name).exists())
         run.rename(old)
         warnings.warn(f"{run}: the training that was here is now in {old}", stacklevel=2)
         locked.close()
-        run.mkdir()
+        run.mkdir(exist_ok=True)
         locked = lock(run)
     files.clean(run)
     files.write(run / LEFT_OUT, b"")
@@ -87,6 +91,10 @@ def lock(run: Path) -> IO[bytes]:
     except OSError as error:
         what = f"{run}: no locks here ({error.strerror}); let no second training write in it"
         warnings.warn(what, stacklevel=2)
+    renamed = not (run / LOCK).exists()
+    if renamed or not os.path.samestat(os.fstat(file.fileno()), os.stat(run / LOCK)):
+        file.close()  # another training renamed the directory meanwhile
+        raise ValueError(f"{run}: another training is at work in it")
     return file
 
 

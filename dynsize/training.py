@@ -27,6 +27,7 @@ from dynsize.steps import Update
 from dynsize.subnet import layer_name
 from dynsize.training_data import Dev, TrainingData
 
+NOTHING_READ = "no utterance could be read"  # why an update is skipped
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
 SECOND_SIGNAL = 1.0  # seconds after which a second signal ends the training at once
 
@@ -71,6 +72,9 @@ class Trainer:
         self.validated = 0  # the last update after which dev was decoded
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
+        if processes.total(torch.tensor(self.done)) != self.done * processes.count():
+            raise processes.in_first(ValueError(f"{run}: processes read different checkpoints"))
+        processes.start_alike(self.model)
         self.last_good = self.state.copy()  # after the last update that was not skipped
         self.saved = self.done
 
@@ -113,7 +117,7 @@ class Trainer:
             )
 
             # Forward and backward: one pass of each for all networks of the update.
-            fault = "no utterance could be read"
+            fault = NOTHING_READ
             if not read["idle"]:
                 losses = self.add_gradients(update, batches, read["labels"])
                 norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -456,7 +460,7 @@ class Trainer:
             return
         what = f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.done}"
         where = f"{self.run / run_directory.METRICS} tells more"
-        if ids:
+        if fault != NOTHING_READ:
             advice = "try a lower peak learning rate"
             error = FloatingPointError(f"{what}: {fault}; {where}, and {advice}")
         else:

@@ -73,6 +73,10 @@ def test_a_teacher_changes_what_is_learned_and_resuming_repeats_it(tones, teache
     for record in broken.updates():
         if record["update"] == 4:  # the checkpoint is of update 3
             break
+    with pytest.raises(
+        ValueError, match="--teacher  with --resume: it would change what is learned"
+    ):
+        Trainer.resume(tmp_path / "broken", dict(teacher=""))
     resumed = Trainer.resume(tmp_path / "broken")
     assert resumed.done == 3
     for _ in resumed.updates():

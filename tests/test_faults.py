@@ -435,6 +435,16 @@ def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, linked):
     assert run.is_symlink() == linked and not (run / "notes.txt").exists()
 
 
+def test_a_run_is_not_renamed_from_inside(tones, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    finish(begun(tones, run, updates=2))
+    before = everything_in(run)
+    monkeypatch.chdir(run)
+    with pytest.raises(ValueError, match="start in another directory"):
+        begun(tones, Path("."), updates=2)
+    assert everything_in(run) == before
+
+
 def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
     run = tmp_path / "full"
     finish(begun(tones, run, updates=2))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_update, tiny
+from conftest import network, one_update, tiny
 from in_process import ROOT, TINY
 
 from dynsize import checkpoint, processes
@@ -84,6 +84,10 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
     joined = torch.cat([together[name].flatten().double() for name in alone])
     expected = torch.cat([grad.flatten().double() for grad in alone.values()])
     assert expected.norm() > 0.1 and (joined - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_all_processes_start_with_the_weights_and_the_ranking_of_the_first(of_two):
+    assert of_two["alike"]["processes"] == 2
 
 
 def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
@@ -190,5 +194,10 @@ if __name__ == "__main__":
         for case in CASES
         for n in (2, 4)
     }
+    model, first = network(seed=processes.number()), network(seed=0)
+    processes.start_alike(model)
+    pairs = zip(model.parameters(), first.parameters(), strict=True)
+    alike = model.ranking == first.ranking and all(torch.equal(*pair) for pair in pairs)
+    found["alike"] = dict(processes=processes.total(torch.tensor(float(alike))))
     if processes.is_first():
         torch.save(found, Path(sys.argv[2]) / "gradients.pt")
