@@ -47,7 +47,7 @@ def save(
     `path` becomes PATH-1, which becomes PATH-2, and so on. After an interruption at any time the
     newest of these files is the old one or the new one, and whole.
 
-    Raises OSError, with the path, where the disk is full. Then nothing was changed.
+    Raises OSError, with the path, where the disk is full. Then no network is lost.
     """
     content = {
         "format": FORMAT,

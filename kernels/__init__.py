@@ -131,7 +131,7 @@ def gated_residual_layer_norm(
     """Return y = x + scale · gate · dropout(branch), and LayerNorm(y[:rows]) · weight + bias.
 
     `x`: (R, T, D) float32 or float64, the stack; y has its shape and dtype. `branch`: (R', T, D)
-    of a dtype in FLOATS, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None
+    of any float dtype, R' ≤ R; y is bitwise `x` in the rows from R' on. `gate`: (R',), or None
     for 1. `seed`: (B,) int64, one for each utterance, needed where `dropout_p` is not 0; B divides
     R and R', and row r uses seed r mod B, so that all sizes of an utterance drop the same.
     `weight`, `bias`: (D,). `rows`: how many rows are normalised, by default all. `dtype`: that of
