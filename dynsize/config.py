@@ -138,7 +138,8 @@ class Config:
     method: str = setting(
         "simple-top-k",
         "how layers are chosen. To compare with: none (one size trained alone), layerdrop (layers "
-        "dropped at random, then every other one pruned), aux-loss (each size is the first layers)",
+        "dropped at random, then every other one pruned), aux-loss (none is chosen: each size is "
+        "the first layers, and a CTC loss after them trains it)",
         choices=METHODS,
         marks="weights",
     )
@@ -182,7 +183,6 @@ class Config:
     )
     batch_utterances: int = setting(60, "most utterances in a batch", 1)
     accumulate: int = setting(1, "batches of each process in one update", 1, marks="affects")
-    checkpoint_activations: bool = setting(False, "save memory: compute layers twice")
     # An epsilon or a rate beyond these limits is 0 or infinite in float32.
     peak_learning_rate: float = setting(4e-3, "highest learning rate; the first is 1/100", 1e-12, 1)
     warmup: float = setting(0.1, "share of updates in which the rate rises", 0, below=1)
@@ -199,25 +199,20 @@ class Config:
         choices=("auto", "bfloat16", "float32"),
         marks="evaluate",
     )
+    seed: int = setting(0, "seed of everything that is drawn", 0)
+
+    setting = partial(described, "machine and log, which --resume may change", marks="resume")
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto", marks="resume evaluate")
     workers: int = setting(
-        0,
-        "processes that read audio; 0: none, features stay in memory, 115 MB an hour",
-        0,
-        64,
-        marks="resume",
+        0, "processes that read audio; 0: none, features stay in memory, 115 MB an hour", 0, 64
     )
-    seed: int = setting(0, "seed of everything that is drawn", 0)
-    log_every: int = setting(20, "updates between two lines of the log", 1, marks="resume")
-    validate_every: int = setting(500, "updates between two validations", 1, marks="resume")
-    save_every: int = setting(500, "updates between two checkpoints", 1, marks="resume")
-    save_minutes: float = setting(
-        10.0, "most minutes between two checkpoints", 0.01, marks="resume"
-    )
-    keep: int = setting(3, "newest checkpoints that are kept", 1, 10, marks="resume")
-    most_left_out: float = setting(
-        0.1, "share of utterances that may be unreadable", 0, below=1, marks="resume"
-    )
+    checkpoint_activations: bool = setting(False, "save memory: compute layers twice, alike")
+    log_every: int = setting(20, "updates between two lines of the log", 1)
+    validate_every: int = setting(500, "updates between two validations", 1)
+    save_every: int = setting(500, "updates between two checkpoints", 1)
+    save_minutes: float = setting(10.0, "most minutes between two checkpoints", 0.01)
+    keep: int = setting(3, "newest checkpoints that are kept", 1, 10)
+    most_left_out: float = setting(0.1, "share of utterances that may be unreadable", 0, below=1)
 
     preset: str = "demo"  # whose METHOD_PRESETS apply; it has no help text, as it is no setting
     del setting
@@ -242,11 +237,6 @@ class Config:
     def layers(self) -> int:
         """L, the number of prunable layers."""
         return 4 * self.blocks
-
-    @property
-    def learns(self) -> bool:
-        """Whether the training has a step 1, in which layer scores are learned."""
-        return self.method in METHOD_DEFAULTS and len(self.sizes) > 1
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the rules that limits can't express: a setting, whether it holds, and the rule."""

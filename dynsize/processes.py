@@ -87,16 +87,20 @@ def start_alike(model: Supernet) -> None:
 def sum_gradients(model: nn.Module) -> None:
     """Replace the gradients of a model by their sums over all processes.
 
-    All are exchanged as one tensor after the backward pass. That is plainer than
+    A weight that has a gradient in another process alone, as this one could read nothing, has zeros
+    here. All are exchanged as one tensor after the backward pass. That is plainer than
     DistributedDataParallel, which exchanges some while others are computed.
     """
-    if count() == 1:
-        return
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    parts = total(flat).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+    weights = list(model.parameters())
+    counts = total(torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64))
+    used = [weight for weight, count in zip(weights, counts.tolist(), strict=True) if count]
+    for weight in used:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    flat = torch.cat([weight.grad.flatten() for weight in used])
+    parts = total(flat).split([weight.numel() for weight in used])
+    for weight, part in zip(used, parts, strict=True):
+        weight.grad.copy_(part.view_as(weight))
 
 
 @contextmanager

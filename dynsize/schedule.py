@@ -6,7 +6,7 @@ These are pure functions, so that a resumed training repeats them.
 import math
 from itertools import pairwise
 
-from dynsize.config import Config
+from dynsize.config import METHOD_DEFAULTS, Config
 
 LAST_LEARNING_RATE = 1e-8
 
@@ -35,7 +35,8 @@ def step1_updates(config: Config) -> int:
 
     It is 0 for a baseline and for a single size, which learn no layer scores.
     """
-    return round(config.step1_share * config.updates) if config.learns else 0
+    learns_scores = config.method in METHOD_DEFAULTS and len(config.sizes) > 1
+    return round(config.step1_share * config.updates) if learns_scores else 0
 
 
 def in_step1(update: int, config: Config) -> bool:
@@ -56,11 +57,11 @@ def size_at_span_start(update: int, config: Config) -> int:
         0      0 to 4    8                   5
         1      5 to 9    5                   3
     """
-    smallest = config.sizes[0]
-    lost = config.layers - smallest
+    smallest, largest = config.sizes[0], config.sizes[-1]
+    lost = largest - smallest
     spans = max(1, math.ceil(lost / config.delta))
     span = update * spans // max(1, step1_updates(config))
-    return max(config.layers - config.delta * span, smallest)
+    return max(largest - config.delta * span, smallest)
 
 
 def size_at_span_end(update: int, config: Config) -> int:

@@ -44,9 +44,9 @@ def planned(model: Supernet, number: int) -> Update:
     config = model.config
     if in_step1(number, config):
         size = ALGORITHMS[config.method].size_at(number, config)
-        return Update(number, 1, {config.layers: 1.0, size: config.subnet_loss})
+        return Update(number, 1, {model.sizes[-1]: 1.0, size: config.subnet_loss})
     if config.method == "layerdrop":
-        return Update(number, 2, {config.layers: 1.0})
+        return Update(number, 2, {model.sizes[-1]: 1.0})
     return Update(number, 2, sandwich(number, model.sizes, config))
 
 
@@ -72,11 +72,11 @@ def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
     config = model.config
     if update.step == 1:
         algorithm = ALGORITHMS[config.method]
-        supernet = [True] * config.layers
+        supernet = model.mask(model.sizes[-1])
         subnet = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
         return [supernet, subnet]
     if config.method == "layerdrop":
-        return [list(layer_gates(seeds, config.layers, config.layer_drop))]
+        return [list(layer_gates(seeds, model.sizes[-1], config.layer_drop))]
     largest, *smaller = [model.mask(size) for size in update.weights]
     if smaller and config.stochastic_depth > 0:
         largest = stochastic_depth(smaller[-1], seeds, config)
@@ -166,14 +166,14 @@ def rank_layers(model: Supernet, number: int) -> None:
         model.ranking = algorithm.rank(model.scores, model.ranking, number, model.config)
 
 
-def shown_scores(update: Update, model: Supernet, values: list[float]) -> dict:
+def shown_scores(update: Update, model: Supernet) -> dict:
     """Return the layers' scores and their ranking before an update, for metrics.jsonl.
 
-    `values`: the numbers in `model.scores`. Where the scores are a matrix, the layer weights of the
-    subnet are shown instead.
+    Where the scores are a matrix, the layer weights of the subnet are shown instead. Note: this
+    waits for the device.
     """
     algorithm = ALGORITHMS[model.config.method]
-    scores = torch.tensor(values).view_as(model.scores)
+    scores = model.scores.detach().cpu()
     now = (scores, model.ranking, update.number, model.config)
     shown = scores if scores.dim() == 1 else algorithm.layer_weights(*now)
     rounded = [round(float(score), 5) for score in shown]

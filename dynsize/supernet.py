@@ -81,7 +81,7 @@ class Supernet(nn.Module):
     def mask(self, size: int) -> list[bool]:
         """Return the binary mask of a size: True for the first `size` layers of the ranking."""
         kept = set(self.ranking[:size])
-        return [layer in kept for layer in range(self.config.layers)]
+        return [layer in kept for layer in range(len(self.ranking))]
 
     def output_layer(self, size: int) -> nn.Linear:
         """Return the output layer for a network of `size` layers.

@@ -46,6 +46,7 @@ class Trainer:
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
     ) -> None:
         processes.use_gpu(config.device)
+        self.processes = processes.count()
         self.config = config
         self.run = run
         self.device = processes.device_of(config)
@@ -68,15 +69,16 @@ class Trainer:
         self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
         self.save_soon = False  # save after the next update
         self.stop_soon = 0  # a signal's number: save after the next update that is read, and end
+        self.stopped_at = math.inf  # when that signal came
         self.best = math.inf  # fewest errors on dev up to now
         self.validated = 0  # the last update after which dev was decoded
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
-        if processes.total(torch.tensor(self.done)) != self.done * processes.count():
+        if processes.total(torch.tensor(self.done)) != self.done * self.processes:
             raise processes.in_first(ValueError(f"{run}: processes read different checkpoints"))
         processes.start_alike(self.model)
         self.last_good = self.state.copy()  # after the last update that was not skipped
-        self.saved = self.done
+        self.saved, self.saved_at = self.done, time.monotonic()
 
     @property
     def done(self) -> int:
@@ -93,38 +95,25 @@ class Trainer:
         self.prepare()
         loader = self.batches()
         logged: list[dict] = []
-        saved = time.monotonic()
         stop = False
         while self.done < config.updates and not stop:
             start = time.perf_counter()
-            batches, read = self.read(loader)
-            stop = read["stop"] > 0
+            batches, labels, readers, record = self.read(loader)
+            stop = record["stop"]
             update = steps.planned(model, self.done)
-            self.state["update"] += 1
-            self.state["batches"] += len(batches) * processes.count()
             rate = learning_rate(update.number, config)
-            record = dict(
-                update=update.number + 1,
-                step=update.step,
-                sizes=list(update.weights),
-                epoch=self.data.examples.epoch,
-                learning_rate=rate,
-                audio_seconds=read["seconds"],
-                left_out=int(read["left_out"]),
-                waiting=read["waiting"],
-                padding=fmean(batch.padding for batch in batches),
-                stop=stop,
-            )
+            self.state["update"] += 1
+            self.state["batches"] += len(batches) * self.processes
+            sizes = list(update.weights)
+            record |= dict(update=self.done, step=update.step, sizes=sizes, learning_rate=rate)
 
             # Forward and backward: one pass of each for all networks of the update.
             fault = NOTHING_READ
-            if not read["idle"]:
-                losses = self.add_gradients(update, batches, read["labels"])
+            if readers:
+                losses = self.add_gradients(update, batches, labels, readers)
                 norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
-                shown = update.step == 1 and self.due(config.log_every)
-                scores = [model.scores] if shown else []
-                # Here the CPU waits for the device; beside it only ranking and saving do.
-                losses, (norm,), *scores = wait_for(losses, norm, *scores)
+                # Here the CPU waits for the device; beside it only scores and checkpoints do.
+                *losses, norm = torch.cat([losses, norm[None]]).tolist()
                 finite = math.isfinite(sum(losses) + norm)
                 fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"
 
@@ -132,10 +121,10 @@ class Trainer:
             if fault:
                 self.skip(batches, fault)
             else:
-                for values in scores:
-                    record |= steps.shown_scores(update, model, values)
-                record["losses"] = dict(zip(update.weights, losses, strict=True))
+                record["losses"] = dict(zip(sizes, losses, strict=True))
                 record["gradient_norm"] = norm
+                if update.step == 1 and self.due(config.log_every):
+                    record |= steps.shown_scores(update, model)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
                 optimizer.step()
@@ -151,12 +140,10 @@ class Trainer:
             if self.due(config.log_every):
                 self.log(run_directory.mean_of(logged))
                 logged = []
-            late = time.monotonic() - saved > 60 * config.save_minutes
+            late = time.monotonic() - self.saved_at > 60 * config.save_minutes
             due = self.due(config.save_every) or self.due(config.validate_every)
             if due or late or self.save_soon or stop:
                 self.save()
-                self.save_soon = False
-                saved = time.monotonic()
             if self.due(config.validate_every) and not stop:
                 record["dev"] = self.validate()
             yield record
@@ -172,18 +159,20 @@ class Trainer:
             frames = self.data.begin_epoch(epoch)
             plan = epoch_plan(frames, self.config, epoch)
             place = max(0, number - self.state["first"])
-            mine = plan[place :: processes.count()]
+            mine = plan[place :: self.processes]
             if mine:
                 yield from self.data.load(mine, pin=self.device.type == "cuda")
-            number += len(mine) * processes.count()
+            number += len(mine) * self.processes
             self.state["first"] += len(plan)
             self.state["epoch"] += 1
 
-    def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """Return this process's batches of an update, and the sums of what all processes read.
+    def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], float, float, dict]:
+        """Read the batches of an update.
 
-        The sums are made on the CPU, so that nothing waits for the device. Gives up where a worker
-        process of any process died, or where too many utterances can't be read.
+        Returns this process's batches; how many target labels all processes read; how many
+        processes read something; and what the log tells of it. The sums are made on the CPU, so
+        that nothing waits for the device. Gives up where a worker process of any process died, or
+        where too many utterances can't be read.
         """
         batches: list[Batch] = []
         failure = None
@@ -198,41 +187,54 @@ class Trainer:
             if batch.corrupt:
                 run_directory.note_left_out(self.run, {UNREADABLE: batch.corrupt})
                 self.data.left_out += len(batch.corrupt)
-        here = dict(
-            seconds=sum(utterance.samples for utterance in utterances) / self.config.sample_rate,
-            labels=sum(int(batch.label_lengths.sum()) for batch in batches),
-            left_out=self.data.left_out,
-            idle=not utterances,
-            stop=self.stop_soon > 0,
-            failed=failure is not None,
-        )
-        total = processes.total(torch.tensor(list(here.values()), dtype=torch.float64))
-        read = dict(zip(here, total.tolist(), strict=True))
-        if read["failed"]:
+        here = [
+            sum(utterance.samples for utterance in utterances) / self.config.sample_rate,
+            sum(int(batch.label_lengths.sum()) for batch in batches),
+            bool(utterances),
+            self.data.left_out,
+            self.stop_soon > 0,
+            failure is not None,
+        ]
+        sums = torch.tensor(here, dtype=torch.float64)
+        if self.processes > 1:
+            sums = processes.total(sums)
+        seconds, labels, readers, left_out, stop, failed = sums.tolist()
+        if failed:
             self.give_up(failure or SystemExit(processes.FAILED))
-        left_out = int(read["left_out"])
-        if left_out and (told := self.data.too_many(left_out)):
+        if left_out and (told := self.data.too_many(int(left_out))):
             error = ValueError(f"{told}; {self.run / run_directory.LEFT_OUT} names them")
             self.give_up(processes.in_first(error))
-        return batches, read | dict(waiting=waiting)
+        record = dict(
+            epoch=self.data.examples.epoch,
+            audio_seconds=seconds,
+            left_out=int(left_out),
+            waiting=waiting,
+            padding=fmean(batch.padding for batch in batches),
+            stop=stop > 0,
+        )
+        return batches, labels, readers, record
 
-    def add_gradients(self, update: Update, batches: list[Batch], label_count: float) -> Tensor:
+    def add_gradients(
+        self, update: Update, batches: list[Batch], labels: float, readers: float
+    ) -> Tensor:
         """Compute the gradients of an update; return the CTC loss of each network, (M,).
 
-        Both are of all batches of all processes, and so is `label_count`: the number of target
-        labels.
+        Both are of all batches of all processes. `labels`: how many target labels these have.
+        `readers`: how many processes have a batch; the others add nothing.
         """
         losses = torch.zeros(len(update.weights), device=self.device)
         batches = [batch for batch in batches if batch.utterances]
         for batch in batches:
-            loss, ctc = steps.losses_of(update, batch, label_count, self.model, self.teacher)
+            loss, ctc = steps.losses_of(update, batch, labels, self.model, self.teacher)
             if batch is batches[-1]:
-                loss = loss + steps.extra_loss(update, self.model) / processes.count()
+                loss = loss + steps.extra_loss(update, self.model) / readers
             loss.backward()
             losses += ctc
-        # Here gradients and losses become their sums over the processes, once for an update.
-        processes.sum_gradients(self.model)
-        return processes.total(losses)
+        if self.processes > 1:
+            # Here gradients and losses become their sums over the processes, once for an update.
+            processes.sum_gradients(self.model)
+            losses = processes.total(losses)
+        return losses
 
     def due(self, every: int) -> bool:
         """Return whether something that is done every so often is due after this update."""
@@ -273,9 +275,10 @@ class Trainer:
         steps.rank_layers(self.model, self.done - 1)
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.data.fingerprint
-        state["batches_of_an_update"] = processes.count() * self.config.accumulate
+        state["batches_of_an_update"] = self.processes * self.config.accumulate
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
-        self.saved = self.done
+        self.saved, self.saved_at = self.done, time.monotonic()
+        self.save_soon = False
         if not processes.is_first():
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
@@ -329,6 +332,7 @@ class Trainer:
                 raise ValueError(f"{loaded.path}: a network alone, with which no training goes on")
             config = with_changes(loaded.model.config, changes or {})
         loaded.model.config = config
+        loaded.model.encoder.recompute = config.checkpoint_activations
         trainer = cls(config, run, loaded)
         trainer.locked = locked
         with processes.first_alone():
@@ -363,7 +367,7 @@ class Trainer:
                 "training began",
                 stacklevel=2,
             )
-        now = processes.count() * self.config.accumulate
+        now = self.processes * self.config.accumulate
         if now != before:
             warnings.warn(
                 f"batches of an update, in all processes: {now}, and not {before} as before: the "
@@ -388,25 +392,26 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the gradients of the largest batch as in step 1 and as in step 2.
 
-        Meanwhile tensors take the memory that the optimizer's state will take. Where a process
-        can read no utterance of the largest batch, all try the next one. Raises ValueError where
-        the memory is too small.
+        Meanwhile tensors take the memory that the optimizer's state will take. Where no utterance
+        of the largest batch can be read, the next one is tried. Raises ValueError where the memory
+        is too small.
         """
         frames = self.data.begin_epoch(0)
         plan = epoch_plan(frames, self.config, 0)
         plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
         for worst in plan[:MOST_SKIPPED]:
             (batch,) = self.data.load([worst])
-            idle = torch.tensor(not batch.utterances, dtype=torch.int64)
-            if not processes.total(idle):  # every process could read some of it
+            if batch.utterances:
                 break
-        else:
+        readers = processes.total(torch.tensor(bool(batch.utterances), dtype=torch.int64))
+        if not readers:
             return
         moments = [] if self.optimizer.state else [*self.model.parameters()] * 2
         try:
             reserved = [torch.ones_like(weight) for weight in moments]
             for number in sorted({0, self.config.updates - 1}):
-                self.add_gradients(steps.planned(self.model, number), [batch], label_count=1)
+                update = steps.planned(self.model, number)
+                self.add_gradients(update, [batch], labels=1, readers=readers)
             del reserved
         except RuntimeError as error:
             if "memory" not in str(error):
@@ -415,8 +420,9 @@ class Trainer:
             first_line = str(error).splitlines()[0]
             raise ValueError(
                 f"the largest batch, {len(worst)} utterances of up to {longest} frames, does not "
-                f"fit into the memory: lower --batch-seconds {self.config.batch_seconds:g} (and "
-                f"raise --accumulate), or set --checkpoint-activations. {first_line}"
+                "fit into the memory: set --checkpoint-activations (the result is the same), or "
+                f"lower --batch-seconds {self.config.batch_seconds:g} and raise --accumulate, also "
+                f"with --resume. {first_line}"
             ) from error
         self.optimizer.zero_grad()
 
@@ -427,23 +433,22 @@ class Trainer:
     def stop(self, number: int, frame: object = None) -> None:
         """Save and end after the next update that is read: a handler of signals.
 
-        train.py then exits with 128 + the signal's number. The flag is summed over the processes
-        when an update is read, so that all of them end after the same one. Worker processes of the
-        loader ignore signals and are killed at the end. A validation goes on to its end, as its
-        checkpoint is written already. Schedulers may send a signal twice within a second, which
-        counts once. A later one ends the process without saving.
+        The update that runs is finished, and one more is trained, since processes learn of the flag
+        when they read an update: so all end after the same one. train.py then exits with 128 + the
+        signal's number. Worker processes of the loader ignore signals and are killed at the end. A
+        validation goes on to its end, as its checkpoint is written already. Schedulers may send a
+        signal twice within a second, which counts once. A later one ends the process without
+        saving.
         """
-        now = time.monotonic()
-        if self.stop_soon and now - self.stopped_at > SECOND_SIGNAL:
-            raise SystemExit(128 + number)
         if not self.stop_soon:
-            self.stop_soon = number
-            self.stopped_at = now
+            self.stop_soon, self.stopped_at = number, time.monotonic()
+        elif time.monotonic() - self.stopped_at > SECOND_SIGNAL:
+            raise SystemExit(128 + number)
 
     # Where a corpus disappears, or audio is damaged:
     # 1. An utterance that can't be read is missing from its batch, named in left-out.txt, counted.
-    # 2. An update of which a process could read nothing is skipped, as one whose losses or gradient
-    #    are not finite. Batches that worker processes have read before still train.
+    # 2. An update of which no process could read anything is skipped, as one whose losses or
+    #    gradient are not finite. Batches that worker processes have read before still train.
     # 3. The training gives up after ten skipped updates in a row, where more than the share
     #    `most_left_out` could not be read in an epoch, or where as much of dev can't be read,
     #    whichever comes first.
@@ -477,10 +482,3 @@ class Trainer:
         if self.done != self.saved:
             self.save()
         raise error
-
-
-def wait_for(*values: Tensor) -> list[list[float]]:
-    """Return the numbers in some tensors. Note: this waits for the device."""
-    flat = torch.cat([value.detach().flatten().float() for value in values])
-    numbers = iter(flat.tolist())
-    return [list(islice(numbers, value.numel())) for value in values]

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
 from dynsize.algorithms import ALGORITHMS, every_other, shuffled
 from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
-from dynsize.kernels import layer_gates
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
-from dynsize.steps import Update, gates_of, sandwich
+from dynsize.steps import Update, gates_of, planned, sandwich
 from dynsize.supernet import Supernet
 
 
@@ -53,16 +52,6 @@ def test_straight_through_has_the_gradient_of_the_relaxed_weights():
         gradients += torch.autograd.grad((cotangent * weights).sum(), scores)
     assert torch.equal(*gradients) and (gradients[0] != 0).all()
     assert simple_top_k.extra_loss(scores, range(32), update, config).item() == 0
-
-
-@given(st.integers(0, 2**20), st.integers(2, 10))
-def test_gradients_of_the_relaxed_weights_are_finite_differences(seed, layers):
-    generator = torch.Generator().manual_seed(seed)
-    scores = 2 * torch.randn(layers, dtype=torch.float64, generator=generator)
-    k = 1 + seed % layers
-    assert torch.autograd.gradcheck(
-        lambda s: simple_top_k.relaxed_top_k(s, k), scores.requires_grad_()
-    )
 
 
 @pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
@@ -114,15 +103,19 @@ def ortho(**changes):
     return tiny(**dict(method="ortho-softmax", updates=40) | changes)  # 24 updates of step 1
 
 
-@given(st.integers(0, 2**20), st.integers(0, 23), st.floats(0.01, 100))
+@given(st.integers(0, 2**20), st.integers(0, 23), st.floats(0.01, 1e4))
 def test_rows_of_ortho_softmax_are_distributions(seed, update, scale):
     """The rows sum to 1, and the layer weights of size k sum to k."""
-    scores = scale * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    scores = scale * torch.randn(8, 8, dtype=torch.float64, generator=generator)
     config = ortho(seed=seed)
-    rows = ortho_softmax.distributions(scores.double(), update, config)
+    rows = ortho_softmax.distributions(scores, update, config)
     assert (rows >= 0).all() and rows.sum(1).tolist() == pytest.approx([1] * 8)
-    weights = torch.stack(ortho_softmax.layer_weights(scores.double(), [], update, config))
+    scores.requires_grad_()
+    weights = torch.stack(ortho_softmax.layer_weights(scores, [], update, config))
     assert weights.sum().item() == pytest.approx(ortho_softmax.size_at(update, config))
+    (weights[0] + ortho_softmax.extra_loss(scores, [], update, config)).backward()
+    assert scores.grad.isfinite().all()
 
 
 @given(st.permutations(range(8)), st.integers(1, 23))
@@ -141,25 +134,6 @@ def test_the_orthogonality_loss_of_distinct_one_hot_rows_is_exactly_0(order, upd
     flat = torch.zeros(8, 8, dtype=torch.float64)
     expected = weight * (math.comb(k, 2) / 64 + k * (1 / 8 - 1) ** 2)
     assert ortho_softmax.extra_loss(flat, [], update, config).item() == pytest.approx(expected)
-
-
-@given(st.integers(0, 2**20), st.integers(0, 23))
-def test_gradients_of_ortho_softmax_are_finite_differences(seed, update):
-    config, generator = ortho(seed=seed), torch.Generator().manual_seed(seed)
-    scores = torch.randn(8, 8, dtype=torch.float64, generator=generator)
-    scores *= ortho_softmax.temperature(update, config)  # where the softmax is not flat
-    scores.requires_grad_()
-    for function in (ortho_softmax.extra_loss, ortho_softmax.layer_weights):
-
-        def total(s, function=function):
-            result = function(s, [], update, config)
-            return result if isinstance(result, torch.Tensor) else torch.stack(result)
-
-        assert torch.autograd.gradcheck(total, scores, eps=1e-8, atol=1e-4)
-    large = (1e4 * scores.detach()).requires_grad_()
-    weights = torch.stack(ortho_softmax.layer_weights(large, [], update, config))
-    (weights[0] + ortho_softmax.extra_loss(large, [], update, config)).backward()
-    assert large.grad.isfinite().all()
 
 
 five_scores = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=5)
@@ -260,8 +234,10 @@ def test_every_other_layer_is_kept(blocks, data):
 
 def test_layer_drop_skips_each_layer_for_a_share_of_the_utterances():
     seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
-    gates = layer_gates(seeds, 8, 0.2)
-    assert gates.shape == (8, 3000) and set(gates.unique().tolist()) == {0.0, 1.0}
+    model = Supernet(tiny(method="layerdrop", shared_output_layer=True, layer_drop=0.2), 5)
+    (by_layer,) = gates_of(planned(model, 11), model, seeds)
+    gates = torch.stack(by_layer)  # (8, 3000)
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
     assert gates.mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / gates.numel()))
     assert not torch.equal(gates[0], gates[1])
 

@@ -374,21 +374,13 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
     monkeypatch.setattr(trainer, "add_gradients", full)
     with pytest.raises(
         ValueError,
-        match=r"largest batch.*--batch-seconds 3 .*--accumulate.*--checkpoint-activations",
+        match=r"largest batch.*--checkpoint-activations.*--batch-seconds 3 .*--accumulate",
     ):
         next(trainer.updates())
     plans = [epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
     most = [max(len(batch) * max(frames[i] for i in batch) for batch in plan) for plan in plans]
     assert seen == [most[0]] * 2 and max(most) <= 1.2 * most[0]
     assert all(weight.grad is None for weight in begun(tones, tmp_path / "b").model.parameters())
-
-
-def test_activations_computed_again_give_the_same_weights(tones, tmp_path):
-    weights = [
-        finish(begun(tones, tmp_path / str(on), checkpoint_activations=on, dropout=0.2))
-        for on in (False, True)
-    ]
-    assert same(*weights)
 
 
 # What a training must not harm.

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
@@ -209,14 +208,6 @@ def test_warnings_show_no_line_of_the_source():
 def test_threads_are_bounded(bad, tmp_path):
     done = run("train.py", "--threads", bad, cwd=tmp_path)
     assert done.returncode == 2 and bad in done.stderr and not list(tmp_path.iterdir())
-
-
-def test_threads_are_used_and_shown(few_tones, tmp_path):
-    before = torch.get_num_threads()
-    arguments = ("--corpus", few_tones, "--run", "run", *TINY, "--updates", "2", "--threads", "1")
-    shown = run("train.py", *arguments, cwd=tmp_path).stdout
-    torch.set_num_threads(before)
-    assert ", float32, 1 thread, kernels: torch\n" in shown
 
 
 @pytest.mark.parametrize(
