@@ -6,24 +6,21 @@ picture is readable in black and white.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from dynsize.config import LAYERS
 from dynsize.report import read_json
+from dynsize.run_directory import METRICS, read_metrics
+from dynsize.subnet import layer_name
 from dynsize.terminal import reported
 
 STYLE = {
@@ -31,42 +28,35 @@ STYLE = {
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "errorbar.capsize": 2,
+    "figure.constrained_layout.use": True,
     "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 5,
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text, which takes a tenth of the bytes of its outlines
     "svg.hashsalt": "dynsize",  # the same picture is the same file
 }
 STEP1 = "0.9"  # shade of step 1's background
 K_COLOUR = "#56B4E9"  # of the subnet of step 1
-KEPT = "0.25"  # shade of a layer that a size keeps
-
-
-class Mark(NamedTuple):
-    """How the points of one way to train are drawn. Lightness and marker differ too."""
-
-    colour: str
-    marker: str
-    line: str
-
-
-MARKS = {
-    "alone": Mark("#000000", "o", "--"),
-    "simple-top-k": Mark("#0072B2", "s", "-"),
-    "iterative-zero-out": Mark("#D55E00", "^", "-"),
-    "ortho-softmax": Mark("#009E73", "D", "-"),
-    "layerdrop": Mark("#999999", "X", ":"),
-    "first": Mark("#CC79A7", "v", ":"),
-    "distilled": Mark("#E69F00", "P", "--"),
-    "other": Mark("#8B4513", "*", "-."),
+MARKS = {  # way to train → colour, marker and line; lightness differs too
+    "alone": ("#000000", "o", "--"),
+    "simple-top-k": ("#0072B2", "s", "-"),
+    "iterative-zero-out": ("#D55E00", "^", "-"),
+    "ortho-softmax": ("#009E73", "D", "-"),
+    "layerdrop": ("#999999", "X", ":"),
+    "aux-loss": ("#CC79A7", "v", ":"),
+    "distilled": ("#E69F00", "P", "--"),
 }
-SIZE_LINES = ("-", "--", "-.", ":")  # from the largest size to the smallest
-COSTS = {  # column of a result → label, factor
-    "parameters": ("parameters (millions)", 1e-6),
-    "bytes": ("ONNX file (MB)", 1e-6),
-    "macs": ("MACs for 1 s of audio (millions)", 1e-6),
-    "milliseconds": ("time for 10 s of audio (ms)", 1.0),
-    "real_time_factor": ("decoding time for 1 s of audio (ms)", 1e3),
+COSTS = {  # column of a result → label, unit
+    "macs": ("multiply-accumulates for 1 s of audio", ""),
+    "real_time_factor": ("time to decode 1 s of audio", "s"),
+    "bytes": ("ONNX file", "B"),
+    "milliseconds": ("time for 10 s of audio", "ms"),
 }
+RUN_COSTS = ("macs", "real_time_factor")  # of the sizes of a run
+FILE_COSTS = ("bytes", "milliseconds")  # of a study's ONNX files
+FILES = ("config.json", "ranking.json", "differences.json", "compression.json")
 
 
 def draw(source: Path, output: Path) -> list[Path]:
@@ -74,45 +64,41 @@ def draw(source: Path, output: Path) -> list[Path]:
 
     Returns the files. Raises ValueError where there is no data at all, and where it is damaged.
     """
+    records = [record for _, record in read_metrics(source)]
+    paths = [source / name for name in FILES]
+    paths += sorted(source.glob("evaluation/*/*/results.json"))
+    found = {path: read_json(path) for path in paths if path.exists()}
+    written = []
     with mpl.rc_context(STYLE):
         try:
-            figures = figures_of(source)
-        except (LookupError, TypeError, AttributeError) as error:
+            figures = figures_of(source, records, found)
+            for name, figure in figures.items():
+                written += save_figure(figure, output / name)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"its numbers are not as train.py and evaluate.py write them: {error!r}"
-            raise ValueError(f"{source}: {what}") from error
-        if not figures:
-            raise ValueError(f"{source}: nothing to draw: no metrics.jsonl, evaluation or study")
-        paths: list[Path] = []
-        for name, figure in figures.items():
-            paths += save_figure(figure, output / name)
-        return paths
+            raise ValueError(f"{source}: damaged: {what}") from error
+    if not written:
+        raise ValueError(f"{source}: nothing to draw: no {METRICS}, evaluation or study")
+    return written
 
 
-def figures_of(source: Path) -> dict[str, Figure]:
-    """Return name → picture, of a run directory or the folder of a study."""
-    figures: dict[str, Figure] = {}
-    records = read_metrics(source)
+def figures_of(source: Path, records: list[dict], found: dict[Path, dict]) -> dict[str, Figure]:
+    """Return name → picture. `records`: of metrics.jsonl. `found`: what the other files hold."""
+    config, ranking, differences, compression = (found.pop(source / name, None) for name in FILES)
+    figures = {}
     if any(record.get("losses") for record in records):
-        figures["training"] = training_figure(records, source.name)
-    scored = [record for record in records if has_scores(record)]
-    if scored and (source / "ranking.json").exists():
-        ranking = [row["layer"] for row in read_json(source / "ranking.json")]
-        config = read_json(source / "config.json")
+        figures["training"] = training_figure(records, config, source.name)
+    scored = [record for record in records if record.get("scores")]
+    scored = [record for record in scored if record["step"] == 1]
+    if scored and ranking:
         figures["layers"] = layers_figure(scored, config, ranking, source.name)
-    if results := read_results(source):
-        costs = ("parameters", "macs", "real_time_factor")
-        figures["cost"] = cost_figure(results, costs)
-    if (source / "differences.json").exists():
-        figures["study"] = study_figure(read_json(source / "differences.json"))
-    if (source / "compression.json").exists():
-        results = compressed(read_json(source / "compression.json"))
-        figures["compression"] = cost_figure(results, ("bytes", "milliseconds"))
+    if found:
+        figures["cost"] = cost_figure(evaluated_rows(found, config), RUN_COSTS)
+    if differences:
+        figures["study"] = study_figure(differences)
+    if compression:
+        figures["compression"] = cost_figure(file_rows(compression["rows"]), FILE_COSTS)
     return figures
-
-
-def has_scores(record: dict) -> bool:
-    """Return whether a line of metrics.jsonl has the layer scores of step 1."""
-    return bool(record.get("scores") and record.get("ranking")) and record["step"] == 1
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -126,258 +112,250 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return [png, svg]
 
 
-# Reading.
+# The training.
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """Return the lines of a run's metrics.jsonl, without damaged ones; none where it is missing."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # it was not written to its end
-        if isinstance(record, dict) and "update" in record:
-            records.append(record)
-    return records
+def training_figure(records: Sequence[dict], config: dict, name: str) -> Figure:
+    """Draw losses, dev error rates, and the learning rate over the updates of a training."""
+    logged = [record for record in records if record.get("losses")]
+    validated = [record for record in records if record.get("dev")]
+    styles = styles_of(config["sizes"][::-1])
+    figure = Figure(figsize=(8.5, 7))
+    losses, errors, rate = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1.5])
+    draw_losses(losses, logged, styles)
+    draw_errors(errors, validated, styles)
+    updates = [record["update"] for record in logged]
+    rates = [record["learning_rate"] for record in logged]
+    rate.plot(updates, rates, color="black")
+    rate.set(xlabel="update", ylabel="learning rate")
+    rate.set_xlim(left=0)
+    rate.set_ylim(bottom=0)
+    title = f"training of {name}"
+    step1 = [record["update"] for record in logged if record["step"] == 1]
+    if step1:
+        title += f"; step 1, until update {step1[-1]}, is grey"
+        for axes in (losses, errors, rate):
+            axes.axvspan(0, step1[-1], color=STEP1, zorder=0)
+    figure.suptitle(title)
+    handles, labels = losses.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    return figure
 
 
-def read_results(run: Path) -> dict[str, dict[str, list[dict]]]:
-    """Return split → way to train → rows, of the evaluations of a run.
+def styles_of(sizes: Sequence[int]) -> dict[str, dict]:
+    """Return size → how its lines are drawn: the smaller, the lighter, with other dashes.
 
-    Each row has the `measure` that counts, wer or cer, the rate under this name, its `interval`.
+    `sizes`: largest first.
     """
-    found: dict[str, dict[str, list[dict]]] = {}
-    for path in sorted(run.glob("evaluation/*/*/results.json")):
-        report = read_json(path)
-        measure = report["measure"]
-        rows = []
-        for row in report["sizes"]:
-            bounds = row["cer_interval"] if measure == "cer" else row["interval"]
-            rows.append(row | dict(measure=measure, interval=bounds))
-        of_split = found.setdefault(path.parent.name, {})
-        of_split[way_shown(run, path.parents[1].name)] = rows
-    return found
+    colours = mpl.colormaps["magma"](np.linspace(0, 0.75, len(sizes)))
+    dashes = cycle(["-", "--", "-.", ":"])
+    styles = {}
+    for size, colour, dash in zip(sizes, colours, dashes, strict=False):
+        styles[str(size)] = dict(color=colour, linestyle=dash, label=f"size {size}")
+    return styles
 
 
-def compressed(found: dict) -> dict[str, dict[str, list[dict]]]:
-    """Return split → way to train → rows, of a study's ONNX files. `found`: compression.json."""
-    results: dict[str, dict[str, list[dict]]] = {}
-    for row in found["rows"]:
-        way = "simple-top-k" if row["network"] == "cut" else row["network"]
-        if row["numbers"] == "int8":
-            way += " int8"
-        for split, rates in row["splits"].items():
-            results.setdefault(split, {}).setdefault(way, []).append(row | rates)
-    return results
+def draw_losses(axes: Axes, logged: Sequence[dict], styles: dict[str, dict]) -> None:
+    """Draw the CTC loss of each size, and in step 1 that of the subnet, whose size k changes."""
+    full, *_ = styles
+    subnet = dict(color=K_COLOUR, label="size k, step 1")
+    curves: dict[str, dict[int, float]] = {}  # size → update → loss
+    for record in logged:
+        for size, loss in record["losses"].items():
+            curve = "k" if record["step"] == 1 and size != full else size
+            curves.setdefault(curve, {})[record["update"]] = loss
+    for size, style in (styles | dict(k=subnet)).items():
+        if curve := curves.get(size):
+            axes.plot(list(curve), list(curve.values()), **style)
+    axes.set(ylabel="CTC loss (nats a label)", yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
-def way_shown(run: Path, checkpoint: str) -> str:
-    """Return the name for the results of one of a run's checkpoints, such as `alone (best)`."""
-    path = run / "config.json"
-    config = read_json(path) if path.exists() else dict(method="other")
-    way = config["method"]
-    if way == "none":
-        way = "distilled" if config.get("teacher") else "alone"
-    if checkpoint == "checkpoint":
-        return way
-    return f"{way} ({checkpoint})"
+def draw_errors(axes: Axes, validated: Sequence[dict], styles: dict[str, dict]) -> None:
+    """Draw the dev error rate of each size: of words, or of characters if they count."""
+    measure = "wer"
+    updates = [record["update"] for record in validated]
+    for size, style in styles.items():
+        of_size = [record["dev"][size] for record in validated]
+        measure = of_size[0]["measure"] if of_size else measure
+        rates = [row[measure] for row in of_size]
+        axes.plot(updates, rates, marker=".", **style)
+    axes.set_ylabel(f"dev {measure.upper()}")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 # The layers over training.
 
 
-def layers_figure(scored: Sequence[dict], config: dict, ranking: list[str], name: str) -> Figure:
+def layers_figure(scored: Sequence[dict], config: dict, ranking: list[dict], name: str) -> Figure:
     """Draw the layer scores of step 1 as shade, k as a line, and the final masks beside it.
 
     `scored`: lines of metrics.jsonl with `scores` and `ranking`, which are numbers of layers.
-    `ranking`: the names of the layers at the end. Both rankings begin with the most important
-    layer. The rows of the picture are grouped by the kind of the layer, block 1 on top.
+    `ranking`: what ranking.json holds. Both rankings begin with the most important layer. The
+    picture has a row for each layer; the layers of one kind are together, block 1 on top.
     """
     blocks = config["blocks"]
-    kinds = range(len(LAYERS))
-    rows = [4 * block + kind for kind in kinds for block in range(blocks)]  # layers
-    figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)), layout="constrained")
+    numbers = np.arange(len(ranking)).reshape(blocks, -1)
+    rows = numbers.T.flatten()  # one kind of layers after the other
+    names = [layer_name(layer) for layer in rows]
+    figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
-    title = f"{config['method']}: the layers over step 1, and what each size keeps ({name})"
-    figure.suptitle(title)
-    shade = draw_scores(left, scored, rows)
-    label = "score of each of the k best layers; the others are white"
-    figure.colorbar(shade, ax=left, location="bottom", aspect=50, label=label)
+    figure.suptitle(
+        f"{config['method']}: the layers over step 1, and what each size keeps ({name})"
+    )
+    draw_scores(left, scored, rows)
     draw_k(left.twinx(), scored)
-    draw_masks(right, config["sizes"], ranking, rows)
-    label_rows(left, blocks)
-    for axes in (left, right):
-        for kind in kinds[1:]:
-            border = kind * blocks - 0.5
-            axes.axhline(border, color="white", linewidth=4)
-            axes.axhline(border, color="black", linewidth=0.8)
+    ranked = [row["layer"] for row in ranking]
+    draw_masks(right, config["sizes"], ranked, names)
+    left.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=6)
+    left.invert_yaxis()
+    for border in range(blocks, len(rows), blocks):
+        left.axhline(border, color="black")
+        right.axhline(border, color="black")
     return figure
 
 
-def draw_scores(axes: Axes, scored: Sequence[dict], rows: Sequence[int]) -> QuadMesh:
-    """Draw the scores over the updates as shade, a row for each layer; return what is drawn."""
-    by_line = [scores_of_the_best(record) for record in scored]
-    shades = np.ma.stack(by_line, axis=1)  # (L, lines)
-    updates = [record["update"] for record in scored]
-    edges = np.arange(len(rows) + 1) - 0.5
-    greys = mpl.colormaps["Greys"](np.linspace(0.25, 1, 256))
+def draw_scores(axes: Axes, scored: Sequence[dict], rows: np.ndarray) -> None:
+    """Draw the scores of the k best layers over the updates as shade, a row for each layer."""
+    columns = []
+    for record in scored:
+        k = record["sizes"][-1]
+        pruned = record["ranking"][k:]
+        scores = np.ma.array(record["scores"], dtype=float)  # (L,)
+        scores[pruned] = np.ma.masked
+        columns.append(scores)
+    shades = np.ma.stack(columns, axis=1)  # (L, lines)
+    edges = [0, *(record["update"] for record in scored)]
+    heights = np.arange(len(rows) + 1)
+    shade = axes.pcolormesh(edges, heights, shades[rows], cmap="copper_r", rasterized=True)
     axes.set_xlabel("update")
-    return axes.pcolormesh(
-        [0, *updates],
-        edges,
-        shades[rows],
-        cmap=ListedColormap(greys),
-        rasterized=True,
-    )
-
-
-def draw_masks(
-    axes: Axes, sizes: Sequence[int], ranking: Sequence[str], rows: Sequence[int]
-) -> None:
-    """Draw the layers that each size keeps: a column for each size, a row for each layer."""
-    for column, size in enumerate(sizes):
-        kept = set(ranking[:size])
-        for row, layer in enumerate(rows):
-            block, kind = divmod(layer, len(LAYERS))
-            colour = KEPT if f"{block + 1}.{LAYERS[kind]}" in kept else "white"
-            corner = (column - 0.4, row - 0.5)
-            box = Rectangle(corner, 0.8, 1, facecolor=colour, edgecolor="0.7")
-            axes.add_patch(box)
-    axes.set(xlim=(-0.6, len(sizes) - 0.4), xlabel="size (layers)", title="kept: dark")
-    axes.set_xticks(range(len(sizes)), sizes)
-    axes.tick_params(labelleft=False)
-
-
-def scores_of_the_best(record: dict) -> np.ma.MaskedArray:
-    """Return the scores (L,) of one line of metrics.jsonl, in which only the k best are seen."""
-    k = record["sizes"][-1]
-    others = record["ranking"][k:]
-    scores = np.ma.array(record["scores"], dtype=float)
-    scores[others] = np.ma.masked
-    return scores
-
-
-def label_rows(axes: Axes, blocks: int) -> None:
-    """Label the rows: the number of each block, or of every second one, and each kind once."""
-    axes.set_ylim(len(LAYERS) * blocks - 0.5, -0.5)
-    step = 1 if blocks <= 8 else 2
-    rows = range(len(LAYERS) * blocks)
-    ticks = [row for row in rows if row % blocks % step == 0]
-    middles = [(kind + 0.5) * blocks - 0.5 for kind in range(len(LAYERS))]
-    numbers = [str(tick % blocks + 1) for tick in ticks]
-    axes.set_yticks(ticks, numbers, fontsize=7)
-    kinds = axes.secondary_yaxis(-0.04)
-    kinds.set_yticks(middles, LAYERS)
-    kinds.tick_params(length=0)
-    kinds.spines["left"].set_visible(False)
-    kinds.set_ylabel("kind of the layer, number of its block")
+    label = "score of each of the k best layers; the others are white"
+    axes.figure.colorbar(shade, ax=axes, location="bottom", aspect=50, label=label)
 
 
 def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
     """Draw the size of the subnet that trains in step 1, over the updates."""
-    logged = [record for record in scored if record.get("sizes")]
-    updates = [record["update"] for record in logged]
-    sizes = [record["sizes"][-1] for record in logged]
-    outline = [withStroke(linewidth=4, foreground="black")]
-    axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=outline)
-    axes.set_ylim(0, None)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    updates = [record["update"] for record in scored]
+    sizes = [record["sizes"][-1] for record in scored]
+    outline = withStroke(linewidth=4, foreground="black")
+    axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=[outline])
     axes.set_ylabel("line: k, size in step 1")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["right"].set_visible(True)
+
+
+def draw_masks(axes: Axes, sizes: list[int], ranked: list[str], names: list[str]) -> None:
+    """Draw the layers that each size keeps: a column for each size, a row for each name."""
+    kept = np.empty((len(names), len(sizes)))
+    for column, size in enumerate(sizes):
+        kept[:, column] = np.isin(names, ranked[:size])
+    axes.pcolormesh(kept, cmap="Greys", vmax=1.3, edgecolors="0.7", linewidth=0.5)
+    axes.set_xticks(np.arange(len(sizes)) + 0.5, sizes)
+    axes.set(xlabel="size (layers)", title="kept: dark")
+    axes.tick_params(labelleft=False)
 
 
 # Error rate against cost.
 
 
-def cost_figure(results: dict[str, dict[str, list[dict]]], costs: Sequence[str]) -> Figure:
-    """Draw the error rate against costs: a row for each split, a column for each cost.
+def evaluated_rows(reports: dict[Path, dict], config: dict) -> list[dict]:
+    """Return the rows of a run's reports, given by the path CHECKPOINT/SPLIT/results.json.
 
-    `results`: split → way to train → rows with `size`, the `measure` and under its name the rate,
-    `interval`, and the `costs`.
+    Each row has its `split`, its `way` to train, the `measure`, wer or cer, with its `interval`.
     """
-    ways = list(dict.fromkeys(way for of_split in results.values() for way in of_split))
-    ways.sort(key=lambda way: list(MARKS).index(mark_name(way)))
-    rows = [row for of_split in results.values() for row in rows_in(of_split)]
-    width = max(6.5, 3.4 * len(costs))
-    figure = Figure(figsize=(width, 1.2 + 2.6 * len(results)), layout="constrained")
-    grid = figure.subplots(len(results), len(costs), sharex="col", sharey="row", squeeze=False)
-    for (split, of_split), line in zip(results.items(), grid, strict=True):
-        for cost, axes in zip(costs, line, strict=True):
-            draw_ways(axes, ways, of_split, cost)
-        of_all = rows_in(of_split)
-        line[0].set_ylabel(f"{split}: {of_all[0]['measure'].upper()} (%)")
-        bounds = [row["interval"] for row in of_all]
-        line[0].set_ylim(around(100 * np.array(bounds)))
+    trained = config["method"]
+    if trained == "none":
+        trained = "distilled" if config.get("teacher") else "alone"
+    rows = []
+    for path, report in reports.items():
+        checkpoint = path.parents[1].name
+        shared = dict(split=report["split"], measure=report["measure"], way=trained)
+        if checkpoint != "checkpoint":
+            shared["way"] += f" ({checkpoint})"
+        for row in report["sizes"]:
+            shared["interval"] = row["interval"]
+            if report["measure"] == "cer":
+                shared["interval"] = row["cer_interval"]
+            rows.append(row | shared)
+    return rows
+
+
+def file_rows(files: Sequence[dict]) -> list[dict]:
+    """Return rows as `evaluated_rows` does, of the `rows` in compression.json."""
+    rows = []
+    for row in files:
+        way = "simple-top-k" if row["network"] == "cut" else row["network"]
+        if row["numbers"] == "int8":
+            way += " int8"
+        for split, rates in row["splits"].items():
+            rows.append(row | rates | dict(split=split, way=way))
+    return rows
+
+
+def cost_figure(rows: Sequence[dict], costs: Sequence[str]) -> Figure:
+    """Draw error rates against costs: a row of panels for each split, a column for each cost.
+
+    `rows`: as of `evaluated_rows`, with the columns `costs`. A way to train is a line
+    through its sizes. A variant of it, such as `simple-top-k int8`, has hollow markers.
+    """
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    lines: dict[tuple[str, str], list[dict]] = {}  # way, split → rows
+    for row in sorted(rows, key=lambda row: (order(row["way"]), row["size"])):
+        lines.setdefault((row["way"], row["split"]), []).append(row)
+    orders = sorted({order(row["way"]) for row in rows})
+    figure = Figure(figsize=(3.4 * len(costs), 1.2 + 2.6 * len(splits)))
+    shape = (len(splits), len(costs))
+    grid = figure.subplots(*shape, sharex="col", sharey="row", squeeze=False)
+    for (way, split), line in lines.items():
+        shift = orders.index(order(way)) - (len(orders) - 1) / 2
+        for cost, axes in zip(costs, grid[splits.index(split)], strict=True):
+            draw_way(axes, line, cost, 4 * shift)
+    for split, axes in zip(splits, grid[:, 0], strict=True):
+        axes.set_ylabel(f"{split}: {rows[0]['measure'].upper()}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     for cost, axes in zip(costs, grid[-1], strict=True):
-        label, factor = COSTS[cost]
-        values = np.array([row[cost] for row in rows])
+        label, unit = COSTS[cost]
         axes.set_xlabel(label)
-        axes.set_xlim(around(factor * values))
-    handles, labels = grid[0][0].get_legend_handles_labels()
+        axes.xaxis.set_major_formatter(EngFormatter(unit))
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    sizes = ", ".join(map(str, sorted({row["size"] for row in rows})))
-    figure.suptitle(f"error rates with 95% intervals; sizes on a line: {sizes}")
+    figure.suptitle(
+        "error rates with 95% intervals, each line from the smallest size to the largest"
+    )
     return figure
 
 
-def rows_in(ways: dict[str, list[dict]]) -> list[dict]:
-    """Return the rows of all ways to train on one split."""
-    return [row for of_way in ways.values() for row in of_way]
+def order(way: str) -> int:
+    """Return the place of a way to train in `MARKS`; a variant has its way's."""
+    return list(MARKS).index(way.split()[0])
 
 
-def around(values: np.ndarray) -> tuple[float, float]:
-    """Return the limits of an axis that shows these values, none of which is negative."""
-    margin = 0.1 * np.ptp(values) or 0.5
-    return max(0, values.min() - margin), values.max() + margin
+def style_of(way: str, hollow: bool) -> dict:
+    """Return how the points of a way to train are drawn."""
+    colour, marker, line = MARKS[way.split()[0]]
+    face = "white" if hollow else colour
+    return dict(color=colour, marker=marker, linestyle=line, markerfacecolor=face)
 
 
-def mark_name(way: str) -> str:
-    """Return the key of `MARKS` for a way to train; `simple-top-k int8` has simple-top-k's."""
-    name = way.split()[0]
-    return name if name in MARKS else "other"
+def draw_way(axes: Axes, line: Sequence[dict], cost: str, shift: float) -> None:
+    """Draw the error rates of one way to train with intervals, `shift` points to the right.
 
-
-def draw_ways(axes: Axes, ways: Sequence[str], of_split: dict[str, list[dict]], cost: str) -> None:
-    """Draw the error rates of all ways to train on one split against one cost."""
-    places = list(dict.fromkeys(mark_name(way) for way in ways))
-    middle = (len(places) - 1) / 2
-    for way in ways:
-        shift = 4 * (places.index(mark_name(way)) - middle)  # points
-        rows = of_split.get(way, [])
-        draw_way(axes, way, rows, cost, shift)
-    axes.grid(axis="y", color="0.9")
-
-
-def draw_way(axes: Axes, way: str, rows: Sequence[dict], cost: str, shift: float) -> None:
-    """Draw one line of error rates with intervals, `shift` points to the right.
-
-    The markers of a variant, such as `simple-top-k int8`, are hollow.
+    So points of equal cost are not drawn over each other.
     """
-    mark = MARKS[mark_name(way)]
-    _, factor = COSTS[cost]
-    rows = sorted(rows, key=lambda row: row["size"])
-    rates = np.array([100 * row[row["measure"]] for row in rows])
-    intervals = np.array([row["interval"] for row in rows])
-    low, high = 100 * intervals.reshape(-1, 2).T
+    way = line[0]["way"]
+    values = [row[cost] for row in line]
+    rates = np.array([row[row["measure"]] for row in line])
+    low, high = np.transpose([row["interval"] for row in line])
+    errors = np.maximum(0, [rates - low, high - rates])
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    axes.errorbar(
-        [row[cost] * factor for row in rows],
-        rates,
-        yerr=np.maximum(0, [rates - low, high - rates]),
-        label=way,
-        color=mark.colour,
-        marker=mark.marker,
-        linestyle=mark.line,
-        markersize=5,
-        markerfacecolor="white" if way not in MARKS else mark.colour,
-        linewidth=1,
-        capsize=2,
-        transform=axes.transData + move,
-    )
+    style = style_of(way, hollow=way not in MARKS)
+    axes.errorbar(values, rates, errors, label=way, transform=axes.transData + move, **style)
+    for bounds in (low, high):  # what is moved does not count for the limits of the axes
+        axes.update_datalim(np.column_stack([values, bounds]))
+    axes.grid(axis="y", color="0.9")
 
 
 # A study.
@@ -391,135 +369,40 @@ def study_figure(differences: dict[str, list[dict]]) -> Figure:
     """
     rows = next(iter(differences.values()))
     sizes = sorted({row["size"] for row in rows}, reverse=True)
-    compared = list(dict.fromkeys((row["method"], row["baseline"]) for row in rows))
+    compared = list(dict.fromkeys(map(comparison, rows)))
     height = 0.9 + len(differences) * (0.5 + 0.24 * len(compared))
-    figure = Figure(figsize=(3.0 + 2.1 * len(sizes), height), layout="constrained")
-    grid = figure.subplots(len(differences), len(sizes), sharex="row", sharey=True, squeeze=False)
-    for (split, of_split), panels in zip(differences.items(), grid, strict=True):
+    figure = Figure(figsize=(3.0 + 2.1 * len(sizes), height))
+    shape = (len(differences), len(sizes))
+    grid = figure.subplots(*shape, sharex="row", sharey=True, squeeze=False)
+    for panels, (split, of_split) in zip(grid, differences.items(), strict=True):
         for size, axes in zip(sizes, panels, strict=True):
-            for row in of_split:
-                if row["size"] == size:
-                    place = compared.index((row["method"], row["baseline"]))
-                    draw_difference(axes, place, row)
-            axes.axvline(0, color="black", linewidth=0.8)
             axes.set_title(f"{split}, size {size}")
+            axes.axvline(0, color="black", linewidth=0.8)
             axes.grid(axis="x", color="0.9")
-    labels = dict.fromkeys(comparison(row) for row in rows)
-    grid[0, 0].set_yticks(range(len(compared)), labels)
-    grid[0, 0].set_ylim(len(compared) - 0.5, -0.5)
+        for row in of_split:
+            axes = panels[sizes.index(row["size"])]
+            draw_difference(axes, row, compared.index(comparison(row)))
+    axes.set_yticks(range(len(compared)), compared)
+    axes.set_ylim(len(compared) - 0.5, -0.5)
     measure = rows[0]["measure"].upper()
     figure.supxlabel(f"difference of {measure} in percent points, with 95% interval; left: better")
     return figure
 
 
 def comparison(row: dict) -> str:
-    """Return what a row of differences compares. Example: `layerdrop − alone, seed 0`."""
+    """Return what a row of differences compares. Example: `layerdrop − alone (seeds: 0)`."""
     baseline = "alone" if row["baseline"] == "alone" else "same layers"
     seeds = ", ".join(map(str, row["seeds"]))
-    return f"{row['method']} − {baseline}, seed{'s' if len(row['seeds']) > 1 else ''} {seeds}"
+    return f"{row['method']} − {baseline} (seeds: {seeds})"
 
 
-def draw_difference(axes: Axes, place: int, row: dict) -> None:
-    """Draw a difference with its interval, in percent points, in the line `place`."""
-    mark = MARKS[mark_name(row["method"])]
+def draw_difference(axes: Axes, row: dict, line: int) -> None:
+    """Draw a difference with its interval, in percent points, at the height `line`."""
     value = 100 * row["difference"]
     low, high = (100 * bound for bound in row["interval"])
-    axes.errorbar(
-        value,
-        place,
-        xerr=np.maximum(0, [[value - low], [high - value]]),
-        color=mark.colour,
-        marker=mark.marker,
-        markerfacecolor=mark.colour if row["baseline"] == "alone" else "white",
-        markersize=5,
-        linewidth=1.3,
-        capsize=2,
-    )
-
-
-# The training.
-
-
-def training_figure(records: Sequence[dict], name: str) -> Figure:
-    """Draw losses, dev word error rates, and the learning rate over the updates of a training."""
-    logged = [record for record in records if record.get("losses")]
-    validated = [record for record in records if record.get("dev")]
-    updates = [record["update"] for record in logged]
-    figure = Figure(figsize=(8.5, 7), layout="constrained")
-    losses, errors, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
-    figure.suptitle(f"training of {name}")
-    by_size = validated[-1]["dev"] if validated else logged[-1]["losses"]
-    sizes = sorted(map(int, by_size), reverse=True)
-    draw_losses(losses, logged, sizes)
-    draw_errors(errors, validated, sizes)
-    rate.plot(updates, [record["learning_rate"] for record in logged], color="black")
-    rate.set(ylabel="learning rate", xlabel="update", ylim=(0, None))
-    end1 = max((record["update"] for record in logged if record["step"] == 1), default=0)
-    for axes in (losses, errors, rate):
-        axes.axvspan(0, end1, color=STEP1, zorder=0)
-        axes.set_xlim(0, 1.01 * max(record["update"] for record in records))
-    if end1:
-        name_step(losses, "step 1", 0, end1)
-        name_step(losses, "step 2", end1, updates[-1])
-    for axes in (losses, errors):
-        handles, _ = axes.get_legend_handles_labels()
-        if handles:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def name_step(axes: Axes, step: str, first: int, last: int) -> None:
-    """Write the name of a step above its updates, if it has any."""
-    if last > first:
-        middle = (first + last) / 2
-        above = ("data", "axes fraction")
-        axes.annotate(step, (middle, 1.01), xycoords=above, ha="center", va="bottom")
-
-
-def draw_losses(axes: Axes, logged: Sequence[dict], sizes: Sequence[int]) -> None:
-    """Draw the CTC loss of each size, and in step 1 that of the subnet, whose k changes."""
-    lines: dict[str, dict[int, float]] = {"k": {}}  # size → update → loss; k: of step 1
-    for record in logged:
-        losses = dict(record["losses"])
-        full = losses.pop(str(sizes[0]), None)
-        if record["step"] == 1:
-            losses = {"k": np.mean(list(losses.values()))} if losses else {}
-        if full is not None:
-            losses[str(sizes[0])] = full
-        for size, loss in losses.items():
-            lines.setdefault(size, {})[record["update"]] = loss
-    styles = {str(size): line_of(place, sizes) for place, size in enumerate(sizes)}
-    styles["k"] = dict(color=K_COLOUR, label="subnet of step 1, size k")
-    for size, style in styles.items():
-        if of_size := lines.get(size):
-            axes.plot(list(of_size), list(of_size.values()), **style)
-    axes.set(ylabel="CTC loss (nats a label)", yscale="log")
-    axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-
-
-def draw_errors(axes: Axes, validated: Sequence[dict], sizes: Sequence[int]) -> None:
-    """Draw the dev error rate of each size: of words, or of characters if they count."""
-    updates = [record["update"] for record in validated]
-    measure = "wer"
-    for place, size in enumerate(sizes if validated else ()):
-        of_size = [record["dev"][str(size)] for record in validated]
-        measure = of_size[0].get("measure", "wer")
-        rates = [100 * row[measure] for row in of_size]
-        axes.plot(updates, rates, marker="oDv^"[place % 4], **line_of(place, sizes))
-    axes.set(ylabel=f"dev {measure.upper()} (%)", ylim=(0, None))
-
-
-def line_of(place: int, sizes: Sequence[int]) -> dict:
-    """Return how the lines of a size are drawn: the smaller, the lighter, with other dashes."""
-    last = max(1, len(sizes) - 1)
-    return dict(
-        color=mpl.colormaps["magma"](0.75 * place / last),
-        linestyle=SIZE_LINES[place % len(SIZE_LINES)],
-        linewidth=1.3,
-        markersize=4,
-        label=f"size {sizes[place]}",
-    )
+    errors = np.maximum(0, [[value - low], [high - value]])
+    style = style_of(row["method"], hollow=row["baseline"] != "alone")
+    axes.errorbar(value, line, xerr=errors, **style)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

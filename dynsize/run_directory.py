@@ -120,19 +120,24 @@ def mean_of(records: list[dict]) -> dict:
     return line
 
 
+def read_metrics(run: Path) -> list[tuple[bytes, dict]]:
+    """Return the lines of metrics.jsonl and what each tells, without those that are damaged."""
+    metrics = run / METRICS
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    records = [(line, record_of(line)) for line in lines]
+    return [(line, record) for line, record in records if record is not None]
+
+
 def forget_after(run: Path, update: int) -> list[dict]:
     """Take from metrics.jsonl the lines from after an update, and lines that are damaged.
 
     Returns what the other lines tell.
     """
+    kept = [(line, record) for line, record in read_metrics(run) if record["update"] <= update]
+    text = b"".join(line for line, _ in kept)
     metrics = run / METRICS
-    if not metrics.exists():
-        return []
-    lines = metrics.read_bytes().splitlines(keepends=True)
-    records = [(line, record_of(line)) for line in lines]
-    kept = [(line, r) for line, r in records if r is not None and r["update"] <= update]
-    if len(kept) < len(lines):
-        files.write(metrics, b"".join(line for line, _ in kept))
+    if metrics.exists() and metrics.stat().st_size > len(text):
+        files.write(metrics, text)
     return [record for _, record in kept]
 
 

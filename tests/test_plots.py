@@ -1,10 +1,9 @@
 """The pictures: what they are drawn from, their labels, and that no two of their texts overlap."""
 
 import json
-import math
 import re
 import runpy
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +22,6 @@ from dynsize.run_directory import to_tensorboard
 
 ROOT = Path(__file__).parents[1]
 SIZES = (3, 5, 8)
-COSTS = ("parameters", "macs", "real_time_factor")
 
 
 def layer_names(blocks: int) -> list[str]:
@@ -46,13 +43,10 @@ def lines_of(blocks: int, sizes: tuple[int, ...], updates: int = 40) -> list[dic
             record["ranking"] = [(layer + update) % layers for layer in range(layers)]
         records.append(record)
         if update % (updates // 4) == 0:
-            dev = {str(size): dict(wer=0.5 / update + 0.1 / size) for size in sizes}
+            rates = {str(size): 0.5 / update + 0.1 / size for size in sizes}
+            dev = {size: dict(wer=rate, measure="wer", errors=1) for size, rate in rates.items()}
             records.append(dict(update=update, dev=dev))
     return records
-
-
-def scored(records: list[dict]) -> list[dict]:
-    return [record for record in records if "scores" in record]
 
 
 def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **config) -> Path:
@@ -67,18 +61,19 @@ def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **conf
 
 
 def result(size: int, rate: float, measure: str = "wer") -> dict:
-    costs = dict(parameters=100_000 * size, macs=10_000_000 * size, real_time_factor=0.001 * size)
+    costs = dict(macs=10_000_000 * size, real_time_factor=0.001 * size)
     bounds = (0.9 * rate, 1.1 * rate)
     return {"size": size, "measure": measure, measure: rate, "interval": bounds, **costs}
 
 
-def four_ways() -> dict[str, list[dict]]:
-    """Rows by ways to train, as `plots.read_results` returns them for one split."""
-    ways = ("alone", "simple-top-k", "layerdrop", "distilled")
-    rows = {}
-    for place, way in enumerate(ways):
-        rows[way] = [result(size, 0.31 / size + 0.001 * place) for size in SIZES]
-    return rows
+def write_results(run: Path, name: str = "checkpoint", rate: float = 0.1, **row) -> None:
+    """Write the evaluation of one checkpoint of a run."""
+    rows = [result(size, rate) | row for size in SIZES]
+    measure = "cer" if "cer" in row else "wer"
+    folder = run / "evaluation" / name / "test"
+    folder.mkdir(parents=True)
+    text = json.dumps(dict(split="test", measure=measure, sizes=rows))
+    (folder / "results.json").write_text(text)
 
 
 def write_differences(folder: Path, measure: str = "wer") -> dict[str, list[dict]]:
@@ -97,19 +92,16 @@ def write_differences(folder: Path, measure: str = "wer") -> dict[str, list[dict
     return found
 
 
-def write_compression(folder: Path) -> Path:
+def write_compression(folder: Path) -> dict:
     rows = []
-    for size in SIZES:
-        for place, network in enumerate(("cut", "alone", "distilled")):
-            for numbers in ("float32", "int8"):
-                rates = result(size, 0.31 / size + 0.001 * place)
-                splits = dict.fromkeys(("clean", "other"), rates)
-                factor = 1.0 if numbers == "float32" else 0.4
-                costs = dict(bytes=5e5 * size * factor, milliseconds=2 * size * factor)
-                found = dict(size=size, network=network, numbers=numbers, splits=splits)
-                rows.append(found | costs)
+    networks = product(SIZES, ("cut", "alone", "distilled"), ("float32", "int8"))
+    for place, (size, network, numbers) in enumerate(networks):
+        splits = dict.fromkeys(("clean", "other"), result(size, 0.31 / size + 0.001 * place))
+        factor = 1.0 if numbers == "float32" else 0.4
+        costs = dict(bytes=5e5 * size * factor, milliseconds=2 * size * factor)
+        rows.append(dict(size=size, network=network, numbers=numbers, splits=splits) | costs)
     (folder / "compression.json").write_text(json.dumps(dict(rows=rows)))
-    return folder / "compression.json"
+    return dict(rows=rows)
 
 
 def shown_texts(figure: Figure) -> list[Text]:
@@ -140,104 +132,121 @@ def assert_no_overlap(figure: Figure) -> None:
         assert inside, text.get_text()
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Return the folder with all pictures of one evaluated run."""
-    run = write_run(tmp_path_factory.mktemp("runs") / "run")
-    results = run / "evaluation" / "checkpoint" / "test-clean"
-    results.mkdir(parents=True)
-    rows = [result(size, 0.1) for size in SIZES]
-    (results / "results.json").write_text(json.dumps(dict(measure="wer", sizes=rows)))
+def figures_of(source: Path) -> dict[str, Figure]:
+    """Return the pictures of a run or a study, as `plots.draw` saves them."""
+    found: dict[str, Figure] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            plots, "save_figure", lambda figure, stem: [found.update({stem.name: figure})]
+        )
+        plots.draw(source, source)
+    return found
+
+
+def drawn(axes: Axes) -> dict:
+    return {container.get_label(): container for container in axes.containers}
+
+
+def test_a_run_becomes_three_pictures_as_png_and_svg(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_results(run)
     plots.draw(run, run / "plots")
-    return run / "plots"
-
-
-def test_a_run_becomes_three_pictures_as_png_and_svg(pictures, tmp_path):
-    heads = {path.name: path.read_bytes()[:5] for path in pictures.iterdir()}
-    names = ("training", "layers", "cost")
-    expected = {f"{name}.png": b"\x89PNG\r" for name in names}
-    expected |= {f"{name}.svg": b"<?xml" for name in names}
-    assert heads == expected
-    with mpl.rc_context(plots.STYLE):  # the same data is the same file
-        plots.save_figure(plots.training_figure(lines_of(2, SIZES), "run"), tmp_path / "training")
-    assert (tmp_path / "training.svg").read_bytes() == (pictures / "training.svg").read_bytes()
-
-
-def test_axes_have_labels_with_units_and_an_svg_has_them_as_text(pictures):
-    costs = [label for label, _ in (plots.COSTS[cost] for cost in COSTS)]
+    heads = {path.name: path.read_bytes()[:5] for path in (run / "plots").iterdir()}
     labels = {
-        "training": ["update", "CTC loss (nats a label)", "dev WER (%)", "learning rate", "step 1"],
-        "layers": ["update", "size (layers)", "mhsa"],
-        "cost": ["test-clean: WER (%)", *costs],
+        "training": ["update", "CTC loss (nats a label)", "dev WER", "learning rate", "size 5"],
+        "layers": ["update", "size (layers)", "2.mhsa"],
+        "cost": ["test: WER", *(plots.COSTS[cost][0] for cost in plots.RUN_COSTS)],
     }
-    for name, expected in labels.items():
-        svg = (pictures / f"{name}.svg").read_text()
-        found = re.findall("<text[^>]*>([^<]*)</text>", svg)
-        assert set(expected) <= set(found)
+    expected = {f"{name}.png": b"\x89PNG\r" for name in labels}
+    assert heads == expected | {f"{name}.svg": b"<?xml" for name in labels}
+    for name, texts in labels.items():  # as text, not as outlines
+        svg = (run / "plots" / f"{name}.svg").read_text()
+        assert set(texts) <= set(re.findall("<text[^>]*>([^<]*)</text>", svg))
         assert len(svg) < 150_000
+    plots.draw(run, run / "again")  # the same data is the same file
+    for name in heads:
+        assert (run / "again" / name).read_bytes() == (run / "plots" / name).read_bytes()
 
 
 @pytest.mark.parametrize("blocks, sizes", [(2, SIZES), (6, (8, 16, 24)), (12, (16, 32, 48))])
-def test_no_texts_of_a_run_overlap(blocks, sizes):
-    records = lines_of(blocks, sizes)
-    config = dict(method="iterative-zero-out", blocks=blocks, sizes=sizes)
-    with mpl.rc_context(plots.STYLE):
-        assert_no_overlap(plots.layers_figure(scored(records), config, layer_names(blocks), "run"))
-        assert_no_overlap(plots.training_figure(records, "run"))
+def test_no_texts_of_a_run_overlap(tmp_path, blocks, sizes):
+    figures = figures_of(write_run(tmp_path / "run", blocks, sizes))
+    assert set(figures) == {"training", "layers"}
+    for figure in figures.values():
+        assert_no_overlap(figure)
 
 
 def test_no_texts_of_a_study_or_of_error_rates_overlap(tmp_path):
-    compressed = plots.compressed(plots.read_json(write_compression(tmp_path)))
-    with mpl.rc_context(plots.STYLE):
-        assert_no_overlap(plots.study_figure(write_differences(tmp_path / "study")))
-        assert_no_overlap(plots.cost_figure({"test": four_ways()}, COSTS))
-        assert_no_overlap(plots.cost_figure(compressed, ("bytes", "milliseconds")))
+    write_differences(tmp_path / "study")
+    write_compression(tmp_path / "study")
+    figures = figures_of(tmp_path / "study")
+    assert set(figures) == {"study", "compression"}
+    for figure in figures.values():
+        assert_no_overlap(figure)
 
 
-def test_the_masks_are_the_first_layers_of_the_ranking():
-    config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
+def test_scores_k_and_masks_of_the_layers(tmp_path):
+    run = write_run(tmp_path / "run")
     ranking = ["2.mhsa", "1.ff1", "1.conv", "2.ff2", "2.ff1", "1.ff2", "2.conv", "1.mhsa"]
-    figure = plots.layers_figure(scored(lines_of(2, SIZES)), config, ranking, "run")
-    masks = figure.axes[1]
+    (run / "ranking.json").write_text(json.dumps([dict(layer=name) for name in ranking]))
+    left, masks, _, k = figures_of(run)["layers"].axes
     rows = [f"{block}.{kind}" for kind in LAYERS for block in (1, 2)]
+    assert [label.get_text() for label in left.get_yticklabels()] == rows
+    kept = masks.collections[0].get_array()
     for column, size in enumerate(SIZES):
-        cells = [cell for cell in masks.patches if round(cell.get_x() + 0.4) == column]
-        dark = [cell for cell in cells if cell.get_facecolor()[0] < 0.5]
-        assert {rows[round(cell.get_y() + 0.5)] for cell in dark} == set(ranking[:size])
-
-
-def test_the_shade_of_a_row_is_the_score_of_its_layer_where_it_is_among_the_k_best():
-    config = dict(method="simple-top-k", blocks=2, sizes=SIZES)
-    records = lines_of(2, SIZES)
-    figure = plots.layers_figure(scored(records), config, layer_names(2), "run")
-    shades = figure.axes[0].collections[0].get_array()
-    assert shades.shape == (8, len(scored(records)))
-    for line, record in enumerate(scored(records)):
+        assert {rows[row] for row in np.flatnonzero(kept[:, column])} == set(ranking[:size])
+    records = [record for record in lines_of(2, SIZES) if "scores" in record]
+    shades = left.collections[0].get_array()
+    assert shades.shape == (8, len(records))
+    for line, record in enumerate(records):
         best = record["ranking"][: record["sizes"][1]]
         for row, layer in enumerate(4 * block + kind for kind in range(4) for block in range(2)):
             seen = shades[row, line]
             assert (seen is np.ma.masked) == (layer not in best)
-            if layer in best:
-                assert seen == record["scores"][layer]
+            assert layer not in best or seen == record["scores"][layer]
+    assert k.lines[0].get_ydata().tolist() == [record["sizes"][1] for record in records]
+    assert all(float(tick).is_integer() for tick in k.get_yticks())  # whole layers
 
 
-def test_points_and_intervals_are_those_of_the_results():
-    axes = plots.cost_figure({"test": four_ways()}, ("macs",)).axes[0]
-    drawn = {container.get_label(): container for container in axes.containers}
-    assert set(drawn) == {"alone", "simple-top-k", "layerdrop", "distilled"}
-    line, _, (bars,) = drawn["alone"]
-    assert line.get_xdata().tolist() == pytest.approx([10 * size for size in SIZES])
-    assert line.get_ydata().tolist() == pytest.approx([31 / size for size in SIZES])
-    for size, segment in zip(SIZES, bars.get_segments(), strict=True):
-        assert segment[:, 1].tolist() == pytest.approx([0.9 * 31 / size, 1.1 * 31 / size])
+def test_losses_and_rates_are_those_of_the_log(tmp_path):
+    losses, errors, _ = figures_of(write_run(tmp_path / "run"))["training"].axes
+    records = lines_of(2, SIZES)
+    curves = {line.get_label(): line for line in losses.lines}
+    for size in SIZES:
+        seen = [r for r in records if "losses" in r and (size == 8 or r["step"] == 2)]
+        expected = [r["losses"][str(size)] for r in seen]
+        assert curves[f"size {size}"].get_ydata().tolist() == expected
+    subnet = [(r["update"], r["losses"][str(r["sizes"][1])]) for r in records if "scores" in r]
+    assert list(zip(*curves["size k, step 1"].get_data(), strict=True)) == subnet
+    for size, line in zip((8, 5, 3), errors.lines, strict=True):
+        rates = [r["dev"][str(size)]["wer"] for r in records if "dev" in r]
+        assert line.get_ydata().tolist() == rates
+
+
+def test_points_and_intervals_are_those_of_the_results_also_for_an_error_rate_of_0(tmp_path):
+    run = write_run(tmp_path / "run", method="none")
+    write_results(run)
+    write_results(run, "best", rate=0.0)
+    axes, _ = figures_of(run)["cost"].axes
+    assert set(drawn(axes)) == {"alone", "alone (best)"}
+    line, _, (bars,) = drawn(axes)["alone"]
+    assert line.get_xdata().tolist() == [1e7 * size for size in SIZES]
+    assert line.get_ydata().tolist() == [0.1] * 3
+    for segment in bars.get_segments():
+        assert segment[:, 1].tolist() == pytest.approx([0.09, 0.11])
+    low, high = axes.get_xlim()
+    assert low < 3e7 and high > 8e7 and axes.get_ylim()[1] > 0.11
 
 
 def test_a_panel_has_the_differences_of_one_size_in_points(tmp_path):
     found = write_differences(tmp_path / "study", "cer")
-    figure = plots.study_figure(found)
+    figure = figures_of(tmp_path / "study")["study"]
     assert len(figure.axes) == 2 * len(SIZES) and "CER" in figure.get_supxlabel()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels[1:] == ["simple-top-k − same layers, seeds 0, 1", "layerdrop − alone, seed 0"]
+    assert labels[1:] == [
+        "simple-top-k − same layers (seeds: 0, 1)",
+        "layerdrop − alone (seeds: 0)",
+    ]
     for size, axes in zip(sorted(SIZES, reverse=True), figure.axes, strict=False):
         assert axes.get_title() == f"test-clean, size {size}"
         rows = [row for row in found["test-clean"] if row["size"] == size]
@@ -251,100 +260,93 @@ def test_a_panel_has_the_differences_of_one_size_in_points(tmp_path):
 
 
 def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp_path):
-    results = plots.compressed(plots.read_json(write_compression(tmp_path)))
-    by_bytes, by_time, *_ = plots.cost_figure(results, ("bytes", "milliseconds")).axes
-    for axes, factor in ((by_bytes, 0.5), (by_time, 2.0)):
-        drawn = {container.get_label(): container[0] for container in axes.containers}
-        ways = ("alone", "simple-top-k", "distilled")
-        assert set(drawn) == {*ways, *(f"{way} int8" for way in ways)}
-        for way, line in drawn.items():
+    write_compression(tmp_path)
+    by_bytes, by_time, *_ = figures_of(tmp_path)["compression"].axes
+    ways = ("alone", "simple-top-k", "distilled")
+    for axes, factor in ((by_bytes, 5e5), (by_time, 2.0)):
+        assert set(drawn(axes)) == {*ways, *(f"{way} int8" for way in ways)}
+        for way, (line, *_) in drawn(axes).items():
             smaller = 0.4 if way.endswith("int8") else 1.0
             expected = [factor * smaller * size for size in SIZES]
             assert line.get_xdata().tolist() == pytest.approx(expected)
             assert (line.get_markerfacecolor() == "white") == way.endswith("int8")
-
-
-def test_one_way_to_train_has_one_colour_and_marker():
-    figure = plots.cost_figure({"test": four_ways()}, COSTS)
-    for container in (c for axes in figure.axes for c in axes.containers):
-        mark = plots.MARKS[plots.mark_name(container.get_label())]
-        assert container[0].get_color() == mark.colour
-        assert container[0].get_marker() == mark.marker
+            colour, marker, _ = plots.MARKS[way.removesuffix(" int8")]
+            assert (line.get_color(), line.get_marker()) == (colour, marker)
     colours, markers, _ = zip(*plots.MARKS.values(), strict=True)
     assert len(set(colours)) == len(set(markers)) == len(plots.MARKS)
 
 
-def test_where_characters_count_the_pictures_say_cer(tmp_path):
-    run = write_run(tmp_path / "run")
-    dev = {str(size): dict(measure="cer", cer=0.1) for size in SIZES}
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(dict(update=41, dev=dev)) + "\n")
-    records = [r for r in plots.read_metrics(run) if "dev" not in r or r["update"] == 41]
-    assert "dev CER (%)" in [a.get_ylabel() for a in plots.training_figure(records, "run").axes]
-    folder = run / "evaluation" / "checkpoint" / "test"
-    folder.mkdir(parents=True)
-    row = dict(size=8, wer=0.5, cer=0.1, interval=[0.4, 0.6], cer_interval=[0.05, 0.2])
-    (folder / "results.json").write_text(json.dumps(dict(measure="cer", sizes=[row])))
-    (found,) = plots.read_results(run)["test"]["simple-top-k"]
-    assert found["measure"] == "cer" and found["interval"] == [0.05, 0.2]
-
-
-def test_damaged_lines_skipped_updates_and_missing_validations_are_no_error(tmp_path):
-    run = write_run(tmp_path / "run")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in lines if '"dev"' not in line]
-    lines[3] = lines[3][:20]
-    lines.append('{"update": 41, "skipped": "loss nan, gradient norm 1.0", "utterances": ["1-2"]}')
-    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"upd')
-    written = plots.draw(run, tmp_path / "pictures")
-    assert len(written) == 4
+@pytest.mark.parametrize(
+    "settings, way",
+    [
+        (dict(method="none"), "alone"),
+        (dict(method="none", teacher="runs/full"), "distilled"),
+        (dict(method="aux-loss"), "aux-loss"),
+    ],
+)
+def test_where_characters_count_the_pictures_say_cer(tmp_path, settings, way):
+    run = write_run(tmp_path / "run", **settings)
+    dev = {str(size): dict(measure="cer", cer=0.1, errors=1) for size in SIZES}
+    lines = [r for r in lines_of(2, SIZES) if "dev" not in r] + [dict(update=41, dev=dev)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_results(run, cer=0.1, cer_interval=[0.05, 0.2], wer=0.5)
+    figures = figures_of(run)
+    assert "dev CER" in [axes.get_ylabel() for axes in figures["training"].axes]
+    axes, _ = figures["cost"].axes
+    line, _, (bars,) = drawn(axes)[way]
+    assert line.get_ydata().tolist() == [0.1] * 3
+    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.05, 0.2])
 
 
 def test_one_size_alone_has_no_step_1(tmp_path):
     run = write_run(tmp_path / "run", method="none", sizes=(8,))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(x for x in lines if '"step": 1' not in x))
-    written = plots.draw(run, tmp_path / "pictures")
-    assert {path.stem for path in written} == {"training"}
-    assert "step 1" not in (tmp_path / "pictures" / "training.svg").read_text()
+    figures = figures_of(run)
+    assert set(figures) == {"training"} and "step 1" not in figures["training"].get_suptitle()
 
 
 @pytest.mark.parametrize(
-    "settings, checkpoint, way",
+    "name, old, new",
     [
-        (dict(method="none"), "checkpoint", "alone"),
-        (dict(method="none", teacher="runs/full"), "checkpoint", "distilled"),
-        (dict(method="ortho-softmax"), "best", "ortho-softmax (best)"),
+        ("metrics.jsonl", '"losses": {', '"losses": 7, "x": {'),
+        ("metrics.jsonl", '"scores": [', '"scores": [[], '),
+        ("config.json", '"sizes": [3, 5, 8]', '"sizes": ""'),
+        ("ranking.json", '"2.ff2"', "{}"),
+        ("evaluation/checkpoint/test/results.json", '"wer": 0.1', '"wer": null'),
+        ("evaluation/checkpoint/test/results.json", "]}", ""),
     ],
 )
-def test_results_are_named_by_how_their_network_was_trained(tmp_path, settings, checkpoint, way):
-    run = write_run(tmp_path / "run", **settings)
-    folder = run / "evaluation" / checkpoint / "test"
-    folder.mkdir(parents=True)
-    text = json.dumps(dict(measure="wer", sizes=[result(8, 0.1)]))
-    (folder / "results.json").write_text(text)
-    found = plots.read_results(run)
-    assert list(found["test"]) == [way]
-    assert plots.mark_name(way) == way.split()[0]
+def test_damaged_numbers_are_told_in_one_line(tmp_path, name, old, new):
+    run = write_run(tmp_path / "run")
+    write_results(run)
+    text = (run / name).read_text()
+    assert old in text
+    (run / name).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match="damaged: ") as caught:
+        figures_of(run)
+    assert str(caught.value).startswith(str(run)) and "\n" not in str(caught.value)
 
 
-def test_equal_costs_and_an_error_rate_of_0_can_be_drawn():
-    rows = [result(8, 0.0)]
-    figure = plots.cost_figure({"test": {"alone": rows, "new-way": rows}}, ("macs",))
-    low, high = figure.axes[0].get_ylim()
-    assert low == 0 < high < math.inf
+def test_a_log_that_was_cut_off_is_drawn_as_far_as_it_is_whole(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if '"dev"' not in line]
+    lines[3] = lines[3][:20]
+    lines.append('{"update": 41, "skipped": "loss nan, gradient norm 1.0", "utterances": ["1-2"]}')
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"upd')
+    figures = figures_of(run)
+    assert len(figures["training"].axes[0].lines[0].get_xdata()) == 19
 
 
 def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
-    study, pictures = tmp_path / "study", tmp_path / "pictures"
+    study, empty, damaged = (tmp_path / name for name in ("study", "empty", "damaged"))
     write_differences(study)
-    write_compression(study)
-    plots.main([str(study), str(pictures)])
-    assert {path.name for path in pictures.glob("*.svg")} == {"study.svg", "compression.svg"}
-    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
+    plots.main([str(study), str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures" / "study.svg").exists()
     empty.mkdir()
     damaged.mkdir()
-    (damaged / "metrics.jsonl").write_text('{"update": 1, "losses": {"8": 1.0}, "dev": 7}\n')
+    (damaged / "metrics.jsonl").write_text('{"update": 1, "losses": 7}\n')
     for folder, why in ((empty, "nothing to draw"), (damaged, "damaged: its numbers are not")):
         with pytest.raises(SystemExit, match="2"):
             plots.main([str(folder), str(tmp_path / "none")])
@@ -382,7 +384,12 @@ def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path)
     for record in records:
         write(record)
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    expected = {"update", "step", "learning_rate", *(f"dev/{size}/wer" for size in SIZES)}
+    expected = {
+        "update",
+        "step",
+        "learning_rate",
+        *(f"dev/{size}/{name}" for size in SIZES for name in ("wer", "errors")),
+    }
     expected |= {f"losses/{k}" for record in records for k in record.get("losses", ())}
     assert set(read.Tags()["scalars"]) == expected
     shown = [(event.step, event.value) for event in read.Scalars("losses/8")]
