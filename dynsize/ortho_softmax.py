@@ -78,17 +78,11 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     return ranked
 
 
-def distributions(scores: Tensor, update: int, config: Config) -> Tensor:
-    """Return the distributions Pᵢ = softmax(Sᵢ / τ) of all rows, (L, L)."""
-    scaled = scores / temperature(update, config)
-    return scaled.softmax(1)
-
-
 def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
-    """Return the distributions of the first k rows, (k, L)."""
+    """Return the distributions Pᵢ = softmax(Sᵢ / τ) of the first k rows, (k, L)."""
     k = size_at(update, config)
-    rows = distributions(scores, update, config)  # (L, L)
-    return rows[:k]
+    scaled = scores[:k] / temperature(update, config)
+    return scaled.softmax(1)
 
 
 def temperature(update: int, config: Config) -> float:

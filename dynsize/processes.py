@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dynsize import kernels
 from dynsize.config import Config
@@ -87,20 +88,19 @@ def start_alike(model: Supernet) -> None:
 def sum_gradients(model: nn.Module) -> None:
     """Replace the gradients of a model by their sums over all processes.
 
-    A weight that has a gradient in another process alone, as this one could read nothing, has zeros
-    here. All are exchanged as one tensor after the backward pass. That is plainer than
+    A process that could read nothing has no gradient, and adds zeros. A weight that no network of
+    the update uses has no gradient in any process, and keeps none.
+
+    All are exchanged as one tensor after the backward pass. That is plainer than
     DistributedDataParallel, which exchanges some while others are computed.
     """
     weights = list(model.parameters())
-    counts = total(torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int64))
-    used = [weight for weight, count in zip(weights, counts.tolist(), strict=True) if count]
-    for weight in used:
-        if weight.grad is None:
+    has_gradient = torch.tensor([weight.grad is not None for weight in weights]).int()  # on the CPU
+    for weight, holders in zip(weights, total(has_gradient).tolist(), strict=True):
+        if weight.grad is None and holders:
             weight.grad = torch.zeros_like(weight)
-    flat = torch.cat([weight.grad.flatten() for weight in used])
-    parts = total(flat).split([weight.numel() for weight in used])
-    for weight, part in zip(used, parts, strict=True):
-        weight.grad.copy_(part.view_as(weight))
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    vector_to_parameters(total(parameters_to_vector(gradients)), gradients)
 
 
 @contextmanager

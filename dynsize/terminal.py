@@ -123,7 +123,7 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
         stop(2, f"{prog}: {file}{error.strerror or error}")
-    except (ValueError, FloatingPointError) as error:
+    except ValueError as error:
         stop(2, f"{prog}: {error}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():

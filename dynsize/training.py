@@ -112,7 +112,7 @@ class Trainer:
             if readers:
                 losses = self.add_gradients(update, batches, labels, readers)
                 norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
-                # Here the CPU waits for the device; beside it only scores and checkpoints do.
+                # Here the CPU waits for the device; else it does for logged scores and a ranking.
                 *losses, norm = torch.cat([losses, norm[None]]).tolist()
                 finite = math.isfinite(sum(losses) + norm)
                 fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"
@@ -245,7 +245,6 @@ class Trainer:
 
         Returns what `Dev.results` tells of each size.
         """
-        steps.rank_layers(self.model, self.done - 1)
         try:
             result = self.dev.results(self.model)
         except (ValueError, SystemExit) as error:  # too much can't be read, here or in the first
@@ -463,13 +462,13 @@ class Trainer:
         self.state["skipped"] += 1
         if self.state["skipped"] < MOST_SKIPPED:
             return
-        what = f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.done}"
-        where = f"{self.run / run_directory.METRICS} tells more"
-        if fault != NOTHING_READ:
-            advice = "try a lower peak learning rate"
-            error = FloatingPointError(f"{what}: {fault}; {where}, and {advice}")
-        else:
-            error = ValueError(f"{what}: {fault}; is {self.config.corpus} still there? {where}")
+        remedy = "lower --peak-learning-rate in a new training"
+        if fault == NOTHING_READ:
+            remedy = f"is {self.config.corpus} still there?"
+        error = ValueError(
+            f"{MOST_SKIPPED} updates in a row were skipped, the last one update {self.done}: "
+            f"{fault}; {self.run / run_directory.METRICS} tells more; {remedy}"
+        )
         self.give_up(processes.in_first(error))
 
     def give_up(self, error: BaseException) -> NoReturn:

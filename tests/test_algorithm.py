@@ -109,11 +109,12 @@ def test_rows_of_ortho_softmax_are_distributions(seed, update, scale):
     generator = torch.Generator().manual_seed(seed)
     scores = scale * torch.randn(8, 8, dtype=torch.float64, generator=generator)
     config = ortho(seed=seed)
-    rows = ortho_softmax.distributions(scores, update, config)
-    assert (rows >= 0).all() and rows.sum(1).tolist() == pytest.approx([1] * 8)
+    rows = ortho_softmax.first_rows(scores, update, config)
+    k = ortho_softmax.size_at(update, config)
+    assert (rows >= 0).all() and rows.sum(1).tolist() == pytest.approx([1] * k)
     scores.requires_grad_()
     weights = torch.stack(ortho_softmax.layer_weights(scores, [], update, config))
-    assert weights.sum().item() == pytest.approx(ortho_softmax.size_at(update, config))
+    assert weights.sum().item() == pytest.approx(k)
     (weights[0] + ortho_softmax.extra_loss(scores, [], update, config)).backward()
     assert scores.grad.isfinite().all()
 
@@ -168,7 +169,7 @@ def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    rows = ortho_softmax.distributions(scores.detach(), update, config)[:8]
+    rows = ortho_softmax.first_rows(scores.detach(), update, config)[:8]
     assert len(set(rows.argmax(1).tolist())) == 8 and rows.amax(1).min() > 0.9
 
 

@@ -172,29 +172,6 @@ def test_under_torchrun_our_line_comes_first_and_no_traceback_is_ours(tmp_path, 
     assert set(codes) <= {"2", "-15"} and "2" in codes  # torchrun may end the second one first
 
 
-def test_a_process_that_dies_ends_the_run_with_its_error(tones, tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(TRAIN.parent)!r})\n"
-        "import train\n"
-        "from dynsize import processes, training\n"
-        "original = training.Trainer.add_gradients\n"
-        "def add_gradients(self, *arguments, **named):\n"
-        "    if self.done == 3 and processes.number() == 1:\n"
-        "        raise RuntimeError('the second one dies')\n"
-        "    return original(self, *arguments, **named)\n"
-        "training.Trainer.add_gradients = add_gradients\n"
-        "train.main()\n"
-    )
-    often = "--updates 1000000 --validate-every 1000000 --save-every 2".split()
-    flags = ["--corpus", tones, *SMALL, *often]
-    training = trained(tmp_path, script, "--run", "run", *flags, processes=2)
-    out, err = training.communicate(timeout=120)
-    assert training.returncode and "the second one dies" in err and "done" not in out
-    assert checkpoint.load(tmp_path / "run").training["update"] == 2
-
-
 if __name__ == "__main__":
     processes.join()
     found = {

@@ -67,24 +67,25 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 @every_method
-@pytest.mark.parametrize("stop", [3, 7, 10])  # in step 1, with step 2 just begun, later in it
-def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, stop, method):
+def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, method):
     unbroken = trainer(tones, tmp_path / "unbroken", **method, dropout=0.2)
     expected = weights_after(unbroken)
-    broken = trainer(tones, tmp_path / "broken", **method, dropout=0.2)
-    for record in broken.updates():
-        if record["update"] == stop:
-            broken.save()
-        if record["update"] == stop + 1:  # done, logged, and lost
-            break
-    torch.manual_seed(99)
-    less_memory = stop == 7
-    resumed = Trainer.resume(tmp_path / "broken", dict(checkpoint_activations=less_memory))
-    assert resumed.done == stop and resumed.model.encoder.recompute == less_memory
-    assert same(weights_after(resumed), expected)
-    assert resumed.model.ranking == unbroken.model.ranking
-    broken, unbroken = lines(tmp_path / "broken"), lines(tmp_path / "unbroken")
-    assert [line["update"] for line in broken] == [line["update"] for line in unbroken]
+    for stop in (3, 7, 10):  # in step 1, with step 2 just begun, later in it
+        run = tmp_path / f"{stop}"
+        broken = trainer(tones, run, **method, dropout=0.2)
+        for record in broken.updates():
+            if record["update"] == stop:
+                broken.save()
+            if record["update"] == stop + 1:  # done, logged, and lost
+                break
+        torch.manual_seed(99)
+        less_memory = stop == 7
+        resumed = Trainer.resume(run, dict(checkpoint_activations=less_memory))
+        assert resumed.done == stop and resumed.model.encoder.recompute == less_memory
+        assert same(weights_after(resumed), expected), stop
+        assert resumed.model.ranking == unbroken.model.ranking
+        logged = [[line["update"] for line in lines(tmp_path / of)] for of in (run, "unbroken")]
+        assert logged[0] == logged[1]
     other = trainer(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
     assert not same(weights_after(other), expected)
 
@@ -212,7 +213,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert same(dict(run.model.named_parameters()), before)
     next(updates)
     assert not same(dict(run.model.named_parameters()), before) and run.state["skipped"] == 0
-    with pytest.raises(FloatingPointError, match=r"10 updates in a row.*metrics\.jsonl"):
+    with pytest.raises(ValueError, match=r"10 updates in a row.*nan.*metrics\.jsonl.*rate"):
         list(updates)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text.replace("loss nan", "") and '"losses"' in text
@@ -346,7 +347,7 @@ def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(root, tmp_
     files = sorted((root / "train" / "0" / "7").glob("*.flac"))
     for file in files[:8]:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"8 of 24 training .*--most-left-out 0\.3; the first: .*"):
+    with pytest.raises(ValueError, match=r"8 of 24 training .*--most-left-out 0\.3; the first: "):
         trainer(root, tmp_path / "run", most_left_out=0.3)
     assert not (tmp_path / "run").exists()
     run = trainer(root, tmp_path / "run", most_left_out=0.34)
