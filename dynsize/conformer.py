@@ -147,9 +147,9 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     # Finite, so that an utterance without a frame has no NaN.
     outside = torch.where(inside, 0.0, -1e30).to(q.dtype)
     outside = outside.expand(-1, heads, -1, -1).flatten(0, 1)  # (R'·H, 1, T')
-    q = q / math.sqrt(q.shape[-1])
     q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (R'·H, T', d) each
-    products = torch.baddbmm(outside, q, k.mT)  # (R'·H, T', T')
+    scale = 1 / math.sqrt(q.shape[-1])
+    products = torch.baddbmm(outside, q, k.mT, alpha=scale)  # (R'·H, T', T')
     weights = products.softmax(-1)
     return (weights @ v).unflatten(0, (-1, heads))
 

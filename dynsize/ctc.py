@@ -25,56 +25,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
         others = (lengths, labels, label_lengths, differentiate)
         loss, _ = torch.ops.dynsize.ctc_loss(log_probs, *others)
         return loss
-    if log_probs.device.type == "cuda":
-        loss, _ = torchs_ctc_loss(log_probs, lengths, labels, label_lengths)
-        return loss
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
-
-
-@torch.library.custom_op("dynsize::torchs_ctc_loss", mutates_args=())
-def torchs_ctc_loss(
-    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the losses, as `ctc_loss`, and their gradients, (N, T, V), by torch's own op.
-
-    It waits for a GPU. Where a loss is infinite, `F.ctc_loss` returns it with a gradient of NaN, or
-    returns 0. The op below it returns the infinite loss with a gradient of 0.
-    """
-    by_frame = log_probs.transpose(0, 1)  # (T, N, V)
-    by_frame = by_frame.to(torch.promote_types(log_probs.dtype, torch.float32))
-    others = (labels, lengths, label_lengths)
-    loss, alpha = torch.ops.aten._ctc_loss.Tensor(by_frame, *others, BLANK, True)
-    ones = torch.ones_like(loss)
-    grad = torch.ops.aten._ctc_loss_backward.Tensor(
-        ones, by_frame, *others, loss, alpha, BLANK, True
-    )
-    return loss, grad.transpose(0, 1).contiguous()
-
-
-@torchs_ctc_loss.register_fake
-def outputs(
-    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return tensors of the shapes and dtypes that `torchs_ctc_loss` returns."""
-    dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    loss = log_probs.new_empty(len(log_probs), dtype=dtype)
-    return loss, log_probs.new_empty(log_probs.shape, dtype=dtype)
-
-
-def save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the gradient of `torchs_ctc_loss` for the backward pass."""
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-    """Return the gradient of the log-probabilities, (N, T, V)."""
-    (grad,) = ctx.saved_tensors
-    log_probs_grad = loss_grad[:, None, None] * grad
-    return log_probs_grad.to(ctx.dtype), None, None, None
-
-
-torchs_ctc_loss.register_autograd(backward, setup_context=save)
 
 
 class CtcLoss(torch.autograd.Function):
@@ -188,25 +139,27 @@ def forward_variables(emitted: Tensor, extended: Tensor) -> tuple[Tensor, Tensor
 
     `emitted`: (N, T, S) log-probabilities. `extended`: (N, S), labels with blanks around them.
     """
+    utterances, frames, states = emitted.shape
     label = extended[:, 2:]  # (N, S − 2)
     two_before = extended[:, :-2]
     may_skip = (label != BLANK) & (label != two_before)
-    skip_penalty = emitted.new_zeros(may_skip.shape)
-    skip_penalty = skip_penalty.masked_fill(~may_skip, -torch.inf)
-    alpha = torch.full_like(emitted, -torch.inf)
-    alpha[:, 0, :2] = emitted[:, 0, :2]
-    largest = emitted.new_zeros(emitted.shape[:2])
-    for t in range(1, emitted.shape[1]):
-        before = alpha[:, t - 1]  # (N, S)
-        sources = before.new_full((3, *before.shape), -torch.inf)
-        sources[0] = before
-        sources[1, :, 1:] = before[:, :-1]
-        sources[2, :, 2:] = before[:, :-2] + skip_penalty
-        entering = sources.logsumexp(0)
+    skip_penalty = emitted.new_full((utterances, states), -torch.inf)
+    skip_penalty[:, 2:].masked_fill_(may_skip, 0)
+    # Two states before the first, in which no alignment is, so that each has two before it.
+    alpha = emitted.new_full((utterances, frames, 2 + states), -torch.inf)
+    alpha[:, 0, 2:4] = emitted[:, 0, :2]
+    largest = emitted.new_zeros(utterances, frames)
+    for t in range(1, frames):
+        before = alpha[:, t - 1]  # (N, 2 + S)
+        stayed = before[:, 2:]  # (N, S)
+        stepped = before[:, 1:-1]
+        skipped = before[:, :-2] + skip_penalty
+        entering = torch.logaddexp(stayed, stepped)
+        entering = torch.logaddexp(entering, skipped)
         here = entering + emitted[:, t]
         largest[:, t] = here.amax(1).clamp(min=-1e30)  # finite where no alignment gets here
-        alpha[:, t] = here - largest[:, t, None]
-    return alpha, largest
+        alpha[:, t, 2:] = here - largest[:, t, None]
+    return alpha[..., 2:], largest
 
 
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
