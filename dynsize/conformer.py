@@ -102,8 +102,9 @@ class SelfAttention(nn.Module):
         x = x.unflatten(-1, (3, self.heads, -1))  # (R', T', 3, H, D/H)
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (R', H, T', D/H) each
         if self.rotary:
-            q = rotate(q)
-            k = rotate(k)
+            cosine, sine = rotation(q)
+            q = rotate(q, cosine, sine)
+            k = rotate(k, cosine, sine)
         inside = inside[:, None, None]  # (R', 1, 1, T')
         if x.device.type == "cpu":
             x = attention_on_cpu(q, k, v, inside)
@@ -113,11 +114,11 @@ class SelfAttention(nn.Module):
         return self.project(x)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Return `x`, (R', H, T', d), with rotary positions (RoFormer, Su et al. 2021).
+def rotation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and signed sine of the rotary positions (RoFormer, Su et al. 2021), (T', d).
 
-    The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d), computed in float32:
-    bfloat16 can't count frames.
+    `x`: (R', H, T', d). The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d),
+    computed in float32: bfloat16 can't count frames.
     """
     frames, width = x.shape[-2:]
     half = width // 2
@@ -125,12 +126,15 @@ def rotate(x: Tensor) -> Tensor:
     speed = 10000.0 ** (-pair / half)
     frame = torch.arange(frames, device=x.device)[:, None]  # (T', 1)
     angle = frame * speed  # (T', d/2)
-    sine = angle.sin()
-    cosine = angle.cos()
-    first, second = x.float().chunk(2, dim=-1)  # (R', H, T', d/2) each
-    first_turned = first * cosine - second * sine
-    second_turned = first * sine + second * cosine
-    turned = torch.cat([first_turned, second_turned], dim=-1)  # (R', H, T', d)
+    cosine = angle.cos().repeat(1, 2)
+    sine = torch.cat([-angle.sin(), angle.sin()], dim=-1)
+    return cosine, sine
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return `x`, (R', H, T', d), with the positions of `rotation`."""
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # of each pair
+    turned = other * sine + x * cosine
     return turned.to(x.dtype)
 
 
