@@ -63,7 +63,11 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
     read: dict[str, Header | OSError | CorruptAudio] = {}
     paths = list(dict.fromkeys(paths))
     try:
-        with ThreadPool(THREADS) as pool:
+        pool = ThreadPool(THREADS)
+    except AttributeError as error:  # what Python raises where it could start some threads only
+        raise MemoryError(str(error.__context__)) from error
+    try:
+        with pool:
             results = pool.imap(header_of, [(path, kept.get(path)) for path in paths], 200)
             options = dict(unit=" files", delay=2, leave=False, disable=None)
             bar = tqdm(results, "headers", len(paths), **options)

@@ -208,8 +208,9 @@ def read_batches(
     """Yield batch after batch, read by the configured number of worker processes.
 
     `pin`: into memory from which a GPU copies while the CPU goes on. Raises ValueError where the
-    system allows too few open files, and ChildProcessError where a worker process died. torch tells
-    so itself, or by an error of the connection over which the batch's memory is handed over.
+    system allows too few open files or processes, and ChildProcessError where a worker process
+    died. torch tells so itself, or by an error of the connection over which the batch's memory is
+    handed over.
     """
     check_open_files(examples.config)
     loader = DataLoader(
@@ -262,9 +263,10 @@ def started(loader: DataLoader) -> Iterator[Batch]:
     before = signal.getsignal(signal.SIGCHLD)
     try:
         iterator = iter(loader)
-    except OSError:  # too few processes are allowed; some may have been started
+    except OSError as error:  # too few processes are allowed; some may have been started
         kill(set(multiprocessing.active_children()) - others)
-        raise
+        what = f"--workers {loader.num_workers}: a worker process can't be started"
+        raise ValueError(f"{what}: {error.strerror}; lower it") from error
     if signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     weakref.finalize(iterator, kill, set(multiprocessing.active_children()) - others)

@@ -9,7 +9,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ FORMAT = "dynsize checkpoint 3"
 NAME = "checkpoint.pt"  # the newest of a run; the ones before are checkpoint-1.pt, checkpoint-2.pt
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What a file holds."""
 
@@ -62,10 +62,11 @@ def save(
     torch.save(content, buffer)
     with files.whole(path) as unfinished:
         unfinished.write_bytes(buffer.getbuffer())
+        files.force(unfinished)  # where this fails, the older files keep their names
         names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(1, keep))]
-        for age in range(keep - 1, 0, -1):
-            if names[age - 1].exists():
-                names[age - 1].replace(names[age])
+        for newer, older in reversed([*pairwise(names)]):
+            if newer.exists():
+                newer.replace(older)
 
 
 def load(path: Path) -> Checkpoint:
@@ -94,15 +95,17 @@ def history(run: Path) -> list[Path]:
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint file. Raises ValueError where it is missing, damaged or unreadable."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint: not a file")  # opening a pipe would wait
+        raise ValueError(f"{path}: can't be read: not a file")  # opening a pipe would wait
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such checkpoint") from error
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
     try:
-        check_bytes(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("compressed, as torch.save never does")
+            if name := file.testzip():
+                raise ValueError(f"the checksum of {name} is wrong")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return from_content(path, content)
     except pickle.UnpicklingError as error:  # torch's text advises to run the code in the file
@@ -114,22 +117,10 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: damaged, or not a checkpoint: {reason}") from error
 
 
-def check_bytes(data: bytes) -> None:
-    """Raise an error where the bytes of a zip file are not those that torch.save wrote."""
-    with zipfile.ZipFile(io.BytesIO(data)) as file:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-            raise ValueError("compressed, as torch.save never does")
-        if name := file.testzip():
-            raise ValueError(f"the checksum of {name} is wrong")
-
-
 def from_content(path: Path, content: dict) -> Checkpoint:
     """Return the checkpoint that a file holds. Raises ValueError for another format."""
     if content["format"] != FORMAT:
-        raise ValueError(
-            f"its format is {content['format']!r}, not {FORMAT!r}; train it again, or use the "
-            "version of dynsize that wrote it"
-        )
+        raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}; train it again")
     tokenizer = Tokenizer(content["tokenizer"])
     config = from_dict(content["config"])
     ranking = content["weights"]["_extra_state"]

@@ -24,11 +24,11 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
     try:
         yield unfinished
         if sync and unfinished.is_file():
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
+            force(unfinished)
         unfinished.replace(path)
         if sync:
-            sync_names(path.parent)
+            with suppress(OSError):  # some network file systems refuse it for directories
+                force(path.parent)
     except OSError as error:
         if error.filename not in (None, str(unfinished)):
             raise
@@ -38,12 +38,13 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
         delete(unfinished)
 
 
-def sync_names(folder: Path) -> None:
-    """See that the names of a folder's files are on the disk."""
-    directory = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems refuse it for directories
-        os.fsync(directory)
-    os.close(directory)
+def force(path: Path) -> None:
+    """Wait until a file's content, or the names of a directory's files, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write(path: Path, data: bytes, sync: bool = True) -> None:
@@ -79,11 +80,9 @@ def clean(folder: Path) -> None:
 def runs(pid: int) -> bool:
     """Return whether a process of this number runs on this machine."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
+        os.kill(pid, 0)  # sends nothing
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 

@@ -21,7 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from dynsize.report import read_json
 from dynsize.run_directory import METRICS, read_metrics
 from dynsize.subnet import layer_name
-from dynsize.terminal import reported
+from dynsize.terminal import printable, reported
 
 STYLE = {
     "font.size": 9,
@@ -86,12 +86,13 @@ def figures_of(source: Path, records: list[dict], found: dict[Path, dict]) -> di
     """Return name → picture. `records`: of metrics.jsonl. `found`: what the other files hold."""
     config, ranking, differences, compression = (found.pop(source / name, None) for name in FILES)
     figures = {}
+    name = printable(source.name)
     if any(record.get("losses") for record in records):
-        figures["training"] = training_figure(records, config, source.name)
+        figures["training"] = training_figure(records, config, name)
     scored = [record for record in records if record.get("scores")]
     scored = [record for record in scored if record["step"] == 1]
     if scored and ranking:
-        figures["layers"] = layers_figure(scored, config, ranking, source.name)
+        figures["layers"] = layers_figure(scored, config, ranking, name)
     if found:
         figures["cost"] = cost_figure(evaluated_rows(found, config), RUN_COSTS)
     if differences:
@@ -314,7 +315,7 @@ def cost_figure(rows: Sequence[dict], costs: Sequence[str]) -> Figure:
         for cost, axes in zip(costs, grid[splits.index(split)], strict=True):
             draw_way(axes, line, cost, 4 * shift)
     for split, axes in zip(splits, grid[:, 0], strict=True):
-        axes.set_ylabel(f"{split}: {rows[0]['measure'].upper()}")
+        axes.set_ylabel(f"{printable(split)}: {rows[0]['measure'].upper()}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     for cost, axes in zip(costs, grid[-1], strict=True):
         label, unit = COSTS[cost]
@@ -376,7 +377,7 @@ def study_figure(differences: dict[str, list[dict]]) -> Figure:
     grid = figure.subplots(*shape, sharex="row", sharey=True, squeeze=False)
     for panels, (split, of_split) in zip(grid, differences.items(), strict=True):
         for size, axes in zip(sizes, panels, strict=True):
-            axes.set_title(f"{split}, size {size}")
+            axes.set_title(f"{printable(split)}, size {size}")
             axes.axvline(0, color="black", linewidth=0.8)
             axes.grid(axis="x", color="0.9")
         for row in of_split:

@@ -51,12 +51,12 @@ def begin(run: Path, config: Config, corpus: str) -> IO[bytes]:
     """
     check_new(run, overwrite=True)
     run = run.resolve()
+    here = Path.cwd()
+    if names_in(run) - FIRST and run in (here, *here.parents):
+        raise ValueError(f"{run}: can't be renamed from inside: start in another directory")
     run.mkdir(parents=True, exist_ok=True)
     locked = lock(run)
     if names_in(run) - FIRST:
-        if run in (here := Path.cwd(), *here.parents):
-            locked.close()
-            raise ValueError(f"{run}: can't be renamed from inside: start in another directory")
         names = (f"{run.name}.old{number}" for number in ("", *range(2, 1000)))
         old = next(run.with_name(name) for name in names if not run.with_name(name).exists())
         run.rename(old)
@@ -177,9 +177,6 @@ def to_tensorboard(run: Path) -> Callable[[dict], None]:
                 write(value, update, f"{prefix}{name}/")
             elif isinstance(value, int | float):
                 board.add_scalar(f"{prefix}{name}", value, update)
-
-    def write_line(record: dict) -> None:
-        write(record, record["update"])
         board.flush()  # a process that ends loses what is not written
 
-    return write_line
+    return lambda record: write(record, record["update"])

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +21,9 @@ from dynsize.supernet import Supernet
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar
-Handler = Callable[[int, object], None]  # of a signal: its number, the frame that it interrupts
 LM_BEAM = 16  # prefixes, where a language model is given
 LONGEST = 1000  # characters of an error message
+SHORTAGE = re.compile("memory|start new thread", re.IGNORECASE)  # in a RuntimeError
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -55,19 +55,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
-        self.add_argument(
-            "--version",
-            action="version",
-            version=f"dynsize {__version__}",
-            help="show the version and exit",
-        )
-        self.add_argument(
-            "--threads",
-            type=int,
-            default=0,
-            metavar="N",
-            help="threads on the CPU; 0: torch's choice (0)",
-        )
+        add, version = self.add_argument, f"dynsize {__version__}"
+        add("--version", action="version", version=version, help="show the version and exit")
+        threads = "threads on the CPU; 0: torch's choice (0)"
+        add("--threads", type=int, default=0, metavar="N", help=threads)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists the flags\n")
@@ -109,16 +100,17 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     source. Characters that the terminal's encoding lacks are shown as escapes.
     """
     warnings.formatwarning = lambda message, *_: f"{prog}: warning: {one_line(str(message))}\n"
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: closed by the shell)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        print(end="", flush=True)  # Python's exit would do it, but show a traceback where it fails
+        sys.stdout.flush()
     except KeyboardInterrupt:
         stop(130, f"{prog}: {interrupted}")
     except BrokenPipeError:  # the reader of the output is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         sys.exit(2)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
@@ -126,15 +118,34 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
     except ValueError as error:
         stop(2, f"{prog}: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not SHORTAGE.search(str(error)):
             raise  # a defect, whose traceback is of use
         stop(2, f"{prog}: out of memory: {str(error).partition(chr(10))[0]}")
+    finally:
+        forget_unwritable_output()
 
 
 def stop(code: int, message: str) -> None:
     """End the process with an exit code, after one line."""
-    print(one_line(message), file=sys.stderr)
+    with suppress(OSError):  # the stream is full
+        print(one_line(message), file=sys.stderr)
     sys.exit(code)
+
+
+def forget_unwritable_output() -> None:
+    """End the process with 2 where its output or its errors can't be written.
+
+    Python's exit would write what is left of them once more, and show a traceback.
+    """
+    lost = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            lost = True
+    if lost:
+        sys.exit(2)
 
 
 def one_line(message: str) -> str:
@@ -199,8 +210,8 @@ def dev_lines(record: dict, model: Supernet) -> str:
 
 
 @contextmanager
-def signals(stop: Handler, save: Handler) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it.
+def signals(stop: Callable, save: Callable) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it, by these handlers.
 
     SIGHUP stays ignored where nohup started the program.
     """

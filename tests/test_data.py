@@ -403,7 +403,7 @@ def test_workers_that_cannot_all_be_started_leave_none(tones, monkeypatch):
 
     monkeypatch.setattr(os, "fork", second_fails)
     examples = Examples(utterances_of(tones), None, tiny(workers=2), keep=False)
-    with pytest.raises(BlockingIOError):
+    with pytest.raises(ValueError, match=r"--workers 2: .*can't be started.* lower it"):
         next(read_batches(examples, [[0]]))
     first[0].join(3)
     assert first[0].exitcode == -signal.SIGKILL

@@ -154,7 +154,7 @@ def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
         ("--compare run", ["needs two or more"]),
         ("--compare run run --overwrite", ["--compare writes nothing"]),
         ("--compare a.txt b.txt", ["a.txt", "no such"]),
-        ("nowhere", ["nowhere", "no such checkpoint"]),
+        ("nowhere", ["nowhere", "can't be read"]),
         ("corpus/test-clean/1/7/1-7.trans.txt", ["1-7.trans.txt", "not a checkpoint"]),
         ("run --split test", ["test", "no such split", "test-clean"]),
         *((f"run --output out --split {split}", ["--split"]) for split in OUTSIDE),
@@ -390,7 +390,7 @@ def test_compare_several_seeds(work):
     said = refused("--compare", "run,run/size-3.pt,run", "run/nowhere", cwd=work)
     assert "nowhere" in said
     os.mkfifo(work / "pipe")
-    assert "pipe: no such checkpoint" in refused("--compare", "pipe", "run", cwd=work)
+    assert "pipe: can't be read" in refused("--compare", "pipe", "run", cwd=work)
 
 
 def test_the_mean_rate_of_seeds_is_compared():

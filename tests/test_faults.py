@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import fcntl
+import gc
+import io
 import itertools
 import json
 import math
@@ -15,7 +17,6 @@ import resource
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import termios
 import time
@@ -29,9 +30,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny, write_tones
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from in_process import ROOT, TINY
+from in_process import ROOT, SCRIPTS, TINY
 
 from dynsize import checkpoint, files, training
 from dynsize.batching import epoch_plan
@@ -39,7 +38,7 @@ from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
-KILLS = 10
+KILLS = 6
 
 
 def begun(tones: Path, run: Path, **changes) -> Trainer:
@@ -84,7 +83,7 @@ def when_saved(run: Path) -> set[int]:
 
 def test_killed_often_it_ends_in_the_same_weights(tones, tmp_path):
     torch.set_num_threads(1)
-    often = dict(updates=80, save_every=1, validate_every=40, log_every=3)
+    often = dict(updates=50, save_every=1, validate_every=25, log_every=3)
     expected = finish(begun(tones, tmp_path / "unbroken", **often))
     run, draw, stops = tmp_path / "run", random.Random(0), []
     stopped(begun(tones, run, **often), 1)
@@ -97,7 +96,7 @@ def test_killed_often_it_ends_in_the_same_weights(tones, tmp_path):
         process.kill()
         process.join()
         stops.append(checkpoint.load(run).training["update"])
-    assert stops == sorted(stops) and len(set(stops)) > KILLS // 2 and stops[-1] < 80
+    assert stops == sorted(stops) and len(set(stops)) > KILLS // 2 and stops[-1] < 50
     assert same(finish(Trainer.resume(run)), expected)
     assert not list(run.glob("*.unfinished"))
     files_of_both = [tmp_path / name / "metrics.jsonl" for name in ("unbroken", "run")]
@@ -132,18 +131,45 @@ def test_a_full_disk_leaves_the_older_checkpoint(tones, tmp_path):
     assert resumed.done == 3 and same(finish(resumed), expected)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
+def test_the_older_checkpoints_stay_where_the_new_one_does_not_reach_the_disk(
+    written, tmp_path, monkeypatch
+):
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    loaded, path = checkpoint.load(written), tmp_path / checkpoint.NAME
+    for seconds in (1.0, 2.0):
+        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3, longest_seconds=seconds)
+    before = everything_in(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
+        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3)
+    assert everything_in(tmp_path) == before and len(before) == 2
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatch):
     run = tmp_path / "run"
     expected = finish(begun(tones, run, save_every=4, keep=2))
     assert [path.name for path in checkpoint.history(run)] == ["checkpoint.pt", "checkpoint-1.pt"]
     newest, whole = run / checkpoint.NAME, (run / checkpoint.NAME).read_bytes()
     newest.unlink()  # killed between two renames
     assert checkpoint.load(run).path == run / "checkpoint-1.pt"
-    newest.write_bytes(whole)
-    newest.write_bytes(newest.read_bytes()[:-1])
+    newest.write_bytes(whole[:-1])
     with pytest.warns(UserWarning, match=r"checkpoint\.pt: damaged.*one before"):
         resumed = Trainer.resume(run)
     assert resumed.done == 8 and same(finish(resumed), expected)
+
+    def read(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            if path.name == checkpoint.NAME:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return file.read()
+
+    with warnings.catch_warnings(record=True) as told, monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        warnings.simplefilter("default")
+        assert [checkpoint.load(run).training["update"] for _ in range(2)] == [8, 8]
+    assert [os.strerror(errno.EIO) in str(warning.message) for warning in told] == [True]
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
     with (
@@ -151,26 +177,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path):
         pytest.raises(ValueError, match="none that is whole"),
     ):
         checkpoint.load(run)
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_an_unreadable_checkpoint_is_named_once_and_the_one_before_is_used(
-    tones, tmp_path, monkeypatch, number
-):
-    run = tmp_path / "run"
-    finish(begun(tones, run, save_every=4))
-    read_bytes = Path.read_bytes
-
-    def read(path: Path) -> bytes:
-        if path.name == checkpoint.NAME:
-            raise OSError(number, os.strerror(number), str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("default")
-        assert [checkpoint.load(run).training["update"] for _ in range(2)] == [8, 8]
-    assert [os.strerror(number) in str(warning.message) for warning in told] == [True]
 
 
 @pytest.fixture(scope="module")
@@ -188,97 +194,81 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def damage(data: bytes, kind: str, draw: random.Random) -> bytes:
-    """Another file than `data`."""
-    a, b, c = sorted(draw.sample(range(len(data)), 3))
-    if kind == "bits":
-        changed = bytearray(data)
-        for _ in range(draw.choice([1, 1, 2, 50])):
-            changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        return bytes(changed)
-    return {
-        "cut": data[:a], "from the middle": data[a:], "a hole": data[:a] + data[b:],
-        "zeros": data[:a] + bytes(b - a) + data[b:],
-        "swapped": data[:a] + data[b:c] + data[a:b] + data[c:],
-        "twice": data + data, "longer": data + data[a:b], "empty": b"", "noise": draw.randbytes(a),
-        "pickle": pickle.dumps(Payload()), "pickle, cut": data[:a] + pickle.dumps(Payload()),
-    }[kind]  # fmt: skip
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Another file: bits are wrong, it is cut, has a hole or zeros in it, is longer, or noise."""
+    a, b = sorted(draw.sample(range(len(data)), 2))
+    kinds = [data[:a], data[a:], data[:a] + data[b:], data[:a] + bytes(b - a) + data[b:], b""]
+    kinds += [data + data[a:b], draw.randbytes(a), data[:a] + pickle.dumps(Payload())]
+    flipped = bytearray(data)
+    for _ in range(draw.choice([1, 1, 2, 50])):
+        flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return draw.choice([bytes(flipped), draw.choice(kinds)])
 
 
-KINDS = "cut|from the middle|a hole|zeros|swapped|twice|longer|empty|noise|pickle|pickle, cut"
+def values(file: Path) -> bytes:
+    """What a checkpoint holds, without what stands between its tensors."""
+    content = io.BytesIO()
+    torch.save(torch.load(file, weights_only=True), content)
+    return content.getvalue()
 
 
-def alike(a: object, b: object) -> bool:
-    """Whether two checkpoints' contents have the same values and the same bits of tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
-    return a == b
+def test_a_damaged_checkpoint_is_an_error_or_has_the_same_values(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, draw, file = written.read_bytes(), random.Random(0), Path("checkpoint.pt")
+    for _ in range(150):
+        file.write_bytes(damaged(data, draw))
+        said = ""
+        try:
+            checkpoint.load(file)
+        except ValueError as error:
+            said = str(error)
+        assert (
+            re.match(r"checkpoint\.pt: (damaged|not a checkpoint)", said)
+            if said
+            else (values(file) == values(written))
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # nothing was executed
 
 
-@settings(max_examples=500)
-@given(st.sampled_from(["bits"] * 8 + KINDS.split("|")), st.integers(0, 2**32))
-def test_a_damaged_checkpoint_is_an_error_or_has_the_same_values(
-    written, tmp_path_factory, kind, seed
-):
-    file = tmp_path_factory.mktemp("damaged") / "checkpoint.pt"
-    file.write_bytes(damage(written.read_bytes(), kind, random.Random(seed)))
-    said = ""
-    try:
-        checkpoint.load(file)
-    except ValueError as error:
-        said = str(error)
-    if said:
-        assert re.search(r"checkpoint\.pt: (damaged|not a checkpoint)", said)
-    else:  # padding between the tensors, times of the zip file's entries
-        contents = [torch.load(path, weights_only=True) for path in (written, file)]
-        assert kind in ("bits", "longer", "twice", "zeros", "swapped") and alike(*contents)
-    assert not Path("executed").exists()
-    shutil.rmtree(file.parent)
+def changed(content: object, draw: random.Random) -> object:
+    """A checkpoint's content, of which one value, at any depth, is of another type or missing."""
+    if isinstance(content, dict) and draw.random() < 0.8:
+        key = draw.choice([*content])
+        rest = {other: value for other, value in content.items() if other != key}
+        return rest if draw.random() < 0.2 else rest | {key: changed(content[key], draw)}
+    others = [None, -1, math.nan, 2**70, "x", b"x", [], [content], (), {}, {"x": 1}, True]
+    return draw.choice([*others, torch.zeros(3), torch.tensor(math.inf), "\ud800"])
 
 
-def wrong(kind: str, content: dict) -> object:
-    """What a file could hold in place of a checkpoint's content."""
-    weights = content["weights"]
-    name = next(name for name, value in weights.items() if isinstance(value, torch.Tensor))
-    numbers = {kind: torch.full_like(weights[name], float(kind[:3])) for kind in ("nan", "inf")}
-    return {
-        "format": content | {"format": "other"},
-        "config": content | {"config": content["config"] | {"width": 18}},
-        "settings": content | {"config": [3]},
-        "weights": content | {"weights": content["config"]},
-        "ranking": content | {"weights": weights | {"_extra_state": [0, 0, 1]}},
-        "tokenizer": content | {"tokenizer": torch.zeros(9, dtype=torch.uint8)},
-        "code": content | {"training": Payload()},
-        "list": [content],
-        "nothing": {},
-        "no time": content | {"longest_seconds": math.nan},
-        "no length": content | {"longest_seconds": 0.0},
-        "nan": content | {"weights": weights | {name: numbers["nan"]}},
-        "inf": content | {"weights": weights | {name: numbers["inf"]}},
-    }[kind]
+def test_a_checkpoint_with_other_values_is_an_error_in_one_line(written, tmp_path):
+    content, draw, refused = torch.load(written, weights_only=True), random.Random(0), 0
+    file = tmp_path / "other.pt"
+    for _ in range(100):
+        torch.save(changed(content, draw), file)
+        said = ""
+        try:
+            checkpoint.load(file)
+        except ValueError as error:
+            said = str(error)
+        assert re.fullmatch(r"|.*other\.pt: damaged, or not a checkpoint: .+", said)
+        refused += bool(said)
+    assert refused > 50  # the others are of the training's state, or settings that do no harm
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        *((kind, "") for kind in ("config", "settings", "weights", "ranking", "tokenizer", "list")),
-        ("nothing", "format"),
-        ("format", "its format is 'other'.*train it again"),
-        ("code", "more than tensors and plain values$"),
-        ("no time", "longest_seconds is nan"),
-        ("no length", "longest_seconds is 0"),
-        ("nan", "is not finite"),
-        ("inf", "is not finite"),
-    ],
-)
-def test_a_whole_file_with_other_content_is_an_error(written, tmp_path, monkeypatch, kind, said):
+def test_a_whole_file_with_other_content_says_what_is_wrong(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = torch.load(written, weights_only=True)
-    torch.save(wrong(kind, content), "other.pt")
-    with pytest.raises(ValueError, match=rf"other\.pt: .*not a checkpoint: .*{said}"):
-        checkpoint.load(Path("other.pt"))
+    name, weight = next(item for item in content["weights"].items() if torch.is_tensor(item[1]))
+    infinite = content["weights"] | {name: torch.full_like(weight, math.inf)}
+    for change, said in [
+        (dict(format="other"), "its format is 'other'.*train it again"),
+        (dict(training=Payload()), "more than tensors and plain values$"),
+        (dict(longest_seconds=math.nan), "longest_seconds is nan"),
+        (dict(weights=infinite), "is not finite"),
+    ]:
+        torch.save(content | change, "other.pt")
+        with pytest.raises(ValueError, match=rf"other\.pt: .*not a checkpoint: .*{said}"):
+            checkpoint.load(Path("other.pt"))
     assert not Path("executed").exists()
 
 
@@ -390,9 +380,7 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "corpus.txt", "lock/file", "train/1/2/1-2.trans.txt"]
-)
+@pytest.mark.parametrize("name", ["config.json", "lock/file", "train/1/2/1-2.trans.txt"])
 def test_a_directory_of_others_is_never_touched(tones, tmp_path, name):
     (tmp_path / "theirs" / name).parent.mkdir(parents=True)
     (tmp_path / "theirs" / name).write_text("{}")
@@ -407,7 +395,7 @@ def test_a_directory_of_others_is_never_touched(tones, tmp_path, name):
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, linked):
+def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, monkeypatch, linked):
     run = tmp_path / "run"
     if linked:
         (tmp_path / "disk").mkdir()
@@ -418,6 +406,10 @@ def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, linked):
     kept = run.resolve()
     with pytest.raises(ValueError, match=r"--resume .*run goes on with it, --overwrite gives it"):
         check_new(run, overwrite=False)
+    monkeypatch.chdir(run)
+    with pytest.raises(ValueError, match="start in another directory"):
+        begun(tones, Path("."), updates=2)
+    monkeypatch.chdir(tmp_path)
     for number in ("", "2"):
         check_new(run, overwrite=True)
         with pytest.warns(UserWarning, match=f"now in .*{kept.name}.old{number}"):
@@ -425,16 +417,6 @@ def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, linked):
     assert everything_in(kept.with_name(f"{kept.name}.old")) == first
     assert checkpoint.load(kept.with_name(f"{kept.name}.old2")).training["update"] == 1
     assert run.is_symlink() == linked and not (run / "notes.txt").exists()
-
-
-def test_a_run_is_not_renamed_from_inside(tones, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    finish(begun(tones, run, updates=2))
-    before = everything_in(run)
-    monkeypatch.chdir(run)
-    with pytest.raises(ValueError, match="start in another directory"):
-        begun(tones, Path("."), updates=2)
-    assert everything_in(run) == before
 
 
 def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
@@ -479,7 +461,7 @@ def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
     metrics.write_bytes(b"".join(damaged) + whole[1][:30])
     resumed = Trainer.resume(run)
     assert (resumed.best, resumed.validated) == (trainer.best, 6)
-    for _ in range(300):  # one bit is wrong
+    for _ in range(100):  # one bit is wrong
         changed = bytearray(b"".join(whole))
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
         (tmp_path / "metrics.jsonl").write_bytes(changed)
@@ -492,10 +474,9 @@ def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
     assert all("update" in json.loads(line) for line in lines)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_told_and_used(tones, tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_told_and_used(tones, tmp_path, monkeypatch):
     def refuse(*arguments: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="no locks"):
@@ -505,18 +486,16 @@ def test_a_file_system_without_locks_is_told_and_used(tones, tmp_path, monkeypat
 
 def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    dead = fork.Process(target=int)
-    dead.start()
+    dead = elsewhere(int)
     dead.join()
     features = tmp_path / "features"
-    places = [files.user_cache() / "spoken-2", features / "ab" / "cd", tmp_path / "run" / "best.pt"]
-    gone = [Path(f"{place}.{files.HOST}.{dead.pid}.unfinished") for place in places]
-    kept = [Path(f"{place}.{files.HOST}.{os.getpid()}.unfinished") for place in places]
-    kept += [Path(f"{place}.elsewhere.{dead.pid}.unfinished") for place in places]
-    kept += [Path(f"{place}.unfinished") for place in places]
+    gone, kept = [], []
+    for place in (files.user_cache() / "x", features / "ab" / "cd", tmp_path / "run" / "best.pt"):
+        gone.append(Path(f"{place}.{files.HOST}.{dead.pid}.unfinished"))
+        others = (f"{files.HOST}.{os.getpid()}.", f"elsewhere.{dead.pid}.", "")
+        kept += [Path(f"{place}.{other}unfinished") for other in others]
     for path in gone + kept:
-        path.mkdir(parents=True)
-        (path / "file").touch()
+        (path / "folder").mkdir(parents=True)
     begun(tones, tmp_path / "run", cache_features=str(features))
     assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
 
@@ -569,75 +548,98 @@ def test_a_resumed_training_tells_what_makes_its_result_another(tmp_path):
 
 # Signals and worker processes.
 
-
-def signalled(tones: Path, run: Path, workers: int, after: float, number: int) -> tuple[int, str]:
-    """Start a training in its process group, end the group with a signal some time after the first
-    line of its log, and return the exit code and what it said."""
-    trained = trainer_command(tones, run, workers)
-    process = subprocess.Popen(trained, start_new_session=True, **OUTPUT)
-    wait_for_metrics(process, run)
-    time.sleep(after)
-    os.killpg(process.pid, number)
-    os.killpg(process.pid, number)  # as timeout and torchrun do
-    said, _ = process.communicate(timeout=100)
-    return process.returncode, said
-
-
-def wait_for_metrics(process: subprocess.Popen, run: Path) -> None:
-    """Wait for the first line of a training's log, or for its end."""
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-OUTPUT = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 UPDATES = 2000  # more than are done before the signal
 
 
-def trainer_command(tones: Path, run: Path, workers: int) -> list[str]:
-    """The command of a long training, by the script."""
+def started(
+    tones: Path,
+    run: Path,
+    workers: int = 0,
+    output: int = -1,
+    ready: Callable[[], object] = int,
+    real: bool = False,
+) -> fork.Process:
+    """Start a long training by the script, and wait for the first line of its log.
+
+    It runs in a fork of this process, which has imported torch, or is `real`: a new Python. It
+    leads a session, and writes to a descriptor, or to the file RUN.out. `ready` is called first.
+    """
     flags = f"--corpus {tones} --run {run} --workers {workers} --updates {UPDATES} --threads 1 "
     flags += f"--log-every 1 --validate-every {UPDATES} --save-every {UPDATES}"
-    return [sys.executable, str(ROOT / "train.py"), *TINY, *flags.split()]
+    arguments = ["train.py", *TINY, *flags.split()]
+
+    def script() -> None:
+        os.setsid()
+        ready()
+        written_to = os.open(f"{run}.out", os.O_CREAT | os.O_WRONLY) if output < 0 else output
+        for stream in (1, 2):
+            os.dup2(written_to, stream)
+        if real:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, *arguments])
+        sys.argv, sys.stdout, sys.stderr = arguments, os.fdopen(1, "w"), os.fdopen(2, "w")
+        code = 0
+        try:
+            SCRIPTS["train.py"]["main"]()
+        except SystemExit as stop:
+            code = stop.code
+        gc.collect()  # ends the loader, as the end of Python does
+        sys.exit(code)
+
+    process = elsewhere(script)
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
 
 
-def weights_of_unbroken(tones: Path, run: Path, update: int) -> dict[str, torch.Tensor]:
-    """The weights after some updates of the same training, which nothing stops."""
-    config = dataclasses.replace(checkpoint.load(run).model.config, workers=0)
-    trainer = Trainer(config, run.with_name(f"{run.name}-unbroken")).begin()
-    list(itertools.islice(trainer.updates(), update))
-    return dict(trainer.model.named_parameters())
+def ended(process: fork.Process) -> int:
+    """Wait for the end of a script and of its worker processes; return its exit code."""
+    process.join(60)
+    deadline = time.monotonic() + 30
+    with suppress(ProcessLookupError):
+        while True:
+            os.killpg(process.pid, 0)
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError("processes are left")
+            time.sleep(0.01)
+    return process.exitcode
 
 
-@pytest.mark.parametrize("workers, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number):
+@pytest.mark.parametrize(
+    "workers, number, real", [(0, signal.SIGINT, False), (2, signal.SIGTERM, True)]
+)
+def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number, real):
     torch.set_num_threads(1)
     run = tmp_path / "run"
-    code, said = signalled(tones, run, workers, 0.1, number)
-    assert code == 128 + number and "stopped and saved at update" in said, said
+    process = started(tones, run, workers, real=real)
+    time.sleep(0.1)
+    for _ in range(2):  # as timeout and torchrun do
+        os.killpg(process.pid, number)
+    assert ended(process) == 128 + number
     stopped = checkpoint.load(run)
     update = stopped.training["update"]
-    assert 1 <= update < UPDATES and f"at update {update}" in said
+    said = (tmp_path / "run.out").read_text()
+    assert 1 <= update < UPDATES and f"stopped and saved at update {update};" in said
     resumed = Trainer.resume(run, dict(workers=0))
     list(itertools.islice(resumed.updates(), 2))
-    expected = weights_of_unbroken(tones, run, update + 2)
-    assert same(dict(resumed.model.named_parameters()), expected)
+    unbroken = Trainer(resumed.config, tmp_path / "unbroken").begin()
+    list(itertools.islice(unbroken.updates(), update + 2))
+    assert same(*(dict(trainer.model.named_parameters()) for trainer in (resumed, unbroken)))
 
 
 def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
     run = tmp_path / "run"
-    command = ["nohup", *trainer_command(tones, run, workers=0)]
-    process = subprocess.Popen(command, **OUTPUT)
-    wait_for_metrics(process, run)
-    process.send_signal(signal.SIGHUP)
+    process = started(tones, run, ready=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    os.kill(process.pid, signal.SIGHUP)
     before, deadline = updates_in(run), time.monotonic() + 100
-    while updates_in(run) < before + 3 and process.poll() is None:
+    while updates_in(run) < before + 3 and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process) == 128 + signal.SIGTERM
 
 
 def test_a_training_whose_terminal_closes_saves_and_ends(tones, tmp_path):
@@ -645,17 +647,21 @@ def test_a_training_whose_terminal_closes_saves_and_ends(tones, tmp_path):
     ours, theirs = os.openpty()
 
     def of_terminal() -> None:
+        os.close(ours)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
-    streams = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    command = trainer_command(tones, run, workers=0)
-    process = subprocess.Popen(command, preexec_fn=of_terminal, **streams)
+    process = started(tones, run, output=theirs, ready=of_terminal)
     os.close(theirs)
-    wait_for_metrics(process, run)
     os.close(ours)
-    assert process.wait(100) == 128 + signal.SIGHUP
+    assert ended(process) == 128 + signal.SIGHUP
     assert checkpoint.load(run).training["update"] == updates_in(run)
+
+
+def test_a_training_that_is_killed_leaves_no_worker_processes(tones, tmp_path):
+    process = started(tones, tmp_path / "run", workers=2)
+    os.kill(process.pid, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
 
 
 def updates_in(run: Path) -> int:
@@ -677,29 +683,11 @@ def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path)
     assert checkpoint.load(run).training["update"] == trainer.done >= 3
 
 
-def test_workers_ignore_the_signals_that_stop_a_training(tones, tmp_path):
-    trainer = begun(tones, tmp_path / "run", workers=2, updates=6)
-    updates = trainer.updates()
-    next(updates)
-    for worker in multiprocessing.active_children():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            os.kill(worker.pid, number)
-    assert len(list(updates)) == 5
-
-
 def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
-    run, corpus = tmp_path / "run", tmp_path / "corpus"
-    shutil.copytree(tones, corpus)
-    command = trainer_command(corpus, run, workers=2)
-    process = subprocess.Popen(command, start_new_session=True, **OUTPUT)
-    wait_for_metrics(process, run)
+    corpus = shutil.copytree(tones, tmp_path / "corpus")
+    process = started(corpus, tmp_path / "run", workers=2)
     shutil.rmtree(corpus)
-    try:
-        said, _ = process.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 2 and "--most-left-out" in said, said
+    assert ended(process) == 2 and "--most-left-out" in (tmp_path / "run.out").read_text()
 
 
 # A crash at every file operation.
@@ -730,7 +718,8 @@ class CrashAt:
     def synced(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        self.operation(lambda: is_file and os.ftruncate(descriptor, size // 2))
+        name = f"/proc/self/fd/{descriptor}"  # the descriptor itself may be open to read only
+        self.operation(lambda: is_file and os.truncate(name, size // 2))
         self.fsync(descriptor)
 
     def operation(self, last: Callable[[], object]) -> None:

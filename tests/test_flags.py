@@ -171,25 +171,35 @@ def test_errors_end_with_one_line(error, code, words, capsys):
     assert stop.value.code == code and words in line
 
 
-def ended(code: str, stdout: int | None) -> tuple[int, str]:
-    """Return how a process ends that runs some code, and what it says; None: no standard output."""
-    close = (lambda: os.close(1)) if stdout is None else None
-    command = [sys.executable, "-c", code]
-    streams = dict(stdout=stdout, stderr=subprocess.PIPE, text=True)
-    done = subprocess.run(command, cwd=ROOT, preexec_fn=close, **streams)
-    return done.returncode, done.stderr
+@pytest.mark.parametrize("error", [None, SystemExit(0)])  # argparse ends --help so
+def test_output_that_cannot_be_written_is_one_line(error, monkeypatch, capsys):
+    def show() -> None:
+        print("shown")
+        if error:
+            raise error
 
-
-@pytest.mark.parametrize("buffered", [True, False])
-def test_output_that_cannot_be_written_shows_no_traceback(buffered):
-    code = "from dynsize.terminal import reported\n"
-    code += f"with reported('train.py', ''):\n  print('shown', flush={not buffered})"
-    read_end, write_end = os.pipe()
+    read_end, unread = os.pipe()
     os.close(read_end)
-    with open(write_end, "wb") as unread, open("/dev/full", "wb") as full:
-        assert ended(code, unread.fileno()) == (2, "")
-        assert ended(code, full.fileno()) == (2, "train.py: No space left on device\n")
-    assert ended(code, None) == (0, "")
+    lines = {unread: "", "/dev/full": "" if error else "train.py: No space left on device\n"}
+    for stream, line in lines.items():
+        with open(stream, "w") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            with pytest.raises(SystemExit) as stop, reported("train.py", ""):
+                show()
+            out.flush()  # as Python's exit does
+        assert stop.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_streams_that_are_closed_or_full_are_no_fault(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    with reported("train.py", ""):
+        print("shown", file=sys.stdout)
+        assert not sys.stderr.isatty()
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(SystemExit, match="2"), reported("train.py", ""):
+            raise ValueError("wrong")
 
 
 def test_a_defect_keeps_its_traceback():

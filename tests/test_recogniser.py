@@ -397,7 +397,7 @@ def test_the_command_goes_on_after_a_file_that_cannot_be_read(run, noise, tmp_pa
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (("a.wav", "--model", "no-run"), "no-run: no such checkpoint"),
+        (("a.wav", "--model", "no-run"), "no-run: can't be read"),
         (("a.wav",), "--model"),
         (("a.wav", "--model", "RUN", "--size", "4"), "size 4: the sizes are 3, 5, 8"),
         (("a.wav", "--model", "RUN", "--max-latency-ms", "0"), "the fastest size takes"),

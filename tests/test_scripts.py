@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import suppress
 from io import BytesIO, TextIOWrapper
+from multiprocessing.dummy import DummyProcess
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,10 @@ import torch
 from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
-from dynsize import checkpoint, compression, config, spoken
+from dynsize import checkpoint, compression, config, run_directory, spoken
 from dynsize.algorithms import ALGORITHMS
 from dynsize.subnet import cut, parameters
-
-
-def started(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    """A script in a process of its own."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+from dynsize.training import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -36,28 +30,21 @@ def no_pictures(monkeypatch):
     monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
 
 
-@pytest.fixture
-def refuse(monkeypatch, capsys):
-    """Runs a script, here and now, that should refuse its arguments. Returns what it says."""
-
-    def refuse(script: str, *arguments: str | Path, cwd: Path) -> str:
-        before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            SCRIPTS[script]["main"]()
-        assert stop.value.code == 2
-        assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
-        return capsys.readouterr().err
-
-    return refuse
+def refused(script: str, *arguments: str | Path, cwd: Path) -> str:
+    """Run a script that refuses its arguments and changes nothing; return what it says."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
+    done = run(script, *arguments, cwd=cwd)
+    assert done.returncode == 2
+    assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def trained(tones, tmp_path_factory) -> Path:
     """A directory in which `train.py --run run` has run. Not to be changed."""
     folder = tmp_path_factory.mktemp("work")
-    done = started("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=folder)
+    command = [sys.executable, ROOT / "train.py", "--corpus", tones, "--run", "run", *TINY]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (folder / "train.out").write_text(done.stdout)
     return folder
@@ -84,7 +71,7 @@ def test_train_leaves_and_shows_what_it_promises(trained):
 
 
 def test_prune_cuts_each_size(work):
-    pruned = started("prune.py", "run", cwd=work)
+    pruned = run("prune.py", "run", cwd=work)
     assert pruned.returncode == 0, pruned.stderr
     number = r"([\d,]+)"
     row = rf"^(supernet|size \d+) +(\d+) +{number} +{number} +([\d,]+|-) +([\d.]+) +(\S+)$"
@@ -139,42 +126,22 @@ def test_prune_learns_the_layers_of_a_full_model(work, tones, method):
     assert refused.returncode == 2 and "cut" in refused.stderr and not (work / "x").exists()
 
 
-class Watcher(threading.Thread):
-    """Runs steps beside a script in this process; each waits for a condition, then acts."""
-
-    def __init__(self, *steps: tuple[Callable[[], bool], Callable[[], object]]) -> None:
-        super().__init__(daemon=True)
-        self.steps, self.done = steps, []
-
-    def run(self) -> None:
-        for holds, act in self.steps:
-            while not holds():
-                time.sleep(0.005)
-            self.done.append(act())
-
-    def __enter__(self) -> "Watcher":
-        self.before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while nothing trains
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
 def test_study_goes_on_where_it_was_stopped(tones, tmp_path, monkeypatch):
+    def save(trainer: Trainer) -> None:
+        saved(trainer)
+        if trainer.run.name == "iterative-zero-out":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saved = Trainer.save
     monkeypatch.setattr(compression, "compare_files", lambda *arguments: "the table of compression")
     splits = ["--dev-splits", "dev-clean", "--test-splits", "test-clean"]
-    flags = ["--corpus", tones, "--run", "study", *TINY, "--updates", "20", "--save-every", "3"]
+    flags = ["--corpus", tones, "--run", "study", *TINY, "--updates", "6", "--save-every", "2"]
     command = ["train.py", *flags, *splits, "--study", "7"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save)
+        assert run(*command, cwd=tmp_path).returncode == 128 + signal.SIGTERM
     study = tmp_path / "study" / "seed-7"
-    second = study / "iterative-zero-out" / "checkpoint.pt"
-    with Watcher((second.exists, send(signal.SIGTERM))) as watcher:
-        stopped = run(*command, cwd=tmp_path)
-    assert watcher.done and stopped.returncode == 128 + signal.SIGTERM
+    assert checkpoint.load(study / "iterative-zero-out").training["update"] == 3
     before = (study / "simple-top-k" / "checkpoint.pt").stat().st_mtime_ns
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -189,23 +156,21 @@ def test_study_goes_on_where_it_was_stopped(tones, tmp_path, monkeypatch):
     assert "no table of compression: no_such_package is missing: pip install" in done.stdout
 
 
-def test_sigusr1_saves_and_training_goes_on_until_sigterm(tones, tmp_path):
-    never = ["--save-every", "100000", "--validate-every", "100000", "--updates", "100000"]
-    metrics, file = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint.pt"
+def test_sigusr1_saves_and_training_goes_on_until_sigterm(tones, tmp_path, monkeypatch):
+    def log(folder: Path, record: dict) -> None:
+        logged(folder, record)
+        if number := {2: signal.SIGUSR1, 7: signal.SIGTERM}.get(record["update"]):
+            saved.append(checkpoint.history(folder) and checkpoint.load(folder).training["update"])
+            os.kill(os.getpid(), number)
 
-    def saved() -> int:
-        return checkpoint.load(file).training["update"]
-
-    def five_more() -> bool:
-        return len(metrics.read_text().splitlines()) >= watcher.done[1] + 5
-
-    steps = [(metrics.exists, send(signal.SIGUSR1)), (file.exists, saved), (five_more, saved)]
-    with Watcher(*steps, (lambda: True, send(signal.SIGTERM))) as watcher:
-        flags = ["--corpus", tones, "--run", "run", *TINY, *never, "--log-every", "1"]
-        done = run("train.py", *flags, cwd=tmp_path)
+    logged, saved = run_directory.log, []
+    monkeypatch.setattr(run_directory, "log", log)
+    never = "--save-every 100 --validate-every 100 --updates 100 --log-every 1".split()
+    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, *never, cwd=tmp_path)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert watcher.done[1] == watcher.done[2] < saved() - 4
-    assert f"saved at update {saved()}; python train.py --resume run goes on" in done.stdout
+    assert saved == [[], 2]
+    assert "saved at update 8; python train.py --resume run goes on" in done.stdout
+    assert checkpoint.load(tmp_path / "run").training["update"] == 8
 
 
 def test_ctrl_c_before_the_first_update_is_one_line(tones, tmp_path, monkeypatch):
@@ -238,41 +203,28 @@ REFUSED = [
     ("train.py --corpus CORPUS --run new --train-splits train-100", "train-100.*no such split"),
     ("train.py --corpus CORPUS --run run", "run: exists already.*--overwrite"),
     ("train.py --corpus CORPUS --run . --overwrite", "not a run directory"),
-    ("train.py --corpus nowhere --run run --overwrite", "nowhere"),
     ("train.py --run new --attention-heads 5", "--attention-heads 5.*width 96"),
-    ("train.py --run new --kernel 8", "--kernel 8.*odd"),
     ("train.py --run new --sizes 7 13 21", "--sizes 7 13 21.*20"),
     ("train.py --run new --updates many", "--updates.*many"),
-    ("train.py --run new --colour red", "--colour"),
     ("train.py --preset big", "big.*librispeech"),
     ("train.py --resume nowhere", "nowhere"),
     ("train.py --run new --size 8", "--size 8.*--method none"),
     ("train.py --corpus= --run new", "--corpus ''.*a directory, or spoken"),
     ("train.py --run new --method none --size 21", "--size 21.*0 to 20"),
-    (
-        "train.py --corpus CORPUS --run new --sample-rate 8000 --highest-hz 3900 --method none "
-        "--layers-from nowhere",
-        "nowhere: no such checkpoint",
-    ),
+    ("train.py --init-from nowhere --run new", "nowhere: can't be read"),
     ("train.py --resume run --updates 9", "--updates 9 with --resume"),
-    ("train.py --resume=run --seed=7", "--seed"),
-    ("train.py --sizes 2 5 8 --resume run", "--sizes"),
     ("train.py --resume=run --study", "--study with --resume"),
     ("train.py --resume run --preset demo", "--preset with --resume"),
     ("train.py --resume run --run other", "--run with --resume"),
     ("train.py --overwrite --resume=run", "--overwrite with --resume"),
     ("train.py --init-from run --run new --width 32", "--width.*run/checkpoint.pt"),
-    ("train.py --init-from run --run new --mel-bins 20", "--mel-bins"),
-    ("train.py --init-from run --run new --sizes 3 8", "--sizes"),
     ("train.py --init-from run --run new --method none", "--method"),
     ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
     ("train.py --init-from run --run new --resume run", "--resume with --init-from"),
-    ("train.py --init-from run --run new --study", "--study with --init-from"),
     ("train.py --init-from run --run run --overwrite", "has checkpoint.pt, from which this train"),
-    ("prune.py nowhere", "nowhere: no such checkpoint"),
+    ("prune.py nowhere", "nowhere: can't be read"),
     ("prune.py run/config.json", "config.json.*not a checkpoint"),
     ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
-    ("prune.py run --max 4", "--max"),
     ("prune.py run --max-params 10", "--max-params 10.*one layer has"),
     ("prune.py run --updates 9", "--updates.*--method"),
     ("prune.py run --method simple-top-k --ranking first", "--method.*ranking"),
@@ -281,10 +233,23 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("command", "said"), REFUSED)
-def test_bad_input_is_one_line_and_changes_nothing(trained, tones, refuse, command, said):
+def test_bad_input_is_one_line_and_changes_nothing(trained, tones, command, said):
     script, *arguments = command.replace("CORPUS", str(tones)).split()
-    line = refuse(script, *arguments, cwd=trained)
+    line = refused(script, *arguments, cwd=trained)
     assert re.search(said, line) and line.count("\n") == 1, line
+
+
+def test_too_few_threads_are_one_line(tones, tmp_path, monkeypatch):
+    def second_fails(thread: threading.Thread) -> None:
+        if any(isinstance(other, DummyProcess) for other in threading.enumerate()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: out of memory: can't start new thread\n"
 
 
 def test_overwrite_renames_a_run(work, tones):
@@ -313,14 +278,26 @@ def test_help_tells_every_flag_with_its_default(preset, monkeypatch, capsys):
 
 
 def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
-    stream = TextIOWrapper(BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--corpus", str(tones), "--run", "é", *TINY])
-    monkeypatch.chdir(tmp_path)
-    with redirect_stdout(stream):
-        SCRIPTS["train.py"]["main"]()
-    stream.flush()
-    assert b"done: \\xe9/checkpoint.pt" in stream.buffer.getvalue()
-    assert checkpoint.load(tmp_path / "é").training["update"] == 12
+    out, err = (TextIOWrapper(BytesIO(), encoding="ascii") for _ in range(2))
+    (tmp_path / "tönes").symlink_to(tones)
+    for script, *flags in [
+        ("train.py", "--corpus", "tönes", "--run", "é", *TINY, "--updates", "2"),
+        ("prune.py", "é", "--sizes", "3"),
+        ("evaluate.py", "é", "--split", "test-clean"),
+        ("evaluate.py", "é/ø"),
+    ]:
+        with suppress(SystemExit), monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name, value in dict(argv=[script, *flags], stdout=out, stderr=err).items():
+                patch.setattr(sys, name, value)
+            SCRIPTS[script]["main"]()
+    out.flush()
+    for shown in (b"done: \\xe9/checkpoint.pt", b"\\xe9/size-3.pt", b"\\xe9/evaluation"):
+        assert shown in out.buffer.getvalue()
+    assert (
+        err.buffer.getvalue()
+        == b"evaluate.py: \\xe9/\\xf8: can't be read: No such file or directory\n"
+    )
 
 
 @pytest.fixture
@@ -375,14 +352,14 @@ def test_a_supernet_is_trained_on_with_its_ranking(work):
     torch.testing.assert_close(*encoders(work / "run", work / "tuned"), rtol=0, atol=1e-6)
 
 
-def test_prune_never_replaces_its_source(work, refuse):
+def test_prune_never_replaces_its_source(work):
     for flags in ("--method simple-top-k --output run --overwrite --updates 2", "--output run"):
         source = work / "run" / "checkpoint.pt"
         before = source.read_bytes()
         run("prune.py", "run", *flags.split(), cwd=work)
         assert source.read_bytes() == before
     shutil.copy(source, work / "size-5.pt")
-    said = refuse("prune.py", "size-5.pt", "--sizes", "5", "--overwrite", cwd=work)
+    said = refused("prune.py", "size-5.pt", "--sizes", "5", "--overwrite", cwd=work)
     assert "size-5.pt" in said and "supernet" in said
 
 
@@ -411,17 +388,17 @@ def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatc
     assert done.returncode == 2 and "No space left on device" in line and "/cache/x.flac" in line
 
 
-def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, refuse, monkeypatch):
+def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert re.search(r"file.*Not a directory.*XDG_CACHE_HOME", refuse("train.py", cwd=tmp_path))
+    assert re.search(r"file.*Not a directory.*XDG_CACHE_HOME", refused("train.py", cwd=tmp_path))
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="pip install -e '.[demo]' brings it")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     short = "--updates 2 --batch-seconds 20 --width 16 --attention-heads 2 --dev-splits dev-other"
-    done = started("train.py", *short.split(), cwd=tmp_path)
+    done = run("train.py", *short.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
     kept = [path.name.partition("-")[0] for path in (tmp_path / "cache" / "dynsize").iterdir()]
