@@ -154,10 +154,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatc
     newest, whole = run / checkpoint.NAME, (run / checkpoint.NAME).read_bytes()
     newest.unlink()  # killed between two renames
     assert checkpoint.load(run).path == run / "checkpoint-1.pt"
-    newest.write_bytes(whole[:-1])
-    with pytest.warns(UserWarning, match=r"checkpoint\.pt: damaged.*one before"):
-        resumed = Trainer.resume(run)
-    assert resumed.done == 8 and same(finish(resumed), expected)
+    newest.write_bytes(whole)
 
     def read(path: Path) -> bytes:
         with open(path, "rb") as file:
@@ -170,6 +167,11 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatc
         warnings.simplefilter("default")
         assert [checkpoint.load(run).training["update"] for _ in range(2)] == [8, 8]
     assert [os.strerror(errno.EIO) in str(warning.message) for warning in told] == [True]
+
+    newest.write_bytes(whole[:-1])
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt: damaged.*one before"):
+        resumed = Trainer.resume(run)
+    assert resumed.done == 8 and same(finish(resumed), expected)
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
     with (
@@ -243,7 +245,7 @@ def changed(content: object, draw: random.Random) -> object:
 def test_a_checkpoint_with_other_values_is_an_error_in_one_line(written, tmp_path):
     content, draw, refused = torch.load(written, weights_only=True), random.Random(0), 0
     file = tmp_path / "other.pt"
-    for _ in range(100):
+    for _ in range(60):
         torch.save(changed(content, draw), file)
         said = ""
         try:
@@ -252,7 +254,7 @@ def test_a_checkpoint_with_other_values_is_an_error_in_one_line(written, tmp_pat
             said = str(error)
         assert re.fullmatch(r"|.*other\.pt: damaged, or not a checkpoint: .+", said)
         refused += bool(said)
-    assert refused > 50  # the others are of the training's state, or settings that do no harm
+    assert refused > 30  # the others are of the training's state, or settings that do no harm
 
 
 def test_a_whole_file_with_other_content_says_what_is_wrong(written, tmp_path, monkeypatch):
