@@ -148,7 +148,7 @@ def drawn(axes: Axes) -> dict:
 
 
 def test_a_run_becomes_three_pictures_as_png_and_svg(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "r\udcfcn")  # a byte that is not UTF-8, or a locale without it
     write_results(run)
     plots.draw(run, run / "plots")
     heads = {path.name: path.read_bytes()[:5] for path in (run / "plots").iterdir()}
