@@ -58,8 +58,9 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
     another size or time are opened again. What was read is also kept after an interruption.
     """
     name = sha256(os.fsencode(corpus)).hexdigest()[:16]
-    file = files.user_cache() / f"durations-3-{name}"
-    kept = read_kept(file)
+    file = files.user_cache() / f"headers-1-{name}"
+    stored = json.loads(files.kept(file) or "{}")
+    kept = {path: Header(*values) for path, values in stored.items()}
     read: dict[str, Header | OSError | CorruptAudio] = {}
     paths = list(dict.fromkeys(paths))
     try:
@@ -68,7 +69,7 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
         raise MemoryError(str(error.__context__)) from error
     try:
         with pool:
-            results = pool.imap(header_of, [(path, kept.get(path)) for path in paths], 200)
+            results = pool.imap(lambda path: header_of(path, kept.get(path)), paths, 200)
             options = dict(unit=" files", delay=2, leave=False, disable=None)
             bar = tqdm(results, "headers", len(paths), **options)
             for path, header in zip(paths, bar, strict=True):
@@ -76,28 +77,15 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
     finally:
         found = {path: header for path, header in read.items() if isinstance(header, Header)}
         if any(kept.get(path) != header for path, header in found.items()):
-            write_kept(file, kept | found)
+            files.keep(file, json.dumps(kept | found).encode())
     return read
 
 
-def read_kept(file: Path) -> dict[str, Header]:
-    """Return the headers that `write_kept` wrote, by path; none where the file is damaged."""
-    paths, *columns = json.loads(files.kept(file) or "[[]]")
-    return {path: Header(*row) for path, *row in zip(paths, *columns, strict=True)}
-
-
-def write_kept(file: Path, headers: dict[str, Header]) -> None:
-    paths = sorted(headers)
-    columns = zip(*(headers[path] for path in paths), strict=True)
-    files.keep(file, json.dumps([paths, *columns]).encode())  # long lists are read fastest
-
-
-def header_of(known: tuple[str, Header | None]) -> Header | OSError | CorruptAudio:
+def header_of(path: str, header: Header | None = None) -> Header | OSError | CorruptAudio:
     """Return a file's header, the one given if it still holds, or why the file can't be read.
 
     A file whose header tells no length, or one that its bytes can't hold, is decoded once.
     """
-    path, header = known
     try:
         status = os.stat(path)
         if header and (header.size, header.time) == (status.st_size, status.st_mtime_ns):

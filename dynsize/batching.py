@@ -154,10 +154,11 @@ class Examples(Dataset):
 
     def frames(self) -> list[int]:
         """Return the number of feature frames of each utterance."""
-        samples = (
-            round(utterance.samples / self.speed(i)) for i, utterance in enumerate(self.utterances)
-        )
-        return [feature_frames(length, self.config) for length in samples]
+        frames = []
+        for index, utterance in enumerate(self.utterances):
+            samples = round(utterance.samples / self.speed(index))
+            frames.append(feature_frames(samples, self.config))
+        return frames
 
     def __getitem__(self, index: int) -> Example:
         utterance, draw = self.utterances[index], self.draw("masks", index)
@@ -189,17 +190,13 @@ def collate(examples: Sequence[Example]) -> Batch:
     padded = good or examples[:1]  # gives a batch without utterances its other dimensions
     features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
     labels = [torch.tensor(e.labels, dtype=torch.long) for e in padded]
-    numbers = [(len(e.features), len(e.labels), e.seed) for e in good]
-    lengths, label_lengths, seeds = torch.tensor(numbers, dtype=torch.long).view(-1, 3).T
-    return Batch(
-        [e.utterance for e in good],
-        features,
-        lengths,
-        pad_sequence(labels, batch_first=True)[: len(good)],
-        label_lengths,
-        seeds,
-        {e.utterance.id: e.corrupt for e in examples if e.corrupt},
-    )
+    labels = pad_sequence(labels, batch_first=True)[: len(good)]
+    lengths = torch.tensor([len(e.features) for e in good], dtype=torch.long)
+    label_lengths = torch.tensor([len(e.labels) for e in good], dtype=torch.long)
+    seeds = torch.tensor([e.seed for e in good], dtype=torch.long)
+    corrupt = {e.utterance.id: e.corrupt for e in examples if e.corrupt}
+    utterances = [e.utterance for e in good]
+    return Batch(utterances, features, lengths, labels, label_lengths, seeds, corrupt)
 
 
 def read_batches(
@@ -292,15 +289,13 @@ def batch_plan(frames: Sequence[int], most_frames: float, most_utterances: int) 
     and at most `most_utterances` utterances.
     """
     plan: list[list[int]] = []
-    longest = 0
     for index in sorted(range(len(frames)), key=lambda i: -frames[i]):
         batch = plan[-1] if plan else []
-        longest = max(longest, frames[index])
-        if batch and len(batch) < most_utterances and (len(batch) + 1) * longest <= most_frames:
+        more = len(batch) + 1
+        if batch and more <= most_utterances and more * frames[batch[0]] <= most_frames:
             batch.append(index)
         else:
             plan.append([index])
-            longest = frames[index]
     return plan
 
 

@@ -5,17 +5,14 @@ its lists name. The length of the audio (`audio.py`), the checks and the spellin
 (`text.py`) are the same for all.
 """
 
-import math
 import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +23,6 @@ from tqdm import tqdm
 
 from dynsize.audio import Header, headers, read_samples
 from dynsize.config import Config
-from dynsize.features import window_and_hop
 from dynsize.readers import KINDS, Entry, Notes, contents, no_audio
 from dynsize.spoken import spoken_corpus
 from dynsize.terminal import printable
@@ -36,10 +32,7 @@ from dynsize.wer import Reference
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
 UNREADABLE = "audio that can't be read"
 NO_WORDS = "no words are left"
-SECONDS = (0, 1, 2, 5, 10, 15, 20, 35, 60, math.inf)  # edges of the histogram of durations
-MOST_SHOWN = 60  # characters with their counts
-MOST_NAMED = 10  # odd characters in one remark
-MUCH_LONGER = 4  # times the median: an utterance of over a minute that is told
+MOST_SHOWN = 60  # characters that are told with their counts
 
 
 class Utterance(NamedTuple):
@@ -62,10 +55,7 @@ class Corpus(Notes):
 
     utterances: list[Utterance] = field(default_factory=list)
     kinds: dict[str, str] = field(default_factory=dict)  # split → kind
-    # What the tokenizer says: the highest rate of labels a second and whose it is, and how many
-    # texts its units spell otherwise, with an example.
-    densest: tuple[float, str] = (0.0, "")
-    respelled: tuple[int, str] = (0, "")
+    respelled: dict[str, str] = field(default_factory=dict)  # text → what the tokenizer makes of it
 
 
 def corpus_root(config: Config) -> Path:
@@ -208,105 +198,94 @@ def read_audio(utterance: Utterance, sample_rate: int, speed: float = 1.0) -> Te
 # What is told of a corpus before a training: its size, its texts, and what is odd.
 
 
-class Characters:
-    """The characters of some texts, without spaces: how often each is there, and where first."""
-
-    def __init__(self, utterances: Iterable[Utterance]) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, Utterance] = {}
-        for utterance in utterances:
-            self.counts.update(utterance.text)
-            for character in set(utterance.text) - self.first.keys():
-                self.first[character] = utterance
-        del self.counts[" "]
-
-    def like(self, wanted: Callable[[str], bool]) -> list[str]:
-        """Return the characters that are wanted, the most frequent first."""
-        return [character for character, _ in self.counts.most_common() if wanted(character)]
-
-    def with_counts(self, characters: list[str]) -> str:
-        """Return characters with their counts, and the first text with the first of them."""
-        counts = ", ".join(f"{c} {self.counts[c]}" for c in characters[:MOST_NAMED])
-        more = f" and {len(characters) - MOST_NAMED} more" if len(characters) > MOST_NAMED else ""
-        first = self.first[characters[0]]
-        return f"{counts}{more}, as in {first.id}, {quoted(first.text)}"
-
-
 def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) -> str:
     """Return what a training corpus holds, then what is odd in it and in the other splits.
 
     `others`: dev and test splits by name; a text instead of a corpus says why there is none.
     """
-    characters = Characters(corpus.utterances)
+    counts = characters_of(corpus)
     kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
     rows = [f"{config.corpus}: {kinds}", *amounts(corpus, config)]
-    shares = [f"{c} {n}" for c, n in characters.counts.most_common(MOST_SHOWN)]
-    more = len(characters.counts) - len(shares)
-    rows.append("characters " + ", ".join(shares) + (f" and {more} more" if more > 0 else ""))
-    rows += [f"note: {remark}" for remark in remarks(corpus, characters, config)]
+    rows.append(f"characters {with_counts(counts)}")
+    rows += [f"note: {remark}" for remark in remarks(corpus, counts)]
     for name, other in others.items():
         if isinstance(other, str):
             rows.append(f"note: {name} is not checked: {other}")
             continue
-        rows.append(f"{name}: {size_of(other.utterances, config)}")
-        found = Characters(other.utterances)
-        if new := found.like(lambda c: c not in characters.counts):
-            told = f"characters that training never had, {found.with_counts(new)}"
+        rows.append(f"{name}: {size_of(other, config)}")
+        if new := only(characters_of(other), lambda c: c not in counts):
+            told = f"characters that training never had, {with_example(new, other)}"
             rows.append(f"note: {name}: {told}; --normaliser lower or plain may change them")
     return "\n".join(map(printable, rows))
 
 
+def size_of(corpus: Corpus, config: Config) -> str:
+    """Return how many utterances there are, and how long they are together."""
+    samples = sum(utterance.samples for utterance in corpus.utterances)
+    hours = samples / config.sample_rate / 3600
+    return f"{counted(len(corpus.utterances), 'utterance')}, {hours:.2f} hours"
+
+
 def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
     """Yield lines on how much there is, how long utterances are, and what was left out."""
-    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    names = {utterance.speaker for utterance in corpus.utterances} - {""}
-    speakers = counted(len(names), "speaker")
+    speakers = {utterance.speaker for utterance in corpus.utterances} - {""}
     lost = sum(map(len, corpus.left_out.values()))
-    yield f"{size_of(corpus.utterances, config)}, {speakers}; {lost} left out"
-    bars = zip(pairwise(SECONDS), np.histogram(lengths, SECONDS)[0], strict=True)
-    yield "seconds " + ", ".join(f"{low} to {high}: {n}" for (low, high), n in bars if n)
-    yield from (f"{count} {what}" for what, count in corpus.changes.items() if count)
+    size = size_of(corpus, config)
+    yield f"{size}, {counted(len(speakers), 'speaker')}; {lost} left out"
+    longest = max(corpus.utterances, key=attrgetter("samples"))
+    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
+    least, middle, usual, most = np.quantile(lengths, (0, 0.5, 0.99, 1), method="lower")
+    shares = f"half have at most {middle:.1f}, 99% at most {usual:.1f}"
+    yield f"seconds {least:.1f} to {most:.1f} ({longest.id}), {shares}; see --max-seconds"
+    for what, count in corpus.changes.items():
+        if count:
+            yield f"{count} {what}"
     for reason, names in corpus.left_out.items():
         name, what = next(iter(names.items()))
         yield f"left out: {len(names)} × {reason}, as {name}: {what}"
 
 
-def size_of(utterances: list[Utterance], config: Config) -> str:
-    """Return how many utterances there are, and how long they are together."""
-    seconds = sum(utterance.samples for utterance in utterances) / config.sample_rate
-    return f"{counted(len(utterances), 'utterance')}, {duration(seconds)}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in hours, in minutes below one hour, in seconds below one minute."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:.2f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
-
-
-def remarks(corpus: Corpus, characters: Characters, config: Config) -> Iterator[str]:
-    """Yield what is odd in the texts and durations of a training corpus."""
-    capitals, small = characters.like(str.isupper), characters.like(str.islower)
+def remarks(corpus: Corpus, counts: Counter[str]) -> Iterator[str]:
+    """Yield what is odd in the texts of a training corpus, whose characters are counted."""
+    capitals = only(counts, str.isupper)
+    small = only(counts, str.islower)
     if capitals and small:
-        rarer = min(capitals, small, key=lambda cs: sum(characters.counts[c] for c in cs))
-        yield f"mixed case, {characters.with_counts(rarer)}; --normaliser lower makes it one"
-    if signs := characters.like(lambda c: c != "'" and unicodedata.category(c)[0] not in "LM"):
+        rarer = min(capitals, small, key=Counter.total)
+        yield f"mixed case, {with_example(rarer, corpus)}; --normaliser lower makes it one"
+    if signs := only(counts, lambda c: c != "'" and unicodedata.category(c)[0] not in "LM"):
         advice = "--normaliser plain takes signs out; numbers are learned better spelled out"
-        yield f"signs and digits, {characters.with_counts(signs)}; {advice}"
-    if empty := [u for u in corpus.utterances if not u.text]:
-        yield f"{counted(len(empty), 'empty transcript')}, as {empty[0].id}, to train silence"
-    rate, id = corpus.densest
-    frames = config.sample_rate / (4 * window_and_hop(config)[1])
-    if rate:
-        yield f"at most {rate:.1f} labels a second ({id}); the encoder has {frames:.1f} frames"
-    count, example = corpus.respelled
-    if count:
-        texts = counted(count, "text")
+        yield f"signs and digits, {with_example(signs, corpus)}; {advice}"
+    if empty := [utterance.id for utterance in corpus.utterances if not utterance.text]:
+        yield f"{counted(len(empty), 'empty transcript')}, as {empty[0]}, to train silence"
+    for text, spelled in list(corpus.respelled.items())[:1]:
+        texts = counted(len(corpus.respelled), "text")
+        example = f"{quoted(text)} as {quoted(spelled)}"
         yield f"the tokenizer spells {texts} otherwise, {example}; it is scored as an error"
-    lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    longest = int(np.argmax(lengths))
-    if lengths[longest] > max(60, MUCH_LONGER * median(lengths)):  # memory grows with it
-        most = math.ceil(np.quantile(lengths, 0.99, method="lower"))
-        name = f"{corpus.utterances[longest].id} has {duration(lengths[longest])}"
-        advice = f"--max-seconds {most} leaves out what is longer than 99% of the utterances"
-        yield f"{name}, the median {duration(median(lengths))}, and takes memory; {advice}"
+
+
+def characters_of(corpus: Corpus) -> Counter[str]:
+    """Return how often the texts have each character; spaces are not counted."""
+    counts: Counter[str] = Counter()
+    for utterance in corpus.utterances:
+        counts.update(utterance.text)
+    del counts[" "]
+    return counts
+
+
+def only(counts: Counter[str], wanted: Callable[[str], bool]) -> Counter[str]:
+    """Return the counts of the characters that are wanted."""
+    return Counter({character: n for character, n in counts.items() if wanted(character)})
+
+
+def with_counts(counts: Counter[str]) -> str:
+    """Return characters with their counts for a message, the most frequent first."""
+    shown = [f"{character} {n}" for character, n in counts.most_common(MOST_SHOWN)]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def with_example(counts: Counter[str], corpus: Corpus) -> str:
+    """Return characters with their counts, and the first text with one of them."""
+    texts = ((utterance.id, utterance.text) for utterance in corpus.utterances)
+    id, text = next((id, text) for id, text in texts if not counts.keys().isdisjoint(text))
+    return f"{with_counts(counts)}, as in {id}, {quoted(text)}"

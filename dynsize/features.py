@@ -71,13 +71,8 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     waves = torch.fft.rfft(frames, n=spectrum)  # (T, spectrum // 2 + 1), complex
     waves = torch.view_as_real(waves)  # (T, spectrum // 2 + 1, 2)
     power = waves.square().sum(-1)  # (T, spectrum // 2 + 1)
-    filters = mel_filters(
-        config.mel_bins,
-        spectrum,
-        config.sample_rate,
-        config.lowest_hz,
-        config.highest_hz,
-    )
+    bounds = (config.lowest_hz, config.highest_hz)
+    filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, *bounds)
     energies = power @ filters  # (T, F)
     features = (energies + QUIETEST).log()
     mean = features.mean(0)  # (F,)

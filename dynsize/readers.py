@@ -22,7 +22,7 @@ from dynsize.wer import Reference
 
 LISTED = 12  # names of files that a message lists, at most
 LONGEST_LINE = 2**28  # bytes; an array of a million utterances may be one line
-PLACES = {ending: place for place, ending in enumerate((*ENDINGS, *FOREIGN))}
+PREFERRED = {ending: place for place, ending in enumerate([*ENDINGS, *FOREIGN])}
 CHANNELS = {"1": 0, "A": 0, "a": 0, "2": 1, "B": 1, "b": 1}  # as STMs name them
 
 # The names that toolkits give to the fields of an utterance in their manifests.
@@ -149,19 +149,20 @@ def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
     Optional: segments, `UTTERANCE RECORDING START END`, where the end -1 is the recording's, and
     utt2spk, `UTTERANCE SPEAKER`.
     """
-    names = ("wav.scp", "text", "utt2spk", "segments")
-    recordings, texts, speakers, segments = [keyed_lines(scp.with_name(name)) for name in names]
     if not scp.with_name("text").exists():
         raise ValueError(f"{scp}:1: no file `text` beside it, of lines UTTERANCE WORDS")
+    recordings = keyed_lines(scp)
+    texts = keyed_lines(scp.with_name("text"))
+    speakers = keyed_lines(scp.with_name("utt2spk"))
+    segments = keyed_lines(scp.with_name("segments"))
     if not segments:
         segments = {name: (where, f"{name} 0 -1") for name, (where, _) in recordings.items()}
     for name, (where, text) in texts.items():
         where, segment = segments.get(name, (where, ""))
-        columns = segment.split()
-        if len(columns) != 3 or columns[0] not in recordings:
+        recording, start, end, *more = [*segment.split(), "", "", ""]
+        if recording not in recordings or len(more) != 3:
             form = f"{name} has no recording of {scp}, or not RECORDING START END"
             raise ValueError(f"{where}: {form}: {quoted(segment)}")
-        recording, start, end = columns
         line, path = recordings[recording]
         if path.endswith("|"):
             advice = "write the audio file's path in its place; most kinds of audio are read"
@@ -169,9 +170,11 @@ def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
         path = placed(scp, path, line)
         begins = seconds(start, where)
         ends = None if end in ("-1", "-1.0") else seconds(end, where)
-        yield Entry(where, name, path, text, speakers.get(name, ("", ""))[1], begins, ends)
+        _, speaker = speakers.get(name, ("", ""))
+        yield Entry(where, name, path, text, speaker, begins, ends)
     for name in segments.keys() - texts:
-        notes.leave_out("no transcript", name, segments[name][0])
+        where, _ = segments[name]
+        notes.leave_out("no transcript", name, where)
 
 
 def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
@@ -182,10 +185,12 @@ def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
     """
     entries: list[Entry] = []
     for where, id, row in rows(file):
+        of_lhotse = isinstance(row, dict) and ("supervisions" in row or "recording" in row)
         try:
-            of_lhotse = isinstance(row, dict) and ("supervisions" in row or "recording" in row)
-            reader = lhotse_cut if of_lhotse else manifest_row
-            entries += reader(file, where, id, row)
+            if of_lhotse:
+                entries += lhotse_cut(file, where, row, notes)
+            else:
+                entries.append(manifest_row(file, where, id, row))
         except (LookupError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, LookupError) else str(error)
             raise ValueError(f"{where}: {what} in {quoted(json.dumps(row))}; {FORMS}") from error
@@ -196,28 +201,32 @@ def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
         yield entry._replace(id=entry.id or alone)
 
 
-def manifest_row(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
-    """Yield the one utterance of a row of NeMo's, wenet's or speechbrain's."""
-    given = {
-        name: next((row[key] for key in keys if row.get(key) is not None), None)
-        for name, keys in FIELDS.items()
-    }
-    path = given["path"]
+def manifest_row(file: Path, where: str, id: str, row: dict) -> Entry:
+    """Return the utterance of a row of NeMo's, wenet's or speechbrain's."""
+    path = value_of(row, "path")
     if not isinstance(path, str):
         raise TypeError("a path that is no string, or no path")
     path = path.replace("{data_root}", os.path.dirname(file))  # speechbrain's
     start, end, in_samples = part_of(row, where)
-    yield Entry(
+    return Entry(
         where,
-        encodable(given["id"] or id),
+        encodable(value_of(row, "id") or id),
         placed(file, encodable(path), where),
-        text_in(given["text"], where),
-        encodable(given["speaker"] or ""),
+        text_in(value_of(row, "text"), where),
+        encodable(value_of(row, "speaker") or ""),
         start,
         end,
         row.get("channel"),
         in_samples=in_samples,
     )
+
+
+def value_of(row: dict, field: str) -> object:
+    """Return the value of a field, whatever a toolkit calls it; None where it is missing."""
+    for name in FIELDS[field]:
+        if row.get(name) is not None:
+            return row[name]
+    return None
 
 
 def part_of(row: dict, where: str) -> tuple[float, float | None, bool]:
@@ -244,12 +253,15 @@ def part_names(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if PARTS & set(name.lower().split("_")))
 
 
-def lhotse_cut(file: Path, where: str, id: str, row: dict) -> Iterator[Entry]:
+def lhotse_cut(file: Path, where: str, row: dict, notes: Notes) -> Iterator[Entry]:
     """Yield the utterances of one of lhotse's cuts, one for each supervision in it."""
     changes = [change.get("name") for change in row["recording"].get("transforms") or []]
     if row.get("type", "MonoCut") not in ("MonoCut", "MultiCut") or set(changes) - {"Resample"}:
         raise ValueError(f"{where}: only cuts of one recording as it was recorded are read")
-    begin, length = seconds(row["start"], where), seconds(row["duration"], where)
+    begin = seconds(row["start"], where)
+    length = seconds(row["duration"], where)
+    if not row["supervisions"]:
+        notes.leave_out("no transcript", encodable(row["id"]), where)
     for part in row["supervisions"]:
         first = part["start"]  # below 0 where a supervision begins before its cut
         last = first + seconds(part["duration"], where)
@@ -274,8 +286,6 @@ def text_in(value: object, where: str) -> str:
     if value is None:
         names = ", ".join(FIELDS["text"])
         raise ValueError(f"{where}: the utterance has no text, in a field {names}")
-    if not isinstance(value, str):
-        raise TypeError(f"the text {value!r} is no string")
     return encodable(value)
 
 
@@ -296,32 +306,30 @@ def rows(file: Path) -> Iterator[tuple[str, str, object]]:
     id. In the other two forms the id is ''.
     """
     listed = [*lines(file)]
-    first = parsed(listed[:1], quiet=True)
-    if isinstance(first, dict) and not all(isinstance(v, dict) for v in first.values()):
-        for line in listed:
-            yield line[0], "", parsed([line])
-        return
-    value = parsed(listed)
-    if isinstance(value, dict):
-        for id, row in value.items():
-            yield f"{file}: utterance {quoted(id)}", id, row
-    elif isinstance(value, list):
+    value = parsed(listed) if listed else []
+    if isinstance(value, list):
         for number, row in enumerate(value, 1):
             yield f"{file}: utterance {number}", "", row
-    elif listed:
-        raise ValueError(f"{file}:1: neither an array nor a dictionary; {FORMS}")
+    elif isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+        for id, row in value.items():
+            yield f"{file}: utterance {quoted(id)}", id, row
+    else:
+        for line in listed:
+            where, _ = line
+            yield where, "", parsed([line])
 
 
-def parsed(listed: Sequence[tuple[str, str]], quiet: bool = False) -> object:
-    """Return the JSON value in some lines; `quiet`: None where they hold none."""
+def parsed(listed: Sequence[tuple[str, str]]) -> object:
+    """Return the JSON value that lines hold together; None where each of several has its own."""
+    text = "\n".join(line for _, line in listed)
     try:
-        return json.loads("\n".join(line for _, line in listed)) if listed else None
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and len(listed) > 1:
+            return None
         where, what = listed[error.lineno - 1][0], error.msg
     except (ValueError, RecursionError) as error:  # of too many digits, or levels
         where, what = listed[0][0], str(error)
-    if quiet:
-        return None
     raise ValueError(f"{where}: not JSON: {what}; {FORMS}")
 
 
@@ -436,23 +444,25 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield path, sorted(folders + names)
 
 
-def audio_files(folder: Path | str, names: Sequence[str]) -> dict[str, str]:
+def audio_files(folder: Path | str, names: Iterable[str]) -> dict[str, str]:
     """Return the paths of audio files by their names without ending.
 
     Of several endings the first in `ENDINGS` counts. No name in a list can lead out of a folder.
     """
-
-    endings = {name: os.path.splitext(name)[1].lower() for name in names}
-    known = [name for name in names if endings[name] in PLACES]
+    known = [name for name in names if ending_of(name) in PREFERRED]
     # The first ending comes last, and stays.
-    known.sort(key=lambda name: (PLACES[endings[name]], name), reverse=True)
-    return {os.path.splitext(name)[0]: f"{folder}/{name}" for name in known}
+    known.sort(key=lambda name: PREFERRED[ending_of(name)], reverse=True)
+    return {without_ending(name): f"{folder}/{name}" for name in known}
+
+
+def ending_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def without_ending(path: str) -> str:
     """Return the name of an audio file without its ending."""
-    stem, ending = os.path.splitext(os.path.basename(path))
-    return stem if ending.lower() in PLACES else stem + ending
+    name = os.path.basename(path)
+    return os.path.splitext(name)[0] if ending_of(name) in PREFERRED else name
 
 
 def placed(file: Path, name: str, where: str) -> str:

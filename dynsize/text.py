@@ -35,8 +35,9 @@ def plain(text: str) -> str:
     """Return letters with their marks, digits, and apostrophes inside words, in lower case."""
     text = text.replace("´", "'")  # NFKC makes a blank with an accent of it
     text = lower(unicodedata.normalize("NFKC", text)).translate(APOSTROPHES)
-    for character in set(text):
-        if unicodedata.category(character)[0] not in "LMN" and character != "'":
+    for character in set(text) - {"'"}:
+        letter_mark_or_number = unicodedata.category(character)[0] in "LMN"
+        if not letter_mark_or_number:
             text = text.replace(character, " ")
     return " ".join(word.strip("'") for word in text.split())
 
@@ -56,14 +57,12 @@ def clean(text: str, normaliser: str) -> str:
     """
     if not text.isprintable():
         text = text.translate(REMOVED)
-    if text.isascii():
-        text = NORMALISERS[normaliser](text)
-    else:
-        text = NORMALISERS[normaliser](unicodedata.normalize("NFC", text))
-        text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text)
+    text = NORMALISERS[normaliser](text)
+    text = unicodedata.normalize("NFC", text)
     return " ".join(text.split())
 
 
 def without_unknown(text: str) -> tuple[str, int]:
     """Return a text without the word `<unk>`, and how often it was there."""
-    return UNKNOWN.subn(" ", text) if "<" in text else (text, 0)
+    return UNKNOWN.subn(" ", text)

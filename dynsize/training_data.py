@@ -21,7 +21,6 @@ from dynsize.networks import facts_of
 from dynsize.report import errors_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import Supernet
-from dynsize.text import quoted
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
@@ -43,8 +42,9 @@ class TrainingData:
         """
         self.config = config
         with processes.first_alone():
-            if processes.is_first():
-                clean_caches(config)
+            if processes.is_first():  # an earlier process may have left unfinished files
+                for cache in filter(None, (files.user_cache(), config.cache_features)):
+                    files.clean(Path(cache))
             self.corpus = read_corpus(config, config.train_splits, "--train-splits")
         self.unlisted = self.corpus.left_out.get(UNREADABLE, {})  # id → why
         self.left_out = 0  # utterances that this process could not read in this epoch
@@ -175,13 +175,6 @@ def too_many(left_out: int, unlisted: int, listed: int, kind: str, config: Confi
     return f"{what}, more than --most-left-out {config.most_left_out:g}"
 
 
-def clean_caches(config: Config) -> None:
-    """Delete from the caches what interrupted processes left unfinished."""
-    files.clean(files.user_cache())
-    if config.cache_features:
-        files.clean(Path(config.cache_features))
-
-
 def fingerprint_of(corpus: Corpus) -> str:
     """Return hexadecimal digits that change with the ids and texts of the utterances."""
     digest = sha256()
@@ -210,12 +203,11 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
             corpus.leave_out(f"longer than {config.max_seconds:g} s", utterance.id, what)
             continue
         labels = text_labels(utterance, tokenizer)
-        corpus.densest = max(corpus.densest, (len(labels) / seconds, utterance.id))
         if (spelled := tokenizer.decode(labels)) != utterance.text:
-            example = corpus.respelled[1] or f"{quoted(utterance.text)} as {quoted(spelled)}"
-            corpus.respelled = (corpus.respelled[0] + 1, example)
+            corpus.respelled[utterance.text] = spelled
         repeats = sum(a == b for a, b in pairwise(labels))
-        frames = fewest_encoder_frames(utterance, config)
+        samples = round(utterance.samples / max(config.speeds))
+        frames = FRONT_ENDS[config.front_end].output_frames(feature_frames(samples, config))
         if frames >= max(1, len(labels) + repeats):
             good.append(utterance)
         else:
@@ -225,9 +217,3 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
     if not good:
         first = next(what for names in corpus.left_out.values() for what in names.values())
         raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {first}")
-
-
-def fewest_encoder_frames(utterance: Utterance, config: Config) -> int:
-    """Return the number of encoder frames of an utterance at the fastest speed."""
-    frames = feature_frames(round(utterance.samples / max(config.speeds)), config)
-    return FRONT_ENDS[config.front_end].output_frames(frames)

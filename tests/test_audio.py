@@ -82,7 +82,7 @@ def test_what_can_be_decoded_is_read_and_what_is_missing_is_told(tmp_path, kind,
         return
     whole = decoded(path)
     assert len(audio) <= len(whole) < len(audio) + 400  # some are filled up to a whole block
-    header = header_of((str(path), None))
+    header = header_of(str(path))
     assert (header.samples, header.lost) == (len(whole), "")
     span = (RATE, RATE + 500)  # also where the format can't seek
     part = read_samples(str(path), span, RATE, 0)
@@ -93,7 +93,7 @@ def test_what_can_be_decoded_is_read_and_what_is_missing_is_told(tmp_path, kind,
         path.write_bytes(data[: round(share * len(data))])
         with pytest.raises(CorruptAudio, match=r"a: [^\n]*(truncated|no samples|can be read)"):
             decoded(path)
-        header = header_of((str(path), None))
+        header = header_of(str(path))
         if isinstance(header, Header) and not header.lost:  # FLAC and MP3 show it when read
             with pytest.raises(CorruptAudio, match=r"a: "):
                 read_samples(str(path), (0, header.samples), RATE, 0)
@@ -262,7 +262,7 @@ def test_any_bytes_are_an_mp3_or_are_refused(tmp_path_factory, start, parts, len
     frame = b"\xff\xfb\x90\xc4".ljust(length, b"\0")
     path = tmp_path_factory.mktemp("bytes") / "a.mp3"
     path.write_bytes(start + frame.join([b"", *parts, b""]))
-    header = header_of((str(path), None))
+    header = header_of(str(path))
     if isinstance(header, Header):
         with suppress(CorruptAudio):
             read_samples(str(path), (0, header.samples), header.rate, 0)
