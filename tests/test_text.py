@@ -8,7 +8,7 @@ from conftest import RATE, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.corpora import Corpus, Utterance, duration, summary
+from dynsize.corpora import Corpus, Utterance, summary
 from dynsize.readers import parse_stm
 from dynsize.text import NORMALISERS, clean, counted, quoted
 from dynsize.tokenizer import train_tokenizer
@@ -96,82 +96,54 @@ def test_what_is_taken_out_of_an_stm_is_counted():
     }
 
 
-def corpus_of(*texts: str, seconds: float = 2.0) -> Corpus:
-    """A corpus in memory, one utterance of `seconds` for each text."""
-    samples = round(seconds * RATE)
-    return Corpus(
-        utterances=[
-            Utterance(f"u{i}", f"/u{i}.wav", text, samples, (0, samples), RATE)
-            for i, text in enumerate(texts)
-        ]
-    )
-
-
-def told(corpus: Corpus, **others: Corpus | str) -> str:
-    return summary(corpus, tiny(corpus="here"), others)
-
-
-def test_the_characters_of_a_corpus_are_told_with_their_counts():
-    assert "characters B 2, A 1, C 1" in told(corpus_of("AB", "BC"))
-    many = "".join(map(chr, range(0x4E00, 0x4E00 + 99)))
-    assert "and 39 more" in told(corpus_of(many))
+def corpus_of(*texts: str) -> Corpus:
+    """A corpus in memory, one utterance of 2 s for each text."""
+    samples, corpus = 2 * RATE, Corpus()
+    for i, text in enumerate(texts):
+        corpus.utterances.append(Utterance(f"u{i}", "/a.wav", text, samples, (0, samples), RATE))
+    return corpus
 
 
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
+        (["AB", "BC"], ["characters B 2, A 1, C 1"]),
+        (["".join(map(chr, range(0x4E00, 0x4E00 + 99)))], ["and 39 more"]),
         (["LOW", "MID", "low"], ["note: mixed case, l 1, o 1, w 1, as in u2, 'low'; --normaliser"]),
         (["ONE 2"], ["note: signs and digits, 2 1, as in u0, 'ONE 2'"]),
         (["LOW, MID."], ["signs and digits, , 1, . 1, as in u0", "--normaliser plain takes signs"]),
         (["A", ""], ["note: 1 empty transcript, as u1"]),
     ],
 )
-def test_what_is_odd_in_texts_is_told_with_an_example(texts, words):
-    found = told(corpus_of(*texts))
-    assert all(word in found for word in words), found
+def test_what_texts_hold_and_what_is_odd_in_them_is_told(texts, words):
+    told = summary(corpus_of(*texts), tiny(corpus="here"), {})
+    assert all(word in told for word in words), told
 
 
 def test_nothing_is_odd_in_plain_texts():
-    assert "note" not in told(corpus_of("IT'S LOW", "MID"))
+    assert "note" not in summary(corpus_of("IT'S LOW", "MID"), tiny(), {})
 
 
 def test_other_splits_are_checked_against_training():
-    dev, test = corpus_of("low", "LÖW", ""), corpus_of("LOW")
-    found = told(corpus_of("LOW"), dev=dev, test=test, more="no such split").splitlines()
-    assert "dev: 3 utterances, 6.0 seconds" in found and "test: 1 utterance, 2.0 seconds" in found
+    others = dict(dev=corpus_of("low", "LÖW", ""), test=corpus_of("LOW"), more="no such split")
+    found = summary(corpus_of("LOW"), tiny(), others).splitlines()
+    assert "dev: 3 utterances, 0.00 hours" in found and "test: 1 utterance, 0.00 hours" in found
     [new] = [line for line in found if line.startswith("note: dev: characters")]
     assert "never had, l 1, o 1, w 1, Ö 1, as in u0, 'low'; --normaliser lower" in new
     assert "note: more is not checked: no such split" in found
     assert not any(line.startswith("note: test") for line in found)
 
 
-def test_the_highest_rate_of_labels_is_told():
-    corpus, tokenizer = corpus_of("AB", "ABBA", "A"), train_tokenizer(["A", "B"], 1, "characters")
-    keep_usable(corpus, tokenizer, tiny())
-    assert corpus.densest == (2.5, "u1")
-    assert "at most 2.5 labels a second (u1); the encoder has 25.0 frames" in told(corpus)
-
-
-def test_an_utterance_that_is_much_longer_than_the_rest_is_told():
-    corpus = corpus_of(*50 * ["A"], seconds=5)
-    assert "--max-seconds" not in told(corpus)
-    long = corpus.utterances[0]._replace(id="long", samples=600 * RATE)
-    corpus.utterances[0] = long
-    assert "note: long has 10.0 minutes, the median 5.0 seconds" in told(corpus)
-    assert "--max-seconds 5 leaves out" in told(corpus)
-
-
 def test_training_leaves_out_what_is_too_short_or_too_long():
-    corpus = corpus_of(*5 * ["A"])
-    corpus.utterances = [
-        u._replace(samples=round(n * RATE)) for n, u in enumerate(corpus.utterances, 1)
-    ]
-    tokenizer = train_tokenizer(["A"], 1)
+    corpus, tokenizer = corpus_of(*5 * ["A"]), train_tokenizer(["A"], 1)
+    corpus.utterances = [u._replace(samples=(1 + int(u.id[1:])) * RATE) for u in corpus.utterances]
+    told = summary(corpus, tiny(), {})
+    assert "seconds 1.0 to 5.0 (u4), half have at most 3.0, 99% at most 4.0; see --max-s" in told
     keep_usable(corpus, tokenizer, tiny(min_seconds=2, max_seconds=4))
     assert [u.id for u in corpus.utterances] == ["u1", "u2", "u3"]
     assert corpus.left_out == {
-        "shorter than 2 s": {"u0": "/u0.wav: 1.00 s"},
-        "longer than 4 s": {"u4": "/u4.wav: 5.00 s"},
+        "shorter than 2 s": {"u0": "/a.wav: 1.00 s"},
+        "longer than 4 s": {"u4": "/a.wav: 5.00 s"},
     }
     with pytest.raises(ValueError, match="no utterance is left to train on"):
         keep_usable(corpus, tokenizer, tiny(min_seconds=50))
@@ -182,7 +154,7 @@ def test_training_leaves_out_what_is_too_short_or_too_long():
 def test_ids_and_texts_are_printable_where_they_are_told():
     corpus = corpus_of("A\x1b[2J\u202e", "b")
     corpus.utterances[0] = corpus.utterances[0]._replace(id="line\nbreak\x1b")
-    assert all(line.isprintable() for line in told(corpus).splitlines())
+    assert all(line.isprintable() for line in summary(corpus, tiny(), {}).splitlines())
 
 
 def test_messages_show_80_characters_of_a_text():
@@ -190,7 +162,3 @@ def test_messages_show_80_characters_of_a_text():
     with pytest.raises(ValueError) as error:
         train_tokenizer(["A"], 1).encode("A" * 3000 + "B")
     assert len(str(error.value)) < 200 and "'B'" in str(error.value)
-
-
-def test_durations_are_in_a_unit_that_fits():
-    assert [duration(s) for s in (7.24, 90, 5400)] == ["7.2 seconds", "1.5 minutes", "1.50 hours"]
