@@ -51,7 +51,7 @@ class Header(NamedTuple):
     lost: str  # how the file was cut off, or ''
 
 
-def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | CorruptAudio]:
+def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | CorruptAudio]:
     """Return the header of each file, or the reason why it can't be read.
 
     What was read for this corpus in an earlier run is kept in the user's cache; only files of
@@ -61,7 +61,7 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
     file = files.user_cache() / f"headers-1-{name}"
     stored = json.loads(files.kept(file) or "{}")
     kept = {path: Header(*values) for path, values in stored.items()}
-    read: dict[str, Header | OSError | CorruptAudio] = {}
+    read: dict[str, Header | CorruptAudio] = {}
     paths = list(dict.fromkeys(paths))
     try:
         pool = ThreadPool(THREADS)
@@ -81,25 +81,21 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | OSError | 
     return read
 
 
-def header_of(path: str, header: Header | None = None) -> Header | OSError | CorruptAudio:
+def header_of(path: str, header: Header | None = None) -> Header | CorruptAudio:
     """Return a file's header, the one given if it still holds, or why the file can't be read.
 
     A file whose header tells no length, or one that its bytes can't hold, is decoded once.
     """
     try:
         status = os.stat(path)
-        if header and (header.size, header.time) == (status.st_size, status.st_mtime_ns):
+        stamp = (status.st_size, status.st_mtime_ns)
+        if header and (header.size, header.time) == stamp:
             return header
         if not stat.S_ISREG(status.st_mode):
             return CorruptAudio(f"{path}: not a file")  # opening a pipe would wait
         with opened(path) as file:
             samples = file.promised or sum(map(len, file.blocks()))
-            lost = file.lost()
-            return Header(
-                status.st_size, status.st_mtime_ns, samples, file.samplerate, file.channels, lost
-            )
-    except FileNotFoundError as error:
-        return error
+            return Header(*stamp, samples, file.samplerate, file.channels, file.lost())
     except (OSError, ValueError) as error:
         return CorruptAudio(f"{path}: {getattr(error, 'strerror', None) or error}")
 
@@ -167,8 +163,6 @@ def copy_of(pipe: IO[bytes], name: str) -> IO[bytes]:
     with pipe:
         while copy.tell() <= MOST_PIPED and (data := pipe.read(2**20)):
             copy.write(data)
-    if copy.tell() == 0:
-        raise CorruptAudio(f"{name}: is empty")
     if copy.tell() > MOST_PIPED:
         raise CorruptAudio(f"{name}: more than {MOST_PIPED / 1e9:.1f} GB; name a file instead")
     copy.seek(0)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynsize.audio import Header, headers, read_samples
+from dynsize.audio import CorruptAudio, Header, headers, read_samples
 from dynsize.config import Config
-from dynsize.readers import KINDS, Entry, Notes, contents, no_audio
+from dynsize.readers import KINDS, Entry, Notes, contents
 from dynsize.spoken import spoken_corpus
 from dynsize.terminal import printable
 from dynsize.text import clean, counted, quoted, without_unknown
@@ -120,11 +120,9 @@ def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, 
     raise ValueError(f"{flag} {split}: no such split (--corpus-kind {kind}); {contents(root)}")
 
 
-def add(corpus: Corpus, entry: Entry, header: Header | Exception, config: Config) -> None:
+def add(corpus: Corpus, entry: Entry, header: Header | CorruptAudio, config: Config) -> None:
     """Add an utterance to a corpus, or to what is left out of it."""
-    if isinstance(header, FileNotFoundError):
-        raise no_audio(entry.where, entry.id, entry.path)
-    if isinstance(header, Exception):
+    if isinstance(header, CorruptAudio):
         return corpus.leave_out(UNREADABLE, entry.id, str(header))
     span = span_of(entry, header)
     if isinstance(span, str):

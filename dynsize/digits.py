@@ -8,6 +8,7 @@ is CC BY-SA 4.0, and the joined corpus has the same licence.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,28 +66,17 @@ def read_recordings(checkout: Path) -> Recordings:
     """Read a checkout of the dataset, or its folder `recordings`.
 
     Each recording is float64 with the root mean square `LEVEL`. Raises ValueError, with the path,
-    for another directory, for missing recordings and for unusable ones.
+    for a recording that is missing or unusable.
     """
     folder = checkout / "recordings" if (checkout / "recordings").is_dir() else checkout
-    names = {path.name for path in folder.glob("[0-9]_*_*.wav")}
-    if not names:
-        raise ValueError(
-            f"{checkout}: no recordings DIGIT_SPEAKER_INDEX.wav in it; it must be a checkout of "
-            "https://github.com/Jakobovski/free-spoken-digit-dataset, or its folder recordings"
-        )
-    unseen_is_there = any(name.split("_")[1] == UNSEEN for name in names)
-    speakers = (*SPEAKERS, UNSEEN) if unseen_is_there else SPEAKERS
-    keys = [(d, s, i) for s in speakers for d in range(10) for i in range(50)]
-    missing = [file_name(*key) for key in keys if file_name(*key) not in names]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(f"{folder}: without {', '.join(missing[:5])}{more}")
-    return {key: read_recording(folder / file_name(*key)) for key in keys}
-
-
-def file_name(digit: int, speaker: str, index: int) -> str:
-    """Return the file name of a recording in FSDD."""
-    return f"{digit}_{speaker}_{index}.wav"
+    recordings = {}
+    for speaker in (*SPEAKERS, UNSEEN):
+        if speaker == UNSEEN and not any(folder.glob(f"*_{UNSEEN}_*.wav")):
+            continue
+        for digit, index in product(range(10), range(50)):
+            path = folder / f"{digit}_{speaker}_{index}.wav"
+            recordings[digit, speaker, index] = read_recording(path)
+    return recordings
 
 
 def read_recording(path: Path) -> np.ndarray:
@@ -94,13 +84,11 @@ def read_recording(path: Path) -> np.ndarray:
     try:
         audio, rate = soundfile.read(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path}: can't be read: {error}") from error
+        checkout = "FSDD_CHECKOUT must be a checkout of the dataset, or its folder recordings"
+        raise ValueError(f"{path}: can't be read; {checkout}") from error
     if rate != SAMPLE_RATE or audio.ndim != 1:
         raise ValueError(f"{path}: must have one channel of {SAMPLE_RATE} Hz")
-    level = np.sqrt(np.mean(audio**2)) if len(audio) else 0.0
-    if not level > 0:
-        raise ValueError(f"{path}: silent")
-    return audio * (LEVEL / level)
+    return audio * (LEVEL / np.sqrt(np.mean(audio**2)))
 
 
 def join_corpus(

@@ -125,16 +125,16 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
 def common_voice(tsv: Path, notes: Notes) -> Iterator[Entry]:
     """Read SPLIT.tsv, whose first line names columns, among them `path` and `sentence`."""
     clips = tsv.parent / "clips"
-    audio, columns = audio_files(*next(walk(clips))), []
-    for where, line in lines(tsv):
+    audio = audio_files(*next(walk(clips)))
+    listed = lines(tsv)
+    where, header = next(listed, (f"{tsv}:1", ""))
+    columns = header.split("\t")
+    if not {"path", "sentence"} <= set(columns):
+        raise ValueError(f"{where}: no columns path and sentence: {quoted(header)}")
+    if parts := part_names(columns):
+        raise ValueError(f"{where}: {', '.join(parts)}: only whole clips are read")
+    for where, line in listed:
         values = line.split("\t")
-        if not columns:
-            columns = values
-            if not {"path", "sentence"} <= set(columns):
-                raise ValueError(f"{where}: no columns path and sentence: {quoted(line)}")
-            if parts := part_names(columns):
-                raise ValueError(f"{where}: {', '.join(parts)}: only whole clips are read")
-            continue
         if len(values) != len(columns):
             raise ValueError(f"{where}: not {len(columns)} columns, tabs between: {quoted(line)}")
         row = dict(zip(columns, values, strict=True))
@@ -468,31 +468,25 @@ def without_ending(path: str) -> str:
 def placed(file: Path, name: str, where: str) -> str:
     """Return the path of an audio file that a list names.
 
-    A relative path is looked for in the list's directory, then in the working directory; it can't
-    lead out of them.
+    A relative path is looked for in the list's directory, then in the working directory.
     """
-    bases = (os.path.dirname(file), os.getcwd())
-    if ".." in name.split("/") and not os.path.isabs(name):
-        raise ValueError(f"{where}: {quoted(name)} leads out of {bases[0]}; write an absolute path")
-    paths = [os.path.join(base, name) for base in bases]
-    for path in paths:
-        if os.path.isabs(name) or os.path.exists(path):
+    folders = (os.path.dirname(file), os.getcwd())
+    for folder in folders:
+        path = os.path.join(folder, name)  # an absolute path stays as it is
+        if os.path.exists(path):
             return path
-    looked = " and ".join(dict.fromkeys(bases))
-    raise ValueError(f"{where}: no audio: {quoted(name)} doesn't exist, looked for in {looked}")
+    looked = " and ".join(dict.fromkeys(folders))
+    what = f"{quoted(name)} doesn't exist; a relative path is looked for in {looked}"
+    raise ValueError(f"{where}: no audio: {what}")
 
 
 def audio_of(name: str, audio: dict[str, str], folder: Path | str, where: str) -> str:
     """Return the path of an utterance's audio in a directory."""
-    if name not in audio:
-        raise no_audio(where, name, f"{folder}/{name}{{{','.join(ENDINGS[:8])},…}}")
-    return audio[name]
-
-
-def no_audio(where: str, id: str, path: str) -> ValueError:
-    """Return the error for an utterance whose file does not exist."""
-    there = contents(os.path.dirname(path))
-    return ValueError(f"{where}: no audio for the utterance {id}: {path} doesn't exist; {there}")
+    if name in audio:
+        return audio[name]
+    path = f"{folder}/{name}{{{','.join(ENDINGS[:8])},…}}"
+    there = contents(folder)
+    raise ValueError(f"{where}: no audio for the utterance {name}: {path} doesn't exist; {there}")
 
 
 def contents(folder: Path | str) -> str:

@@ -177,22 +177,18 @@ def speak_corpus(
         raise ValueError(f"{directory}: exists; name a new DIRECTORY")
     espeak, draw = Espeak(seed), random.Random(seed)
     said: set[str] = set()
-    total = round(sum(minutes.values()))
-    bar_options = dict(unit="min", leave=False, disable=None, file=sys.stdout)
-    bar = tqdm(total=total, desc="speaking the corpus", **bar_options)
+    bar_options = dict(unit="s", unit_scale=True, leave=False, disable=None, file=sys.stdout)
+    bar = tqdm(total=60 * sum(minutes.values()), desc="speaking the corpus", **bar_options)
     try:
         with bar, files.whole(directory) as unfinished:
             for split, length in minutes.items():
                 folder = unfinished / split
-                for spoken in speak_split(folder, split, length, espeak, draw, said):
-                    bar.update(min(spoken / 60, total - bar.n))
+                for seconds in speak_split(folder, split, length, espeak, draw, said):
+                    bar.update(seconds)
                     if parent and os.getppid() != parent:
                         raise ValueError(f"process {parent}, which waits for it, has ended")
     except soundfile.SoundFileError as error:
         raise ValueError(str(error)) from error
-    except OSError:
-        if not directory.exists():  # else another process was faster
-            raise
 
 
 def speak_split(

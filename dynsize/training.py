@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dynsize import checkpoint, files, processes, run_directory, steps
-from dynsize.batching import Batch, epoch_plan
+from dynsize.batching import Batch, epoch_plan, read_batches
 from dynsize.config import Config, with_changes
 from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher, new_network, optimizer_for
@@ -161,7 +161,8 @@ class Trainer:
             place = max(0, number - self.state["first"])
             mine = plan[place :: self.processes]
             if mine:
-                yield from self.data.load(mine, pin=self.device.type == "cuda")
+                pin = self.device.type == "cuda"
+                yield from read_batches(self.data.examples, mine, pin)
             number += len(mine) * self.processes
             self.state["first"] += len(plan)
             self.state["epoch"] += 1
@@ -399,7 +400,7 @@ class Trainer:
         plan = epoch_plan(frames, self.config, 0)
         plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
         for worst in plan[:MOST_SKIPPED]:
-            (batch,) = self.data.load([worst])
+            (batch,) = read_batches(self.data.examples, [worst])
             if batch.utterances:
                 break
         readers = processes.total(torch.tensor(bool(batch.utterances), dtype=torch.int64))

@@ -1,7 +1,6 @@
 """What a training reads: its utterances and dev's, and which of them are left out."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dynsize import files, processes, run_directory
-from dynsize.batching import Batch, Examples, read_batches, text_labels
+from dynsize.batching import Examples, text_labels
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
@@ -71,10 +70,6 @@ class TrainingData:
         self.examples.epoch = epoch
         self.left_out = 0
         return self.examples.frames()
-
-    def load(self, plan: list[list[int]], pin: bool = False) -> Iterator[Batch]:
-        """Read the utterances of a plan, batch by batch. `pin`: see `read_batches`."""
-        return read_batches(self.examples, plan, pin)
 
     def too_many(self, left_out: int) -> str:
         """Return a message where too many utterances can't be read, else ''.

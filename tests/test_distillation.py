@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny
 
+from dynsize.batching import read_batches
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
 from dynsize.training import Trainer
@@ -80,7 +81,7 @@ def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
     settings |= dict(save_every=40, peak_learning_rate=5e-3)
     alone = trained(tones, tmp_path / "alone", **settings)
     taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
-    (batch,) = taught.data.load([[0, 1, 2, 3]])
+    (batch,) = read_batches(taught.data.examples, [[0, 1, 2, 3]])
     features, lengths = batch.to(taught.device)[:2]
     distances = []
     for trainer in (alone, taught):
