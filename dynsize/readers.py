@@ -472,7 +472,7 @@ def placed(file: Path, name: str, where: str) -> str:
     """
     folders = (os.path.dirname(file), os.getcwd())
     for folder in folders:
-        path = os.path.join(folder, name)  # an absolute path stays as it is
+        path = os.path.join(folder, on_disk(name))  # an absolute path stays as it is
         if os.path.exists(path):
             return path
     looked = " and ".join(dict.fromkeys(folders))
@@ -482,11 +482,16 @@ def placed(file: Path, name: str, where: str) -> str:
 
 def audio_of(name: str, audio: dict[str, str], folder: Path | str, where: str) -> str:
     """Return the path of an utterance's audio in a directory."""
-    if name in audio:
-        return audio[name]
+    if on_disk(name) in audio:
+        return audio[on_disk(name)]
     path = f"{folder}/{name}{{{','.join(ENDINGS[:8])},…}}"
     there = contents(folder)
     raise ValueError(f"{where}: no audio for the utterance {name}: {path} doesn't exist; {there}")
+
+
+def on_disk(name: str) -> str:
+    """Return a name in a list, in UTF-8, as Python spells it for a file in this locale."""
+    return os.fsdecode(name.encode(errors="surrogateescape"))
 
 
 def contents(folder: Path | str) -> str:

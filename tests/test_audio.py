@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import RATE, tiny
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dynsize.audio import ENDINGS, FORMATS, CorruptAudio, Header, header_of, opened, read_samples
 from dynsize.batching import features_of
@@ -183,13 +181,14 @@ def test_segments_of_a_cut_recording_are_read_but_not_the_whole(tmp_path):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_ending_is_found_in_any_case_and_layout(tmp_path, ending):
+    """Beside each file, one of an ending that comes later: the first in ENDINGS counts."""
     formats = {".sph": "NIST", ".aif": "AIFF", ".aifc": "AIFF", ".snd": "AU", ".oga": "OGG"}
     kind = formats.get(ending, "OGG" if ending == ".opus" else ending[1:].upper())
     names = [f"train/1/2/1-2-0000{ending}", f"stm/sph/talk{ending.upper()}"]
     names.append(f"clips/one{ending.title()}")
-    for name in names:
-        path = tmp_path / name
+    for path in (tmp_path / name for name in names):
         path.parent.mkdir(parents=True)
+        path.with_suffix(".m4a").touch()
         with open(path, "wb") as file:
             soundfile.write(file, loud_then_quiet(0.5), RATE, format=kind)
     (tmp_path / "train/1/2/1-2.trans.txt").write_text("1-2-0000 A\n")
@@ -200,19 +199,6 @@ def test_every_ending_is_found_in_any_case_and_layout(tmp_path, ending):
     utterances = read_corpus(config, ["train", "stm", "tsv"]).utterances
     assert [Path(u.path).relative_to(tmp_path).as_posix() for u in utterances] == names
     assert all(len(read_audio(u, RATE)) == u.samples for u in utterances)
-
-
-def test_of_several_endings_the_first_that_is_read_counts(tmp_path):
-    folder = tmp_path / "train/1"
-    folder.mkdir(parents=True)
-    for name in ("1-2.wav", "1-2.FLAC", "1-2.ogg"):
-        with open(folder / name, "wb") as file:
-            soundfile.write(file, loud_then_quiet(0.5), RATE, format=name[4:].upper())
-    (folder / "1-2.m4a").touch()
-    (folder / "1.trans.txt").write_text("1-2 A\n")
-    assert ENDINGS[:3] == [".flac", ".wav", ".sph"]
-    [utterance] = read_corpus(tiny(corpus=str(tmp_path)), ["train"]).utterances
-    assert utterance.path.endswith("1-2.FLAC")
 
 
 def shorten_sphere() -> bytes:
@@ -255,16 +241,3 @@ def test_samples_of_sixteen_bits_as_floats_are_read(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.full(RATE, 32767.0), RATE, subtype="FLOAT")
     [utterance] = listed(tmp_path, dict(audio_filepath="a.wav")).utterances
     assert features_of(utterance, tiny(), 1.0).isfinite().all()
-
-
-@given(st.binary(max_size=99), st.lists(st.binary(max_size=5), max_size=9), st.integers(2, 400))
-def test_any_bytes_are_an_mp3_or_are_refused(tmp_path_factory, start, parts, length):
-    frame = b"\xff\xfb\x90\xc4".ljust(length, b"\0")
-    path = tmp_path_factory.mktemp("bytes") / "a.mp3"
-    path.write_bytes(start + frame.join([b"", *parts, b""]))
-    header = header_of(str(path))
-    if isinstance(header, Header):
-        with suppress(CorruptAudio):
-            read_samples(str(path), (0, header.samples), header.rate, 0)
-    else:
-        assert "a.mp3" in str(header)

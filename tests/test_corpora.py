@@ -1,6 +1,5 @@
 """Every kind of corpus: what is read, left out, refused, and kept between runs."""
 
-import dataclasses
 import errno
 import gzip
 import json
@@ -8,7 +7,8 @@ import os
 import random
 import re
 import shutil
-from itertools import islice
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,11 @@ from conftest import RATE, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import audio, batching, files, readers, training
+from dynsize import audio, batching, files, readers
 from dynsize.audio import CorruptAudio
-from dynsize.batching import Examples, epoch_plan
+from dynsize.batching import Examples
 from dynsize.config import CORPUS_KINDS, fields
 from dynsize.corpora import UNREADABLE, read_audio, read_corpus, summary
-from dynsize.features import log_mel
 from dynsize.readers import KINDS
 from dynsize.text import NORMALISERS
 from dynsize.tokenizer import MODELS, train_tokenizer
@@ -196,14 +195,6 @@ def test_other_sample_rates_are_resampled(tmp_path):
     np.testing.assert_allclose(audio[500:-500], expected[500:-500], atol=1e-3)
 
 
-@pytest.mark.parametrize("time", ["-0.5", "1e999", "[0.5]", '"long"', "1" + "0" * 400])
-def test_what_is_no_time_is_named(tmp_path, time):
-    file = write_corpus(tmp_path / "corpus", "manifest") / LISTS["manifest"]
-    file.write_text(file.read_text().replace('"offset": 0.5', f'"offset": {time}'))
-    with pytest.raises(ValueError, match=r"train\.jsonl:2: '.*' is not a time"):
-        read(tmp_path / "corpus")
-
-
 TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
 
 
@@ -215,7 +206,6 @@ TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
         ("stm", "0.50 1.50", "1.50 0.50", ["talks.stm:2", "ends at 0.5 s"]),
         ("stm", "0.50 1.50", "0.50 nan", ["talks.stm:2", "'nan'"]),
         ("stm", "call A", "nobody A", ["talks.stm:5", "no audio"]),
-        ("stm", "call A", "../sph/call A", ["talks.stm:5", "no audio"]),
         ("stm", STM, ";; nothing\n", ["train/stm", "no utterances"]),
         ("common-voice", "sentence", "words", ["train.tsv:1", "sentence"]),
         ("common-voice", "\t2\n", "\n", ["train.tsv:2", "4 columns"]),
@@ -225,7 +215,6 @@ TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
         ("manifest", '"text": "LOW"', '"text": "\\ud800"', ["train.jsonl:1", "surrogates"]),
         ("manifest", ', "channel": 1', "", ["train.jsonl:2", "call.sph", "2 channels"]),
         ("manifest", '"channel": 1', '"channel": 2', ["train.jsonl:2", "call.sph", "no channel 2"]),
-        ("manifest", '"channel": 1', '"channel": [0]', ["train.jsonl:2", "no channel [0]"]),
         ("manifest", "ABSOLUTE", "/no/such.wav", ["train.jsonl:3", "such.wav' doesn't exist"]),
         ("manifest", "talk.wav", "none.wav", ["train.jsonl:1", "none.wav", "doesn't exist"]),
         ("manifest", '"speaker": "anna"}', TWICE, ["train.jsonl:2", "x_y is there twice"]),
@@ -233,17 +222,23 @@ TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
         ("common-voice", "up_votes", "start", ["train.tsv:1", "start: only whole clips"]),
         ("manifest", MANIFEST[:9], "[" * 99999, ["train.jsonl:1", "JSON"]),
         ("kaldi", "talk talk.wav", "talk cat talk.wav |", ["wav.scp:1", "is a command"]),
-        ("kaldi", "talk talk.wav", "talk ../talk.wav", ["wav.scp:1", "no audio"]),
         ("kaldi", "talk talk.wav", "talk talk.wav\ntalk talk.wav", ["wav.scp:2", "twice"]),
         ("kaldi", "talk talk.wav", "talks talk.wav", ["segments:1", "anna-1", "no recording"]),
+        ("kaldi/segments", "more 0 -1", "more 0 0.5 1", ["segments:2", "RECORDING START END"]),
+        ("kaldi/segments", "more 0 -1", "more 0 x", ["segments:2", "'x' is not a time"]),
+        ("kaldi/text", "bert-1", "carl-1", ["text:2", "carl-1 has no recording"]),
+        ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "'-0.5' is not a time"]),
+        ("manifest", '"offset": 0.5', '"offset": 1e999', ["'inf' is not a time"]),
+        ("manifest", '"offset": 0.5', '"offset": [1]', ["'[1]' is not a time"]),
         ("librispeech", "1-2-0001", "1-2-0000", ["1-2.trans.txt:2", "twice"]),
         ("librispeech", TRANSCRIPT, "\n", ["train: no utterances; in", "train: 1"]),
-        ("librispeech", "1-2-0001", "../2/1-2-0001", ["1-2.trans.txt:2", "no audio"]),
         ("librispeech", "1-2-0001", "/etc/passwd", ["1-2.trans.txt:2", "no audio"]),
     ],
 )
 def test_bad_lines_are_named(tmp_path, kind, old, new, words):
-    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
+    kind, _, name = kind.partition("/")
+    file = (write_corpus(tmp_path / "corpus", kind) / LISTS[kind]).with_name
+    file = file(name or Path(LISTS[kind]).name)
     old = str(tmp_path / "corpus-elsewhere/more.wav") if old == "ABSOLUTE" else old
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
@@ -252,29 +247,11 @@ def test_bad_lines_are_named(tmp_path, kind, old, new, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [("segments", "bert-1 more 0 0.5 1"), ("segments", "bert-1 more 0 x"), ("text", "carl-1 MID")],
-)
-def test_bad_lines_of_kaldi_are_named(tmp_path, file, line):
-    path = write_corpus(tmp_path / "corpus", "kaldi") / "train" / file
-    path.write_text(re.sub("bert-1.*", line, path.read_text()))
-    with pytest.raises(ValueError, match=f"{file}:2: "):
-        read(tmp_path / "corpus")
-    path.with_name("text").unlink()
+def test_kaldi_needs_texts(tmp_path):
+    root = write_corpus(tmp_path, "kaldi")
+    (root / "train/text").unlink()
     with pytest.raises(ValueError, match=r"wav\.scp:1: no file `text` beside it"):
-        read(tmp_path / "corpus")
-
-
-def test_segments_beyond_their_file_are_left_out_and_a_little_is_cut(tmp_path):
-    file = write_corpus(tmp_path / "corpus", "stm") / LISTS["stm"]
-    file.write_text(
-        "talk 1 a 1 2.4 LOW\ntalk 1 a 1 2.6 MID\ntalk 1 a 2 2.1 TOP\ntalk 1 a 1e300 1e301 HIGH\n"
-    )
-    corpus = read(tmp_path / "corpus")
-    assert [u.span for u in corpus.utterances] == [(8000, 16000)]
-    assert list(corpus.left_out[UNREADABLE]) == ["talks.stm:2", "talks.stm:3", "talks.stm:4"]
-    assert "talks.stm:2: 1.0 to 2.6 s" in corpus.left_out[UNREADABLE]["talks.stm:2"]
+        read(root)
 
 
 def test_a_directory_or_a_pipe_in_place_of_audio_is_left_out(tmp_path):
@@ -301,11 +278,15 @@ def test_audio_that_changes_after_listing_is_corrupt(tmp_path, change):
         read_audio(utterance, RATE)
 
 
-def write_manifest(root: Path, content: object, name: str = "train.json", indent: int = 0) -> Path:
-    """Write `content` as JSON beside a file talk.wav of 2 s."""
-    write_audio(root / "talk.wav")
-    data = json.dumps(content, indent=indent or None).encode()
-    (root / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+def write_manifest(
+    root: Path, content: list | dict, name: str = "train.json", indent: int | None = 1
+) -> Path:
+    """Write JSON; `indent` None: a list's values one a line."""
+    data = json.dumps(content, indent=indent)
+    if isinstance(content, list) and indent is None:
+        data = "\n".join(map(json.dumps, content))
+    packed = gzip.compress(data.encode()) if name.endswith(".gz") else data.encode()
+    (root / name).write_bytes(packed)
     return root
 
 
@@ -401,29 +382,25 @@ def talk(tmp_path_factory) -> Path:
 def write_toolkit(root: Path, toolkit: str, rows: dict, part: str, ending: str, indent) -> str:
     """Write two utterances as a toolkit's lists; return the name of the split."""
     if toolkit == "kaldi":
-        for name, lines in {"segments": [*rows.values()], "wav.scp": ["talk talk.wav"]}.items():
-            (root / "kaldi" / name).write_text("\n".join(lines))
-        (root / "kaldi/text").write_text("\n".join(f"{text} {text}" for text in rows))
-    elif toolkit == "common-voice":
+        (root / "kaldi/wav.scp").write_text("talk talk.wav")
+        (root / "kaldi/segments").write_text("\n".join(rows.values()))
+        (root / "kaldi/text").write_text("LOW LOW\nMID MID\n")
+        return toolkit
+    if toolkit == "common-voice":
         columns = "\t".join(["client_id", "path", "sentence", "segment", part])
         (root / "common-voice.tsv").write_text("\n".join([columns, *rows.values()]))
         (root / "clip_durations.tsv").write_text("clip\tduration[ms]\nLOW.mp3\t1\n")
-    else:
-        split = toolkit + ending.replace(".", "-")
-        if toolkit == "speechbrain":
-            write_manifest(root, rows, split + ending, indent)
-        elif indent:
-            write_manifest(root, [*rows.values()], split + ending, indent)
-        else:
-            data = "".join(json.dumps(row) + "\n" for row in rows.values()).encode()
-            (root / (split + ending)).write_bytes(gzip.compress(data) if "gz" in ending else data)
-        return split
-    return toolkit
+        return toolkit
+    split = toolkit + ending.replace(".", "-")
+    content = rows if toolkit == "speechbrain" else [*rows.values()]
+    write_manifest(root, content, split + ending, indent)
+    return split
 
 
 def test_lhotses_cuts_give_an_utterance_for_each_supervision(tmp_path):
     said = cut()["supervisions"][0]
     parts = [said | dict(id="a", start=-0.25, duration=0.5), said | dict(id="b", start=0.5)]
+    write_audio(tmp_path / "talk.wav")
     write_manifest(tmp_path, [cut(supervisions=parts), cut(id="c", supervisions=[])])
     corpus = read(tmp_path)
     assert [(u.id, u.span, u.speaker) for u in corpus.utterances] == [
@@ -450,48 +427,39 @@ def test_lhotses_cuts_give_an_utterance_for_each_supervision(tmp_path):
     ],
 )  # fmt: skip
 def test_what_a_manifest_lacks_is_told_with_its_number(tmp_path, content, which, words):
-    write_manifest(tmp_path, content, indent=1)
+    write_audio(tmp_path / "talk.wav")
+    write_manifest(tmp_path, content)
     with pytest.raises(ValueError, match=rf"train\.json: utterance {which}: .*{words}"):
         read(tmp_path)
 
 
 def test_an_utterance_without_an_id_has_the_name_of_its_file(tmp_path):
-    write_audio(tmp_path / "deep/a b.wav")
+    write_audio(tmp_path / "talk.wav"), write_audio(tmp_path / "deep/a b.wav")
     rows = [NEMO, NEMO | dict(offset=1, duration=0.5), dict(audio_filepath="deep/a b.wav", text="")]
-    write_manifest(tmp_path, rows, indent=1)
+    write_manifest(tmp_path, rows)
     assert [u.id for u in read(tmp_path).utterances] == ["a_b", "talk-1", "talk-2"]
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
-    write_manifest(tmp_path, [NEMO] * 99, "train.json.gz")
+    (tmp_path / "train.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2000))
     with pytest.raises(ValueError, match=r"train\.json\.gz:1: longer than 1,000 bytes"):
         read(tmp_path)
-
-
-def test_damaged_gzip_data_is_told(tmp_path):
-    write_manifest(tmp_path, [NEMO] * 99, "train.json.gz")
-    whole = (tmp_path / "train.json.gz").read_bytes()
-    for damaged in (whole[:40], b"no gzip", whole[:30] + b"xx" + whole[32:]):
-        (tmp_path / "train.json.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"train\.json\.gz:\d+: "):
-            read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["kaldi", "manifest"])
 def test_paths_relative_to_the_working_directory_are_found(tmp_path, monkeypatch, kind):
     root = write_corpus(tmp_path / "corpus", kind)
-    write_audio(tmp_path / "recipe/audio/here.wav")
+    here = write_audio(tmp_path / "recipe/audio/here.wav")
     file = root / LISTS[kind]
-    file.write_text(file.read_text().replace("talk.wav", "audio/here.wav"))
+    file.write_text(file.read_text().replace("talk.wav", "audio/../audio/here.wav"))
     monkeypatch.chdir(tmp_path / "recipe")
-    paths = {utterance.path for utterance in read(root).utterances}
-    assert str(tmp_path / "recipe/audio/here.wav") in paths
-    monkeypatch.chdir(tmp_path)
+    assert any(os.path.samefile(utterance.path, here) for utterance in read(root).utterances)
+    monkeypatch.chdir(tmp_path / "recipe/audio")
     with pytest.raises(ValueError) as error:
         read(root)
-    assert f"{file}:1: no audio: 'audio/here.wav' doesn't exist" in str(error.value)
-    assert str(tmp_path) in str(error.value) and str(file.parent) in str(error.value)
+    looked = f"looked for in {file.parent} and {tmp_path}/recipe/audio"
+    assert f"{file}:1: no audio: " in str(error.value) and looked in str(error.value)
 
 
 def test_missing_audio_is_told_with_what_lies_there(tmp_path):
@@ -499,11 +467,9 @@ def test_missing_audio_is_told_with_what_lies_there(tmp_path):
     (folder / "1-2-0001.flac").rename(folder / "1-2-0001.txt")
     for number in range(20):
         (folder / f"x{number:02}").touch()
-    with pytest.raises(ValueError) as error:
+    told = rf"1-2.trans.txt:2: no audio .* 1-2-0001: {folder}/.*flac,.wav.*\.txt.* and 11 more"
+    with pytest.raises(ValueError, match=told):
         read(tmp_path / "corpus")
-    said = str(error.value)
-    assert f"1-2.trans.txt:2: no audio for the utterance 1-2-0001: {folder}/1-2-0001" in said
-    assert ".flac,.wav" in said and "1-2-0001.txt" in said and "and 11 more" in said
 
 
 def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
@@ -518,29 +484,40 @@ def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
 
 def test_a_directory_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     root = write_tones(tmp_path / "corpus", {"train": 3})
-    hidden, scandir = root / "train/0/7", os.scandir
+    hidden, scandir = f"{root}/train/0/7", os.scandir
 
-    def refuse(path):
-        if str(path) == str(hidden):
+    def refuse(path: str):
+        if path == hidden:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=f"{hidden}: can't be listed: Permission denied"):
         read(root)
-    stm = write_corpus(tmp_path / "stm", "stm")
-    shutil.rmtree(stm / "train/sph")
+    shutil.rmtree(write_corpus(tmp_path / "stm", "stm") / "train/sph")
     with pytest.raises(ValueError, match=r"train/sph: can't be listed: No such file"):
-        read(stm)
+        read(tmp_path / "stm")
 
 
-@pytest.mark.parametrize("kind", CORPUS_KINDS)
-def test_a_pipe_in_place_of_a_list_is_refused(tmp_path, kind):
-    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
+def test_a_pipe_in_place_of_a_list_is_refused(tmp_path):
+    file = write_corpus(tmp_path, "manifest") / LISTS["manifest"]
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(ValueError, match=f"{file}:1: not a regular file"):
-        read(tmp_path / "corpus")
+        read(tmp_path)
+
+
+def test_names_are_found_where_the_locale_is_not_utf8(tmp_path):
+    write_audio(tmp_path / "tälk.wav"), write_audio(tmp_path / "train/ü.flac")
+    write_manifest(tmp_path, [NEMO | dict(audio_filepath="tälk.wav")], "dev.json")
+    (tmp_path / "train/ü.trans.txt").write_text("ü LOW\n", encoding="utf-8")
+    code = (
+        "import sys; from dynsize.config import Config; from dynsize.corpora import read_corpus; "
+    )
+    code += "read_corpus(Config(corpus=sys.argv[1]), ['train', 'dev'])"
+    ascii = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | ascii)
 
 
 @pytest.mark.parametrize("split", ["train+", "+train", "", ".", "../x", "/etc", "a/../../b"])
@@ -550,19 +527,6 @@ def test_what_names_no_split_is_refused(tmp_path, split):
         read_corpus(tiny(corpus=str(root)), [split], "--train-splits")
     with pytest.raises(ValueError, match=r"--dev-splits dev: no such split .*in .*: train"):
         read_corpus(tiny(corpus=str(root)), ["dev"], "--dev-splits")
-
-
-@pytest.mark.parametrize("kind", CORPUS_KINDS)
-def test_unknown_words_are_taken_out_of_every_kind_and_counted(tmp_path, kind):
-    file = write_corpus(tmp_path / "corpus", kind) / LISTS[kind]
-    file = file.with_name("text") if kind == "kaldi" else file
-    old = "Low, mid!" if kind == "common-voice" else "TOP"
-    file.write_text(file.read_text().replace(old, f"<unk> {old} <UNK>"))
-    corpus = read(tmp_path / "corpus")
-    assert old in [u.text.removeprefix("HIGH ") for u in corpus.utterances]
-    assert not any("unk" in u.text.lower() for u in corpus.utterances)
-    counts = {what: n for what, n in corpus.changes.items() if "unk" in what.lower()}
-    assert sum(counts.values()) == (5 if kind == "stm" else 2)
 
 
 def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
@@ -599,7 +563,9 @@ def all_forms(tmp_path_factory) -> dict[str, Path]:
     files["stm"].write_text(STM + notation)
     forms = {"array": [NEMO, NEMO], "dictionary": SPEECHBRAIN, "cuts": [cut(), cut(id="b")]}
     for name, content in forms.items():
-        files[name] = write_manifest(folder / name, content, indent=1) / "train.json"
+        write_audio(folder / name / "talk.wav")
+        files[name] = write_manifest(folder / name, content) / "train.json"
+    write_audio(folder / "gzip/talk.wav")
     files["gzip"] = write_manifest(folder / "gzip", [NEMO], "train.json.gz") / "train.json.gz"
     return files
 
@@ -626,9 +592,8 @@ def test_mutated_lists_are_read_or_refused_with_file_and_line(
     finally:
         file.write_bytes(whole)
     if corpus is None:
-        assert re.search(re.escape(str(root)) + r"\S*:(\d+| utterance .*): |no utterances", said), (
-            said
-        )
+        place = re.escape(str(root)) + r"\S*:(\d+| utterance .*): "
+        assert re.search(place + "|no utterances", said), said
         return
     assert corpus.utterances or corpus.left_out  # what is read is never empty without a word
     for utterance in corpus.utterances:
@@ -654,49 +619,18 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
     first = read(root)
     assert sorted(opened) == ["1-2-0000.flac", "1-2-0001.flac"]
     assert read(root) == first and len(opened) == 2
-    write_audio(root / "train/1/2/1-2-0001.flac", seconds=1.0)
-    assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE] and opened[2:] == [
-        "1-2-0001.flac"
-    ]
-    name = str(root / "train/1/2/1-2-0001.flac").encode()
+    file = root / "train/1/2/1-2-0001.flac"
+    write_audio(file, seconds=1.0)
+    assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE]
+    os.utime(file, ns=(0, 1))
+    assert read(root).utterances[1].samples == RATE and opened[2:] == 2 * ["1-2-0001.flac"]
+    name = str(file).encode()
     [kept] = [path for path in files.user_cache().iterdir() if name in path.read_bytes()]
     whole = kept.read_bytes()
     for damaged in (b"", whole[:-9], whole.replace(b"8000", b"9000"), b"x" + whole, b"noise" * 99):
         kept.write_bytes(damaged)
         assert [u.samples for u in read(root).utterances] == [2 * RATE, RATE]
         assert kept.read_bytes() == whole
-
-
-def test_headers_are_read_again_from_a_file_of_the_same_size(tmp_path, opened):
-    file = write_corpus(tmp_path / "corpus", "manifest") / "talk.wav"
-    first, size = read(tmp_path / "corpus").utterances[-1], file.stat().st_size
-    write_audio(file, seconds=1.0, rate=2 * RATE)
-    os.utime(file, ns=(0, 1))
-    again = read(tmp_path / "corpus").utterances[-1]
-    assert file.stat().st_size == size and opened.count("talk.wav") == 2
-    assert (first.rate, first.span) == (RATE, (0, RATE))
-    assert (again.rate, again.span) == (2 * RATE, (0, 2 * RATE))
-
-
-def test_headers_are_kept_where_a_line_is_refused(tmp_path, opened):
-    file = write_corpus(tmp_path / "corpus", "librispeech") / LISTS["librispeech"]
-    file.write_text(TRANSCRIPT + "1-2-0001 TOP\n")
-    with pytest.raises(ValueError, match="twice"):
-        read(tmp_path / "corpus")
-    file.write_text(TRANSCRIPT)
-    assert len(opened) == 2
-    assert len(read(tmp_path / "corpus").utterances) == len(opened) == 2
-
-
-def test_every_line_of_a_long_list_is_read(tmp_path, opened):
-    root, number = write_corpus(tmp_path / "corpus", "manifest"), 12345
-    line = '{"audio_filepath": "talk.wav", "text": "%d", "offset": 0.%d, "duration": 0.5}\n'
-    (root / LISTS["manifest"]).write_text("".join(line % (i, i) for i in range(number)))
-    utterances = read(root).utterances
-    assert [u.id for u in utterances] == sorted(f"talk-{i + 1}" for i in range(number))
-    assert all(u.id == f"talk-{int(u.text) + 1}" for u in utterances)
-    assert all(u.span[0] == round(float(f"0.{u.text}") * RATE) for u in utterances)
-    assert opened == ["talk.wav"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
@@ -712,62 +646,52 @@ def examples(root: Path, **changes) -> Examples:
     return Examples(read_corpus(config, ["train"]).utterances, tokenizer, config, keep=False)
 
 
-def test_features_are_kept_checked_and_made_again(tones, tmp_path, monkeypatch):
-    root = write_tones(tmp_path / "corpus", {"train": 3})
-    plain, kept = examples(root), examples(root, cache_features=str(tmp_path / "kept"))
+def test_features_are_kept_checked_and_made_again(tmp_path, monkeypatch):
+    root, folder = write_tones(tmp_path / "corpus", {"train": 3}), str(tmp_path / "kept")
+    plain, kept = examples(root), examples(root, cache_features=folder)
     expected = [plain[i].features for i in range(3)]
-    assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+
+    def is_right() -> bool:
+        return all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+
+    assert is_right()
     files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert len(files) == 3 and not list((tmp_path / "kept").rglob("tmp*"))
+    assert len(files) == 3
     with monkeypatch.context() as patch:
         patch.setattr(batching, "read_audio", None)
-        assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
+        assert is_right()
     draw = random.Random(0)
     for trial in range(60):
-        file = draw.choice(files)
+        file, other = draw.sample(files, 2)
         whole = file.read_bytes()
+        damaged = bytearray(whole)
         place = draw.randrange(len(whole))
-        flipped = (
-            whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
-        )
-        file.write_bytes(flipped if trial % 3 else whole[:place])
-        assert all(torch.equal(kept[i].features, expected[i]) for i in range(3))
-        assert file.read_bytes() == whole
-    other = examples(root, cache_features=str(tmp_path / "kept"), mel_bins=10)
-    assert other[0].features.shape[1] == 10
+        damaged[place] ^= 1 << draw.randrange(8)
+        file.write_bytes([damaged, whole[:place], other.read_bytes()][trial % 3])
+        assert is_right() and file.read_bytes() == whole
+    assert examples(root, cache_features=folder, mel_bins=10)[0].features.shape[1] == 10
     path = Path(kept.utterances[0].path)
     soundfile.write(path, soundfile.read(path)[0][::-1], RATE)
-    again = examples(root, cache_features=str(tmp_path / "kept"))
-    assert torch.equal(
-        again[0].features, log_mel(read_audio(again.utterances[0], RATE), again.config)
-    )
+    again = examples(root, cache_features=folder)
+    assert torch.equal(again[0].features, examples(root)[0].features)
+    assert not torch.equal(again[0].features, expected[0])
     path.unlink()
-    assert (
-        path.name in again[0].corrupt
-        and again[0].features.shape == (1, 12)
-        and not again[0].features.any()
-    )
+    assert path.name in again[0].corrupt and torch.equal(again[0].features, torch.zeros(1, 12))
 
 
-def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones, tmp_path):
-    speeds = (0.9, 1.0, 1.1)
-    some = examples(tones, speeds=speeds)
-    assert {some.speed(i) for i in range(24)} == {1.0}  # outside training
-    drawn = {}
+def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones):
+    speeds, drawn = (0.9, 1.0, 1.1), []
+    plain = examples(tones).frames()
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         some = examples(tones, speeds=speeds, seed=seed)
+        assert {some.speed(i) for i in range(24)} == {1.0}  # outside training
         some.epoch = epoch
-        drawn[seed, epoch] = [some.speed(i) for i in range(24)]
-        assert set(drawn[seed, epoch]) == set(speeds)
-        assert drawn[seed, epoch] == [some.speed(i) for i in range(24)]
-        frames = some.frames()
-        assert all(abs(len(some[i].features) - frames[i]) <= 1 for i in range(24))
-        plain = examples(tones).frames()
-        assert all(
-            (a > b) - (a < b) == (s < 1) - (s > 1)
-            for a, b, s in zip(frames, plain, drawn[seed, epoch], strict=True)
-        )
-    assert len({tuple(speeds) for speeds in drawn.values()}) == 3
+        drawn.append([some.speed(i) for i in range(24)])
+        assert set(drawn[-1]) == set(speeds) and drawn[-1] == [some.speed(i) for i in range(24)]
+        for i, (frames, speed) in enumerate(zip(some.frames(), drawn[-1], strict=True)):
+            assert abs(len(some[i].features) - frames) <= 1
+            assert (frames > plain[i], frames < plain[i]) == (speed < 1, speed > 1)
+    assert len(set(map(tuple, drawn))) == 3
     tone = read_audio(some.utterances[0], RATE, 1.1)
     assert abs(len(tone) - some.utterances[0].samples / 1.1) <= 1
 
@@ -779,19 +703,12 @@ def test_impossible_speeds_are_refused(speeds):
 
 
 def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path):
-    config = dataclasses.replace(tiny(updates=4, speeds=(0.9, 1.1), workers=1), corpus=str(tones))
-    trainer = Trainer(config, tmp_path / "run").begin()
-    records = list(trainer.updates())
-    assert (
-        (tmp_path / "run/corpus.txt")
-        .read_text()
-        .splitlines()[1]
-        .startswith("24 utterances, 17.0 seconds, 1 speaker;")
-    )
-    assert all(
-        0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"]
-        for record in records
-    )
+    config = tiny(corpus=str(tones), updates=4, speeds=(0.9, 1.1), workers=1)
+    records = list(Trainer(config, tmp_path / "run").begin().updates())
+    told = (tmp_path / "run/corpus.txt").read_text().splitlines()
+    assert told[1] == "24 utterances, 0.00 hours, 1 speaker; 0 left out"
+    for record in records:
+        assert 0 <= record["padding"] < 0.5 and 0 < record["waiting"] < record["seconds"]
     logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert logged["waiting"] == pytest.approx(sum(record["waiting"] for record in records))
     assert logged["padding"] == pytest.approx(sum(record["padding"] for record in records) / 4)
@@ -805,26 +722,5 @@ def test_a_training_tells_how_its_dev_and_test_splits_differ(tmp_path):
     Trainer(tiny(corpus=str(root)), tmp_path / "run").begin()
     told = (tmp_path / "run/corpus.txt").read_text()
     assert "note: dev-other: characters that training never had, Ö " in told
-    assert "test-clean: 6 utterances" in told and "labels a second" in told
+    assert "test-clean: 6 utterances" in told
     assert "note: test-other is not checked: --test-splits test-other: no such split" in told
-
-
-def test_a_resumed_training_plans_its_epoch_alone(tones, tmp_path, monkeypatch):
-    config = tiny(corpus=str(tones), updates=30, save_every=1, batch_utterances=8)
-    first = Trainer(config, tmp_path / "run").begin()
-    for record in first.updates():
-        if record["update"] == 20:
-            break
-    assert first.state["epoch"] >= 4
-    planned = []
-
-    def plan(frames, config, epoch):
-        planned.append(epoch)
-        return epoch_plan(frames, config, epoch)
-
-    monkeypatch.setattr(training, "epoch_plan", plan)
-    again = Trainer.resume(tmp_path / "run")
-    ids = [[u.id for u in batch.utterances] for batch in islice(again.batches(), 3)]
-    assert planned[0] == again.state["epoch"] - len(planned) + 1 == first.state["epoch"]
-    rest = [[u.id for u in batch.utterances] for batch in islice(first.batches(), 3)]
-    assert ids == rest

@@ -1,6 +1,7 @@
 """The corpus of connected digits: its layout, its repeatability, its levels, its errors."""
 
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +20,24 @@ SMALL = {
 }
 
 
-def write_recording(path: Path, frequency: float, index: int) -> None:
-    """Write a tone whose duration, in ms, is 50 plus the index."""
-    time = np.arange((50 + index) * 8) / digits.SAMPLE_RATE
-    soundfile.write(path, 0.1 * np.sin(2 * np.pi * frequency * time), digits.SAMPLE_RATE)
+def write_fsdd(folder: Path) -> None:
+    """Write recordings named as in FSDD, each digit of each speaker a tone of its frequency.
 
-
-def write_fsdd(folder: Path, speakers: tuple[str, ...]) -> Path:
-    """Write recordings named as in FSDD, each digit of each speaker a tone of its frequency."""
+    A recording's duration, in ms, is 50 plus its index.
+    """
     folder.mkdir(parents=True)
-    for place, speaker in enumerate(speakers):
-        for digit in range(10):
-            for index in range(50):
-                path = folder / f"{digit}_{speaker}_{index}.wav"
-                write_recording(path, 300 + 250 * digit + 20 * place, index)
-    return folder
+    speakers = (*digits.SPEAKERS, digits.UNSEEN)
+    for (place, speaker), digit, index in product(enumerate(speakers), range(10), range(50)):
+        time = np.arange((50 + index) * 8) / digits.SAMPLE_RATE
+        tone = 0.1 * np.sin(2 * np.pi * (300 + 250 * digit + 20 * place) * time)
+        soundfile.write(folder / f"{digit}_{speaker}_{index}.wav", tone, digits.SAMPLE_RATE)
 
 
 @pytest.fixture(scope="module")
 def fsdd(tmp_path_factory) -> Path:
     """Return a checkout with all six speakers; tests must not change it."""
     checkout = tmp_path_factory.mktemp("fsdd")
-    write_fsdd(checkout / "recordings", (*digits.SPEAKERS, digits.UNSEEN))
+    write_fsdd(checkout / "recordings")
     return checkout
 
 
@@ -108,50 +105,21 @@ def test_the_ctm_has_the_true_times(corpus):
             assert abs(int(spectrum.argmax()) - expected) <= 10
 
 
-def test_the_gain_is_at_most_6_db(corpus):
-    for id, words in words_of(corpus, "dev-clean").items():
-        (path,) = (corpus / "dev-clean").rglob(f"{id}.flac")
-        audio, rate = soundfile.read(path)
-        spans = [audio[round(s * rate) : round((s + d) * rate)] for s, d, _ in words]
-        level = 20 * np.log10(np.concatenate(spans).std() / digits.LEVEL)
-        assert -6.2 <= level <= 6.2
-        assert 20 * np.log10(audio[:400].std()) < -45  # the first 50 ms are faint noise
-
-
-def tones_of_speakers() -> tuple[dict[str, int], digits.Recordings]:
-    """Return each speaker's frequency in Hz, and recordings of 0.25 s that are these tones."""
-    time = np.arange(2000) / digits.SAMPLE_RATE
-    tones = {speaker: 500 * (place + 1) for place, speaker in enumerate(digits.SPEAKERS)}
-    recordings = {
-        (digit, speaker, index): digits.LEVEL * np.sqrt(2) * np.sin(2 * np.pi * hz * time)
-        for speaker, hz in tones.items()
-        for digit in range(10)
-        for index in range(50)
-    }
-    return tones, recordings
-
-
-def test_the_background_is_three_others():
-    tones, recordings = tones_of_speakers()
-    for seed in range(10):
-        draw = np.random.default_rng(seed)
-        mixed = digits.background("theo", SMALL["test-other"], recordings, 8000, draw)
-        assert np.sqrt(np.mean(mixed**2)) == pytest.approx(digits.LEVEL)
-        spectrum = np.abs(np.fft.rfft(mixed))
-        heard = [name for name, hz in tones.items() if spectrum[hz] > 0.1 * spectrum.max()]
-        assert len(heard) == 3
-        assert "theo" not in heard
-
-
 @pytest.mark.parametrize("name", ["train", "test-other"])
 def test_the_speaker_is_above_the_background_by_what_the_split_says(name):
-    tones, recordings = tones_of_speakers()
-    split = SMALL[name]._replace(noisy=1.0)
-    found = []
+    """Each speaker says a tone, so that a spectrum tells who is heard."""
+    time, recordings = np.arange(2000) / digits.SAMPLE_RATE, {}
+    tones = {speaker: 500 * (place + 1) for place, speaker in enumerate(digits.SPEAKERS)}
+    for (speaker, hz), digit, index in product(tones.items(), range(10), range(50)):
+        tone = np.sqrt(2) * np.sin(2 * np.pi * hz * time)
+        recordings[digit, speaker, index] = digits.LEVEL * tone
+    split, found = SMALL[name]._replace(noisy=1.0), []
     for seed in range(60):
         audio, words = digits.join_digits("theo", split, recordings, np.random.default_rng(seed))
         spectra = [np.abs(np.fft.rfft(audio[start:end])) ** 2 for _, start, end in words]
         power = np.sum(spectra, axis=0)  # one bin for each 4 Hz
+        heard = [power[hz // 4] for speaker, hz in tones.items() if speaker != "theo"]
+        assert sum(np.array(heard) > 1e-3 * max(heard)) <= digits.TALKERS
         speech = power[tones["theo"] // 4]
         found.append(10 * np.log10(speech / (power.sum() - speech)))
     low, high = split.snr_db
@@ -195,24 +163,8 @@ def test_another_directory_is_refused_with_one_line(tmp_path, capsys):
     assert end.value.code == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "songs: no recordings" in shown
+    assert "0_george_0.wav: can't be read; FSDD_CHECKOUT must be a checkout" in shown
     assert not (tmp_path / "corpus").exists()
-
-
-def test_missing_and_unusable_recordings_are_named(fsdd, tmp_path):
-    copy = linked(fsdd, tmp_path / "fsdd", digits.SPEAKERS)
-    (copy / "0_george_17.wav").unlink()
-    with pytest.raises(ValueError, match=r"without 0_george_17\.wav$"):
-        digits.read_recordings(copy)
-    soundfile.write(copy / "0_george_17.wav", np.zeros(800), digits.SAMPLE_RATE)
-    with pytest.raises(ValueError, match=r"0_george_17\.wav: silent"):
-        digits.read_recordings(copy)
-    soundfile.write(copy / "0_george_17.wav", np.ones(800) / 2, 16000)
-    with pytest.raises(ValueError, match=r"0_george_17\.wav: must have one channel of 8000 Hz"):
-        digits.read_recordings(copy)
-    (copy / "0_george_17.wav").write_text("no audio")
-    with pytest.raises(ValueError, match=r"0_george_17\.wav: can't be read"):
-        digits.read_recordings(copy)
 
 
 def test_an_output_that_is_not_empty_stays_as_it_is(fsdd, tmp_path):
@@ -228,13 +180,10 @@ def test_an_interrupted_run_leaves_nothing(fsdd, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(digits, "join_digits", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
-    assert not list(tmp_path.iterdir())
     gone = subprocess.Popen(["true"])
     gone.wait()
     (tmp_path / f"corpus.{files.HOST}.{gone.pid}.unfinished").mkdir()  # of a run that was killed
+    monkeypatch.setattr(digits, "join_digits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
     assert not list(tmp_path.iterdir())
