@@ -1,7 +1,6 @@
 """From files to batches: features, corpora, tokenizer, batch plan, the embedded corpus."""
 
 import errno
-import gc
 import io
 import math
 import multiprocessing
@@ -369,6 +368,5 @@ def test_workers_that_cannot_all_be_started_leave_none(tones, monkeypatch):
     examples = Examples(utterances_of(tones), None, tiny(workers=2), keep=False)
     with pytest.raises(ValueError, match=r"--workers 2: .*can't be started.* lower it"):
         next(read_batches(examples, [[0]]))
-    gc.collect()
     first[0].join(3)
     assert first[0].exitcode == -signal.SIGKILL
