@@ -4,6 +4,7 @@ Label 0 is the blank.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynsize import kernels
@@ -25,7 +26,21 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
         others = (lengths, labels, label_lengths, differentiate)
         loss, _ = torch.ops.dynsize.ctc_loss(log_probs, *others)
         return loss
+    if log_probs.device.type == "cuda":
+        return torchs_ctc_loss(log_probs, lengths, labels, label_lengths)
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
+
+
+def torchs_ctc_loss(
+    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
+) -> Tensor:
+    """Return the losses, as `ctc_loss`, by torch's own op: few launches, but it waits for a GPU.
+
+    Where a loss is infinite its gradient is NaN, so that the update is skipped.
+    """
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    by_frame = log_probs.to(dtype).transpose(0, 1)  # (T, N, V)
+    return F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
 
 
 class CtcLoss(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.ctc import ctc_loss, greedy
+from dynsize.ctc import ctc_loss, greedy, torchs_ctc_loss
 from dynsize.decoding import BeamSearch, LanguageModel, beam_search
 
 
@@ -48,6 +48,8 @@ def test_loss_and_gradient_are_torchs(problem):
     by_frame = theirs.log_softmax(-1).transpose(0, 1)
     expected = F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    on_a_gpu = torchs_ctc_loss(logits.log_softmax(-1), lengths, labels, label_lengths)
+    torch.testing.assert_close(on_a_gpu, expected, rtol=1e-12, atol=1e-12)
     weight = torch.linspace(-1, 2, len(loss), dtype=torch.float64)
     (weight * loss).sum().backward()
     (weight * expected).sum().backward()
