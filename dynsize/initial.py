@@ -41,19 +41,14 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     tokenizer = loaded.tokenizer
     weights = old.state_dict()
     if changes.keys() & marked("units"):
-        tokenizer = tokenizer_of(config)
+        corpus = read_corpus(config, config.train_splits, "--train-splits")
+        tokenizer = tokenizer_for((utterance.text for utterance in corpus.utterances), config)
         for name in old.output_layers.state_dict():
             del weights[f"output_layers.{name}"]
     torch.manual_seed(config.seed)
     model = Supernet(config, tokenizer.labels, old.ranking, old.size)
     model.load_state_dict(model.state_dict() | weights)
     return dataclasses.replace(loaded, model=model, tokenizer=tokenizer, training=None)
-
-
-def tokenizer_of(config: Config) -> Tokenizer:
-    """Return the tokenizer for the configured corpus."""
-    corpus = read_corpus(config, config.train_splits, "--train-splits")
-    return tokenizer_for((utterance.text for utterance in corpus.utterances), config)
 
 
 def new_network(config: Config, labels: int) -> Supernet:

@@ -109,6 +109,23 @@ def tiny(**changes) -> Config:
     return Config(**(values | changes))
 
 
+def begun(corpus: Path, run: Path, **changes) -> Trainer:
+    """A tiny training in its new run directory."""
+    return Trainer(tiny(**changes | dict(corpus=str(corpus))), run).begin()
+
+
+def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Train to the end; return the weights."""
+    for _ in trainer.updates():
+        pass
+    return dict(trainer.model.named_parameters())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two networks have bitwise the same weights."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def one_update(trainer: Trainer, batches: list[Batch]) -> dict:
     """Train one update of these batches, without what comes before and after; return its record."""
     trainer.batches = lambda: iter(batches)

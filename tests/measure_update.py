@@ -31,7 +31,7 @@ def measured(trainer: Trainer, batch: Batch) -> tuple[float, int]:
         for kind in LAYERS
     ]
     start = time.perf_counter()
-    trainer.add_gradients(planned(trainer.model, trainer.done), [batch], label_count=1)
+    trainer.add_gradients(planned(trainer.model, trainer.done), [batch], labels=1, readers=1)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import begun, finish, same, tiny
 
 from dynsize.batching import read_batches
 from dynsize.steps import distillation_loss
@@ -15,19 +15,11 @@ from dynsize.training import Trainer
 LABELS = 9
 
 
-def trained(tones: Path, run: Path, **changes) -> Trainer:
-    """Train to the end and return the trainer."""
-    trainer = Trainer(tiny(corpus=str(tones), **changes), run).begin()
-    for _ in trainer.updates():
-        pass
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def teacher(tones, tmp_path_factory) -> Path:
     """Return the run of a supernet of 8 layers."""
     run = tmp_path_factory.mktemp("teacher") / "run"
-    trained(tones, run, updates=4)
+    finish(begun(tones, run, updates=4))
     return run
 
 
@@ -59,9 +51,9 @@ def test_the_loss_is_the_divergence_of_the_frames_inside_the_utterances():
 
 def test_resuming_repeats_what_a_teacher_taught(tones, teacher, tmp_path):
     settings = dict(method="none", sizes=(8,), size=3, updates=6, save_every=3)
-    taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
-    config = tiny(corpus=str(tones), **settings, teacher=str(teacher))
-    broken = Trainer(config, tmp_path / "broken").begin()
+    settings["teacher"] = str(teacher)
+    taught = finish(begun(tones, tmp_path / "taught", **settings))
+    broken = begun(tones, tmp_path / "broken", **settings)
     for record in broken.updates():
         if record["update"] == 4:  # the checkpoint is of update 3
             break
@@ -70,21 +62,19 @@ def test_resuming_repeats_what_a_teacher_taught(tones, teacher, tmp_path):
         Trainer.resume(tmp_path / "broken", dict(teacher=""))
     resumed = Trainer.resume(tmp_path / "broken")
     assert resumed.done == 3
-    for _ in resumed.updates():
-        pass
-    pairs = zip(resumed.model.parameters(), taught.model.parameters(), strict=True)
-    assert all(torch.equal(first, second) for first, second in pairs)
+    assert same(finish(resumed), taught)
 
 
 def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
     settings = dict(method="none", sizes=(8,), size=3, updates=40, dropout=0.0, validate_every=40)
     settings |= dict(save_every=40, peak_learning_rate=5e-3)
-    alone = trained(tones, tmp_path / "alone", **settings)
-    taught = trained(tones, tmp_path / "taught", **settings, teacher=str(teacher))
+    alone = begun(tones, tmp_path / "alone", **settings)
+    taught = begun(tones, tmp_path / "taught", **settings, teacher=str(teacher))
     (batch,) = read_batches(taught.data.examples, [[0, 1, 2, 3]])
     features, lengths = batch.to(taught.device)[:2]
     distances = []
     for trainer in (alone, taught):
+        finish(trainer)
         log_probs = trainer.model.eval()(features, lengths, [3])[0][0]
         distances.append(distillation_loss(taught.teacher, features, lengths, log_probs).item())
     assert distances[1] < 0.5 * distances[0]

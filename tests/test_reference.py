@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynsize.config import Config
+from dynsize.config import LAYERS, Config
 from dynsize.conformer import Encoder
 from dynsize.simple_top_k import relaxed_top_k
 
@@ -14,10 +14,9 @@ REFERENCE = Path(__file__).parent / "reference"
 OUR_NAMES = {  # the authors' name of each module of a layer → ours
     "layer_norm.": "norm.", "layernorm.": "norm.", "linear_ff.": "expand.",
     "linear_out.": "project.", "pointwise_conv1.": "expand.", "depthwise_conv.": "depthwise.",
-    "pointwise_conv2.": "project.",
+    "norm.": "depthwise_norm.", "pointwise_conv2.": "project.",
     "mhsa.in_proj_": "query_key_value.", "mhsa.out_proj.": "project.",
 }  # fmt: skip
-KINDS = ("ff1", "conv", "mhsa", "ff2")
 
 
 def our_name(name: str) -> str:
@@ -30,18 +29,9 @@ def our_name(name: str) -> str:
     if rest.startswith("final_layer_norm."):
         return f"blocks.{block}.norm.{rest.split('.')[-1]}"
     _, number, rest = rest.split(".", 2)
-    kind = KINDS[int(number)]
-    if kind == "conv":  # there, `norm` comes after the depthwise convolution
-        rest = (
-            rest.replace("layer_norm.", "NORM.")
-            .replace("norm.", "depthwise_norm.")
-            .replace("NORM.", "norm.")
-        )
-    for theirs, ours in OUR_NAMES.items():
-        if rest.startswith(theirs):
-            rest = ours + rest.removeprefix(theirs)
-            break
-    return f"blocks.{block}.{kind}.{rest}"
+    theirs = next(theirs for theirs in OUR_NAMES if rest.startswith(theirs))
+    ours = OUR_NAMES[theirs] + rest.removeprefix(theirs)
+    return f"blocks.{block}.{LAYERS[int(number)]}.{ours}"
 
 
 @pytest.fixture(scope="module")

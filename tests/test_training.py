@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_update, tiny, write_tones
+from conftest import begun, finish, one_update, same, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,20 +21,6 @@ from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.terminal import losses_line
 from dynsize.training import Trainer
-
-
-def trainer(tones, run, **changes) -> Trainer:
-    return Trainer(tiny(**changes | dict(corpus=str(tones))), run).begin()
-
-
-def weights_after(trainer: Trainer) -> dict[str, torch.Tensor]:
-    for _ in trainer.updates():
-        pass
-    return dict(trainer.model.named_parameters())
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
@@ -68,11 +54,11 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 @every_method
 def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, method):
-    unbroken = trainer(tones, tmp_path / "unbroken", **method, dropout=0.2)
-    expected = weights_after(unbroken)
+    unbroken = begun(tones, tmp_path / "unbroken", **method, dropout=0.2)
+    expected = finish(unbroken)
     for stop in (3, 7, 10):  # in step 1, with step 2 just begun, later in it
         run = tmp_path / f"{stop}"
-        broken = trainer(tones, run, **method, dropout=0.2)
+        broken = begun(tones, run, **method, dropout=0.2)
         for record in broken.updates():
             if record["update"] == stop:
                 broken.save()
@@ -82,17 +68,17 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, method):
         less_memory = stop == 7
         resumed = Trainer.resume(run, dict(checkpoint_activations=less_memory))
         assert resumed.done == stop and resumed.model.encoder.recompute == less_memory
-        assert same(weights_after(resumed), expected), stop
+        assert same(finish(resumed), expected), stop
         assert resumed.model.ranking == unbroken.model.ranking
         logged = [[line["update"] for line in lines(tmp_path / of)] for of in (run, "unbroken")]
         assert logged[0] == logged[1]
-    other = trainer(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
-    assert not same(weights_after(other), expected)
+    other = begun(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
+    assert not same(finish(other), expected)
 
 
 def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
     changes = dict(method="iterative-zero-out", delta=2, score_rate=300.0, step1_share=0.6)
-    run = trainer(tones, tmp_path / "run", updates=20, validate_every=20, save_every=20, **changes)
+    run = begun(tones, tmp_path / "run", updates=20, validate_every=20, save_every=20, **changes)
     start, survivors, computed = run.model.scores.detach().clone(), [], []
     for record in run.updates():
         if record["step"] == 1:
@@ -106,19 +92,19 @@ def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path
 
 def test_the_sparsity_loss_alone_lowers_the_weights_of_the_survivors(tones, tmp_path):
     changes = dict(method="iterative-zero-out", score_rate=300.0, subnet_loss=0.0, updates=9)
-    run = trainer(tones, tmp_path / "run", **changes)
+    run = begun(tones, tmp_path / "run", **changes)
     next(run.updates())
     assert (run.model.scores < run.config.initial_score).all()
 
 
 @pytest.mark.parametrize("layers_from", [False, True])
 def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
-    supernet = trainer(tones, tmp_path / "supernet", updates=1)
+    supernet = begun(tones, tmp_path / "supernet", updates=1)
     supernet.model.ranking = [6, 2, 0, 1, 3, 4, 5, 7]
     supernet.save()
     source = str(tmp_path / "supernet") if layers_from else ""
     alone = dict(method="none", size=3, layers_from=source)
-    run = trainer(tones, tmp_path / "run", **alone, sizes=(8,), updates=3)
+    run = begun(tones, tmp_path / "run", **alone, sizes=(8,), updates=3)
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[3]] * 3 and list(records[-1]["dev"]) == [3]
     loaded = checkpoint.load(tmp_path / "run").model
@@ -127,12 +113,12 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     assert loaded.size == 3
     if layers_from:
         with pytest.raises(ValueError, match="has 8 layers, this network has 4"):
-            trainer(tones, tmp_path / "b", **alone, blocks=1, sizes=(4,))
+            begun(tones, tmp_path / "b", **alone, blocks=1, sizes=(4,))
 
 
 def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
     changes = dict(method="layerdrop", shared_output_layer=True, sizes=(4, 8), updates=3)
-    run = trainer(tones, tmp_path / "run", **changes)
+    run = begun(tones, tmp_path / "run", **changes)
     records = list(run.updates())
     assert [record["sizes"] for record in records] == [[8]] * 3
     assert set(records[-1]["dev"]) == {4, 8}
@@ -141,7 +127,7 @@ def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_
 
 def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
     config = for_method(tiny(method="aux-loss", updates=3))
-    records = list(trainer(tones, tmp_path / "run", **dataclasses.asdict(config)).updates())
+    records = list(begun(tones, tmp_path / "run", **dataclasses.asdict(config)).updates())
     assert [record["sizes"] for record in records] == [[8, 5, 3]] * 3
     names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
     assert all(records[-1]["dev"][size]["layers"] == names[:size] for size in (3, 5, 8))
@@ -150,7 +136,7 @@ def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
 def test_both_steps_train_what_they_should(tones, tmp_path):
     run = tmp_path / "run"
     changes = dict(step1_share=0.5, validate_every=10, save_every=20, sizes=(3, 5, 6, 8))
-    trained = trainer(tones, run, updates=20, **changes)
+    trained = begun(tones, run, updates=20, **changes)
     before = {name: weight.clone() for name, weight in trained.model.named_parameters()}
     records = []
     for record in trained.updates():
@@ -178,13 +164,13 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
 def test_learns_its_training_data(tones, tmp_path):
     changes = dict(updates=300, validate_every=300, save_every=300, dev_splits=("train",))
     changes |= dict(width=32, dropout=0.0, time_mask_every=0, frequency_masks=0)
-    learned = trainer(tones, tmp_path / "run", peak_learning_rate=3e-3, **changes)
+    learned = begun(tones, tmp_path / "run", peak_learning_rate=3e-3, **changes)
     *_, last = learned.updates()
     assert all(result["wer"] < 0.15 for result in last["dev"].values()), last["dev"]
 
 
 def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", sizes=(3, 5, 6, 8), step1_share=0.0, updates=8)
+    run = begun(tones, tmp_path / "run", sizes=(3, 5, 6, 8), step1_share=0.0, updates=8)
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     used: set[int] = set()
     for record in run.updates():
@@ -197,7 +183,7 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
 
 @pytest.mark.parametrize("save_every", [500, 10])
 def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch, save_every):
-    run = trainer(tones, tmp_path / "run", updates=30, save_every=save_every)
+    run = begun(tones, tmp_path / "run", updates=30, save_every=save_every)
     loss, calls = steps.ctc_loss, []
 
     def sometimes(*arguments):
@@ -226,7 +212,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
 
 
 def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch):
-    run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
+    run = begun(tones, tmp_path / "run", updates=9, validate_every=4)
     updates = run.updates()
     next(updates)
     next(updates)
@@ -244,7 +230,7 @@ def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch
 def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
     tones, tmp_path, monkeypatch
 ):
-    run = trainer(tones, tmp_path / "run", updates=9, validate_every=4)
+    run = begun(tones, tmp_path / "run", updates=9, validate_every=4)
     results = run.dev.results
 
     def stopped_meanwhile(model):
@@ -267,7 +253,7 @@ def test_corrupt_training_audio_is_left_out_and_counted(root, tmp_path):
         (folder / f"{name}.flac").write_bytes(b"" if name == "0-7-0003" else data[: len(data) // 2])
     transcript = folder / "0-7.trans.txt"
     transcript.write_text(transcript.read_text().replace("0-7-0008 ", "0-7-0008 " + "LOW " * 99))
-    run = trainer(root, tmp_path / "run", updates=20)
+    run = begun(root, tmp_path / "run", updates=20)
     expected = {UNREADABLE: {"0-7-0003"}, "more labels than CTC can align": {"0-7-0008"}}
     assert {why: set(names) for why, names in run.data.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
@@ -283,11 +269,8 @@ def snapshot(run: Trainer) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in (*run.model.parameters(), *state)]
 
 
-@pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
-def test_an_update_of_which_nothing_can_be_read_changes_nothing(root, tmp_path, front_end):
-    channels = (4, 4) if front_end == "conv2d" else (4, 4, 4, 4)
-    network = dict(front_end=front_end, front_end_channels=channels)
-    run = trainer(root, tmp_path / "run", batch_utterances=1, updates=30, **network)
+def test_an_update_of_which_nothing_can_be_read_changes_nothing(root, tmp_path):
+    run = begun(root, tmp_path / "run", batch_utterances=1, updates=30)
     (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
     skipped, before = 0, snapshot(run)
     for record in run.updates():
@@ -303,7 +286,7 @@ def test_an_update_of_which_nothing_can_be_read_changes_nothing(root, tmp_path, 
 
 
 def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(root, tmp_path):
-    run = trainer(root, tmp_path / "run", batch_utterances=1, accumulate=12, updates=4)
+    run = begun(root, tmp_path / "run", batch_utterances=1, accumulate=12, updates=4)
     (root / "train" / "0" / "7" / "0-7-0003.flac").unlink()
     records = list(run.updates())
     left_out = [record["left_out"] for record in records]
@@ -313,7 +296,7 @@ def test_in_an_accumulated_update_only_the_unreadable_batch_is_missing(root, tmp
 
 def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(root, tmp_path):
     changes = dict(updates=100, most_left_out=0.99, batch_seconds=2.0, save_every=100)
-    run = trainer(root, tmp_path / "run", validate_every=100, **changes)
+    run = begun(root, tmp_path / "run", validate_every=100, **changes)
     updates = run.updates()
     for _ in range(3):
         next(updates)
@@ -330,7 +313,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(r
 
 
 def test_too_many_unreadable_utterances_end_the_training(root, tmp_path):
-    run = trainer(root, tmp_path / "run", batch_seconds=2.0, updates=100)
+    run = begun(root, tmp_path / "run", batch_seconds=2.0, updates=100)
     updates = run.updates()
     left_out = [next(updates)["left_out"]]
     for n in range(0, 24, 2):
@@ -348,16 +331,16 @@ def test_audio_that_cannot_be_listed_counts_among_what_cannot_be_read(root, tmp_
     for file in files[:8]:
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"8 of 24 training .*--most-left-out 0\.3; the first: "):
-        trainer(root, tmp_path / "run", most_left_out=0.3)
+        begun(root, tmp_path / "run", most_left_out=0.3)
     assert not (tmp_path / "run").exists()
-    run = trainer(root, tmp_path / "run", most_left_out=0.34)
+    run = begun(root, tmp_path / "run", most_left_out=0.34)
     files[9].write_bytes(b"")
     with pytest.raises(ValueError, match=r"9 of 24 training .*--most-left-out 0\.34; .*names them"):
         list(run.updates())
 
 
 def test_unreadable_dev_audio_is_left_out_and_named(root, tmp_path):
-    run = trainer(root, tmp_path / "run", most_left_out=0.3)
+    run = begun(root, tmp_path / "run", most_left_out=0.3)
     words = [record["dev"][8]["words"] for record in run.updates() if "dev" in record]
     run.locked.close()
     transcript = root / "dev-other" / "2" / "7" / "2-7.trans.txt"
@@ -372,7 +355,7 @@ def test_unreadable_dev_audio_is_left_out_and_named(root, tmp_path):
 
 def test_bad_dev_audio_stops_before_training(root, tmp_path):
     damage_dev(root)
-    run = trainer(root, tmp_path / "run")
+    run = begun(root, tmp_path / "run")
     with pytest.raises(ValueError, match=r"2 of 8 dev utterances.*1-7-0002\.flac"):
         next(run.updates())
     assert run.done == 0
@@ -382,7 +365,7 @@ def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(root, tmp
     for transcript in root.rglob("*.trans.txt"):
         text = re.sub("LOW|MID|HIGH|TOP", "低音", transcript.read_text())
         transcript.write_text(text, encoding="utf-8")
-    (record,) = trainer(root, tmp_path / "run", updates=1).updates()
+    (record,) = begun(root, tmp_path / "run", updates=1).updates()
     text = "".join(path.read_text("utf-8") for path in root.glob("dev-*/*/*/*.txt"))
     for result in record["dev"].values():
         assert result["measure"] == "cer"
@@ -390,13 +373,13 @@ def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(root, tmp
 
 
 def test_one_size_trains_without_step_1(tones, tmp_path):
-    records = list(trainer(tones, tmp_path / "run", sizes=(8,), updates=3).updates())
+    records = list(begun(tones, tmp_path / "run", sizes=(8,), updates=3).updates())
     assert [(record["step"], record["sizes"]) for record in records] == [(2, [8])] * 3
 
 
 def test_loader_processes_read_the_same_batches(tones, tmp_path):
-    runs = [trainer(tones, tmp_path / f"{n}", workers=n, updates=4) for n in (0, 2)]
-    assert same(*map(weights_after, runs))
+    runs = [begun(tones, tmp_path / f"{n}", workers=n, updates=4) for n in (0, 2)]
+    assert same(*map(finish, runs))
 
 
 class Copies(TorchDispatchMode):
@@ -431,7 +414,7 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
     tones, tmp_path, monkeypatch, update, method
 ):
     """On the device `meta` a number that is read raises; here the one that is waited for is 1."""
-    run = trainer(tones, tmp_path / "run", updates=40, **method)
+    run = begun(tones, tmp_path / "run", updates=40, **method)
     run.state["update"] = update
     drawn = list(itertools.islice(run.batches(), 2))
     run.device = torch.device("meta")
@@ -460,7 +443,7 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
 
 
 def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
-    run = trainer(tones, tmp_path / "run", log_every=2)
+    run = begun(tones, tmp_path / "run", log_every=2)
     before = time.time()
     list(run.updates())
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -484,7 +467,7 @@ def test_a_line_shows_the_loss_of_each_size():
 
 
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
-    run = trainer(tones, tmp_path / "run", updates=3)
+    run = begun(tones, tmp_path / "run", updates=3)
     weights = sum(weight.numel() for weight in run.model.parameters())
     add, alive, reserved = run.add_gradients, [], []
     ones_like = torch.ones_like
@@ -509,7 +492,7 @@ def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, mo
 def test_the_rehearsal_takes_the_largest_batch_of_which_something_can_be_read(
     root, tmp_path, monkeypatch, unread
 ):
-    run = trainer(root, tmp_path / "run", batch_utterances=1)
+    run = begun(root, tmp_path / "run", batch_utterances=1)
     utterances = sorted(run.data.examples.utterances, key=lambda u: -u.samples)
     for utterance in utterances[:unread]:
         Path(utterance.path).unlink()
