@@ -111,7 +111,8 @@ def keep(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, checksum(path, data) + data, sync=False)
     except OSError as error:
-        what = f"{path}: can't be written, so it is not kept: {error.strerror}"
+        way = "; XDG_CACHE_HOME names another place" if path.parent == user_cache() else ""
+        what = f"{path}: can't be written, so it is not kept: {error.strerror}{way}"
         warnings.warn(what, stacklevel=2)
 
 

@@ -83,7 +83,7 @@ def when_saved(run: Path) -> set[int]:
 
 def test_killed_often_it_ends_in_the_same_weights(tones, tmp_path):
     torch.set_num_threads(1)
-    often = dict(updates=50, save_every=1, validate_every=25, log_every=3)
+    often = dict(updates=40, save_every=1, validate_every=20, log_every=3)
     expected = finish(begun(tones, tmp_path / "unbroken", **often))
     run, draw, stops = tmp_path / "run", random.Random(0), []
     stopped(begun(tones, run, **often), 1)
@@ -96,7 +96,7 @@ def test_killed_often_it_ends_in_the_same_weights(tones, tmp_path):
         process.kill()
         process.join()
         stops.append(checkpoint.load(run).training["update"])
-    assert stops == sorted(stops) and len(set(stops)) > KILLS // 2 and stops[-1] < 50
+    assert stops == sorted(stops) and len(set(stops)) > KILLS // 2 and stops[-1] < 40
     assert same(finish(Trainer.resume(run)), expected)
     assert not list(run.glob("*.unfinished"))
     files_of_both = [tmp_path / name / "metrics.jsonl" for name in ("unbroken", "run")]
@@ -432,20 +432,6 @@ def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
     with pytest.raises(ValueError, match="from which this training starts"):
         Trainer(alone, run).begin()
     assert everything_in(run) == before
-
-
-@pytest.mark.parametrize(
-    "left",
-    [[], ["lock"], ["lock", "left-out.txt.host.1.unfinished"], ["left-out.txt", "config.json"]],
-)
-def test_a_directory_that_was_only_just_made_can_be_started_again(tones, tmp_path, left):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in left:
-        (run / name).touch()
-    check_new(run, overwrite=False)
-    finish(begun(tones, run, updates=2))
-    assert not run.with_name("run.old").exists()
 
 
 # Damage, and file systems.

@@ -18,7 +18,7 @@ import torch
 from conftest import write_tones
 from in_process import ROOT, SCRIPTS, TINY, run
 
-from dynsize import checkpoint, compression, config, run_directory, spoken
+from dynsize import checkpoint, compression, config, files, run_directory, spoken
 from dynsize.algorithms import ALGORITHMS
 from dynsize.subnet import cut, parameters
 from dynsize.training import Trainer
@@ -136,7 +136,7 @@ def test_study_goes_on_where_it_was_stopped(tones, tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "PACKAGES", ("onnx", "no_such_package"))
     splits = ["--dev-splits", "dev-clean", "--test-splits", "test-clean"]
     flags = ["--corpus", tones, "--run", "study", *TINY, "--updates", "6", "--save-every", "2"]
-    command = ["train.py", *flags, *splits, "--study", "7"]
+    command = ["train.py", *flags, *splits, "--sizes", "3", "8", "--study", "7"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", save)
         assert run(*command, cwd=tmp_path).returncode == 128 + signal.SIGTERM
@@ -390,6 +390,8 @@ def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert re.search(r"file.*Not a directory.*XDG_CACHE_HOME", refused("train.py", cwd=tmp_path))
+    with pytest.warns(UserWarning, match="not kept: Not a directory; XDG_CACHE_HOME names another"):
+        files.keep(files.user_cache() / "durations", b"")
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
