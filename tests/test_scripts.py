@@ -396,8 +396,16 @@ def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="pip install -e '.[demo]' brings it")
+
+    def speak_less(command: list[str], **options) -> subprocess.CompletedProcess:
+        minutes = dict.fromkeys(spoken.MINUTES, 0.3) | dict(train=2)
+        code = f"from dynsize import spoken; spoken.MINUTES.update({minutes}); spoken.main()"
+        return speak([command[0], "-c", code, *command[3:]], **options)
+
+    speak = subprocess.run
+    monkeypatch.setattr(spoken.subprocess, "run", speak_less)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    short = "--updates 2 --batch-seconds 20 --width 16 --attention-heads 2 --dev-splits dev-other"
+    short = "--updates 2 --batch-seconds 20 --width 16 --attention-heads 2 --vocabulary 40"
     done = run("train.py", *short.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
