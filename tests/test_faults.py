@@ -38,7 +38,7 @@ from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
-KILLS = 6
+KILLS = 5
 
 
 def begun(tones: Path, run: Path, **changes) -> Trainer:
