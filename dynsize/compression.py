@@ -5,8 +5,7 @@ recognise is one table. Another one has what choosing the size at run time costs
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -21,7 +20,7 @@ from dynsize.evaluation import Scores, evaluated, open_system, read_scores
 from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
-from dynsize.report import change, millions, rate, read_json, table
+from dynsize.report import change, megabytes, millions, rate, read_json, table
 from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
 from dynsize.wer import difference, interval, mean_rate
 
@@ -82,7 +81,7 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
         int8=int8_rows(config, scores),
         choice=timings["choice"],
     )
-    text = text_of(found, config)
+    text = text_of(found)
     files.write_text(folder / "compression.json", json.dumps(found, indent=2) + "\n")
     files.write_text(folder / "compression.md", text)
     return text
@@ -136,7 +135,7 @@ def rows_of(
         row = dict(size=size, network=network, numbers=numbers, splits={})
         for split, of_split in scores.items():
             errors = of_split.errors[name, size]
-            rates = dict(measure=of_split.measure, interval=interval(errors))
+            rates = dict(measure=of_split.measure, interval=interval([errors]))
             row["splits"][split] = rates | {of_split.measure: mean_rate([errors])}
         row["bytes"] = exports[name].stat().st_size
         for cost in ("parameters", "macs"):
@@ -166,25 +165,14 @@ def timed(config: Config, runs: Path, exports: dict[str, Path]) -> dict:
     """Return what `timings.json` beside the files holds; measures it where that is missing."""
     path = next(iter(exports.values())).with_name("timings.json")
     if not path.exists():
-        with one_thread():
-            found = dict(
-                hardware=processor(torch.device("cpu")),
-                milliseconds=file_milliseconds(exports),
-                choice=choice_rows(config, runs / NETWORKS["cut"], exports),
-            )
+        torch.set_num_threads(1)  # ONNX files that are opened from now on have one too
+        found = dict(
+            hardware=processor(torch.device("cpu")),
+            milliseconds=file_milliseconds(exports),
+            choice=choice_rows(config, runs / NETWORKS["cut"], exports),
+        )
         files.write_text(path, json.dumps(found, indent=2) + "\n")
     return read_json(path)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch, and the ONNX files that are opened meanwhile, compute on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def file_milliseconds(exports: dict[str, Path]) -> dict[str, float]:
@@ -255,14 +243,16 @@ def after_change(network: Network, audio: Tensor, size: int, sizes: Sequence[int
 # The tables.
 
 
-def text_of(found: dict, config: Config) -> str:
+def text_of(found: dict) -> str:
     """Return all tables in Markdown, with notes."""
     note = NOTE.format(seed=found["seed"], hardware=found["hardware"], rounds=ROUNDS)
+    changes = []
+    for row in found["int8"]:
+        cells = {name: row[name] for name in ("split", "network", "size")}
+        changes.append(cells | {"int8 − float32": change(row)})
     parts = [file_table(found["rows"]), note]
-    for split in config.test_splits:
-        rows = [row for row in found["int8"] if row["split"] == split]
-        parts.append(int8_table(split, rows, config))
-    parts += [INT8_NOTE, choice_table(found["choice"]), CHOICE_NOTE]
+    parts += [table(changes, text_columns=2), INT8_NOTE]
+    parts += [choice_table(found["choice"]), CHOICE_NOTE]
     return "\n".join(parts)
 
 
@@ -272,23 +262,14 @@ def file_table(rows: list[dict]) -> str:
     for row in rows:
         cells = {name: row[name] for name in ("size", "network", "numbers")}
         for split, of_split in row["splits"].items():
-            cells[f"{split} {of_split['measure'].upper()}"] = rate(of_split)
+            measure = of_split["measure"]
+            cells[f"{split} {measure.upper()}"] = rate(of_split[measure], of_split["interval"])
         cells["file"] = megabytes(row["bytes"])
         cells["parameters"] = millions(row["parameters"])
         cells["MACs for 1 s"] = millions(row["macs"])
         cells["10 s take"] = f"{row['milliseconds']:.1f} ms"
         lines.append(cells)
     return table(lines, text_columns=3)
-
-
-def int8_table(split: str, rows: list[dict], config: Config) -> str:
-    """Return what int8 changes of the error rates on a split."""
-    cells = {(row["network"], row["size"]): change(row) for row in rows}
-    lines = []
-    for size in reversed(config.sizes):
-        line = {network: cells.get((network, size), "") for network in NETWORKS}
-        lines.append({f"{split}, int8 − float32: size": size} | line)
-    return table(lines)
 
 
 def choice_table(rows: list[dict]) -> str:
@@ -309,7 +290,3 @@ def choice_table(rows: list[dict]) -> str:
         }
         lines.append(cells)
     return table(lines, text_columns=1)
-
-
-def megabytes(number: int) -> str:
-    return f"{number / 1e6:.2f} MB"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations, product
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -379,23 +379,31 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     utterances differ.
     """
     corpus = common_corpus(sides, split)
-    utterances = corpus.utterances
-    texts = [[texts_by_size(system, utterances, split) for system in side] for side in sides]
-    read = read_by_all([t for side in texts for run in side for t in run.values()], split)
-    blanks = writes_blanks(utterances[i].text for i in read)
-    errors = [errors_by_size(side, utterances, read, blanks) for side in texts]
-    for side, of_side in zip(sides, errors, strict=True):
-        if not of_side:
-            names = ", ".join(str(system.path) for system in side)
+    texts: dict[tuple[int, int], list[Texts]] = {}  # (side, size) → of each run
+    for number, systems in enumerate(sides):
+        runs = [texts_by_size(system, corpus.utterances, split) for system in systems]
+        common = [size for size in runs[0] if all(size in run for run in runs)]
+        if not common:
+            names = ", ".join(str(system.path) for system in systems)
             raise ValueError(f"{names}: these have no size in common")
-    unreadable = len(corpus.left_out.get(UNREADABLE, ())) + len(utterances) - len(read)
+        for size in common:
+            texts[number, size] = [run[size] for run in runs]
+    read = read_by_all(list(chain.from_iterable(texts.values())), split)
+    utterances = [corpus.utterances[i] for i in read]
+    blanks = writes_blanks(utterance.text for utterance in utterances)
+    errors: dict[tuple[int, int], list[list[Errors]]] = {}
+    for end, runs in texts.items():
+        read_texts = [[run[i] for i in read] for run in runs]
+        errors[end] = [errors_of(utterances, run, blanks) for run in read_texts]
+    unreadable = len(corpus.left_out.get(UNREADABLE, ())) + len(corpus.utterances) - len(read)
     shared = dict(measure="wer" if blanks else "cer", utterances=len(read), left_out=unreadable)
     rows = []
     for a, b in combinations(range(len(sides)), 2):
-        same = [(size, size) for size in errors[a] if size in errors[b]]
-        for first, second in same or product(errors[a], errors[b]):
-            ends = dict(first=(a, first), second=(b, second))
-            rows.append(ends | shared | difference(errors[a][first], errors[b][second]))
+        pairs = [pair for pair in combinations(errors, 2) if (pair[0][0], pair[1][0]) == (a, b)]
+        same = [pair for pair in pairs if pair[0][1] == pair[1][1]]
+        for first, second in same or pairs:
+            ends = dict(first=first, second=second)
+            rows.append(ends | shared | difference(errors[first], errors[second]))
     return rows
 
 
@@ -411,22 +419,6 @@ def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
             what = f"the {split} of {system.config.corpus} has other utterances than the first's"
             raise ValueError(f"{system.path}: {what}")
     return first
-
-
-def errors_by_size(
-    runs: Sequence[dict[int, Texts]],
-    utterances: Sequence[Utterance],
-    read: Sequence[int],
-    blanks: bool,
-) -> dict[int, list[list[Errors]]]:
-    """Return, for each size that all runs have, the errors of each run in the read utterances."""
-    chosen = [utterances[i] for i in read]
-    errors = {}
-    for size in runs[0]:
-        if all(size in texts for texts in runs):
-            of_runs = ([texts[size][i] for i in read] for texts in runs)
-            errors[size] = [errors_of(chosen, of_run, blanks) for of_run in of_runs]
-    return errors
 
 
 class Scores(NamedTuple):

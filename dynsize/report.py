@@ -93,13 +93,13 @@ def scores(scored: Sequence[Scored]) -> dict:
     confusions = Counter((said, heard) for said, heard in pairs if said != heard)
     return dict(
         wer=words.rate,
-        interval=interval([s.words for s in scored]),
+        interval=interval([[s.words for s in scored]]),
         substitutions=words.substitutions,
         deletions=words.deletions,
         insertions=words.insertions,
         words=words.words,
         cer=characters.rate,
-        cer_interval=interval([s.characters for s in scored]),
+        cer_interval=interval([[s.characters for s in scored]]),
         characters=dict(
             number=characters.words,
             substitutions=characters.substitutions,
@@ -325,11 +325,14 @@ def millions(number: int) -> str:
     return f"{number / 1e6:,.2f} M"
 
 
-def rate(row: dict) -> str:
+def megabytes(number: int) -> str:
+    return f"{number / 1e6:.2f} MB"
+
+
+def rate(value: float, interval: Sequence[float]) -> str:
     """Return an error rate and its interval. Example: `6.25% [5.10, 7.42]`."""
-    value = 100 * row[row["measure"]]
-    low, high = (100 * bound for bound in row["interval"])
-    return f"{value:.2f}% [{low:.2f}, {high:.2f}]"
+    low, high = (100 * bound for bound in interval)
+    return f"{100 * value:.2f}% [{low:.2f}, {high:.2f}]"
 
 
 def change(row: dict) -> str:

@@ -2,8 +2,8 @@
 
 A study is a folder with a folder for each seed, which has a run directory for each training:
 FOLDER/seed-0/simple-top-k. `next_training` goes on where the study was stopped; `results` compares
-what is trained. `python -m dynsize.study FOLDER` trains nothing, and writes the tables and pictures
-of the trainings that are at their end.
+what is trained. `python -m dynsize.study FOLDER` trains nothing, and writes the tables of the
+trainings that are at their end; `python -m dynsize.plots FOLDER OUTPUT` draws them.
 
 The subnets of a supernet are compared with networks trained alone, of the same size and with the
 same seeds: with the first layers, and with the layers that the supernet kept, which take the same
@@ -15,7 +15,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -163,7 +162,7 @@ def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> 
         scores = read_scores(folders, config, split)
         rates[split] = {way: rates_of(way, seeds[way], scores, config) for way in seeds}
         differences[split] = differences_of(seeds, scores, config)
-        tables += tables_of(split, differences[split], scores, config)
+        tables.append(table_of(split, differences[split]))
     text = "\n".join([*tables, NOTE + "\n"])
     files.write_text(folder / "study.json", json.dumps(rates, indent=2) + "\n")
     files.write_text(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
@@ -203,7 +202,7 @@ def rates_of(way: str, seeds: Sequence[int], scores: Scores, config: Config) -> 
         errors = [scores.errors[run] for run in runs]
         row = dict(size=size, measure=scores.measure)
         row[scores.measure] = mean_rate(errors)
-        row["interval"] = interval(*errors)
+        row["interval"] = interval(errors)
         row["seeds"] = {}
         for seed, of_seed in zip(seeds, errors, strict=True):
             row["seeds"][seed] = mean_rate([of_seed])
@@ -217,8 +216,8 @@ def differences_of(seeds: dict[str, list[int]], scores: Scores, config: Config) 
     """Return the differences of error rates between the ways to train that are `COMPARED`.
 
     `seeds`: way → its seeds. Each row has `method`, the `baseline` that it is compared with, the
-    `size`, the `seeds` that both were trained with, the `measure` (wer or cer), the `rates` of
-    both, their `difference`, its 95% `interval` and the `verdict` on the method.
+    `size`, the `seeds` that both were trained with, the `measure` (wer or cer), the `rates` of both
+    with their `intervals`, the `difference`, its `interval`, and the `verdict` on the method.
     """
     rows = []
     for way, baseline in COMPARED:
@@ -229,35 +228,32 @@ def differences_of(seeds: dict[str, list[int]], scores: Scores, config: Config) 
                 runs = [(training_of(side, seed, size, config), size) for seed in both]
                 sides.append([scores.errors[run] for run in runs])
             row = dict(method=way, baseline=baseline, size=size, seeds=both)
-            rows.append(row | dict(measure=scores.measure) | difference(*sides))
+            row["measure"] = scores.measure
+            row["intervals"] = [interval(side) for side in sides]
+            rows.append(row | difference(*sides))
     return rows
 
 
-def tables_of(split: str, rows: list[dict], scores: Scores, config: Config) -> list[str]:
-    """Return the tables of a split: for each set of seeds the error rates, then the differences.
+def table_of(split: str, rows: list[dict]) -> str:
+    """Return the table of a split: a line for each row of `differences_of`.
 
-    A table has the same seeds in all its columns. The largest size comes first. `rows`: what
-    `differences_of` returned.
+    Both error rates of a line are of the same seeds.
     """
-    groups: dict[tuple[int, ...], list[dict]] = {}
+    lines = []
     for row in rows:
-        groups.setdefault(tuple(row["seeds"]), []).append(row)
-    tables = []
-    for seeds, of_group in groups.items():
-        named = f"{split}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
-        compared = {way for row in of_group for way in (row["method"], row["baseline"])}
-        rates: dict[int, dict] = {}  # size → line of a table
-        changes: dict[int, dict] = {}
-        title = f"{named}, {scores.measure.upper()}: size"
-        for way in sorted(compared, key=WAYS.index):
-            for row in rates_of(way, seeds, scores, config):
-                line = rates.setdefault(row["size"], {title: row["size"]})
-                line[way] = rate(row)
-        for row in of_group:
-            line = changes.setdefault(row["size"], {f"{named}: size": row["size"]})
-            line[f"{row['method']} − {row['baseline']}"] = change(row)
-        tables += [table(list(rates.values())), table(list(changes.values()))]
-    return tables
+        measure = row["measure"].upper()
+        rates = [rate(*both) for both in zip(row["rates"], row["intervals"], strict=True)]
+        cells = {
+            split: row["method"],
+            "against": row["baseline"],
+            "size": row["size"],
+            "seeds": ", ".join(map(str, row["seeds"])),
+            measure: rates[0],
+            f"{measure} against": rates[1],
+            "difference": change(row),
+        }
+        lines.append(cells)
+    return table(lines, text_columns=2)
 
 
 # The tables of what is trained.
@@ -279,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 and one line where there is nothing to compare."""
     parser = argparse.ArgumentParser(
         prog="python -m dynsize.study",
-        description="Writes the tables and pictures of a study's finished trainings to its folder.",
+        description="Writes the tables of a study's finished trainings to its folder.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -290,10 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not supernets:
             raise ValueError(f"{folder}: no training seed-*/{PAPER[0]} is at its end")
         results(supernets[0], trainings, folder)
-        if find_spec("matplotlib"):
-            from dynsize import plots  # needs matplotlib
-
-            plots.draw(folder, folder / "plots")
 
 
 if __name__ == "__main__":

@@ -184,43 +184,30 @@ def writes_blanks(texts: Iterable[str]) -> bool:
     return 2 * without <= len(letters)
 
 
-def interval(*runs: Sequence[Errors]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of an error rate (Bisani and Ney 2004), over utterances.
+def interval(*sides: Sequence[Sequence[Errors]]) -> tuple[float, float]:
+    """Return the 95% interval of an error rate, or of the first side's minus the second's.
 
-    Of several runs, on the same utterances, it is the interval of their mean rate, over utterances
-    and runs as in `paired_interval`.
-    """
-    rates = redrawn_rates(runs)  # (draws, 1)
-    low, high = np.quantile(rates[:, 0], [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired_interval(
-    first: Sequence[Sequence[Errors]], second: Sequence[Sequence[Errors]]
-) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the first error rate minus the second.
-
-    A side is a list of runs, one for each seed; a run has the errors of each utterance, and all
-    runs have the same utterances. The rate of a side is the mean over its runs. Each of 1000 draws
-    takes utterances with replacement, the same ones for all runs. It also takes the runs of each
-    side with replacement: n runs of a side that has n. So the interval covers other utterances and
-    other seeds. With few seeds it is too narrow: the bootstrap of n runs has (n − 1) / n of the
-    variance between seeds. With one run a side it covers other utterances alone.
+    It is a bootstrap (Bisani and Ney 2004). A side is a list of runs, one for each seed; a run
+    has the errors of each utterance, and all runs have the same utterances. The rate of a side is
+    the mean over its runs. Each of 1000 draws takes utterances with replacement, the same ones for
+    all runs. It also takes the runs of each side with replacement: n runs of a side that has n. So
+    the interval covers other utterances and other seeds. With few seeds it is too narrow: the
+    bootstrap of n runs has (n − 1) / n of the variance between seeds. With one run a side it covers
+    other utterances alone.
 
     Raises ValueError for different numbers of utterances.
     """
-    runs = [*first, *second]
-    lengths = {len(run) for run in runs}
+    lengths = {len(run) for side in sides for run in side}
     if len(lengths) > 1:
         numbers = " and ".join(map(str, sorted(lengths, reverse=True)))
         raise ValueError(f"{numbers} utterances can't be compared in pairs")
-    rates = redrawn_rates(first, second)  # (draws, 2)
-    differences = rates[:, 0] - rates[:, 1]
+    rates = redrawn_rates(sides)
+    differences = rates[:, 0] - rates[:, 1:].sum(1)  # of one side: its rates
     low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
 
 
-def redrawn_rates(*sides: Sequence[Sequence[Errors]]) -> np.ndarray:
+def redrawn_rates(sides: Sequence[Sequence[Sequence[Errors]]]) -> np.ndarray:
     """Return the error rates, (draws, sides), of utterances and runs drawn with replacement."""
     draw = np.random.default_rng(0)
     counts = []  # of each side: errors and words, (runs, utterances, 2)
@@ -246,7 +233,7 @@ def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
     The `verdict` is on the first side: better, worse, or not significantly different.
     """
     rates = [mean_rate(first), mean_rate(second)]
-    low, high = paired_interval(first, second)
+    low, high = interval(first, second)
     verdict = "not significantly different"  # the interval contains 0
     if high < 0:
         verdict = "better"

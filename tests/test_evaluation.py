@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import in_process
@@ -14,12 +15,12 @@ import pytest
 import soundfile
 import torch
 from conftest import RATE, tiny, write_tones
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynsize import checkpoint, report
 from dynsize.batching import Examples
-from dynsize.corpora import Utterance
+from dynsize.corpora import Utterance, read_corpus
 from dynsize.evaluation import transcribe
 from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
@@ -27,7 +28,7 @@ from dynsize.report import became_worse, errors_of, examples_of, read_hypotheses
 from dynsize.subnet import cut, parameters
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
-from dynsize.wer import Errors, difference
+from dynsize.wer import Errors, writes_blanks
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -393,16 +394,6 @@ def test_compare_several_seeds(work):
     assert "pipe: can't be read" in refused("--compare", "pipe", "run", cwd=work)
 
 
-def test_the_mean_rate_of_seeds_is_compared():
-    def errors(number: int) -> list[Errors]:
-        return [Errors(number, 0, 0, 10)] * 20
-
-    row = difference([errors(1), errors(3)], [errors(6)])
-    assert row["rates"] == pytest.approx([0.2, 0.6]) and row["runs"] == [2, 1]
-    assert row["difference"] == pytest.approx(-0.4) and row["verdict"] == "better"
-    assert row["interval"] == pytest.approx((-0.5, -0.3))
-
-
 texts = st.lists(st.text("ab( )/{}今", max_size=9).map(str.split).map(" ".join), max_size=5)
 
 
@@ -417,10 +408,31 @@ def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, form,
     assert read_hypotheses(file, utterances, "none") == found
 
 
-def test_hypotheses_are_cleaned_as_references_are(tmp_path):
-    (tmp_path / "hyp.txt").write_text("a Vie\u0302\u0323t\nb mi\u200cravam\n", encoding="utf-8")
-    said = [utterance("", "a"), utterance("", "b")]
-    assert read_hypotheses(tmp_path / "hyp.txt", said, "upper") == ["VI\u1ec6T", "MIRAVAM"]
+spoken = st.text("aŻє'\u2018\u2019\u02bc\u0301\u0323\u200c\u200dकम्ی今", min_size=1, max_size=5)
+ways_to_write = st.sampled_from(["NFC", "NFD"])
+normalisers = st.sampled_from(["none", "lower", "upper", "plain"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(spoken, min_size=1, max_size=4), ways_to_write, ways_to_write, normalisers)
+def test_a_right_text_has_no_errors_however_its_letters_are_written(
+    tmp_path_factory, words, form, other_form, normaliser
+):
+    text = " ".join(words)
+    root = tmp_path_factory.mktemp("corpus")
+    kaldi_corpus(root, {"rec_2": unicodedata.normalize(form, text)}, {})
+    config = tiny(corpus=str(root), normaliser=normaliser)
+    found = read_corpus(config, ["test"]).utterances
+    heard = unicodedata.normalize(other_form, text)
+    if normaliser == "plain":  # which makes one apostrophe of all of them
+        heard = re.sub("['\u2018\u2019\u02bc]", "\u2019", heard)
+    blanks = writes_blanks(utterance.text for utterance in found)
+    scored = [score(u, u.text, blanks) for u in found]
+    (root / "again.trn").write_text(report.trn([u.text for u in found], scored), encoding="utf-8")
+    (root / "other.txt").write_text(f"rec_2 {heard}\n", encoding="utf-8")
+    for name in ("again.trn", "other.txt"):
+        texts = read_hypotheses(root / name, found, normaliser)
+        assert sum(errors_of(found, texts, blanks), Errors()).total == 0, (name, texts)
 
 
 @pytest.mark.parametrize(

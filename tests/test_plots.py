@@ -312,7 +312,7 @@ def test_one_size_alone_has_no_step_1(tmp_path):
         ("metrics.jsonl", '"losses": {', '"losses": 7, "x": {'),
         ("metrics.jsonl", '"scores": [', '"scores": [[], '),
         ("config.json", '"sizes": [3, 5, 8]', '"sizes": ""'),
-        ("ranking.json", '"2.ff2"', "{}"),
+        ("ranking.json", '"layer"', '"x"'),
         ("evaluation/checkpoint/test/results.json", '"wer": 0.1', '"wer": null'),
         ("evaluation/checkpoint/test/results.json", "]}", ""),
     ],
