@@ -28,10 +28,8 @@ the mean rates. Two or three seeds show less than the whole spread of seeds.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -96,7 +94,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch-seconds", type=float, help="audio of one batch, at most (the training's)")
     add("--output", type=Path, metavar="DIR", help="write to DIR/SPLIT")
     add("--overwrite", action="store_true", help="replace results that are there")
-    add("--plots", action="store_true", help="draw the run in RUN/plots (needs matplotlib)")
     add_decoding_flags(parser)
     add("--tune-lm", action="store_true", help="choose weight and bonus on the dev splits")
     parsed = parser.parse_args(arguments)
@@ -109,10 +106,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("name one RUN, or several after --compare")
     if parsed.compare and len(parsed.compare) < 2:
         parser.error(f"--compare {parsed.compare[0]}: needs two or more")
-    if parsed.compare and (parsed.output or parsed.overwrite or parsed.plots):
-        parser.error("--compare writes nothing: it takes no --output, --overwrite or --plots")
-    if parsed.plots and not find_spec("matplotlib"):
-        parser.error("--plots needs matplotlib: pip install -e '.[plots]'")
+    if parsed.compare and (parsed.output or parsed.overwrite):
+        parser.error("--compare writes nothing: it takes no --output or --overwrite")
     if parsed.split and not are_splits(tuple(parsed.split)):
         names = " ".join(parsed.split)
         parser.error(f"--split {names}: must be names inside the corpus; A+B is A and B")
@@ -184,8 +179,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate split after split. Raises ValueError before anything is decoded, if it can."""
     system = opened(options.network, options)
     config = system.config
-    folder = system.path.parent
-    base = options.output or folder / "evaluation" / system.path.stem
+    base = options.output or system.path.parent / "evaluation" / system.path.stem
     splits = options.split or config.test_splits
     for split in splits:
         results = base / split / "results.json"
@@ -197,11 +191,6 @@ def run(options: argparse.Namespace) -> None:
     for split in splits:
         report = evaluate(system, split, base / split)
         show(report, base / split)
-    if options.plots:
-        from dynsize import plots  # needs matplotlib
-
-        plots.draw(folder, folder / "plots")
-        print(f"\npictures: {folder / 'plots'}")
 
 
 def computes(system: System) -> str:
@@ -222,20 +211,21 @@ def write_decoding(system: System, options: argparse.Namespace, file: Path) -> N
     if words:
         content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps(content, indent=2) + "\n")
+    files.write_json(file, content)
 
 
 def tune(system: System) -> list[dict]:
     """Set a system's language model's weight and bonus to those with the fewest errors on dev.
 
     The largest size decodes the dev splits, or their first 500 utterances, with each pair. Returns
-    the weight, the bonus and the word error rate of every pair.
+    the weight, the bonus and the error rate of every pair, under the name of its measure.
     """
     config = system.config
     words = system.words
     corpus = read_corpus(config, config.dev_splits)
     utterances = corpus.utterances[:MOST_TUNED]
     blanks = writes_blanks(utterance.text for utterance in utterances)
+    measure = "wer" if blanks else "cer"
     size = system.sizes[-1]
     network = alone(system, size)
     rows = []
@@ -243,9 +233,9 @@ def tune(system: System) -> list[dict]:
         title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
         texts, _ = decoded(system, network, size, utterances, title)
         errors = sum(errors_of(utterances, texts, blanks), Errors())
-        row = dict(weight=words.weight, bonus=words.bonus, wer=errors.rate)
-        rows.append(row)
-    best = min(rows, key=lambda row: row["wer"])
+        row = dict(weight=words.weight, bonus=words.bonus)
+        rows.append(row | {measure: errors.rate})
+    best = min(rows, key=lambda row: row[measure])
     words.weight = best["weight"]
     words.bonus = best["bonus"]
     return rows

@@ -4,7 +4,6 @@ Each network becomes an ONNX file in float32 and one in int8. What the files cos
 recognise is one table. Another one has what choosing the size at run time costs.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -82,7 +81,7 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
         choice=timings["choice"],
     )
     text = text_of(found)
-    files.write_text(folder / "compression.json", json.dumps(found, indent=2) + "\n")
+    files.write_json(folder / "compression.json", found)
     files.write_text(folder / "compression.md", text)
     return text
 
@@ -171,7 +170,7 @@ def timed(config: Config, runs: Path, exports: dict[str, Path]) -> dict:
             milliseconds=file_milliseconds(exports),
             choice=choice_rows(config, runs / NETWORKS["cut"], exports),
         )
-        files.write_text(path, json.dumps(found, indent=2) + "\n")
+        files.write_json(path, found)
     return read_json(path)
 
 

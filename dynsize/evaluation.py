@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -380,12 +380,14 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     """
     corpus = common_corpus(sides, split)
     texts: dict[tuple[int, int], list[Texts]] = {}  # (side, size) → of each run
+    sizes = []  # of each side
     for number, systems in enumerate(sides):
         runs = [texts_by_size(system, corpus.utterances, split) for system in systems]
         common = [size for size in runs[0] if all(size in run for run in runs)]
         if not common:
             names = ", ".join(str(system.path) for system in systems)
             raise ValueError(f"{names}: these have no size in common")
+        sizes.append(common)
         for size in common:
             texts[number, size] = [run[size] for run in runs]
     read = read_by_all(list(chain.from_iterable(texts.values())), split)
@@ -399,11 +401,12 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     shared = dict(measure="wer" if blanks else "cer", utterances=len(read), left_out=unreadable)
     rows = []
     for a, b in combinations(range(len(sides)), 2):
-        pairs = [pair for pair in combinations(errors, 2) if (pair[0][0], pair[1][0]) == (a, b)]
-        same = [pair for pair in pairs if pair[0][1] == pair[1][1]]
+        pairs = list(product(sizes[a], sizes[b]))
+        same = [(size, size) for size in sizes[a] if size in sizes[b]]
         for first, second in same or pairs:
-            ends = dict(first=first, second=second)
-            rows.append(ends | shared | difference(errors[first], errors[second]))
+            ends = dict(first=(a, first), second=(b, second))
+            changed = difference(errors[a, first], errors[b, second])
+            rows.append(ends | shared | changed)
     return rows
 
 

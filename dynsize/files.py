@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, those that are kept between runs, and their leftovers."""
 
+import json
 import os
 import shutil
 import socket
@@ -56,6 +57,11 @@ def write(path: Path, data: bytes, sync: bool = True) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8, see `write`."""
     write(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write what JSON can hold, see `write`. Raises ValueError for a number that is not finite."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def delete(path: Path) -> None:

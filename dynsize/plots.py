@@ -1,4 +1,4 @@
-"""Pictures of a training and of its results, drawn with matplotlib (extra `plots`).
+"""Pictures of a training and of a study, drawn with matplotlib (extra `plots`).
 
 `python -m dynsize.plots RUN OUTPUT` writes those for which a run, or the folder of a study, has
 data, each as PNG and SVG. One thing has the same colour and marker in all pictures, and each
@@ -6,8 +6,9 @@ picture is readable in black and white.
 """
 
 import argparse
+import typing
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib as mpl
@@ -48,15 +49,14 @@ MARKS = {  # way to train → colour, marker and line; lightness differs too
     "aux-loss": ("#CC79A7", "v", ":"),
     "distilled": ("#E69F00", "P", "--"),
 }
-COSTS = {  # column of a result → label, unit
-    "macs": ("multiply-accumulates for 1 s of audio", ""),
-    "real_time_factor": ("time to decode 1 s of audio", "s"),
+COSTS = {  # column of compression.json → label, unit
     "bytes": ("ONNX file", "B"),
     "milliseconds": ("time for 10 s of audio", "ms"),
 }
-RUN_COSTS = ("macs", "real_time_factor")  # of the sizes of a run
-FILE_COSTS = ("bytes", "milliseconds")  # of a study's ONNX files
 FILES = ("config.json", "ranking.json", "differences.json", "compression.json")
+
+Records = Sequence[dict]  # lines of metrics.jsonl, or rows of a table
+Styles = dict[str, dict]  # size → how its lines are drawn
 
 
 def draw(source: Path, output: Path) -> list[Path]:
@@ -65,40 +65,36 @@ def draw(source: Path, output: Path) -> list[Path]:
     Returns the files. Raises ValueError where there is no data at all, and where it is damaged.
     """
     records = [record for _, record in read_metrics(source)]
-    paths = [source / name for name in FILES]
-    paths += sorted(source.glob("evaluation/*/*/results.json"))
-    found = {path: read_json(path) for path in paths if path.exists()}
+    names = [name for name in FILES if (source / name).exists()]
+    found = {name: read_json(source / name) for name in names}
     written = []
     with mpl.rc_context(STYLE):
         try:
-            figures = figures_of(source, records, found)
+            figures = figures_of(printable(source.name), records, found)
             for name, figure in figures.items():
                 written += save_figure(figure, output / name)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            what = f"its numbers are not as train.py and evaluate.py write them: {error!r}"
+            what = f"its numbers are not as train.py writes them: {error!r}"
             raise ValueError(f"{source}: damaged: {what}") from error
     if not written:
-        raise ValueError(f"{source}: nothing to draw: no {METRICS}, evaluation or study")
+        raise ValueError(f"{source}: nothing to draw: no {METRICS}, no study")
     return written
 
 
-def figures_of(source: Path, records: list[dict], found: dict[Path, dict]) -> dict[str, Figure]:
-    """Return name → picture. `records`: of metrics.jsonl. `found`: what the other files hold."""
-    config, ranking, differences, compression = (found.pop(source / name, None) for name in FILES)
+def figures_of(name: str, records: Records, found: dict[str, typing.Any]) -> dict[str, Figure]:
+    """Return name → picture. `records`: of metrics.jsonl. `found`: file → what it holds."""
     figures = {}
-    name = printable(source.name)
     if any(record.get("losses") for record in records):
-        figures["training"] = training_figure(records, config, name)
+        figures["training"] = training_figure(records, found["config.json"], name)
     scored = [record for record in records if record.get("scores")]
     scored = [record for record in scored if record["step"] == 1]
-    if scored and ranking:
-        figures["layers"] = layers_figure(scored, config, ranking, name)
-    if found:
-        figures["cost"] = cost_figure(evaluated_rows(found, config), RUN_COSTS)
-    if differences:
-        figures["study"] = study_figure(differences)
-    if compression:
-        figures["compression"] = cost_figure(file_rows(compression["rows"]), FILE_COSTS)
+    if scored and "ranking.json" in found:
+        ranking = found["ranking.json"]
+        figures["layers"] = layers_figure(scored, found["config.json"], ranking, name)
+    if "differences.json" in found:
+        figures["study"] = study_figure(found["differences.json"])
+    if "compression.json" in found:
+        figures["compression"] = compression_figure(found["compression.json"]["rows"])
     return figures
 
 
@@ -116,7 +112,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 # The training.
 
 
-def training_figure(records: Sequence[dict], config: dict, name: str) -> Figure:
+def training_figure(records: Records, config: dict, name: str) -> Figure:
     """Draw losses, dev error rates, and the learning rate over the updates of a training."""
     logged = [record for record in records if record.get("losses")]
     validated = [record for record in records if record.get("dev")]
@@ -143,7 +139,7 @@ def training_figure(records: Sequence[dict], config: dict, name: str) -> Figure:
     return figure
 
 
-def styles_of(sizes: Sequence[int]) -> dict[str, dict]:
+def styles_of(sizes: Sequence[int]) -> Styles:
     """Return size → how its lines are drawn: the smaller, the lighter, with other dashes.
 
     `sizes`: largest first.
@@ -156,7 +152,7 @@ def styles_of(sizes: Sequence[int]) -> dict[str, dict]:
     return styles
 
 
-def draw_losses(axes: Axes, logged: Sequence[dict], styles: dict[str, dict]) -> None:
+def draw_losses(axes: Axes, logged: Records, styles: Styles) -> None:
     """Draw the CTC loss of each size, and in step 1 that of the subnet, whose size k changes."""
     full, *_ = styles
     subnet = dict(color=K_COLOUR, label="size k, step 1")
@@ -173,7 +169,7 @@ def draw_losses(axes: Axes, logged: Sequence[dict], styles: dict[str, dict]) -> 
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
-def draw_errors(axes: Axes, validated: Sequence[dict], styles: dict[str, dict]) -> None:
+def draw_errors(axes: Axes, validated: Records, styles: Styles) -> None:
     """Draw the dev error rate of each size: of words, or of characters if they count."""
     measure = "wer"
     updates = [record["update"] for record in validated]
@@ -190,7 +186,7 @@ def draw_errors(axes: Axes, validated: Sequence[dict], styles: dict[str, dict]) 
 # The layers over training.
 
 
-def layers_figure(scored: Sequence[dict], config: dict, ranking: list[dict], name: str) -> Figure:
+def layers_figure(scored: Records, config: dict, ranking: list[dict], name: str) -> Figure:
     """Draw the layer scores of step 1 as shade, k as a line, and the final masks beside it.
 
     `scored`: lines of metrics.jsonl with `scores` and `ranking`, which are numbers of layers.
@@ -218,7 +214,7 @@ def layers_figure(scored: Sequence[dict], config: dict, ranking: list[dict], nam
     return figure
 
 
-def draw_scores(axes: Axes, scored: Sequence[dict], rows: np.ndarray) -> None:
+def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
     """Draw the scores of the k best layers over the updates as shade, a row for each layer."""
     columns = []
     for record in scored:
@@ -236,7 +232,7 @@ def draw_scores(axes: Axes, scored: Sequence[dict], rows: np.ndarray) -> None:
     axes.figure.colorbar(shade, ax=axes, location="bottom", aspect=50, label=label)
 
 
-def draw_k(axes: Axes, scored: Sequence[dict]) -> None:
+def draw_k(axes: Axes, scored: Records) -> None:
     """Draw the size of the subnet that trains in step 1, over the updates."""
     updates = [record["update"] for record in scored]
     sizes = [record["sizes"][-1] for record in scored]
@@ -259,107 +255,67 @@ def draw_masks(axes: Axes, sizes: list[int], ranked: list[str], names: list[str]
     axes.tick_params(labelleft=False)
 
 
-# Error rate against cost.
-
-
-def evaluated_rows(reports: dict[Path, dict], config: dict) -> list[dict]:
-    """Return the rows of a run's reports, given by the path CHECKPOINT/SPLIT/results.json.
-
-    Each row has its `split`, its `way` to train, the `measure`, wer or cer, with its `interval`.
-    """
-    trained = config["method"]
-    if trained == "none":
-        trained = "distilled" if config.get("teacher") else "alone"
-    rows = []
-    for path, report in reports.items():
-        checkpoint = path.parents[1].name
-        shared = dict(split=report["split"], measure=report["measure"], way=trained)
-        if checkpoint != "checkpoint":
-            shared["way"] += f" ({checkpoint})"
-        for row in report["sizes"]:
-            shared["interval"] = row["interval"]
-            if report["measure"] == "cer":
-                shared["interval"] = row["cer_interval"]
-            rows.append(row | shared)
-    return rows
-
-
-def file_rows(files: Sequence[dict]) -> list[dict]:
-    """Return rows as `evaluated_rows` does, of the `rows` in compression.json."""
-    rows = []
-    for row in files:
-        way = "simple-top-k" if row["network"] == "cut" else row["network"]
-        if row["numbers"] == "int8":
-            way += " int8"
-        for split, rates in row["splits"].items():
-            rows.append(row | rates | dict(split=split, way=way))
-    return rows
-
-
-def cost_figure(rows: Sequence[dict], costs: Sequence[str]) -> Figure:
-    """Draw error rates against costs: a row of panels for each split, a column for each cost.
-
-    `rows`: as of `evaluated_rows`, with the columns `costs`. A way to train is a line
-    through its sizes. A variant of it, such as `simple-top-k int8`, has hollow markers.
-    """
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    lines: dict[tuple[str, str], list[dict]] = {}  # way, split → rows
-    for row in sorted(rows, key=lambda row: (order(row["way"]), row["size"])):
-        lines.setdefault((row["way"], row["split"]), []).append(row)
-    orders = sorted({order(row["way"]) for row in rows})
-    figure = Figure(figsize=(3.4 * len(costs), 1.2 + 2.6 * len(splits)))
-    shape = (len(splits), len(costs))
-    grid = figure.subplots(*shape, sharex="col", sharey="row", squeeze=False)
-    for (way, split), line in lines.items():
-        shift = orders.index(order(way)) - (len(orders) - 1) / 2
-        for cost, axes in zip(costs, grid[splits.index(split)], strict=True):
-            draw_way(axes, line, cost, 4 * shift)
-    for split, axes in zip(splits, grid[:, 0], strict=True):
-        axes.set_ylabel(f"{printable(split)}: {rows[0]['measure'].upper()}")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    for cost, axes in zip(costs, grid[-1], strict=True):
-        label, unit = COSTS[cost]
-        axes.set_xlabel(label)
-        axes.xaxis.set_major_formatter(EngFormatter(unit))
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(
-        "error rates with 95% intervals, each line from the smallest size to the largest"
-    )
-    return figure
-
-
-def order(way: str) -> int:
-    """Return the place of a way to train in `MARKS`; a variant has its way's."""
-    return list(MARKS).index(way.split()[0])
+# A study.
 
 
 def style_of(way: str, hollow: bool) -> dict:
     """Return how the points of a way to train are drawn."""
-    colour, marker, line = MARKS[way.split()[0]]
+    colour, marker, line = MARKS[way]
     face = "white" if hollow else colour
     return dict(color=colour, marker=marker, linestyle=line, markerfacecolor=face)
 
 
-def draw_way(axes: Axes, line: Sequence[dict], cost: str, shift: float) -> None:
-    """Draw the error rates of one way to train with intervals, `shift` points to the right.
+def compression_figure(rows: Records) -> Figure:
+    """Draw the error rates of ONNX files against bytes and time: a row of panels for each split.
+
+    `rows`: those of compression.json. A line goes through the sizes of one way to train; the
+    markers of int8 are hollow.
+    """
+    splits = list(rows[0]["splits"])
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(7, 1.2 + 2.6 * len(splits)))
+    shape = (len(splits), len(COSTS))
+    grid = figure.subplots(*shape, sharex="col", sharey="row", squeeze=False)
+    for split, panels in zip(splits, grid, strict=True):
+        measure = rows[0]["splits"][split]["measure"]
+        panels[0].set_ylabel(f"{printable(split)}: {measure.upper()}")
+        panels[0].yaxis.set_major_formatter(PercentFormatter(1))
+        for cost, axes in zip(COSTS, panels, strict=True):
+            for network, numbers in product(networks, ("float32", "int8")):
+                of_network = [row for row in rows if row["network"] == network]
+                line = [row for row in of_network if row["numbers"] == numbers]
+                shift = networks.index(network) - (len(networks) - 1) / 2
+                draw_files(axes, line, split, cost, 4 * shift)
+            axes.grid(axis="y", color="0.9")
+    for cost, axes in zip(COSTS, grid[-1], strict=True):
+        label, unit = COSTS[cost]
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(unit))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle("error rates of ONNX files with 95% intervals, a line through the sizes")
+    return figure
+
+
+def draw_files(axes: Axes, line: list[dict], split: str, cost: str, shift: float) -> None:
+    """Draw the error rates of one network's files with intervals, `shift` points to the right.
 
     So points of equal cost are not drawn over each other.
     """
-    way = line[0]["way"]
+    network, numbers = line[0]["network"], line[0]["numbers"]
+    way = "simple-top-k" if network == "cut" else network
+    hollow = numbers == "int8"
+    scores = [row["splits"][split] for row in line]
     values = [row[cost] for row in line]
-    rates = np.array([row[row["measure"]] for row in line])
-    low, high = np.transpose([row["interval"] for row in line])
+    rates = np.array([score[score["measure"]] for score in scores])
+    low, high = np.transpose([score["interval"] for score in scores])
     errors = np.maximum(0, [rates - low, high - rates])
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    style = style_of(way, hollow=way not in MARKS)
-    axes.errorbar(values, rates, errors, label=way, transform=axes.transData + move, **style)
+    place = axes.transData + move
+    label = f"{way} int8" if hollow else way
+    axes.errorbar(values, rates, errors, label=label, transform=place, **style_of(way, hollow))
     for bounds in (low, high):  # what is moved does not count for the limits of the axes
         axes.update_datalim(np.column_stack([values, bounds]))
-    axes.grid(axis="y", color="0.9")
-
-
-# A study.
 
 
 def study_figure(differences: dict[str, list[dict]]) -> Figure:
@@ -409,7 +365,7 @@ def draw_difference(axes: Axes, row: dict, line: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 and one line where there is nothing to draw."""
     parser = argparse.ArgumentParser(
-        prog="python -m dynsize.plots", description="Draws pictures of a training and its results."
+        prog="python -m dynsize.plots", description="Draws pictures of a training or a study."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="or a study's folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory for PNG and SVG")

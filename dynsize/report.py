@@ -202,9 +202,9 @@ def write_evaluation(report: dict, scored: dict[int, list[Scored]], output: Path
         contents[f"hyp-{size}.trn"] = trn(texts, of_size)
         contents[f"aligned-{size}.txt"] = "\n".join(map(aligned, of_size))
     contents["results.md"] = markdown(report)
-    contents["results.json"] = json.dumps(report, indent=2, allow_nan=False) + "\n"
     for name, text in contents.items():
-        files.write(output / name, text.encode())
+        files.write_text(output / name, text)
+    files.write_json(output / "results.json", report)
 
 
 def written_id(utterance: Utterance) -> str:

@@ -12,7 +12,6 @@ multiply-accumulates.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,8 @@ COMPARED = [  # ways to train, and the one that each is compared with
     *((way, "alone") for way in (*SHARED, "distilled")),
     *SAME_LAYERS.items(),
 ]
+Trainings = dict[str, Config]  # name → configuration
+Seeds = dict[str, list[int]]  # way to train → its seeds
 NOTE = (
     "The 95% intervals cover other utterances and, where there are several seeds, other seeds; two "
     "or three seeds show less than the whole spread. Differences are in percent points, between "
@@ -46,7 +47,7 @@ NOTE = (
 )
 
 
-def plan(config: Config, seeds: Sequence[int], folder: Path) -> dict[str, Config]:
+def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
     """Return name → configuration of each training, in their order, all with the same updates.
 
     With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
@@ -88,7 +89,7 @@ def training_name(config: Config) -> str:
     return f"seed-{config.seed}/{way_of(config)}{size}"
 
 
-def next_training(trainings: dict[str, Config], folder: Path) -> Trainer | None:
+def next_training(trainings: Trainings, folder: Path) -> Trainer | None:
     """Return the first training of the plan that is not at its end, new or as it was left.
 
     Returns None where all are. Raises ValueError where the folder has a training of the same name
@@ -131,7 +132,7 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
 # The results.
 
 
-def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
+def results(config: Config, trainings: Trainings, folder: Path) -> str:
     """Return, and write, the tables of error rates, and of compression where it can run."""
     tables = write_tables(config, trainings, folder)
     if package := compression.missing():
@@ -140,7 +141,7 @@ def results(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     return tables + "\n" + compression.compare_files(config, trainings, folder)
 
 
-def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> str:
+def write_tables(config: Config, trainings: Trainings, folder: Path) -> str:
     """Return the study's tables in Markdown, and write them as `study.md`.
 
     `trainings`: name → configuration of those that are at their end. Evaluates each on the test
@@ -164,15 +165,15 @@ def write_tables(config: Config, trainings: dict[str, Config], folder: Path) -> 
         differences[split] = differences_of(seeds, scores, config)
         tables.append(table_of(split, differences[split]))
     text = "\n".join([*tables, NOTE + "\n"])
-    files.write_text(folder / "study.json", json.dumps(rates, indent=2) + "\n")
-    files.write_text(folder / "differences.json", json.dumps(differences, indent=2) + "\n")
+    files.write_json(folder / "study.json", rates)
+    files.write_json(folder / "differences.json", differences)
     files.write_text(folder / "study.md", text)
     return text
 
 
-def seeds_of_ways(trainings: dict[str, Config], config: Config) -> dict[str, list[int]]:
+def seeds_of_ways(trainings: Trainings, config: Config) -> Seeds:
     """Return way → the seeds with which all its sizes are trained, without ways that have none."""
-    found: dict[str, list[int]] = {}
+    found: Seeds = {}
     for way in WAYS:
         for seed in dict.fromkeys(training.seed for training in trainings.values()):
             if all(training_of(way, seed, size, config) in trainings for size in config.sizes):
@@ -212,7 +213,7 @@ def rates_of(way: str, seeds: Sequence[int], scores: Scores, config: Config) -> 
     return rates
 
 
-def differences_of(seeds: dict[str, list[int]], scores: Scores, config: Config) -> list[dict]:
+def differences_of(seeds: Seeds, scores: Scores, config: Config) -> list[dict]:
     """Return the differences of error rates between the ways to train that are `COMPARED`.
 
     `seeds`: way → its seeds. Each row has `method`, the `baseline` that it is compared with, the
@@ -242,14 +243,14 @@ def table_of(split: str, rows: list[dict]) -> str:
     lines = []
     for row in rows:
         measure = row["measure"].upper()
-        rates = [rate(*both) for both in zip(row["rates"], row["intervals"], strict=True)]
+        first, second = zip(row["rates"], row["intervals"], strict=True)
         cells = {
             split: row["method"],
             "against": row["baseline"],
             "size": row["size"],
             "seeds": ", ".join(map(str, row["seeds"])),
-            measure: rates[0],
-            f"{measure} against": rates[1],
+            measure: rate(*first),
+            f"{measure} against": rate(*second),
             "difference": change(row),
         }
         lines.append(cells)
@@ -259,7 +260,7 @@ def table_of(split: str, rows: list[dict]) -> str:
 # The tables of what is trained.
 
 
-def finished(folder: Path) -> dict[str, Config]:
+def finished(folder: Path) -> Trainings:
     """Return name → configuration of the trainings in a study's folder that are at their end."""
     found = {}
     for run in sorted(folder.glob("seed-*/*")):

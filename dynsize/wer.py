@@ -201,30 +201,23 @@ def interval(*sides: Sequence[Sequence[Errors]]) -> tuple[float, float]:
     if len(lengths) > 1:
         numbers = " and ".join(map(str, sorted(lengths, reverse=True)))
         raise ValueError(f"{numbers} utterances can't be compared in pairs")
-    rates = redrawn_rates(sides)
-    differences = rates[:, 0] - rates[:, 1:].sum(1)  # of one side: its rates
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def redrawn_rates(sides: Sequence[Sequence[Sequence[Errors]]]) -> np.ndarray:
-    """Return the error rates, (draws, sides), of utterances and runs drawn with replacement."""
-    draw = np.random.default_rng(0)
     counts = []  # of each side: errors and words, (runs, utterances, 2)
     for side in sides:
         pairs = [[(errors.total, errors.words) for errors in run] for run in side]
         counts.append(np.array(pairs, dtype=float))
+    draw = np.random.default_rng(0)
     utterances = counts[0].shape[1]
-    rates = np.empty((DRAWS, len(sides)))
+    rates = np.empty((len(sides), DRAWS))
     for i in range(DRAWS):
         drawn = draw.integers(utterances, size=utterances)
         for side, of_side in enumerate(counts):
             runs = draw.integers(len(of_side), size=len(of_side))
             by_run = of_side[:, drawn].sum(1)  # (runs, 2)
-            total, words = by_run[runs].T  # (runs,) each
-            rate = total / np.maximum(words, 1)
-            rates[i, side] = rate.mean()
-    return rates
+            errors, words = by_run[runs].T  # (runs,) each
+            rates[side, i] = np.mean(errors / np.maximum(words, 1))
+    first, *second = rates
+    low, high = np.quantile(first - sum(second), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:

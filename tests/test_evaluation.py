@@ -173,15 +173,6 @@ def test_bad_input(made, arguments, words):
     assert all(word in said for word in words) and "\x1b" not in said, said
 
 
-def test_help_teaches(made, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    done = run("--help", cwd=made)
-    assert done.returncode == 0
-    for part in ("examples:", "results.json", "exit code", "ID TEXT", "--normaliser", "seeds"):
-        assert part in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
-
-
 def kaldi_corpus(root: Path, words: dict[str, str], speakers: dict[str, str]) -> Path:
     """Write a corpus in Kaldi's layout: id → words, id → speaker."""
     folder = root / "test"
@@ -269,18 +260,6 @@ def test_where_no_audio_can_be_read_nothing_is_written(work):
 
 def utterance(text: str, name: str = "a", reference=(), speaker: str = "") -> Utterance:
     return Utterance(name, f"{name}.wav", text, 800, (0, 800), RATE, 0, speaker, reference)
-
-
-def test_alternatives_of_the_reference_are_scored():
-    reference = [[["i've"]], [["um"], ["uh"], []], [["well"], []], [["seen"]]]
-    said = utterance("i've um seen", reference=reference)
-    assert errors_of([said] * 3, ["i've seen", "i've uh well seen", None], True) == [
-        Errors(0, 0, 0, 2),
-        Errors(0, 0, 0, 4),
-    ]
-    scored = score(said, "i've uh seem", True)
-    assert scored.words == Errors(1, 0, 0, 3)
-    assert scored.characters == Errors(1, 0, 0, len("i've uh seen"))
 
 
 def test_an_stm_is_scored_with_its_alternatives(work):

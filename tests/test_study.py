@@ -298,12 +298,8 @@ def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, 
     assert sorted(exports) == sorted({*expected, "supernet.onnx"})
     found = study.read("compression.json")
     check_rows(study, found)
-    files = found["rows"]
-    assert (
-        len(re.findall(r"^\| [83] +\| [a-z]+ +\| (?:float32|int8)", text, re.M)) == len(files) == 12
-    )
-    assert text.count("| test-clean | ") == len(found["int8"]) == 6
-    assert len(re.findall(r"^\| (?:ONNX |torch) \| +[83] \|", text, re.M)) == 4
+    assert len(found["rows"]) == 12 and len(found["int8"]) == 6 and len(found["choice"]) == 4
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 3 * 2 + 12 + 6 + 4
 
     # everything is there now, but for the times
     del exports[:]
