@@ -42,8 +42,9 @@ NOTE = (
     "or three seeds show less than the whole spread. Differences are in percent points, between "
     "the same size on the same utterances, with the same seeds on both sides. alone: each size "
     "trained alone, with the first layers. X-layers: trained alone, with the layers that the "
-    "supernet by X kept. Better, worse: the interval does not contain 0. The others are not "
-    "significantly different."
+    "supernet by X kept; at the largest size this is the network that alone is. Better, worse: the "
+    "interval does not contain 0, as one of twenty does by chance. The others are not "
+    "significantly different.\n"
 )
 
 
@@ -164,7 +165,7 @@ def write_tables(config: Config, trainings: Trainings, folder: Path) -> str:
         rates[split] = {way: rates_of(way, seeds[way], scores, config) for way in seeds}
         differences[split] = differences_of(seeds, scores, config)
         tables.append(table_of(split, differences[split]))
-    text = "\n".join([*tables, NOTE + "\n"])
+    text = "\n".join([*tables, NOTE])
     files.write_json(folder / "study.json", rates)
     files.write_json(folder / "differences.json", differences)
     files.write_text(folder / "study.md", text)
