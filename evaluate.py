@@ -128,7 +128,7 @@ def opened(path: Path, options: argparse.Namespace) -> System:
     Prints how many of the references' words a language model lacks.
     """
     system = open_system(path, changes(options))
-    tokenizer, normaliser = system.facts.tokenizer, system.facts.normaliser
+    tokenizer, normaliser = system.facts.tokenizer, system.facts.config.normaliser
     words = None
     if options.lm:
         words = LanguageModel(options.lm, tokenizer.letters(), normaliser, **lm_settings(options))

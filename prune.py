@@ -302,10 +302,8 @@ def write_subnets(
     written = [*files.values()]
     if options.export:
         onnx = onnx_paths(loaded, files.values(), options)
-        if loaded.model.size is None:
-            export.require_torch(onnx[0])
+        export.check_installed(onnx[0], loaded.model.size)
         for file in onnx:
-            export.require_packages(file)
             written += [file, int8_path(file)] if options.int8 else [file]
     for file in written:
         if file.resolve() == loaded.path.resolve():

@@ -77,8 +77,13 @@ def captions(transcript: Transcript) -> list[list[Word]]:
     return lines
 
 
+def span(words: list[Word], point: str) -> str:
+    """Return the times of a caption, as 00:00:00.500 --> 01:02:03.456; the point is SRT's comma."""
+    return f"{clock(words[0].start, point)} --> {clock(words[-1].end, point)}"
+
+
 def clock(seconds: float, point: str) -> str:
-    """Return a time as captions write it: 01:02:03.456, with a comma for the point in SRT."""
+    """Return a time as 01:02:03.456."""
     total = round(1000 * seconds)
     minutes, milliseconds = divmod(total, 60_000)
     second, milliseconds = divmod(milliseconds, 1000)
@@ -96,10 +101,9 @@ def json_line(transcript: Transcript, name: str) -> str:
 
 
 def srt(transcript: Transcript, name: str) -> str:
-    blocks = [
-        f"{number}\n{clock(line[0].start, ',')} --> {clock(line[-1].end, ',')}\n{joined(line)}\n"
-        for number, line in enumerate(captions(transcript), start=1)
-    ]
+    blocks = []
+    for number, line in enumerate(captions(transcript), start=1):
+        blocks.append(f"{number}\n{span(line, ',')}\n{joined(line)}\n")
     return "\n".join(blocks)
 
 
@@ -107,7 +111,7 @@ def vtt(transcript: Transcript, name: str) -> str:
     blocks = []
     for line in captions(transcript):
         text = html.escape(joined(line), quote=False)  # & and < are WebVTT's own
-        blocks.append(f"{clock(line[0].start, '.')} --> {clock(line[-1].end, '.')}\n{text}\n")
+        blocks.append(f"{span(line, '.')}\n{text}\n")
     return "\n".join(["WEBVTT\n", *blocks])
 
 
@@ -156,19 +160,18 @@ def run(options: argparse.Namespace) -> int:
     """Transcribe file after file. Returns the exit code: 2 where some file could not be read."""
     written = text_files(options)
     recogniser = dynsize.load(options.model)
+    asked: dict[str, Any] = dict(size=chosen_size(recogniser, options), beam=beam_of(options))
+    if options.channel:
+        asked["channel"] = options.channel - 1
     words = None
     if options.lm:
         words = recogniser.language_model(options.lm, **lm_settings(options))
-    asked: dict[str, Any] = dict(
-        size=chosen_size(recogniser, options),
-        beam=beam_of(options),
-        language_model=words,
-        channel=None if options.channel is None else options.channel - 1,
-    )
+        asked["language_model"] = words
     code, texts = 0, []
     for name, file in zip(options.audio, written, strict=True):
         try:
-            transcript = with_progress(recogniser, name, asked)
+            with progress_bar(name) as bar:
+                transcript = recogniser.transcribe(name, progress=bar.update, **asked)
         except ValueError as error:
             print(one_line(f"dynsize: {error}"), file=sys.stderr)
             code = 2
@@ -192,17 +195,10 @@ def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
     return size
 
 
-def with_progress(recogniser: Recogniser, name: str, asked: dict[str, Any]) -> Transcript:
-    """Return the text of a file; on a terminal, a long one has a progress bar."""
-    with tqdm(
-        desc=printable(name),
-        unit=" s",
-        unit_scale=True,
-        delay=2,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        return recogniser.transcribe(name, progress=bar.update, **asked)
+def progress_bar(name: str) -> tqdm:
+    """Return the bar of a file that takes long, for a terminal."""
+    shown = dict(unit=" s", unit_scale=True, delay=2, leave=False)
+    return tqdm(desc=printable(name), disable=not sys.stderr.isatty(), **shown)
 
 
 def put(text: str, file: Path | None) -> None:
@@ -211,7 +207,7 @@ def put(text: str, file: Path | None) -> None:
     Characters that the stream or UTF-8 lacks are written as JSON does, so that JSON stays JSON.
     """
     if file is None:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = sys.stdout.encoding
         print(text.encode(encoding, "json").decode(encoding), end="", flush=True)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)

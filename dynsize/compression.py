@@ -180,7 +180,7 @@ def file_milliseconds(exports: dict[str, Path]) -> dict[str, float]:
     for name, path in exports.items():
         file = open_onnx(path)
         (size,) = file.facts.sizes
-        calls[name] = partial(file.network, noise(file.facts.sample_rate), size)
+        calls[name] = partial(file.network, noise(file.facts.config.sample_rate), size)
     return in_turn(calls, ROUNDS)
 
 

@@ -7,7 +7,7 @@ comes with the extra `lm`: the wheel of flashlight-text has it.
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,9 +15,10 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dynsize.ctc import BLANK
+from dynsize.ctc import BLANK, label_frames
 from dynsize.text import clean
 
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
@@ -25,7 +26,6 @@ UNKNOWN = "<unk>"
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
 LARGEST = 1000  # of the weight and the bonus of a language model
 LOG_ZERO = -99.0  # what ARPA files write for the logarithm of 0
-GZIP = b"\x1f\x8b"
 TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
 
 
@@ -193,6 +193,27 @@ def labels_with_frames(prefix: Prefix) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
+def best_labels(
+    parts: Iterable[Tensor],
+    beam: int,
+    units: Sequence[bytes] = (),
+    words: "LanguageModel | None" = None,
+) -> list[tuple[int, int]]:
+    """Return the best labels of one utterance, each with the frame in which it is emitted.
+
+    `parts`: its log-probabilities (T, V), in parts that follow each other. For the others see
+    `BeamSearch`. With a `beam` of 1 and no `words` it is the best label of each frame.
+    """
+    search = BeamSearch(beam, units, words)
+    if beam == 1 and words is None:
+        path = [log_probs.argmax(-1) for log_probs in parts]
+        return label_frames(torch.cat(path))
+    for log_probs in parts:
+        search.advance(log_probs)
+    _, best = search.results()[0]
+    return best
+
+
 def beam_search(
     log_probs: Tensor,
     lengths: Tensor,
@@ -203,10 +224,8 @@ def beam_search(
     """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
     found = []
     for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
-        search = BeamSearch(beam, units, words)
-        search.advance(of_utterance[:length])
-        _, best = search.results()[0]
-        found.append([label for label, _ in best])
+        pairs = best_labels([of_utterance[:length]], beam, units, words)
+        found.append([label for label, _ in pairs])
     return found
 
 
@@ -247,7 +266,10 @@ class LanguageModel:
         self.spelled: dict[str, str] = {}  # cleaned word → the likeliest word that it cleans
         for word in sorted(logs, key=logs.get):
             self.spelled[clean(word, normaliser)] = word
-        check_spelling(path, self.spelled.keys(), letters)
+        known = sum(letters.issuperset(word) for word in self.spelled)
+        if known <= LEAST_SPELLED * len(self.spelled):
+            what = f"the network's labels spell {known} of its {len(self.spelled)} words"
+            raise ValueError(f"{path}: {what}; are they written in the other case?")
         dictionary = Dictionary()
         for word in [UNKNOWN, *sorted(self.spelled.values())]:
             dictionary.add_entry(word)
@@ -311,9 +333,6 @@ def unigrams(path: Path) -> Iterator[tuple[str, float]]:
         raise ValueError(f"{path}: not a file")  # a device may have no end
     inside = False
     try:
-        with open(path, "rb") as file:
-            if file.read(2) == GZIP:
-                raise ValueError(f"{path}: is compressed; gunzip -k {path} unpacks it")
         with open(path, encoding="utf-8") as file:
             for line in file:
                 fields = line.split()
@@ -323,24 +342,9 @@ def unigrams(path: Path) -> Iterator[tuple[str, float]]:
                     inside = True
                 elif inside and len(fields) > 1 and fields[1] not in ("<s>", "</s>"):
                     yield fields[1], float(fields[0])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text, as an ARPA file is") from error
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    if not inside:
-        raise ValueError(f"{path}: not an ARPA file: it has no line \\1-grams:")
-
-
-def check_spelling(path: Path, words: Collection[str], letters: set[str]) -> None:
-    """Raise ValueError where the letters can write hardly any word of a language model."""
-
-    def share(spelled: Iterable[str]) -> float:
-        return sum(letters.issuperset(word) for word in spelled) / max(1, len(words))
-
-    if share(words) >= LEAST_SPELLED:
-        return
-    for case in (str.upper, str.lower):
-        if share(map(case, words)) >= LEAST_SPELLED:
-            wanted = f"write them in {case.__name__} case"
-            raise ValueError(f"{path}: its words are not in the network's case; {wanted}")
-    raise ValueError(f"{path}: the network's labels cannot spell its words")
+    except ValueError as error:
+        what = f"not an ARPA file, or compressed; gunzip -k unpacks it: {error}"
+        raise ValueError(f"{path}: {what}") from error
+    raise ValueError(f"{path}: not an ARPA file: it has no line \\1-grams: and one after it")

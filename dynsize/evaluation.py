@@ -29,7 +29,7 @@ from dynsize.networks import (
     facts_of,
     network_of,
     open_onnx,
-    windowed_log_probs,
+    windowed,
 )
 from dynsize.processes import device_of
 from dynsize.report import Texts, errors_of, read_hypotheses, score
@@ -110,7 +110,7 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
                 flag = f"--{name.replace('_', '-')} {changes[name]}"
                 raise ValueError(f"{path}: {flag} is for checkpoints; {ONNX_RULE}")
         changes = changes | dict(device="cpu", precision="float32")
-        return System(path, dataclasses.replace(file.config, **changes), file)
+        return System(path, dataclasses.replace(file.facts.config, **changes), file)
     loaded = checkpoint.load(path)
     model = loaded.model
     config = dataclasses.replace(model.config, **changes)
@@ -134,7 +134,7 @@ def transcribe(
     """
     most = math.inf  # samples decoded without windows
     if facts is not None:
-        most = facts.longest_seconds * facts.sample_rate
+        most = facts.longest_seconds * facts.config.sample_rate
     samples = [utterance.samples for utterance in examples.utterances]
     short = [index for index, number in enumerate(samples) if number <= most]
     long = [index for index, number in enumerate(samples) if number > most]
@@ -208,13 +208,13 @@ def in_windows(
     for index in chosen:
         utterance = utterances[index]
         try:
-            audio = read_audio(utterance, facts.sample_rate).numpy()
+            audio = read_audio(utterance, facts.config.sample_rate).numpy()
         except CorruptAudio as error:
             unreadable[utterance.id] = str(error)
             continue
         by_size = []
         for size in sizes:
-            parts = windowed_log_probs(partial(network, size=size), [audio], facts)
+            parts = windowed(partial(network, size=size), [audio], facts)
             by_size.append(torch.cat(list(parts)))  # (T, V)
         log_probs = torch.stack(by_size)[:, None]  # (M, 1, T, V)
         yield [index], log_probs, torch.tensor([log_probs.shape[2]])

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -55,9 +54,7 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     Raises ValueError where a package of the extra `onnx` is missing, where torch is too old for all
     sizes, for a size that the network can't have, and where results differ; then there is no file.
     """
-    require_packages(path)
-    if size is None:
-        require_torch(path)
+    check_installed(path, size)
     model = copy.copy(loaded.model).cpu().eval()
     if size is not None and model.size is None:
         model = cut(model, size)
@@ -69,17 +66,13 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
         check_results(unfinished, model)
 
 
-def require_packages(path: Path) -> None:
-    """Raise ValueError where a package of the extra `onnx` is missing."""
+def check_installed(path: Path, size: int | None) -> None:
+    """Raise ValueError where a package is missing, or where torch is too old for all sizes."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
             install = "pip install 'dynsize[onnx]'"
             raise ValueError(f"{path}: exporting needs {package}: {install}")
-
-
-def require_torch(path: Path) -> None:
-    """Raise ValueError where this torch can't export all sizes into one file."""
-    if torch.__version__ < TORCH:  # by numbers: torch compares versions, not texts
+    if size is None and torch.__version__ < TORCH:  # torch compares versions, not texts
         needs = f"all sizes in one file need torch {TORCH} or newer, this is {torch.__version__}"
         raise ValueError(f"{path}: {needs}; prune.py RUN/size-K.pt --export onnx writes one size")
 
@@ -87,18 +80,15 @@ def require_torch(path: Path) -> None:
 def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
     """Write a network's file. With `choose` the size is an input."""
     model = loaded.model
-    network = Deployed(model, tuple(model.sizes)).eval()
-    audio = torch.randn(2, 9000), torch.tensor([9000, 7000])
-    names = ["audio", "lengths"]
+    inputs = dict(audio=torch.randn(2, 9000), lengths=torch.tensor([9000, 7000]))
     shapes: list[dict] = [{0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO}]
     if choose:
-        audio = (*audio, torch.tensor(model.sizes[0]))
-        names.append("size")
+        inputs["size"] = torch.tensor(model.sizes[0])
         shapes.append({})
     program = torch.onnx.export(
-        network,
-        audio,
-        input_names=names,
+        Deployed(model).eval(),
+        tuple(inputs.values()),
+        input_names=list(inputs),
         output_names=["log_probs", "log_prob_lengths"],
         dynamic_shapes=shapes,
         dynamo=True,
@@ -112,10 +102,9 @@ def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
         costs={size: costs(model, size) for size in model.sizes},
     )
     program.model.metadata_props["dynsize"] = json.dumps(content)
-    graph = program.model.graph
-    for node in graph.all_nodes():
+    for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source each one comes from
-    move_convolutions(graph)
+    move_convolutions(program.model.graph)
     program.save(path, external_data=False)
     add_seal(path)
 
@@ -211,12 +200,10 @@ def quantize(path: Path, to: Path) -> None:
 class Features(nn.Module):
     """`features.log_mel` of a batch of padded utterances, with the spectrum as matrix products.
 
-    onnxruntime's DFT takes several times as long. So does a product with the waves of all N/2 + 1
-    frequencies. One step of a fast Fourier transform (radix 4) divides these products by four. Let
-    U_p(k) be the sum over the samples p, p + 4, p + 8, … of a window, each multiplied by
-    exp(−2πi · k · sample / N). The spectrum at frequency k + q · N/4 is the sum over p = 0 … 3 of
-    (−i)^(p · q) · U_p(k). The frequencies k = 0 … N/8 suffice, because a real signal has the same
-    power at frequency f and at N − f.
+    onnxruntime's DFT takes several times as long. A Hann window of n samples is symmetric about
+    sample n/2, and only the power of the spectrum counts. So let time begin at n/2: then a cosine
+    is the same at two mirrored samples and a sine has the opposite sign, so their sum is multiplied
+    with the cosines and their difference with the sines. This halves the products.
     """
 
     def __init__(self, model: Supernet) -> None:
@@ -224,20 +211,23 @@ class Features(nn.Module):
         config = model.config
         self.window, self.hop = window_and_hop(config)
         self.hops = math.ceil(self.window / self.hop)  # that one window reaches over
-        spectrum = 2 ** math.ceil(math.log2(self.window))  # N, at least 8
-        lowest = torch.arange(spectrum // 8 + 1)  # k
-        self.waves = constants(waves(self.window, spectrum, lowest))
+        spectrum = 2 ** math.ceil(math.log2(self.window))  # N
         limits = config.sample_rate, config.lowest_hz, config.highest_hz
         filters = mel_filters(config.mel_bins, spectrum, *limits)  # (N/2 + 1, F)
         # log(energy + c) = log(s · energy + s · c) − log s, whose last term goes with the mean.
         # With s = 1 the exporter would take a c of 1e-10 for 0.
         filters = filters * (FLOOR / QUIETEST)
-        quarter = spectrum // 4
-        frequencies = lowest, quarter + lowest, 2 * quarter - lowest, quarter - lowest  # by q
-        filters = [filters[f] for f in frequencies]  # (N/8 + 1, F) each
-        filters[2][-1] = 0.0  # q = 1 has this frequency, 3N/8, too
-        filters[3][[0, -1]] = 0.0  # q = 1 and q = 0 have these, N/4 and N/8
-        self.filters = constants(filters)
+        self.half = self.window // 2
+        # Sample 0 has the weight 0 in a Hann window, so its first half is the samples 1 to n/2.
+        sample = torch.arange(1, self.half + 1, dtype=torch.float64)[:, None]
+        hann = torch.sin(math.pi * sample / self.window).square()
+        if self.window % 2 == 0:
+            hann[-1] /= 2  # sample n/2 is its own mirror image
+        frequency = 2 * math.pi / spectrum * torch.arange(spectrum // 2 + 1)
+        angle = (sample - self.window / 2) * frequency  # (n/2, N/2 + 1)
+        self.register_buffer("filters", filters)
+        self.register_buffer("cosines", (hann * angle.cos()).float())
+        self.register_buffer("sines", (hann * angle.sin()).float())
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, T, F) and the (B,) frames inside. `audio`: (B, samples). `lengths`: (B,)."""
@@ -271,63 +261,31 @@ class Features(nn.Module):
 
     def energies(self, windows: Tensor) -> Tensor:
         """Return the energy in each mel bin, (B, T, F). `windows`: (B, T, n)."""
-        if self.window % 4:
-            windows = F.pad(windows, (0, -self.window % 4))
-        samples = windows.unflatten(-1, (-1, 4)).unbind(-1)  # four times (B, T, ⌈n/4⌉)
-        u0, u1, u2, u3 = (x @ waves for x, waves in zip(samples, self.waves, strict=True))
-        even = u0 + u2  # (B, T, 2 · (N/8 + 1)): the real parts, then the imaginary parts
-        even_difference = u0 - u2
-        odd = u1 + u3
-        real, imaginary = (u1 - u3).chunk(2, dim=-1)
-        odd_difference = torch.cat([imaginary, -real], dim=-1)  # multiplied by −i
-        spectra = (
-            even + odd,
-            even_difference + odd_difference,
-            even - odd,
-            even_difference - odd_difference,
-        )
-        energies = 0.0
-        for spectrum, filters in zip(spectra, self.filters, strict=True):
-            real, imaginary = (spectrum * spectrum).chunk(2, dim=-1)
-            energies = energies + (real + imaginary) @ filters
-        return energies
-
-
-def waves(window: int, spectrum: int, frequencies: Tensor) -> list[Tensor]:
-    """Return the waves of K frequencies under a Hann window, at samples p, p + 4, … for each p < 4.
-
-    Four tensors (⌈window / 4⌉, 2K): the real parts of all waves, then their imaginary parts.
-    """
-    sample = torch.arange(window, dtype=torch.float64)[:, None]
-    hann = torch.sin(math.pi * sample / window).square()
-    angle = -2 * math.pi / spectrum * sample * frequencies  # (window, K)
-    table = torch.cat([hann * angle.cos(), hann * angle.sin()], dim=1).float()
-    table = F.pad(table, (0, 0, 0, -window % 4))
-    return [table[phase::4] for phase in range(4)]
-
-
-def constants(tensors: list[Tensor]) -> nn.ParameterList:
-    """Return constants of a module, whose names in a file begin with the module's."""
-    return nn.ParameterList([nn.Parameter(x.contiguous(), requires_grad=False) for x in tensors])
+        first = windows[..., 1 : self.half + 1]  # (B, T, n/2)
+        mirrored = windows[..., -self.half :].flip(-1)
+        real = (first + mirrored) @ self.cosines  # (B, T, N/2 + 1)
+        imaginary = (first - mirrored) @ self.sines
+        power = real.square() + imaginary.square()
+        return power @ self.filters
 
 
 class Deployed(nn.Module):
     """The networks of a checkpoint as straight-line code, in float32, for inference alone.
 
-    With `sizes` of one number it is that network; with several, `forward` takes the size.
+    With one size it is that network; with several, `forward` takes the size.
     """
 
-    def __init__(self, model: Supernet, sizes: tuple[int, ...]) -> None:
+    def __init__(self, model: Supernet) -> None:
         super().__init__()
         self.features = Features(model)
         self.encoder = model.encoder
-        self.sizes = sizes
         self.place = {layer: place for place, layer in enumerate(model.ranking)}
-        output_layers = [model.output_layer(size) for size in sizes]
-        weights = [layer.weight.detach().T for layer in output_layers]
-        self.register_buffer("weight", torch.stack(weights))  # (M, D, V)
-        self.register_buffer("bias", torch.stack([layer.bias.detach() for layer in output_layers]))
-        self.register_buffer("trained", torch.tensor(sizes))
+        output_layers = [model.output_layer(size) for size in model.sizes]
+        weights = torch.stack([layer.weight.detach().T for layer in output_layers])
+        biases = torch.stack([layer.bias.detach() for layer in output_layers])
+        self.register_buffer("weights", weights)  # (M, D, V)
+        self.register_buffer("biases", biases)  # (M, V)
+        self.register_buffer("sizes", torch.tensor(model.sizes))
 
     def forward(
         self, audio: Tensor, lengths: Tensor, size: Tensor | None = None
@@ -342,19 +300,21 @@ class Deployed(nn.Module):
         inside = padding_mask(lengths, x.shape[1])
         for block, layers in enumerate(self.encoder.blocks):
             for i, kind in enumerate(LAYERS):
-                place = self.place[4 * block + i]
-                if size is None and place < self.sizes[0]:
+                place = self.place[len(LAYERS) * block + i]
+                if kind not in layers:
+                    continue  # pruned in every size
+                if size is None:
                     x = residual(layers[kind], x, inside)
-                elif size is not None and kind in layers:
+                else:
                     x = optional(layers[kind], x, inside, size > place)
             # Over (B · T', D): onnxruntime replaces a sum and a LayerNorm over (B, T', D) by one
             # kernel that takes four times as long as the two.
             x = layers["norm"](x.flatten(0, 1)).unflatten(0, inside.shape)
-        weight, bias = self.weight[0], self.bias[0]
+        number = 0
         if size is not None:
-            number = ((size >= self.trained).sum() - 1).clamp(min=0)
-            weight, bias = self.weight[number], self.bias[number]
-        return (x @ weight + bias).log_softmax(-1), lengths
+            number = ((size >= self.sizes).sum() - 1).clamp(min=0)
+        logits = x @ self.weights[number] + self.biases[number]
+        return logits.log_softmax(-1), lengths
 
 
 def residual(layer: nn.Module, x: Tensor, inside: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It comes from a checkpoint or from an ONNX file.
 """
 
 import json
+import math
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,23 +42,22 @@ Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-prob
 class Facts:
     """What decoding needs to know of a network, besides the network."""
 
-    sample_rate: int  # Hz
-    window: int  # analysis window, in samples
-    hop: int  # from one feature frame to the next, in samples
+    config: Config  # of the training
     tokenizer: Tokenizer  # of the V labels
-    normaliser: str  # of the transcripts in training
     sizes: tuple[int, ...]  # in layers, ascending
     longest_seconds: float  # of a window: training's longest utterance, within bounds
 
     @property
     def step(self) -> int:
         """Samples from one encoder frame to the next."""
-        return SUBSAMPLING * self.hop
+        _, hop = window_and_hop(self.config)
+        return SUBSAMPLING * hop
 
     @property
     def window_frames(self) -> int:
         """Encoder frames of one window of long audio, its context included."""
-        return max(CONTEXT, round(self.longest_seconds * self.sample_rate / self.step))
+        samples = self.longest_seconds * self.config.sample_rate
+        return max(CONTEXT, round(samples / self.step))
 
 
 class OnnxFile(NamedTuple):
@@ -65,7 +65,6 @@ class OnnxFile(NamedTuple):
 
     network: Network
     facts: Facts
-    config: Config  # of the training
     costs: dict[int, dict]  # size → `parameters`, `macs` for 1 s of audio, names of its `layers`
 
 
@@ -81,24 +80,38 @@ def open_onnx(path: Path) -> OnnxFile:
         what = "not an ONNX file that this version of dynsize wrote, or changed since"
         raise ValueError(f"{path}: {what}; export it again")
     session = onnx_session(path)
-    try:
-        content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
-        if content["format"] != ONNX_FORMAT:
-            raise ValueError(f"{content['format']}, not {ONNX_FORMAT}")
-        config = from_dict(content["config"])
-        costs = {int(size): of_size for size, of_size in content["costs"].items()}
-        model = bytearray(b64decode(content["tokenizer"]))
-        tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
-        found_facts = facts(config, tokenizer, tuple(costs), content["longest_seconds"])
-    except (ValueError, LookupError, TypeError) as error:
-        what = f"another version of dynsize wrote it ({error}); export it again"
-        raise ValueError(f"{path}: {what}") from error
+    names = [node.name for node in session.get_inputs()]
 
     def log_probs(audio: Tensor, size: int) -> Tensor:
         result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
         return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
 
-    return OnnxFile(log_probs, found_facts, config, costs)
+    try:
+        content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
+        if content["format"] != ONNX_FORMAT:
+            raise ValueError(f"{content['format']}, not {ONNX_FORMAT}")
+        config = from_dict(content["config"])
+        model = bytearray(b64decode(content["tokenizer"]))
+        tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
+        costs = {int(size): cost_of(row) for size, row in content["costs"].items()}
+        sizes = tuple(costs)
+        if sizes != (config.sizes if "size" in names else sizes[:1]):
+            raise ValueError(f"sizes {sizes}, which are not the network's")
+        seconds = bounded(content["longest_seconds"])
+        for size in sizes:
+            found = log_probs(torch.zeros(1), size)
+            if found.shape[1:] != (tokenizer.labels,):
+                raise ValueError(f"{found.shape[1]} outputs for {tokenizer.labels} labels")
+    except Exception as error:  # json, sentencepiece and onnxruntime raise a dozen kinds
+        what = f"another version of dynsize wrote it, or something else ({error!r})"
+        raise ValueError(f"{path}: {what}; export it again") from error
+    return OnnxFile(log_probs, Facts(config, tokenizer, sizes, seconds), costs)
+
+
+def cost_of(row: dict) -> dict:
+    """Return what a file says that a size costs."""
+    layers = [str(name) for name in row["layers"]]
+    return dict(parameters=int(row["parameters"]), macs=int(row["macs"]), layers=layers)
 
 
 def seal(data: bytes) -> bytes:
@@ -123,7 +136,7 @@ def onnx_session(path: Path) -> "InferenceSession":
         raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # none: errors are raised
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen kinds
@@ -141,16 +154,16 @@ def onnx_inputs(
 def facts_of(loaded: Checkpoint) -> Facts:
     """Return what decoding needs to know of a checkpoint's network."""
     model = loaded.model
-    return facts(model.config, loaded.tokenizer, tuple(model.sizes), loaded.longest_seconds)
+    return Facts(
+        model.config, loaded.tokenizer, tuple(model.sizes), bounded(loaded.longest_seconds)
+    )
 
 
-def facts(
-    config: Config, tokenizer: Tokenizer, sizes: tuple[int, ...], longest_seconds: float
-) -> Facts:
-    """Return what decoding needs to know. `longest_seconds`: of training's longest utterance."""
-    window, hop = window_and_hop(config)
-    longest = min(max(LEAST_SECONDS, longest_seconds), MOST_SECONDS)
-    return Facts(config.sample_rate, window, hop, tokenizer, config.normaliser, sizes, longest)
+def bounded(seconds: float) -> float:
+    """Return the seconds of a window, where training's longest utterance has these."""
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"its longest_seconds is {seconds}, not a time above 0")
+    return min(max(LEAST_SECONDS, seconds), MOST_SECONDS)
 
 
 def network_of(model: Supernet) -> Network:
@@ -167,14 +180,14 @@ def network_of(model: Supernet) -> Network:
     return log_probs
 
 
-def windowed_log_probs(
+def windowed(
     network: Callable[[Tensor], Tensor], blocks: Iterable[np.ndarray], facts: Facts
 ) -> Iterator[Tensor]:
-    """Yield the log-probabilities of audio of any length, in parts that follow each other.
+    """Yield a network's frames of audio of any length, in parts that follow each other.
 
     `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
-    Log-probabilities are joined, not texts: a border may lie inside a word or between two equal
-    labels, and a beam search goes on across it.
+    Frames are joined, not texts: a border may lie inside a word or between two equal labels, and a
+    beam search goes on across it.
 
     The network sees windows about as long as training's longest utterance, at most `MOST_SECONDS`.
     A sixth of a window on each side is context, whose frames are dropped. The last window is as
@@ -184,6 +197,7 @@ def windowed_log_probs(
     """
     step, window = facts.step, facts.window_frames
     context = window // CONTEXT
+    analysis, hop = window_and_hop(facts.config)
     audio = np.zeros(0, np.float32)  # what was read and is still needed ...
     first = 0  # ... and the encoder frame at which it begins
     done = 0  # encoder frames that were yielded
@@ -191,11 +205,11 @@ def windowed_log_probs(
         audio = np.concatenate([audio, block]) if len(audio) else block
         while True:
             start = max(0, done - context)
-            stop = (start + window - first) * step + facts.window - facts.hop
+            stop = (start + window - first) * step + analysis - hop
             if len(audio) <= stop:
                 break
-            log_probs = network(filled(audio[(start - first) * step : stop], facts.hop))
-            yield log_probs[done - start : window - context]
+            frames = network(filled(audio[(start - first) * step : stop], hop))
+            yield frames[done - start : window - context]
             done = start + window - context
             outdated = max(0, done - window) - first
             audio = audio[outdated * step :]
@@ -204,7 +218,7 @@ def windowed_log_probs(
         yield network(torch.from_numpy(audio))
         return
     start = max(0, min(done - context, first + len(audio) // step - window))
-    yield network(filled(audio[(start - first) * step :], facts.hop))[done - start :]
+    yield network(filled(audio[(start - first) * step :], hop))[done - start :]
 
 
 def filled(audio: np.ndarray, hop: int) -> Tensor:

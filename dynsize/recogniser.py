@@ -14,15 +14,14 @@ import torch
 
 from dynsize import checkpoint
 from dynsize.audio import LOUDEST, opened
-from dynsize.ctc import label_frames
-from dynsize.decoding import LM_WEIGHT, BeamSearch, LanguageModel
+from dynsize.decoding import LM_WEIGHT, LanguageModel, best_labels
 from dynsize.networks import (
     Facts,
     Network,
     facts_of,
     network_of,
     open_onnx,
-    windowed_log_probs,
+    windowed,
 )
 from dynsize.subnet import in_turn
 
@@ -86,33 +85,23 @@ class Recogniser:
         self.check_size(size)
         if channel is not None and not isinstance(channel, Integral):
             raise ValueError(f"channel {channel!r}: must be a whole number; 0 is the first")
-        search = BeamSearch(beam, self.facts.tokenizer.units, language_model)
-        if not isinstance(audio, str | Path | np.ndarray):
-            found = type(audio).__name__
-            raise ValueError(f"audio must be a path or a numpy array of floats, not {found}")
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
+        rate = self.facts.config.sample_rate
         samples, silent = 0, True
 
         def counted() -> Iterator[np.ndarray]:
             nonlocal samples, silent
-            for block in read(audio, self.facts.sample_rate, sample_rate, channel):
+            for block in read(audio, rate, sample_rate, channel):
                 samples += len(block)
                 silent = silent and not block.any()
-                progress(len(block) / self.facts.sample_rate)
+                progress(len(block) / rate)
                 yield block
 
-        network = partial(self.network, size=size)
-        parts = windowed_log_probs(network, counted(), self.facts)
-        if beam == 1 and language_model is None:
-            labels = label_frames(torch.cat([log_probs.argmax(-1) for log_probs in parts]))
-        else:
-            for log_probs in parts:
-                search.advance(log_probs)
-            labels = search.results()[0][1]
-        seconds = samples / self.facts.sample_rate
-        if silent:
-            return Transcript([], seconds)
-        return Transcript(timed_words(labels, self.facts, seconds), seconds)
+        parts = windowed(partial(self.network, size=size), counted(), self.facts)
+        labels = best_labels(parts, beam, self.facts.tokenizer.units, language_model)
+        seconds = samples / rate
+        words = [] if silent else timed_words(labels, self.facts, seconds)
+        return Transcript(words, seconds)
 
     def language_model(
         self, path: str | Path, weight: float = LM_WEIGHT, bonus: float = 0.0
@@ -122,7 +111,8 @@ class Recogniser:
         Each word adds weight · ln P(word | words before) + bonus to the score of a text.
         """
         letters = self.facts.tokenizer.letters()
-        return LanguageModel(Path(path), letters, self.facts.normaliser, weight, bonus)
+        normaliser = self.facts.config.normaliser
+        return LanguageModel(Path(path), letters, normaliser, weight, bonus)
 
     def check_size(self, size: int) -> None:
         """Raise ValueError for a size that the network lacks."""
@@ -147,7 +137,8 @@ class Recogniser:
     def latency(self, size: int) -> float:
         """Return the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
         generator = torch.Generator().manual_seed(0)
-        audio = torch.randn(round(LATENCY_SECONDS * self.facts.sample_rate), generator=generator)
+        samples = round(LATENCY_SECONDS * self.facts.config.sample_rate)
+        audio = torch.randn(samples, generator=generator)
         taken = in_turn({size: partial(self.network, audio, size=size)}, rounds=7)
         return taken[size]
 
@@ -171,11 +162,13 @@ def file_blocks(
 
     Raises ValueError for what can't be read, is truncated, or has no such channel.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"audio must be a path or a numpy array of floats, not {type(path).__name__}"
+        )
     name = "standard input" if path == "-" else str(path)
     if sample_rate is not None:
         raise ValueError(f"{name}: a file has a sample rate; sample_rate is for arrays")
-    if path != "-" and not Path(path).exists():
-        raise ValueError(f"{name}: no such file")
     try:
         with opened(standard_input() if path == "-" else path, name) as file:
             yield from resampled(file.blocks(), file.samplerate, to_rate, channel, name)
@@ -185,11 +178,9 @@ def file_blocks(
 
 def standard_input() -> IO[bytes]:
     """Return standard input, opened again. Raises ValueError for a terminal."""
-    if sys.stdin is None:
-        raise ValueError("standard input: is closed")
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         advice = "pipe audio into it: cat talk.flac | dynsize -"
-        raise ValueError(f"standard input: is a terminal; {advice}")
+        raise ValueError(f"standard input: is closed, or a terminal; {advice}")
     return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
 
 
@@ -239,7 +230,7 @@ def timed_words(labels: list[tuple[int, int]], facts: Facts, seconds: float) -> 
     """
     frames = [frame for _, frame in labels]
     spans = facts.tokenizer.words([label for label, _ in labels])
-    frame_seconds = facts.step / facts.sample_rate
+    frame_seconds = facts.step / facts.config.sample_rate
     starts, earliest = [], 0.0
     for _, first, last in spans:
         start = frames[first] * frame_seconds - LEAD

@@ -257,7 +257,7 @@ def opened(path: Path) -> OnnxFile:
     loaded = checkpoint.read(path)
     model = loaded.model
     of_sizes = {size: costs(model, size) for size in model.sizes}
-    return OnnxFile(network_of(model), facts_of(loaded), model.config, of_sizes)
+    return OnnxFile(network_of(model), facts_of(loaded), of_sizes)
 
 
 @pytest.fixture
