@@ -95,7 +95,8 @@ def open_onnx(path: Path) -> OnnxFile:
         tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
         costs = {int(size): cost_of(row) for size, row in content["costs"].items()}
         sizes = tuple(costs)
-        if sizes != (config.sizes if "size" in names else sizes[:1]):
+        possible = config.sizes if "size" in names else sizes[:1]
+        if sizes != possible or not sizes:
             raise ValueError(f"sizes {sizes}, which are not the network's")
         seconds = bounded(content["longest_seconds"])
         for size in sizes:

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import RATE, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_process import says
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -128,42 +131,30 @@ def test_a_file_gives_the_networks_log_probabilities(name, batch, request):
 
 def test_the_recogniser_takes_a_file_as_it_takes_a_checkpoint(supernet, single):
     audio = 0.1 * np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32)
-    for loaded, name, sizes in (
-        (supernet, "supernet.onnx", (1, 2, 4)),
-        (single, "size-2.onnx", (2,)),
-    ):
-        run, file = dynsize.load(loaded.path), dynsize.load(beside(loaded, name))
-        assert file.sizes == sizes
-        assert (
-            file.facts.tokenizer.units == run.facts.tokenizer.units
-            and file.facts.step == run.facts.step
-        )
-        if name == "supernet.onnx":
-            for size in sizes:
-                expected = run.transcribe(audio, sample_rate=RATE, size=size)
-                assert file.transcribe(audio, sample_rate=RATE, size=size) == expected
+    run, file = dynsize.load(supernet.path), dynsize.load(beside(supernet, "supernet.onnx"))
+    for size in (1, 2, 4):
+        expected = run.transcribe(audio, sample_rate=RATE, size=size)
+        assert file.transcribe(audio, sample_rate=RATE, size=size) == expected
+    one = dynsize.load(beside(single, "size-2.onnx"))
+    assert (file.sizes, one.sizes) == ((1, 2, 4), (2,))
+    assert one.facts.tokenizer.units == dynsize.load(single.path).facts.tokenizer.units
 
 
-def test_weights_are_stored_once_and_each_layer_is_optional(supernet):
-    graph = onnx.load(beside(supernet, "supernet.onnx")).graph
+def test_weights_are_stored_once_where_an_optional_layer_is_computed(supernet):
+    path = beside(supernet, "supernet.onnx")
+    graph = onnx.load(path).graph
     assert Counter(operators(graph))["If"] == 4
-    weights = sum(weight.nbytes for weight in supernet.model.parameters())
-    others = sum(weight.nbytes for weight in Features(supernet.model).parameters())
-    bytes_ = beside(supernet, "supernet.onnx").stat().st_size
-    assert bytes_ < weights + others + 60_000  # the graph itself
-
-
-def test_convolutions_of_optional_layers_have_their_weights_beside_them(supernet):
-    graph = onnx.load(beside(supernet, "supernet.onnx")).graph
+    tensors = [*supernet.model.parameters(), *Features(supernet.model).buffers()]
+    assert path.stat().st_size < sum(x.nbytes for x in tensors) + 60_000  # the graph itself
     outside = {tensor.name for tensor in graph.initializer}
+    branches = [a.g for node in graph.node if node.op_type == "If" for a in node.attribute]
     convolutions = 0
-    for node in graph.node:
-        for attribute in node.attribute:
-            inside = {tensor.name for tensor in attribute.g.initializer}
-            for inner in attribute.g.node:
-                if inner.op_type == "Conv":
-                    convolutions += 1
-                    assert set(inner.input[1:]) <= inside - outside
+    for branch in branches:
+        inside = {tensor.name for tensor in branch.initializer}
+        for node in branch.node:
+            if node.op_type == "Conv":
+                convolutions += 1
+                assert set(node.input[1:]) <= inside - outside
     assert convolutions == sum("conv" in block for block in supernet.model.encoder.blocks)
 
 
@@ -171,9 +162,8 @@ def test_a_file_of_one_size_has_no_other_layers(single):
     path = beside(single, "size-2.onnx")
     count = Counter(operators(onnx.load(path).graph))
     assert count["If"] == count["Softmax"] - 1 == 0  # self-attention is kept
-    content = json.loads(onnx_session(path).get_modelmeta().custom_metadata_map["dynsize"])
-    assert content["costs"]["2"]["layers"] == ["1.ff1", "1.mhsa"]
-    assert content["config"]["sample_rate"] == RATE and list(content["costs"]) == ["2"]
+    costs = content_of(path)["costs"]
+    assert list(costs) == ["2"] and costs["2"]["layers"] == ["1.ff1", "1.mhsa"]
 
 
 @pytest.mark.parametrize("name, products", [("supernet", 9), ("single", 6)])
@@ -262,29 +252,97 @@ def test_a_changed_byte_is_noticed(single, tmp_path):
             dynsize.load(changed)
 
 
+# Files with a right checksum that are not as `export` writes them.
+
+
+def content_of(path: Path) -> dict:
+    """The metadata of a file."""
+    return json.loads(onnx_session(path).get_modelmeta().custom_metadata_map["dynsize"])
+
+
+def refused(graph: onnx.ModelProto, metadata: str, path: Path) -> str:
+    """The one line with which a file is refused; nothing where audio can be transcribed."""
+    onnx.helper.set_model_props(graph, dict(dynsize=metadata))
+    onnx.save(graph, path)
+    exporting.add_seal(path)
+    found = ""
+    try:
+        dynsize.load(path).transcribe(np.ones(3000, np.float32), sample_rate=2 * RATE)
+    except ValueError as error:
+        found = str(error)
+    assert not found or (found.startswith(f"{path}: ") and "\n" not in found)
+    return found
+
+
+def test_a_file_without_our_checksum_is_refused(single, tmp_path):
+    model = onnx.load(beside(single, "size-2.onnx"))
+    del model.metadata_props[-1]
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"a\.onnx: not an ONNX file that this version"):
+        dynsize.load(tmp_path / "a.onnx")
+
+
 @pytest.mark.parametrize(
     "changes, why",
     [
         (dict(), ""),
         (dict(format="dynsize onnx 2"), "dynsize onnx 2, not dynsize onnx 3"),
+        (dict(longest_seconds=math.inf), "longest_seconds is inf"),
         (dict(config=dict(new_setting=1)), "new_setting"),
+        (dict(config=dict(sample_rate=1e300)), "--sample-rate 1e+300: must be"),
+        (dict(config=dict(hop_ms=0)), "--hop-ms 0: must be"),
+        (dict(costs={"1": {}}), "KeyError('layers')"),
+        (dict(costs={}), "sizes (), which are not the network's"),
+        (dict(tokenizer=""), "buffer"),
+        ("[" * 100_000, "RecursionError"),
+        ("supernet", "sizes (1, 2, 4), which are not the network's"),
+        ("tokenizer", "13 outputs for 6 labels"),
     ],
 )
-def test_a_file_of_another_version_is_refused(single, tmp_path, changes, why):
-    model = onnx.load(beside(single, "size-2.onnx"))
-    (metadata, _) = model.metadata_props
-    content = json.loads(metadata.value) | changes
-    onnx.helper.set_model_props(model, dict(dynsize=json.dumps(content)))
-    path = tmp_path / "old.onnx"
-    onnx.save(model, path)
-    with pytest.raises(ValueError, match="not an ONNX file that this version of dynsize wrote"):
-        dynsize.load(path)
-    exporting.add_seal(path)
-    if not why:
-        assert dynsize.load(path).sizes == (2,)
-        return
-    with pytest.raises(ValueError, match=rf"old\.onnx: another version of dynsize.*{why}"):
-        dynsize.load(path)
+def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
+    path = beside(single, "size-2.onnx")
+    content = content_of(path)
+    if changes == "supernet":  # a graph of one size with the metadata of all sizes
+        changes = dict(costs={str(size): content["costs"]["2"] for size in (1, 2, 4)})
+    if changes == "tokenizer":
+        model = train_tokenizer(["LOW"] * 9, 9).model
+        changes = dict(tokenizer=b64encode(bytes(model.tolist())).decode())
+    if isinstance(changes, dict):
+        config = content["config"] | changes.pop("config", {})
+        changes = json.dumps(content | dict(config=config) | changes)
+    found = refused(onnx.load(path), changes, tmp_path / "a.onnx")
+    assert why in found and bool(why) == bool(found)
+
+
+ODD = st.sampled_from([0, -1, 10**30, 0.5, 1e300, math.inf, math.nan, "", "x", None, True, [], {}])
+
+
+@given(st.integers(0, 10**6), ODD | st.lists(ODD, max_size=3) | st.just("to be deleted"))
+@settings(max_examples=10)
+def test_any_change_of_the_metadata_is_harmless(single, tmp_path_factory, number, value):
+    path = beside(single, "size-2.onnx")
+    content = content_of(path)
+    places = [content, content["config"], content["costs"], content["costs"]["2"]]
+    places = [(place, name) for place in places for name in place]
+    place, name = places[number % len(places)]
+    place[name] = value
+    if value == "to be deleted":
+        del place[name]
+    refused(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
+
+
+@pytest.mark.parametrize("shape", [["B", "N"], ["B"], ["B", "N", 12]])
+@pytest.mark.parametrize("name", ["audio", "x"])
+def test_a_foreign_graph_with_our_metadata_is_refused(single, tmp_path, name, shape):
+    kind = onnx.TensorProto
+    audio = onnx.helper.make_tensor_value_info(name, kind.FLOAT, shape)
+    result = onnx.helper.make_tensor_value_info("y", kind.FLOAT, shape)
+    node = onnx.helper.make_node("Identity", [name], ["y"])
+    graph = onnx.helper.make_graph([node], "foreign", [audio], [result])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    metadata = json.dumps(content_of(beside(single, "size-2.onnx")))
+    assert "or something else" in refused(model, metadata, tmp_path / "a.onnx")
 
 
 # evaluate.py with files.
