@@ -154,27 +154,29 @@ def forward_variables(emitted: Tensor, extended: Tensor) -> tuple[Tensor, Tensor
 
     `emitted`: (N, T, S) log-probabilities. `extended`: (N, S), labels with blanks around them.
     """
-    utterances, frames, states = emitted.shape
     label = extended[:, 2:]  # (N, S − 2)
     two_before = extended[:, :-2]
     may_skip = (label != BLANK) & (label != two_before)
-    skip_penalty = emitted.new_full((utterances, states), -torch.inf)
+    first, *others = emitted.unbind(1)  # (N, S) each
+    skip_penalty = torch.full_like(first, -torch.inf)
     skip_penalty[:, 2:].masked_fill_(may_skip, 0)
-    # Two states before the first, in which no alignment is, so that each has two before it.
-    alpha = emitted.new_full((utterances, frames, 2 + states), -torch.inf)
-    alpha[:, 0, 2:4] = emitted[:, 0, :2]
-    largest = emitted.new_zeros(utterances, frames)
-    for t in range(1, frames):
-        before = alpha[:, t - 1]  # (N, 2 + S)
-        stayed = before[:, 2:]  # (N, S)
+    alpha = torch.full_like(first, -torch.inf)
+    alpha[:, :2] = first[:, :2]
+    alphas = [alpha]
+    largest = [torch.zeros_like(alpha[:, :1])]
+    for of_frame in others:
+        before = F.pad(alpha, (2, 0), value=-torch.inf)  # (N, 2 + S): each state has two before it
         stepped = before[:, 1:-1]
         skipped = before[:, :-2] + skip_penalty
-        entering = torch.logaddexp(stayed, stepped)
+        entering = torch.logaddexp(alpha, stepped)
         entering = torch.logaddexp(entering, skipped)
-        here = entering + emitted[:, t]
-        largest[:, t] = here.amax(1).clamp(min=-1e30)  # finite where no alignment gets here
-        alpha[:, t, 2:] = here - largest[:, t, None]
-    return alpha[..., 2:], largest
+        alpha = entering + of_frame
+        maximum = alpha.amax(1, keepdim=True)
+        maximum = maximum.clamp(min=-1e30)  # finite where no alignment gets here
+        alpha = alpha - maximum
+        alphas.append(alpha)
+        largest.append(maximum)
+    return torch.stack(alphas, 1), torch.cat(largest, 1)
 
 
 def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize.ctc import ctc_loss, greedy, torchs_ctc_loss
-from dynsize.decoding import BeamSearch, LanguageModel, beam_search
+from dynsize.decoding import BeamSearch, LanguageModel
 
 
 @st.composite
@@ -94,18 +94,6 @@ def test_float32_is_right_for_long_utterances():
     torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=0, atol=2e-4)
 
 
-def test_sums_over_all_alignments():
-    torch.manual_seed(0)
-    log_probs = torch.randn(1, 4, 3, dtype=torch.float64).log_softmax(-1)
-    total = 0.0
-    for path in itertools.product(range(3), repeat=4):
-        joined = [label for label, _ in itertools.groupby(path) if label]
-        if joined == [1, 1]:
-            total += math.exp(sum(log_probs[0, t, label] for t, label in enumerate(path)))
-    loss = ctc_loss(log_probs, torch.tensor([4]), torch.tensor([[1, 1]]), torch.tensor([2]))
-    assert loss.item() == pytest.approx(-math.log(total), rel=1e-12)
-
-
 def test_impossible_alignment_is_infinite_without_a_gradient():
     log_probs = torch.randn(2, 2, 3).log_softmax(-1).requires_grad_()
     labels, label_lengths = torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
@@ -144,6 +132,12 @@ def random_log_probs(seed: int, frames: int, labels: int) -> torch.Tensor:
     return (2 * torch.randn(frames, labels, dtype=torch.float64)).log_softmax(-1)
 
 
+def test_the_loss_sums_over_all_alignments():
+    log_probs, labels = random_log_probs(0, 4, 3), torch.tensor([[1, 1]])
+    loss = ctc_loss(log_probs[None], torch.tensor([4]), labels, torch.tensor([2]))
+    assert loss.item() == pytest.approx(-all_sums(log_probs)[1, 1], rel=1e-12)
+
+
 @given(st.integers(0, 2**20), st.integers(1, 5), st.integers(2, 4), st.integers(0, 5))
 def test_beam_search_sums_over_all_alignments(seed, frames, labels, part):
     log_probs = random_log_probs(seed, frames, labels)
@@ -154,17 +148,6 @@ def test_beam_search_sums_over_all_alignments(seed, frames, labels, part):
     assert found == pytest.approx(all_sums(log_probs), abs=1e-12)
     scores = [score for score, _ in search.results()]
     assert scores == sorted(scores, reverse=True)
-
-
-@given(st.integers(0, 2**20), st.integers(1, 6))
-def test_beam_search_is_not_worse_than_greedy_by_the_loss(seed, frames):
-    log_probs = random_log_probs(seed, frames, 4)[None]
-    lengths = torch.tensor([frames])
-    losses = []
-    for labels in (beam_search(log_probs, lengths, 10**6)[0], greedy(log_probs, lengths)[0]):
-        target = torch.tensor([labels], dtype=torch.long)
-        losses.append(ctc_loss(log_probs, lengths, target, torch.tensor([len(labels)])).item())
-    assert losses[0] <= losses[1] + 1e-9
 
 
 @given(st.integers(0, 2**20), st.integers(1, 40), st.sampled_from([1, 2, 5]))
@@ -251,29 +234,18 @@ def test_a_language_model_scores_as_by_hand(arpa, text):
     assert total == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_beam_search_adds_the_language_models_scores(arpa, seed):
-    log_probs = random_log_probs(seed, 6, 4)
-    search = BeamSearch(10**6, UNITS, LanguageModel(arpa, LETTERS, weight=0.8, bonus=0.4))
-    search.advance(log_probs)
-    found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
-    expected = {}
-    for labels, score in all_sums(log_probs).items():
-        words = b"".join(UNITS[label] for label in labels).decode().split()
-        expected[labels] = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
-    assert found == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("units", [(b"", b"A ", b"B", b"B "), (b"", b" A B", b"B", b" ")])
-def test_words_are_scored_for_units_of_every_kind(arpa, units):
-    log_probs = random_log_probs(0, 5, 4)
-    search = BeamSearch(10**6, units, LanguageModel(arpa, LETTERS, weight=0.8, bonus=0.4))
-    search.advance(log_probs)
-    found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
-    for labels, score in all_sums(log_probs).items():
-        words = b"".join(units[label] for label in labels).decode().split()
-        expected = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
-        assert found[labels] == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("units", [UNITS, (b"", b"A ", b"B", b"B "), (b"", b" A B", b"B", b" ")])
+def test_beam_search_adds_the_scores_of_words_made_of_units_of_every_kind(arpa, units):
+    for seed in range(3):
+        log_probs = random_log_probs(seed, 5, 4)
+        search = BeamSearch(10**6, units, LanguageModel(arpa, LETTERS, weight=0.8, bonus=0.4))
+        search.advance(log_probs)
+        found = {tuple(label for label, _ in pairs): score for score, pairs in search.results()}
+        expected = {}
+        for labels, score in all_sums(log_probs).items():
+            words = b"".join(units[label] for label in labels).decode().split()
+            expected[labels] = score + 0.8 * math.log(10) * by_hand(words) + 0.4 * len(words)
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_model_without_unknown_words_has_a_floor_for_them(arpa):

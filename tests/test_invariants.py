@@ -56,13 +56,6 @@ def learned(config: Config, seed: int, levels: int) -> tuple[list[int], Tensor]:
 
 
 @given(METHODS, SEEDS, LEVELS)
-def test_a_ranking_has_every_layer_once(method, seed, levels):
-    """Every algorithm ranks each layer exactly once, whatever the scores."""
-    ranking, _ = learned(tiny(method=method), seed, levels)
-    assert sorted(ranking) == list(range(L))
-
-
-@given(METHODS, SEEDS, LEVELS)
 def test_ties_go_to_the_lower_layer(method, seed, levels):
     """Of layers with equal scores the lower one is ranked first."""
     config = tiny(method=method)
@@ -178,12 +171,6 @@ def test_relaxed_weights_are_the_sum_of_the_papers_softmaxes(drawn):
         p = a.softmax(0)
         a, total = a + torch.log1p(-p), total + p
     torch.testing.assert_close(relaxed_top_k(scores, k), total, rtol=1e-6, atol=1e-6)
-
-
-def test_relaxed_weights_may_exceed_1():
-    """A relaxed weight can be above 1: several softmaxes can select the same layer."""
-    relaxed = relaxed_top_k(torch.tensor([1.5, 0.0, 0.0, 0.0], dtype=torch.float64), 3)
-    assert relaxed.max() > 1 and relaxed.sum().item() == pytest.approx(3)
 
 
 # 4. Masks → what is computed
