@@ -7,15 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import tiny
+import torch.nn.functional as F
+from conftest import network, tiny, utterances
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
 from dynsize.algorithms import ALGORITHMS, every_other, shuffled
+from dynsize.batching import Batch
 from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
-from dynsize.steps import Update, gates_of, planned, sandwich
+from dynsize.steps import Update, gates_of, losses_of, planned, sandwich
 from dynsize.supernet import Supernet
 
 
@@ -258,6 +260,30 @@ def test_sandwich_rule():
     assert drawn != [weights(update, 2, 3, 5, 8, seed=1) for update in range(4000)]
     assert weights(0, 4, 8) == {8: 1.0, 4: 0.3}
     assert weights(0, 8) == {8: 1.0}
+
+
+def test_the_loss_weights_of_step_1_are_the_papers():
+    model = Supernet(tiny(), 5)
+    assert planned(model, 0) == Update(0, 1, {8: 1.0, 7: 0.3})
+    assert planned(model, 7).step == 2  # 0.6 of 12 updates are step 1
+    model.config = tiny(method="layerdrop", shared_output_layer=True)
+    assert planned(model, 0) == Update(0, 2, {8: 1.0})
+
+
+def test_the_loss_of_an_update_is_the_weighted_sum_of_torchs_ctc_per_label():
+    model = network(stochastic_depth=0.0)
+    features, frames = utterances(model, [40, 31])
+    labels, label_lengths = torch.tensor([[3, 3, 1], [2, 5, 0]]), torch.tensor([3, 2])
+    batch = Batch([], features, frames, labels, label_lengths, torch.tensor([1, 2]), {})
+    update = Update(11, 2, {8: 1.0, 5: 0.3, 3: 0.2})
+    loss, ctc = losses_of(update, batch, 5, model, None)
+    log_probs, lengths = model(features, frames, [8, 5, 3])
+    by_size = [
+        F.ctc_loss(of_size.transpose(0, 1), labels, lengths, label_lengths, reduction="sum") / 5
+        for of_size in log_probs
+    ]
+    torch.testing.assert_close(ctc, torch.stack(by_size).detach())
+    torch.testing.assert_close(loss, by_size[0] + 0.3 * by_size[1] + 0.2 * by_size[2])
 
 
 def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():

@@ -161,6 +161,21 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
     assert len(ranked) == 8 and ranked == by_score
 
 
+def test_a_step_has_clipped_gradients_and_the_scores_their_own_learning_rate(tones, tmp_path):
+    run = begun(tones, tmp_path / "run", clip=0.01, score_rate=7.0)
+    weights, norms = list(run.model.parameters()), []
+
+    def note() -> None:
+        gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+
+    run.optimizer.step = note
+    record = next(run.updates())
+    assert record["gradient_norm"] > 0.01 and norms == [pytest.approx(0.01, rel=1e-3)]
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    assert rates == [record["learning_rate"], 7 * record["learning_rate"]]
+
+
 def test_learns_its_training_data(tones, tmp_path):
     changes = dict(updates=300, validate_every=300, save_every=300, dev_splits=("train",))
     changes |= dict(width=32, dropout=0.0, time_mask_every=0, frequency_masks=0)
