@@ -87,10 +87,11 @@ def text_labels(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
     try:
         return tokenizer.encode(utterance.text)
     except ValueError as error:
-        raise ValueError(
-            f"{utterance.path}: the utterance {utterance.id}: {error}; a tokenizer made from these "
-            "texts has them: leave out --tokenizer, or name --vocabulary with --init-from"
-        ) from error
+        advice = (
+            "leave out --tokenizer, or name --vocabulary with --init-from, and a new one is made"
+        )
+        where = f"{utterance.path}: the utterance {utterance.id}"
+        raise ValueError(f"{where}: {error}; {advice}") from error
 
 
 def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
@@ -226,10 +227,8 @@ def read_batches(
         of_loader = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
         if raised_in_worker or not of_loader:
             raise
-        raise ChildProcessError(
-            f"a loader process died: {error}; where memory was short, lower --workers "
-            f"{examples.config.workers}"
-        ) from error
+        advice = f"where memory was short, lower --workers {examples.config.workers}"
+        raise ChildProcessError(f"a loader process died: {error}; {advice}") from error
 
 
 def check_open_files(config: Config) -> None:
@@ -241,10 +240,8 @@ def check_open_files(config: Config) -> None:
     needed = FILES_OF_A_WORKER * config.workers + FILES_OF_A_BATCH * (config.accumulate + 1)
     needed += len(os.listdir("/dev/fd"))
     if config.workers and needed > most != resource.RLIM_INFINITY:
-        raise ValueError(
-            f"--workers {config.workers}: needs {needed} open files, but the limit is {most}; "
-            "raise it by ulimit -n, or lower --workers"
-        )
+        what = f"needs {needed} open files, but the limit is {most}"
+        raise ValueError(f"--workers {config.workers}: {what}; raise it by ulimit -n, or lower it")
 
 
 def started(loader: DataLoader) -> Iterator[Batch]:

@@ -108,11 +108,9 @@ def nothing_in(source: Path, corpus: Corpus) -> str:
 
 def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, Callable]:
     """Return the kind of a split, the file that shows it, and its reader."""
-    path = Path(split)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(
-            f"{flag} {quoted(split)}: names no split; A+B joins splits, and no part may be empty"
-        )
+    if not Path(split).parts or Path(split).is_absolute() or ".." in Path(split).parts:
+        advice = "A+B joins splits, and no part may be empty"
+        raise ValueError(f"{flag} {quoted(split)}: names no split; {advice}")
     for name, pattern, reader in KINDS:
         source = root / pattern.format(split)
         if kind in ("auto", name) and source.exists():

@@ -207,18 +207,13 @@ def manifest_row(file: Path, where: str, id: str, row: dict) -> Entry:
     if not isinstance(path, str):
         raise TypeError("a path that is no string, or no path")
     path = path.replace("{data_root}", os.path.dirname(file))  # speechbrain's
+    path = placed(file, encodable(path), where)
+    id = encodable(value_of(row, "id") or id)
+    text = text_in(value_of(row, "text"), where)
+    speaker = encodable(value_of(row, "speaker") or "")
     start, end, in_samples = part_of(row, where)
-    return Entry(
-        where,
-        encodable(value_of(row, "id") or id),
-        placed(file, encodable(path), where),
-        text_in(value_of(row, "text"), where),
-        encodable(value_of(row, "speaker") or ""),
-        start,
-        end,
-        row.get("channel"),
-        in_samples=in_samples,
-    )
+    channel = row.get("channel")
+    return Entry(where, id, path, text, speaker, start, end, channel, in_samples=in_samples)
 
 
 def value_of(row: dict, field: str) -> object:
@@ -269,16 +264,14 @@ def lhotse_cut(file: Path, where: str, row: dict, notes: Notes) -> Iterator[Entr
         sources = [s for s in row["recording"]["sources"] if channel in s["channels"]]
         if not sources or sources[0]["type"] != "file":
             raise ValueError(f"{where}: no audio file for the channel {channel!r}; {FORMS}")
-        yield Entry(
-            where,
-            encodable(row["id"] if len(row["supervisions"]) == 1 else part["id"]),
-            placed(file, encodable(sources[0]["source"]), where),
-            text_in(part.get("text"), where),
-            encodable(part.get("speaker") or ""),
-            seconds(begin + max(first, 0.0), where),
-            seconds(begin + min(last, length), where),
-            sources[0]["channels"].index(channel),
-        )
+        path = placed(file, encodable(sources[0]["source"]), where)
+        id = encodable(row["id"] if len(row["supervisions"]) == 1 else part["id"])
+        text = text_in(part.get("text"), where)
+        speaker = encodable(part.get("speaker") or "")
+        start = seconds(begin + max(first, 0.0), where)
+        end = seconds(begin + min(last, length), where)
+        channel = sources[0]["channels"].index(channel)
+        yield Entry(where, id, path, text, speaker, start, end, channel)
 
 
 def text_in(value: object, where: str) -> str:
@@ -496,10 +489,7 @@ def on_disk(name: str) -> str:
 
 def contents(folder: Path | str) -> str:
     """Return, for a message, what a directory holds."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        return f"{folder}: {error.strerror}"
+    names = sorted(os.listdir(folder))
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"in {folder}: {', '.join(names[:LISTED]) or 'nothing'}{more}"
 

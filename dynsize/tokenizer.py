@@ -97,9 +97,7 @@ def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> 
     texts = [text for text in texts if text]
     characters = set().union(*texts)
     if not characters:
-        raise ValueError(
-            "the training transcripts are all empty: there is nothing to learn units from"
-        )
+        raise ValueError("the training transcripts are all empty: there are no units to learn")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -134,8 +132,7 @@ def load_tokenizer(file: Path) -> Tokenizer:
         raise ValueError(f"--tokenizer {file}: not a SentencePiece model") from error
     pieces = tokenizer.pieces
     if not (pieces.is_unknown(0) or pieces.is_control(0) or pieces.is_unused(0)):
-        raise ValueError(
-            f"--tokenizer {file}: its unit 0 is {pieces.id_to_piece(0)!r}, but label 0 is CTC's "
-            "blank; train it with --unk_id=0 (SentencePiece's default) or --pad_id=0"
-        )
+        what = f"its unit 0 is {pieces.id_to_piece(0)!r}, but label 0 is CTC's blank"
+        advice = "train it with --unk_id=0 (SentencePiece's default) or --pad_id=0"
+        raise ValueError(f"--tokenizer {file}: {what}; {advice}")
     return tokenizer
