@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype

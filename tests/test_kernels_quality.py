@@ -209,7 +209,8 @@ def test_offsets_go_past_32_bits(op, monkeypatch):
         program, numbers, frame, others = far_program(kernel, named)
         with Traffic(only=program) as traffic:
             kernel[(1,)](*(named | numbers).values())
-        addresses = np.concatenate(sum(traffic.addresses.values(), [])).astype(np.int64)
+        found = [a for of_tensor in traffic.addresses.values() for a in of_tensor]
+        addresses = np.concatenate(found).astype(np.int64)
         right = np.zeros(addresses.shape, bool)
         for name, tensor in named.items():
             if isinstance(tensor, torch.Tensor):
