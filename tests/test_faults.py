@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny, write_tones
+from conftest import begun, finish, same, tiny, write_tones
 from in_process import ROOT, SCRIPTS, TINY
 
 from dynsize import checkpoint, files, training
@@ -39,20 +39,6 @@ from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
 KILLS = 5
-
-
-def begun(tones: Path, run: Path, **changes) -> Trainer:
-    return Trainer(tiny(**changes | dict(corpus=str(tones))), run).begin()
-
-
-def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
-    for _ in trainer.updates():
-        pass
-    return dict(trainer.model.named_parameters())
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def elsewhere(function: Callable, *arguments) -> fork.Process:
