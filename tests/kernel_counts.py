@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 from triton.runtime.interpreter import interpreter_builder as builder
 from triton.runtime.jit import JITFunction
 
@@ -214,39 +214,31 @@ def machine_code_of_all() -> list[dict]:
 
 
 class Traffic:
-    """Counts, inside of its context, the addresses that each interpreted program moves.
+    """Counts, inside of its context, the addresses that each interpreted program moves."""
 
-    `only`: compute only the program of this number, which then moves nothing and loads ones.
-    """
-
-    def __init__(self, only: int | None = None) -> None:
-        self.only = only
+    def __init__(self) -> None:
         self.addresses: dict[tuple, list[np.ndarray]] = {}  # (launch, program, method, bytes) → …
         self.launch = 0
 
     def __enter__(self) -> "Traffic":
-        for name in (*POINTER_AND_MASK, "set_grid_dim", "set_grid_idx"):
+        for name in (*POINTER_AND_MASK, "set_grid_dim"):
             setattr(builder, name, functools.partial(self.count, name))
         return self
 
     def __exit__(self, *_) -> None:
-        for name in (*POINTER_AND_MASK, "set_grid_dim", "set_grid_idx"):
+        for name in (*POINTER_AND_MASK, "set_grid_dim"):
             delattr(builder, name)
 
-    def count(self, name: str, *arguments):
+    def count(self, name: str, *arguments, **options):
         """Note what the interpreter's method `name` moves, and call it."""
-        self.launch += name == "set_grid_dim"
-        if name == "set_grid_idx" and self.only is not None:
-            arguments = (self.only, 0, 0)
         if name in POINTER_AND_MASK:
             pointer, mask = (arguments[i] for i in POINTER_AND_MASK[name])
-            kind = pointer.get_element_ty()
-            key = (self.launch, builder.grid_idx, name, kind.primitive_bitwidth // 8)
+            size = pointer.get_element_ty().primitive_bitwidth // 8
+            key = (self.launch, builder.grid_idx, name, size)
             where, mask = np.broadcast_arrays(pointer.data, mask.data)
             self.addresses.setdefault(key, []).append(where[mask.astype(bool)])
-            if self.only is not None:
-                return TensorHandle(np.ones(where.shape, _get_np_dtype(kind)), kind)
-        return getattr(type(builder), name)(builder, *arguments)
+        self.launch += name == "set_grid_dim"
+        return getattr(type(builder), name)(builder, *arguments, **options)
 
     def total(self, tensor: Tensor | None = None) -> int:
         """Return the distinct bytes of each program, summed; of all tensors, or of one."""
@@ -258,6 +250,20 @@ class Traffic:
             where = np.unique(np.concatenate(parts))
             total += key[-1] * int(((low <= where) & (where < high)).sum())
         return total
+
+
+class ChainBytes(TorchDispatchMode):
+    """Adds up what torch's ops read and write: each op its inputs and outputs; no views."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not function.name().startswith("aten::empty"):
+            for leaf in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, Tensor):
+                    self.total += min(leaf.nbytes, leaf.untyped_storage().nbytes())
+        return result
 
 
 if __name__ == "__main__":
