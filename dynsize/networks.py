@@ -91,6 +91,8 @@ def open_onnx(path: Path) -> OnnxFile:
         if content["format"] != ONNX_FORMAT:
             raise ValueError(f"{content['format']}, not {ONNX_FORMAT}")
         config = from_dict(content["config"])
+        if content["config"].keys() != vars(config).keys():
+            raise ValueError("settings are missing")
         model = bytearray(b64decode(content["tokenizer"]))
         tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
         costs = {int(size): cost_of(row) for size, row in content["costs"].items()}

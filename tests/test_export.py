@@ -291,6 +291,7 @@ def test_a_file_without_our_checksum_is_refused(single, tmp_path):
         (dict(config=dict(new_setting=1)), "new_setting"),
         (dict(config=dict(sample_rate=1e300)), "--sample-rate 1e+300: must be"),
         (dict(config=dict(hop_ms=0)), "--hop-ms 0: must be"),
+        (dict(config={}), "settings are missing"),
         (dict(costs={"1": {}}), "KeyError('layers')"),
         (dict(costs={}), "sizes (), which are not the network's"),
         (dict(tokenizer=""), "buffer"),
@@ -308,8 +309,9 @@ def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
         model = train_tokenizer(["LOW"] * 9, 9).model
         changes = dict(tokenizer=b64encode(bytes(model.tolist())).decode())
     if isinstance(changes, dict):
-        config = content["config"] | changes.pop("config", {})
-        changes = json.dumps(content | dict(config=config) | changes)
+        if changes.get("config"):
+            changes = changes | dict(config=content["config"] | changes["config"])
+        changes = json.dumps(content | changes)
     found = refused(onnx.load(path), changes, tmp_path / "a.onnx")
     assert why in found and bool(why) == bool(found)
 
