@@ -3,7 +3,6 @@
 What an update does follows from the settings and its number: steps.py says it.
 """
 
-import json
 import math
 import time
 import warnings
@@ -283,8 +282,7 @@ class Trainer:
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
         ranked = [dict(layer=layer_name(layer), score=score) for layer, score in pairs]
-        text = json.dumps(ranked, indent=2) + "\n"
-        files.write(self.run / "ranking.json", text.encode())
+        files.write_json(self.run / "ranking.json", ranked)
 
     def write(self, name: str, **more: object) -> None:
         """Write the network to a file of the run directory, in the first process."""
