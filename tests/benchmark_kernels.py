@@ -11,7 +11,6 @@ shapes and without torch.compile; times are then left out.
 # ruff: noqa: E402 (imports follow what they depend on)
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import json
@@ -19,7 +18,6 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,79 +43,53 @@ for needless in ("sentencepiece", "soundfile", "soxr", "tqdm"):  # imported, but
         stand_in = importlib.util.module_from_spec(ModuleSpec(needless, None))
         stand_in.tqdm = stand_in.SoundFile = object
         sys.modules[needless] = stand_in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+
+import kernel_counts
+import triton
 
 from dynsize import kernels, processes, steps
 from dynsize.algorithms import shuffled
 from dynsize.batching import Batch
 from dynsize.config import Config, preset
 from dynsize.initial import optimizer_for
-from dynsize.kernels import reference, self_check
+from dynsize.kernels import self_check
 from dynsize.schedule import ends_span, learning_rate
 from dynsize.simple_top_k import relaxed_top_k
 from dynsize.supernet import Supernet
 
 # What is computed: the paper's shapes and larger ones.
+DTYPES = (torch.float32, torch.bfloat16) if GPU else (torch.float32,)
 SHAPES = SimpleNamespace(
-    dtypes=(torch.float32, torch.bfloat16),
     widths=(144, 384, 512, 1000),  # D
     labels=(10, 63, 64, 130, 200, 1000),  # U, each in 5 U frames
-    top_k=((48, 16), (48, 47), (256, 128)),  # L, k
+    top_k=(48, 256),  # L
     timed_widths=(384, 512),
     timed_labels=(50, 200),
     utterances=16,  # B
-    feature_frames=1000,  # the encoder has a quarter of them
+    frames=1000,  # of features; the encoder has a quarter of them
     vocabulary=512,  # V
-    network=dict(),  # changes of the preset `librispeech`
+    network={},  # changes of the preset `librispeech`
     updates=200,
     shown=20,  # updates from one row of the losses to the next
 )
-if not GPU:  # the interpreter takes milliseconds for a step of a program, and has no bfloat16
+if not GPU:  # the interpreter takes milliseconds for a step of a program
     network = dict(blocks=1, width=8, attention_heads=2, kernel=3, mel_bins=4, sizes=(1, 3, 4))
     network |= dict(front_end_channels=(2, 2, 2, 2), precision="float32")
     SHAPES = SimpleNamespace(
-        **dict(dtypes=(torch.float32,), widths=(16,), labels=(3,), top_k=((4, 2),)),
-        **dict(timed_widths=(16,), timed_labels=(3,), utterances=2, feature_frames=16),
-        **dict(vocabulary=7, network=network, updates=2, shown=1),
-    )
+        widths=(16,), labels=(3,), top_k=(4,), timed_widths=(16,), timed_labels=(3,),
+        utterances=2, frames=16, vocabulary=7, network=network, updates=2, shown=1,
+    )  # fmt: skip
+FAULTS: list[str] = []  # of the part that runs
 
 
 class OutOfTime(BaseException):
     """A part's time is over. It is no Exception, so what catches those lets it pass."""
 
 
-@contextlib.contextmanager
-def at_most(minutes: float) -> Iterator[None]:
-    """Raise OutOfTime where what is inside takes longer."""
-
-    def stop(*_) -> None:
-        raise OutOfTime(f"more than {minutes:g} minutes")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def computed_by(mode: str) -> Iterator[None]:
-    """Let DYNSIZE_KERNELS have this value inside."""
-    before = os.environ.get("DYNSIZE_KERNELS", "auto")
-    os.environ["DYNSIZE_KERNELS"] = mode
-    kernels.CHOSEN.clear()
-    try:
-        yield
-    finally:
-        os.environ["DYNSIZE_KERNELS"] = before
-        kernels.CHOSEN.clear()
-
-
 def row(*cells: object) -> None:
     """Print a row of a table."""
-    print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)
+    print("|", " | ".join(str(cell).replace("|", "/") for cell in cells), "|", flush=True)
 
 
 def header(*names: str) -> None:
@@ -127,42 +99,34 @@ def header(*names: str) -> None:
 
 
 def attempt(call: Callable, *arguments) -> object:
-    """Return what a call returns, or the exception that it raises."""
+    """Return what a call returns. Where it fails, note it as a fault, and return it in one line."""
     try:
         return call(*arguments)
     except Exception as error:  # compilers raise errors of many kinds
-        return error
+        FAULTS.append(told(error))
+        return FAULTS[-1]
 
 
 def told(error: BaseException) -> str:
-    """Return an error in one line that fits into a table."""
-    words = " ".join(str(error).replace("|", "/").split())
+    """Return an error in one line."""
+    words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:300]}"
 
 
-def shown(number: float | None, form: str) -> str:
-    """Return a number, or a dash where it was not measured."""
-    return "–" if number is None else format(number, form)
+def computed_by(mode: str, config: Config) -> None:
+    """Let torch or Triton compute from now on; chosen here, outside of what is compiled."""
+    os.environ["DYNSIZE_KERNELS"] = mode
+    kernels.CHOSEN.clear()
+    processes.hardware(config, DEVICE)
 
 
-def load_ops() -> None:
-    """Register the ops with torch. Raises ImportError where there is no Triton."""
-    for room in ("residual", "ctc", "top_k"):
-        importlib.import_module(f"dynsize.kernels.{room}")
-
-
-# The ops: by Triton, and as one would write them in torch.
-
-
-def residual(*arguments) -> tuple[Tensor, Tensor]:
-    """Return y and the normalised rows."""
-    return torch.ops.dynsize.gated_residual_layer_norm(*arguments)[:2]
+# The ops as one would write them in torch, and by Triton.
 
 
 def torchs_residual(
     x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps
 ) -> tuple[Tensor, Tensor]:
-    """Return the same but for the dropout, which torch draws in its own way."""
+    """Return y and the normalised rows, with dropout by torch's own draws."""
     dropped = F.dropout(branch, dropout_p) * gate.to(branch.dtype)[:, None, None]
     y = torch.add(x[: len(branch)], dropped, alpha=scale)
     if len(branch) < len(x):
@@ -187,39 +151,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor]:
 
 
 def torchs_top_k(scores: Tensor, k: int) -> tuple[Tensor]:
-    """Return the same where DYNSIZE_KERNELS=torch, or in float64."""
+    """Return the same where torch computes."""
     return (relaxed_top_k(scores, k),)
-
-
-def residual_inputs(utterances: int, kept: int, frames: int, width: int, dtype) -> list:
-    """Return the op's arguments for three sizes, of which the first `kept` keep the layer."""
-    random = self_check.normal_on(DEVICE)
-    x = random(3 * utterances, frames, width)
-    branch = random(kept * utterances, frames, width).detach().to(dtype).requires_grad_()
-    gate = random(len(branch))
-    seed = torch.arange(utterances, device=DEVICE)
-    return [
-        *(x, branch, gate, 0.5, 0.1, seed),
-        *(random(width), random(width), len(branch), dtype, 1e-5),
-    ]
-
-
-def ctc_inputs(utterances: int, labels: int, frames: int, vocabulary: int) -> list:
-    """Return logits and the other arguments of CTC; of the utterances one is shorter."""
-    logits = self_check.normal_on(DEVICE)(utterances, frames, vocabulary)
-    lengths = torch.full((utterances,), frames, device=DEVICE)
-    lengths[-1] = frames - 1
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = (utterances, labels)
-    targets = torch.randint(1, vocabulary, shape, generator=generator, device=DEVICE)
-    count = torch.full((utterances,), labels, device=DEVICE)
-    count[-1] = labels - 1
-    return [logits, lengths, targets, count]
-
-
-def below_softmax(loss: Callable) -> Callable:
-    """Return a CTC loss as a function of logits."""
-    return lambda logits, *others: loss(logits.log_softmax(-1), *others)
 
 
 # The parts.
@@ -227,118 +160,71 @@ def below_softmax(loss: Callable) -> Callable:
 
 def machine() -> None:
     """Print what computes here."""
-    load = attempt(importlib.import_module, "triton")
-    triton = told(load) if isinstance(load, Exception) else load.__version__
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = attempt(functools.partial(subprocess.check_output, ask, text=True))
-    known = GPU and isinstance(driver, str)
     header("what", "here")
     row("card", processes.processor(DEVICE))
-    row("driver", driver.split()[0] if known else "–")
     row("capability", torch.cuda.get_device_capability() if GPU else "–")
-    row("torch", torch.__version__)
-    row("Triton", triton)
+    row("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}")
+    row("Triton", triton.__version__)
     row("numpy", np.__version__)
     row("Python", platform.python_version())
-
-
-def compiled() -> None:
-    """Print whether each op compiles and passes its self-check, or why not."""
-    config = config_of()
-    header("op", "dtype", "runs", "error of its self-check, or why not")
-    faults = []
-    cases = [("gated_residual_layer_norm", dtype, config.width) for dtype in SHAPES.dtypes]
-    cases += [("ctc_loss", torch.float32, 0), ("relaxed_top_k", torch.float32, config.layers)]
-    for op, dtype, size in cases:
-        reason, error = kernels.obstacle(DEVICE.type), 0.0
-        if not reason:
-            error, reason = self_check.compare(op, DEVICE, dtype, size)
-        if reason:
-            faults.append(op)
-        runs = "no" if reason else "yes"
-        row(op, str(dtype)[6:], runs, reason.replace("|", "/") or f"{error:.0e}")
-    print(f"\nA training says: {processes.hardware(config, DEVICE)}", flush=True)
-    assert not faults, f"these do not run: {', '.join(faults)}"
+    print(f"\nA training says: {processes.hardware(config_of(), DEVICE)}", flush=True)
 
 
 def errors() -> None:
-    """Print the largest errors against float64, relative to the largest number of a tensor."""
-    load_ops()
-    header("op", "shape", "forward", "gradients", "bar")
-    cases = []
-    for width in SHAPES.widths:
-        for dtype in SHAPES.dtypes:
-            inputs = residual_inputs(2, 2, 20, width, dtype)
-            bar = self_check.TOLERANCE["gated_residual_layer_norm"][dtype]
-            pair = (residual, reference.gated_residual_layer_norm)
-            cases.append(("residual", f"D {width}, {str(dtype)[6:]}", *pair, inputs, bar))
+    """Print the largest error of each op against float64, or why Triton does not run it."""
+    header("op and shape", "runs", "error, or why not", "bar")
+    checks = [("gated_residual_layer_norm", d, dtype) for d in SHAPES.widths for dtype in DTYPES]
+    checks += [("relaxed_top_k", layers, torch.float32) for layers in SHAPES.top_k]
+    checks += [("ctc_loss", 0, torch.float32)]
+    for op, size, dtype in checks:
+        error, reason = self_check.compare(op, DEVICE, dtype, size)
+        bar = self_check.TOLERANCE[op][dtype]
+        compared(f"{op}, {size or self_check.LABELS}, {dtype}", reason or error, bar)
     for labels in SHAPES.labels:
-        inputs = ctc_inputs(3, labels, 5 * labels, SHAPES.vocabulary)
-        pair = (below_softmax(ctc), below_softmax(torchs_ctc))
-        cases.append(("CTC", f"U {labels}, T {5 * labels}", *pair, inputs, 1e-3))
-    for layers, k in SHAPES.top_k:
-        inputs = [self_check.normal_on(DEVICE)(layers), k]
-        bar = self_check.TOLERANCE["relaxed_top_k"][torch.float32]
-        cases.append(("top-k", f"L {layers}, k {k}", top_k, torchs_top_k, inputs, bar))
-    faults = []
-    for op, shape, ours, truth, inputs, bar in cases:
-        found = attempt(largest_errors, ours, truth, inputs)
-        if isinstance(found, Exception):
-            row(op, shape, told(found), "–", bar)
-            faults.append(f"{op}, {shape}: fails")
-            continue
-        forward, gradients = found
-        row(op, shape, f"{forward:.0e}", f"{gradients:.0e}", bar)
-        if not (forward <= bar and gradients <= bar):  # so that NaN is a fault
-            faults.append(f"{op}, {shape}: above the bar")
-    assert not faults, "; ".join(faults)
+        compared(f"ctc_loss, U {labels}, T {5 * labels}", attempt(ctc_error, labels), 1e-3)
 
 
-def largest_errors(ours: Callable, truth: Callable, inputs: list) -> tuple[float, float]:
-    """Return the largest error of the outputs, and that of the gradients."""
-    results = self_check.differentiated(ours, inputs)
-    exact = self_check.differentiated(truth, [self_check.in_float64(value) for value in inputs])
-    pairs = zip(results, exact, strict=True)
-    found = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
-    learned = sum(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-    return found[:-learned].max().item(), found[-learned:].max().item()
+def ctc_error(labels: int) -> float:
+    """Return the largest error of CTC with U labels in 5 U frames."""
+    inputs = kernel_counts.ctc_inputs(3, labels, 5 * labels, SHAPES.vocabulary, DEVICE)
+
+    def of_logits(loss: Callable) -> Callable:
+        return lambda logits, *others: loss(logits.log_softmax(-1), *others)
+
+    return self_check.largest_error(of_logits(ctc), of_logits(torchs_ctc), inputs)
 
 
-FORMS = ("Triton", "torch", "compiled torch")
+def compared(shape: str, found: float | str, bar: float) -> None:
+    """Print a row for an error, or for why there is none. Above the bar it is a fault, as NaN."""
+    runs = isinstance(found, float)
+    if not (runs and found <= bar):
+        FAULTS.append(f"{shape}: {found}")
+    row(shape, "yes" if runs else "no", f"{found:.0e}" if runs else found, f"{bar:.0e}")
 
 
 def times() -> None:
-    """Print the milliseconds of each op, and its bytes over its time as a share of a copy's."""
-    load_ops()
+    """Print the milliseconds of each op, and its least bytes over them as a share of a copy's."""
+    computed_by("torch", config_of())
     size = 2**30 if GPU else 2**10
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=DEVICE)
-    copied = milliseconds(lambda: target.copy_(source))
-    bandwidth = 2 * size / copied if copied else None  # bytes in a millisecond
-    speed = shown(bandwidth and bandwidth / 1e6, ".0f")
-    print(f"A copy of {size >> 20} MiB moves {speed} GB/s, bytes read and bytes written.\n")
-    header(
-        "op", "pass", "least MB", *(f"{form}, {what}" for form in FORMS for what in ("ms", "share"))
-    )
-    faults = []
+    bandwidth = 2 * size / milliseconds(lambda: target.copy_(source))
+    speed = f"{bandwidth / 1e6:.0f} GB/s" if GPU else "–"
+    print(f"In ms, and as a share of a copy of 1 GiB: {speed}, bytes read and bytes written.\n")
+    header("op", "pass", "least MB", "Triton", "torch", "compiled torch")
     for name, ours, theirs, inputs, least in timed_cases():
-        forms = [ours, theirs]
-        if GPU:
-            torch._dynamo.reset()
-            torch._functorch.config.donated_buffer = False  # else there is one backward pass
-            forms.append(torch.compile(theirs, dynamic=False))
-        with computed_by("torch"):
-            found = [attempt(measured, form, inputs) for form in forms]
+        torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False  # else there is one backward pass
+        compiled = torch.compile(theirs, dynamic=False) if GPU else theirs
+        found = [attempt(measured, form, inputs) for form in (ours, theirs, compiled)]
         for number, direction in enumerate(("forward", "backward")):
             cells = []
-            for of_form in found:
-                failed = isinstance(of_form, Exception)
-                spent = None if failed else of_form[number]
-                cells.append(told(of_form) if failed else shown(spent, ".3f"))
-                cells.append(shown(spent and least[number] / spent / bandwidth, ".0%"))
-            cells += ["–"] * (6 - len(cells))
+            for spent in found:
+                cell = spent if isinstance(spent, str) else "–"
+                if GPU and not isinstance(spent, str):
+                    share = least[number] / spent[number] / bandwidth
+                    cell = f"{spent[number]:.3f} ({share:.0%})"
+                cells.append(cell)
             row(name, direction, f"{least[number] / 1e6:.1f}", *cells)
-        faults += [f"{name}: {told(failed)}" for failed in found if isinstance(failed, Exception)]
-    assert not faults, "; ".join(faults)
 
 
 def timed_cases() -> Iterator[tuple]:
@@ -347,45 +233,39 @@ def timed_cases() -> Iterator[tuple]:
     Each input and output of a pass counts once. Of CTC's log-probabilities those of the blank and
     the labels count.
     """
-    utterances, frames, dtype = SHAPES.utterances, SHAPES.feature_frames // 4, SHAPES.dtypes[-1]
+    utterances, vocabulary = SHAPES.utterances, SHAPES.vocabulary
     for width in SHAPES.timed_widths:
         for kept in (1, 2, 3):
-            inputs = residual_inputs(utterances, kept, frames, width, dtype)
-            x, branch = inputs[:2]
-            normed, statistics = branch.nbytes, 2 * 4 * len(branch) * frames
-            forward = 2 * x.nbytes + branch.nbytes + normed + statistics
-            y = len(branch) * x[0].nbytes
-            backward = 2 * x.nbytes + y + normed + statistics + 2 * branch.nbytes
+            gate = self_check.normal_on(DEVICE)(kept * utterances)
+            shape = (SHAPES.frames // 4, width, DTYPES[-1], utterances)
+            inputs = kernel_counts.residual_inputs(3 * utterances, gate, *shape)
+            least = kernel_counts.residual_bytes(inputs)
             name = f"residual, D {width}, {kept} of 3 sizes"
-            yield name, residual, torchs_residual, inputs, (forward, backward)
+            yield name, kernel_counts.fused, torchs_residual, inputs, least
     for labels in SHAPES.timed_labels:
-        inputs = ctc_inputs(3 * utterances, labels, 5 * labels, SHAPES.vocabulary)
-        log_probs = inputs[0].detach().log_softmax(-1).requires_grad_()
+        inputs = kernel_counts.ctc_inputs(3 * utterances, labels, 5 * labels, vocabulary, DEVICE)
+        log_probs = inputs[0]
         read = 4 * log_probs[..., 0].numel() * (labels + 1)
-        inputs[0] = log_probs
-        name = f"CTC, V {SHAPES.vocabulary}, U {labels}, T {5 * labels}"
+        name = f"CTC, V {vocabulary}, U {labels}, T {5 * labels}"
         yield name, ctc, torchs_ctc, inputs, (read, log_probs.nbytes)
-    for layers, k in SHAPES.top_k:
+    for layers in SHAPES.top_k:
         scores = self_check.normal_on(DEVICE)(layers)
         moved = 2 * scores.nbytes
-        yield f"top-k, L {layers}, k {k}", top_k, torchs_top_k, [scores, k], (moved, moved)
+        name = f"top-k, L {layers}, k {layers // 2}"
+        yield name, top_k, torchs_top_k, [scores, layers // 2], (moved, moved)
 
 
-def measured(function: Callable, inputs: list) -> tuple[float | None, float | None]:
+def measured(function: Callable, inputs: list) -> list[float]:
     """Return the milliseconds of the forward pass and of the backward pass."""
-    outputs = function(*inputs)
-    leaves = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
-    ones = [torch.ones_like(output) for output in outputs]
-    backward = functools.partial(torch.autograd.grad, outputs, leaves, ones, retain_graph=True)
-    return milliseconds(functools.partial(function, *inputs)), milliseconds(backward)
+    return [milliseconds(call) for call in kernel_counts.passes(function, inputs)]
 
 
-def milliseconds(call: Callable) -> float | None:
-    """Return the median time of a call on a GPU; on a CPU call it once."""
-    if not GPU:
-        call()
-        return None
-    return importlib.import_module("triton.testing").do_bench(call, return_mode="median")
+def milliseconds(call: Callable) -> float:
+    """Return the median time of a call on a GPU; on a CPU call it once, and return 1."""
+    if GPU:
+        return triton.testing.do_bench(call, return_mode="median")
+    call()
+    return 1.0
 
 
 # Whole updates.
@@ -393,20 +273,18 @@ def milliseconds(call: Callable) -> float | None:
 
 def config_of(**changes) -> Config:
     """Return the settings of the network and its training."""
-    return preset("librispeech", device=DEVICE.type, **(dict(SHAPES.network) | changes))
+    return preset("librispeech", device=DEVICE.type, **(SHAPES.network | changes))
 
 
-def batch_of(config: Config, seed: int) -> Batch:
-    """Return a random batch, always the same for a seed."""
+def batch_of(config: Config, utterances: int, frames: int, labels: int, seed: int = 0) -> Batch:
+    """Return a random batch, always the same for a seed. `labels`: U, of labels 1 to 6."""
     draw = torch.Generator().manual_seed(seed)
-    count, frames = SHAPES.utterances, SHAPES.feature_frames
-    labels = max(2, frames // 20)
     tensors = dict(
-        features=torch.randn(count, frames, config.mel_bins, generator=draw),
-        lengths=torch.linspace(0.8 * frames, frames, count).long(),
-        labels=torch.randint(1, SHAPES.vocabulary, (count, labels), generator=draw),
-        label_lengths=torch.full((count,), labels),
-        seeds=torch.arange(count) + 1000 * seed,
+        features=torch.randn(utterances, frames, config.mel_bins, generator=draw),
+        lengths=torch.linspace(0.8 * frames, frames, utterances).long(),
+        labels=torch.randint(1, 7, (utterances, labels), generator=draw),
+        label_lengths=torch.full((utterances,), labels),
+        seeds=torch.arange(utterances) + 1000 * seed,
     )
     return Batch([], corrupt={}, **{name: value.to(DEVICE) for name, value in tensors.items()})
 
@@ -414,18 +292,21 @@ def batch_of(config: Config, seed: int) -> Batch:
 class Training:
     """A network with its optimizer, from one seed, of which each update is called by its number."""
 
-    def __init__(self, config: Config, labels: int, losses_of: Callable = steps.losses_of) -> None:
+    def __init__(self, config: Config, losses_of: Callable = steps.losses_of) -> None:
         torch.manual_seed(0)
         self.config = config
-        self.model = Supernet(config, labels, shuffled(config.layers, 0)).to(DEVICE)
+        ranking = shuffled(config.layers, 0)
+        self.model = Supernet(config, SHAPES.vocabulary, ranking).to(DEVICE)
         self.optimizer = optimizer_for(self.model, config)
         self.losses_of = losses_of
+        shape = (SHAPES.utterances, SHAPES.frames, max(2, SHAPES.frames // 20))
+        self.batches = [batch_of(config, *shape, seed) for seed in range(4)]
 
-    def update(self, number: int, batch: Batch) -> Tensor:
+    def update(self, number: int) -> Tensor:
         """Train one update, and return the CTC loss of each network, (M,)."""
         update = steps.planned(self.model, number)
-        label_count = batch.labels.numel()
-        loss, by_network = self.losses_of(update, batch, label_count, self.model, None)
+        batch = self.batches[number % 4]
+        loss, by_network = self.losses_of(update, batch, batch.labels.numel(), self.model, None)
         (loss + steps.extra_loss(update, self.model)).backward()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config) * group["factor"]
@@ -440,39 +321,30 @@ def update() -> None:
     """Print what an update of each step takes, computed by torch, by Triton, and compiled."""
     config = config_of()
     print(f"{config.blocks} blocks, D {config.width}, sizes {config.sizes}, {SHAPES.utterances}")
-    print(f"utterances of up to {SHAPES.feature_frames} feature frames. Busy: the time of kernels")
-    print("over that of the update. Compiled: its losses, by torch.compile, as one graph.")
-    print("" if GPU else "Nothing is compiled on a CPU.\n")
+    print(f"utterances of up to {SHAPES.frames} feature frames. Busy: the time of kernels over")
+    print("that of the update. Compiled: its losses, by torch.compile, as one graph.\n")
     header("computed by", "step", "ms", "launches", "GPU busy", "peak GB")
-    forms = [("torch", False), ("triton", False), ("triton", True), ("torch", True)]
-    faults = []
-    for mode, compile in forms if GPU else forms[:2]:
-        name = f"{mode}, compiled" if compile else mode
-        with computed_by(mode):
-            for number, step in ((0, 1), (config.updates - 1, 2)):
-                found = attempt(update_cost, config, number, compile)
-                if isinstance(found, Exception):
-                    row(name, step, told(found), "–", "–", "–")
-                    faults.append(f"{name}, step {step}: fails")
-                    continue
-                spent, launches, busy, peak = found
-                share = shown(spent and busy / spent, ".0%")
-                launches = launches if GPU else "–"
-                row(name, step, shown(spent, ".1f"), launches, share, shown(peak, ".1f"))
-    assert not faults, "; ".join(faults)
+    for compiled in (False, True) if GPU else (False,):
+        for mode in ("torch", "triton"):
+            computed_by(mode, config)
+            for step, number in ((1, 0), (2, config.updates - 1)):
+                found = attempt(update_cost, config, number, compiled)
+                cells = [found, "–", "–", "–"] if isinstance(found, str) else found
+                row(f"{mode}, compiled" if compiled else mode, step, *cells)
 
 
-def update_cost(config: Config, number: int, compile: bool) -> tuple:
-    """Return an update's milliseconds, launches, the kernels' milliseconds, and its peak in GB."""
-    processes.hardware(config, DEVICE)  # chooses what computes, outside of what is compiled
+def update_cost(config: Config, number: int, compiled: bool) -> list[str]:
+    """Return an update's milliseconds, launches, the GPU's busy share, and its peak in GB."""
     losses_of = steps.losses_of
-    if compile:
+    if compiled:
         torch._dynamo.reset()
         losses_of = torch.compile(losses_of, fullgraph=True, dynamic=False)
-    training = Training(config, SHAPES.vocabulary, losses_of)
-    call = functools.partial(training.update, number, batch_of(config, 0))
+    training = Training(config, losses_of)
+    call = functools.partial(training.update, number)
     if not GPU:
-        return (None, *profiled(call), None)
+        call()
+        profiled(training.optimizer.zero_grad)  # less, as the interpreter makes many events
+        return ["–"] * 4
     for _ in range(3):
         call()
     torch.cuda.reset_peak_memory_stats()
@@ -483,8 +355,9 @@ def update_cost(config: Config, number: int, compile: bool) -> tuple:
         call()
         torch.cuda.synchronize()
         spent.append(1000 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return statistics.median(spent), *profiled(call), peak
+    median, peak = statistics.median(spent), torch.cuda.max_memory_allocated() / 1e9
+    launches, busy = profiled(call)
+    return [f"{median:.1f}", str(launches), f"{busy / median:.0%}", f"{peak:.1f}"]
 
 
 def profiled(call: Callable) -> tuple[int, float]:
@@ -504,30 +377,25 @@ def profiled(call: Callable) -> tuple[int, float]:
 
 def losses() -> None:
     """Print the losses of the largest and the smallest network of two trainings of one seed."""
-    right = list(trained("torch"))
+    right, ours = trained("torch"), trained("triton")
     header("update", "largest: torch", "Triton", "smallest: torch", "Triton", "difference")
-    for number, (ours, theirs) in enumerate(zip(trained("triton"), right, strict=True), 1):
-        if number % SHAPES.shown == 0 or number == 1:
-            (a, b), (c, d) = theirs.tolist(), ours.tolist()
+    for number in range(len(right)):
+        if number % SHAPES.shown == 0 or number == len(right) - 1:
+            (a, b), (c, d) = right[number], ours[number]
             difference = max(abs(a - c) / a, abs(b - d) / b)
             row(number, f"{a:.4f}", f"{c:.4f}", f"{b:.4f}", f"{d:.4f}", f"{difference:.0e}")
 
 
-def trained(mode: str) -> Iterator[Tensor]:
-    """Yield each update's loss of the largest and of the smallest network, (2,), step 1 and 2."""
+def trained(mode: str) -> list[list[float]]:
+    """Return each update's loss of the largest and of the smallest network, in steps 1 and 2."""
     config = config_of(updates=SHAPES.updates)
-    with computed_by(mode):
-        processes.hardware(config, DEVICE)
-        training = Training(config, SHAPES.vocabulary)
-        batches = [batch_of(config, seed) for seed in range(4)]
-        for number in range(config.updates):
-            by_network = training.update(number, batches[number % len(batches)])
-            yield by_network[[0, -1]]
+    computed_by(mode, config)
+    training = Training(config)
+    by_update = [training.update(number)[[0, -1]] for number in range(config.updates)]
+    return torch.stack(by_update).tolist()
 
 
-PARTS = dict(
-    machine=machine, compiled=compiled, errors=errors, times=times, update=update, losses=losses
-)
+PARTS = dict(machine=machine, errors=errors, times=times, update=update, losses=losses)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -538,19 +406,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=SHAPES.updates, help="of losses")
     flags = parser.parse_args(arguments)
     SHAPES.updates = flags.updates
-    where = processes.processor(DEVICE)
     rehearsal = "A rehearsal on a CPU, in Triton's interpreter, at small shapes: no times."
-    print(f"The kernels on one {where}." if GPU else rehearsal, flush=True)
+    print(f"The kernels on one {processes.processor(DEVICE)}." if GPU else rehearsal, flush=True)
+
+    def stop(*_) -> None:
+        raise OutOfTime(f"more than {flags.minutes:g} minutes")
+
+    signal.signal(signal.SIGALRM, stop)
     code = 0
-    for name, part in PARTS.items():
+    for name in PARTS:
         if name in flags.skip:
             continue
         print(f"\n## {name}\n", flush=True)
+        FAULTS.clear()
+        signal.setitimer(signal.ITIMER_REAL, 60 * flags.minutes)
         try:
-            with at_most(flags.minutes):
-                part()
+            PARTS[name]()
         except (Exception, OutOfTime) as error:
-            print(f"\nThe part {name} failed: {told(error)}", flush=True)
+            FAULTS.append(told(error))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if FAULTS:
+            print(f"\nThe part {name} failed: {'; '.join(FAULTS)}", flush=True)
             code = 1
     return code
 

@@ -18,16 +18,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 from triton.runtime.interpreter import interpreter_builder as builder
 from triton.runtime.jit import JITFunction
 
-from dynsize.kernels import ctc, residual, top_k  # noqa: F401 (they register their ops)
+from dynsize.kernels import ctc, residual, self_check, top_k  # noqa: F401 (they register ops)
 
 # GPU: Triton's target, and the shared bytes that a program may have
 TARGETS = {
@@ -45,31 +44,21 @@ POINTER_AND_MASK = dict(
 def residual_inputs(
     rows: int,
     gate: Tensor,
-    width: int,
     frames: int,
+    width: int,
     dtype: torch.dtype = torch.bfloat16,
+    utterances: int = 1,
 ) -> list:
     """Return arguments of `gated_residual_layer_norm`, of which the tensors want gradients.
 
     `gate`: (R',). As many rows are normalised as the branch has.
     """
-    random = functools.partial(torch.randn, device=gate.device, requires_grad=True)
+    random = self_check.normal_on(gate.device)
     x = random(rows, frames, width)
     branch = random(len(gate), frames, width, dtype=dtype)
-    seed = torch.zeros(1, dtype=torch.int64, device=gate.device)
+    seed = torch.arange(utterances, device=gate.device)
     weight, bias = random(width), random(width)
-    return [x, branch, gate, 0.5, 0.1, seed, weight, bias, len(gate), dtype]
-
-
-def chain(x, branch, gate, scale, dropout_p, _, weight, bias, rows, dtype) -> tuple:
-    """Return what `gated_residual_layer_norm` returns, as one would write it in torch."""
-    dropped = torch.native_dropout(branch, dropout_p, True)[0]
-    added = dropped * gate.to(branch.dtype)[:, None, None]
-    y = torch.add(x[: len(branch)], added, alpha=scale)
-    if len(branch) < len(x):
-        y = torch.cat([y, x[len(branch) :]])
-    normed = F.layer_norm(y[:rows], weight.shape, weight, bias)
-    return y, normed.to(dtype)
+    return [x, branch, gate, 0.5, 0.1, seed, weight, bias, len(gate), dtype, 1e-5]
 
 
 def residual_bytes(arguments: list) -> tuple[int, int]:
@@ -80,7 +69,7 @@ def residual_bytes(arguments: list) -> tuple[int, int]:
     statistics in float32.
     """
     x, branch, gate = arguments[:3]
-    rows, dtype = arguments[-2:]
+    *_, rows, dtype, _ = arguments
     y = rows * x[0].nbytes
     normed = rows * x[0].numel() * dtype.itemsize
     opened = int((gate != 0).sum()) * branch[0].nbytes
@@ -91,13 +80,19 @@ def residual_bytes(arguments: list) -> tuple[int, int]:
     return forward, backward
 
 
-def ctc_inputs(utterances: int, labels: int, frames: int, device: str) -> list:
-    """Return arguments of `ctc_loss`, with one label for each five frames."""
-    logits = torch.randn(utterances, frames, labels, device=device)
+def ctc_inputs(
+    utterances: int, labels: int, frames: int, vocabulary: int, device: torch.device
+) -> list[Tensor]:
+    """Return arguments of `ctc_loss`: the last utterance has one frame and one label less."""
+    logits = self_check.normal_on(device)(utterances, frames, vocabulary)
+    log_probs = logits.detach().log_softmax(-1).requires_grad_()
+    number = torch.arange(utterances * labels, device=device)
+    targets = number.view(utterances, labels) % (vocabulary - 1) + 1
     lengths = torch.full((utterances,), frames, device=device)
-    targets = torch.randint(1, labels, (utterances, frames // 5), device=device)
-    log_probs = logits.log_softmax(-1).requires_grad_()
-    return [log_probs, lengths, targets, lengths // 5]
+    count = torch.full((utterances,), labels, device=device)
+    lengths[-1] -= 1
+    count[-1] -= 1
+    return [log_probs, lengths, targets, count]
 
 
 def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
@@ -111,15 +106,15 @@ def passes(function: Callable, arguments: list) -> tuple[Callable, Callable]:
 
 
 def fused(*arguments) -> tuple[Tensor, Tensor]:
-    """Return the residual op's results by Triton; arguments as of `chain`."""
-    return torch.ops.dynsize.gated_residual_layer_norm(*arguments, 1e-5)[:2]
+    """Return the residual op's y and normalised rows by Triton."""
+    return torch.ops.dynsize.gated_residual_layer_norm(*arguments)[:2]
 
 
 def cases(every: bool) -> list[tuple]:
     """Return name, function and arguments of what is compiled: `every` width and dtype, or few."""
     gate = torch.ones(2, requires_grad=True)
-    log_probs, *others = ctc_inputs(2, 80, 250, "cpu")
-    found = [("CTC, U 50", torch.ops.dynsize.ctc_loss, [log_probs, *others, True])]
+    log_probs, *others = ctc_inputs(2, 200, 250, 80, gate.device)  # four warps
+    found = [("CTC, U 200", torch.ops.dynsize.ctc_loss, [log_probs, *others, True])]
     alone = [log_probs.detach(), *others, False]
     found.append(("CTC, the loss alone", torch.ops.dynsize.ctc_loss, alone))
     scores = torch.full((48,), 0.5, requires_grad=True)
@@ -127,9 +122,9 @@ def cases(every: bool) -> list[tuple]:
     widths = (144, 256, 384, 512) if every else (512,)
     types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
     for width, dtype in itertools.product(widths, types):
-        arguments = residual_inputs(3, gate, width, 5, dtype)
+        arguments = residual_inputs(3, gate, 5, width, dtype)
         found.append((f"residual, D {width}, {dtype}", fused, arguments))
-    x, branch, _, scale, _, _, *norm = residual_inputs(3, gate, 144, 5, torch.float32)
+    x, branch, _, scale, _, _, *norm = residual_inputs(3, gate, 5, 144, torch.float32)
     arguments = [x, branch, None, scale, 0.0, None, *norm]
     found.append(("residual without gates and dropout", fused, arguments))
     return found
@@ -164,7 +159,8 @@ def machine_code(every: bool) -> list[dict]:
 
 
 def resources(code: CompiledKernel, target: str) -> dict:
-    """Return a lane's registers, what is spilled, the shared bytes, and the number of barriers."""
+    """Return a lane's registers, what is spilled, the shared bytes, and how many barriers there are
+    and layouts of tensors: which thread holds which element."""
     gpu, _ = TARGETS[target]
     names = "vgpr_count private_segment_fixed_size vgpr_spill_count sgpr_spill_count"
     text = code.asm.get("amdgcn")
@@ -173,6 +169,7 @@ def resources(code: CompiledKernel, target: str) -> dict:
         names = "REG STACK LOCAL"
         barriers = r"\bBAR\."
         text = of_cubin("cuobjdump", "-res-usage", code) + of_cubin("nvdisasm", "-c", code)
+    layouts = re.findall(r", (#\w+)>", code.asm["ttgir"])
     used, *spilled = (int(re.search(rf"\b{name}:\s*(\d+)", text)[1]) for name in names.split())
     return dict(
         kernel=code.metadata.name,
@@ -180,6 +177,7 @@ def resources(code: CompiledKernel, target: str) -> dict:
         spilled=sum(spilled),
         shared=code.metadata.shared,
         barriers=len(re.findall(barriers, text)),
+        layouts=len(set(layouts)),
     )
 
 
@@ -194,15 +192,17 @@ def of_cubin(tool: str, option: str, code: CompiledKernel) -> str:
 
 
 def faults(records: list[dict]) -> list[dict]:
-    """Return the records of machine code that spills, needs too much, or waits needlessly.
+    """Return the records of machine code that spills, needs too much, or breaks a promise.
 
-    Up to D 512 the residual's programs are single warps, which need no barrier.
+    Up to D 512 the residual's programs are single warps, which need no barrier. In CTC each α is
+    loaded by the thread that stored it, as all its tensors have one layout.
     """
     found = []
     for record in records:
         _, most_shared = TARGETS[record["target"]]
-        waits = record["barriers"] and record["op"].startswith("residual")
-        if record["spilled"] or record["shared"] > most_shared or waits:
+        waits = record["op"].startswith("residual") and record["barriers"]
+        strays = record["op"].startswith("CTC") and record["layouts"] != 1
+        if record["spilled"] or record["shared"] > most_shared or waits or strays:
             found.append(record)
     return found
 
@@ -214,30 +214,39 @@ def machine_code_of_all() -> list[dict]:
 
 
 class Traffic:
-    """Counts, inside of its context, the addresses that each interpreted program moves."""
+    """Counts, inside of its context, the addresses that each interpreted program moves.
 
-    def __init__(self) -> None:
+    `only`: compute only the program of this number, which then moves nothing and loads ones.
+    """
+
+    def __init__(self, only: int | None = None) -> None:
+        self.only = only
         self.addresses: dict[tuple, list[np.ndarray]] = {}  # (launch, program, method, bytes) → …
         self.launch = 0
 
     def __enter__(self) -> "Traffic":
-        for name in (*POINTER_AND_MASK, "set_grid_dim"):
+        for name in (*POINTER_AND_MASK, "set_grid_dim", "set_grid_idx"):
             setattr(builder, name, functools.partial(self.count, name))
         return self
 
     def __exit__(self, *_) -> None:
-        for name in (*POINTER_AND_MASK, "set_grid_dim"):
+        for name in (*POINTER_AND_MASK, "set_grid_dim", "set_grid_idx"):
             delattr(builder, name)
 
     def count(self, name: str, *arguments, **options):
         """Note what the interpreter's method `name` moves, and call it."""
+        self.launch += name == "set_grid_dim"
+        if name == "set_grid_idx" and self.only is not None:
+            builder.grid_idx = (self.only, 0, 0)
+            return None
         if name in POINTER_AND_MASK:
             pointer, mask = (arguments[i] for i in POINTER_AND_MASK[name])
-            size = pointer.get_element_ty().primitive_bitwidth // 8
-            key = (self.launch, builder.grid_idx, name, size)
+            kind = pointer.get_element_ty()
+            key = (self.launch, builder.grid_idx, name, kind.primitive_bitwidth // 8)
             where, mask = np.broadcast_arrays(pointer.data, mask.data)
             self.addresses.setdefault(key, []).append(where[mask.astype(bool)])
-        self.launch += name == "set_grid_dim"
+            if self.only is not None:
+                return TensorHandle(np.ones(where.shape, _get_np_dtype(kind)), kind)
         return getattr(type(builder), name)(builder, *arguments, **options)
 
     def total(self, tensor: Tensor | None = None) -> int:
@@ -250,20 +259,6 @@ class Traffic:
             where = np.unique(np.concatenate(parts))
             total += key[-1] * int(((low <= where) & (where < high)).sum())
         return total
-
-
-class ChainBytes(TorchDispatchMode):
-    """Adds up what torch's ops read and write: each op its inputs and outputs; no views."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view and not function.name().startswith("aten::empty"):
-            for leaf in torch.utils._pytree.tree_leaves((args, kwargs, result)):
-                if isinstance(leaf, Tensor):
-                    self.total += min(leaf.nbytes, leaf.untyped_storage().nbytes())
-        return result
 
 
 if __name__ == "__main__":
