@@ -157,8 +157,8 @@ def kernel(
     tl.store(loss_ptr + n, -(log_z + total))
     if grad_ptr is not None:
         # Each α is loaded by the thread that stored it: compiled, all arrays of states have one
-        # layout. On AMD that matters, as a barrier there waits for no store (no vmcnt(0) for
-        # gfx942), and only a thread's own are certain to be seen.
+        # layout, which tests/kernel_counts.py counts. On AMD that matters, as a barrier there waits
+        # for no store (no vmcnt(0) for gfx942), and only a thread's own are certain to be seen.
         tl.debug_barrier()
         grad = grad_ptr + n * frames * vocabulary
         if tl.abs(log_z) < float("inf"):  # false for NaN as well

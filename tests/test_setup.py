@@ -20,9 +20,7 @@ print(kernels.WHOSE, hasattr(dynsize.kernels, "triton_runs"), dynsize.__file__, 
 def called(*command: str | Path, cwd: Path) -> str:
     """Return the output of a command that sees no package of the repository."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
