@@ -326,15 +326,15 @@ def update() -> None:
     header("computed by", "step", "ms", "launches", "GPU busy", "peak GB")
     for compiled in (False, True) if GPU else (False,):
         for mode in ("torch", "triton"):
-            computed_by(mode, config)
             for step, number in ((1, 0), (2, config.updates - 1)):
-                found = attempt(update_cost, config, number, compiled)
+                found = attempt(update_cost, mode, config, number, compiled)
                 cells = [found, "–", "–", "–"] if isinstance(found, str) else found
                 row(f"{mode}, compiled" if compiled else mode, step, *cells)
 
 
-def update_cost(config: Config, number: int, compiled: bool) -> list[str]:
+def update_cost(mode: str, config: Config, number: int, compiled: bool) -> list[str]:
     """Return an update's milliseconds, launches, the GPU's busy share, and its peak in GB."""
+    computed_by(mode, config)
     losses_of = steps.losses_of
     if compiled:
         torch._dynamo.reset()
