@@ -27,20 +27,55 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
         loss, _ = torch.ops.dynsize.ctc_loss(log_probs, *others)
         return loss
     if log_probs.device.type == "cuda":
-        return torchs_ctc_loss(log_probs, lengths, labels, label_lengths)
+        loss, _ = torchs_ctc_loss(log_probs, lengths, labels, label_lengths)
+        return loss
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
 
 
+@torch.library.custom_op("dynsize::torchs_ctc_loss", mutates_args=())
 def torchs_ctc_loss(
     log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
-) -> Tensor:
-    """Return the losses, as `ctc_loss`, by torch's own op: few launches, but it waits for a GPU.
+) -> tuple[Tensor, Tensor]:
+    """Return the losses, as `ctc_loss`, and their gradients, (N, T, V), by torch's own op.
 
-    Where a loss is infinite its gradient is NaN, so that the update is skipped.
+    It has few launches, but waits for a GPU. `F.ctc_loss` would break the graph of `torch.compile`,
+    and gives an infinite loss a gradient of NaN; here it is 0.
     """
+    by_frame = log_probs.transpose(0, 1)  # (T, N, V)
+    by_frame = by_frame.to(torch.promote_types(log_probs.dtype, torch.float32))
+    others = (labels, lengths, label_lengths)
+    loss, alpha = torch.ops.aten._ctc_loss.Tensor(by_frame, *others, BLANK, True)
+    ones = torch.ones_like(loss)
+    grad = torch.ops.aten._ctc_loss_backward.Tensor(
+        ones, by_frame, *others, loss, alpha, BLANK, True
+    )
+    return loss, grad.transpose(0, 1).contiguous()
+
+
+@torchs_ctc_loss.register_fake
+def outputs(
+    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes and dtypes that `torchs_ctc_loss` returns."""
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    by_frame = log_probs.to(dtype).transpose(0, 1)  # (T, N, V)
-    return F.ctc_loss(by_frame, labels, lengths, label_lengths, reduction="none")
+    loss = log_probs.new_empty(len(log_probs), dtype=dtype)
+    return loss, log_probs.new_empty(log_probs.shape, dtype=dtype)
+
+
+def save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the gradient of `torchs_ctc_loss` for the backward pass."""
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    """Return the gradient of the log-probabilities, (N, T, V)."""
+    (grad,) = ctx.saved_tensors
+    log_probs_grad = loss_grad[:, None, None] * grad
+    return log_probs_grad.to(ctx.dtype), None, None, None
+
+
+torchs_ctc_loss.register_autograd(backward, setup_context=save)
 
 
 class CtcLoss(torch.autograd.Function):
