@@ -12,6 +12,7 @@ PLOTS = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]  # to write and to run ONNX files
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6.100", "jiwer>=3.1", "ruff>=0.6"]
+TEST += ["setuptools>=70.1"]  # the first that builds wheels by itself
 
 setup(
     name="dynsize",
