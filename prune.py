@@ -19,10 +19,10 @@ from dynsize.processes import device_of, hardware, use_threads
 from dynsize.run_directory import check_new
 from dynsize.subnet import (
     BUDGETS,
-    LAYER_MAP,
     cut,
     largest_within,
     latencies,
+    layer_legend,
     layer_map,
     macs,
     parameters,
@@ -349,11 +349,11 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
         costs = f"{parameters(model):>11,} {macs(model, model.size):>13,}"
         file = loaded.path
         print(f"{name:9} {model.size:>6} {costs} {size:>12} {ms:>12.1f}  {file}")
-    print(f"kept layers, {LAYER_MAP}")
+    print(f"kept layers, {layer_legend(models[0].config)}")
     for loaded in networks:
         size = loaded.model.size
         if size is not None:
-            print(f"  size {size:>2}  {layer_map(loaded.model.mask(size))}")
+            print(f"  size {size:>2}  {layer_map(loaded.model, size)}")
 
 
 def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from dynsize.initial import beginning
 from dynsize.processes import hardware, use_threads
 from dynsize.run_directory import check_new, to_tensorboard
 from dynsize.study import next_training, plan, results
-from dynsize.subnet import LAYER_MAP, parameters
+from dynsize.subnet import layer_legend, parameters
 from dynsize.terminal import Parser, Progress, reported, signals
 from dynsize.text import counted
 from dynsize.training import Trainer
@@ -135,12 +135,13 @@ def flag_options(kind: type, choices: tuple[str, ...]) -> dict:
     """Return what argparse needs to read a setting of this type."""
     if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
-    if choices:
-        return dict(choices=choices)
+    options: dict = {}
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return dict(type=item, nargs="+", metavar=item.__name__.upper())
-    return dict(type=kind, metavar=kind.__name__.upper())
+        kind = typing.get_args(kind)[0]
+        options = dict(nargs="+")
+    if choices:
+        return options | dict(choices=choices)
+    return options | dict(type=kind, metavar=kind.__name__.upper())
 
 
 def changes(options: argparse.Namespace) -> dict[str, typing.Any]:
@@ -198,7 +199,7 @@ def describe(trainer: Trainer) -> None:
     print(f"device     {hardware(config, trainer.device)}")
     sizes = f"sizes {configuration.shown(config.sizes)}, {counted(config.updates, 'update')}"
     print(f"training   {config.method}, {sizes}, in {trainer.run}")
-    print(f"layers     {LAYER_MAP}", flush=True)
+    print(f"layers     {layer_legend(config)}", flush=True)
 
 
 def train(trainer: Trainer, tensorboard: bool = False) -> None:

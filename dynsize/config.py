@@ -12,6 +12,7 @@ from functools import partial
 # stm: TED-LIUM 2, Switchboard
 CORPUS_KINDS = ("librispeech", "stm", "common-voice", "manifest", "kaldi")
 LAYERS = ("ff1", "conv", "mhsa", "ff2")  # the prunable layers of a block, in the paper's order
+KINDS = (*LAYERS, "ff")  # of prunable layers; `ff` is a feed-forward layer of scale 1
 # What each algorithm has by default: the paper's values (Iterative-Zero-Out, Simple-Top-k on
 # LibriSpeech). `METHOD_PRESETS` has what a preset changes.
 METHOD_DEFAULTS: dict[str, dict[str, typing.Any]] = {
@@ -110,7 +111,19 @@ class Config:
     time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)
 
     setting = partial(described, "network", marks="weights")
-    blocks: int = setting(5, "Conformer blocks N of four layers: ff1, conv, mhsa, ff2", 1, 256)
+    output: str = setting(
+        "ctc",
+        "what turns frames into text; attention: a decoder, trained jointly with CTC",
+        choices=("ctc", "transducer", "attention"),
+        marks="",
+    )
+    blocks: int = setting(5, "blocks N of the encoder", 1, 256)
+    block: tuple[str, ...] = setting(
+        LAYERS,
+        "kinds of a block's layers, in order; ff1 conv mhsa ff2: the Conformer's; mhsa ff: the "
+        "Transformer's",
+        choices=KINDS,
+    )
     width: int = setting(96, "model width D", 1, 8192)
     attention_heads: int = setting(
         4, "attention heads H; the width of a head, D / H, is whole, and even with --rotary", 1
@@ -129,11 +142,14 @@ class Config:
     )
     rotary: bool = setting(True, "rotary positions in the attention")
     dropout: float = setting(0.0, "share of a layer's output that is dropped", 0, below=1, marks="")
-    shared_output_layer: bool = setting(False, "one CTC output layer for all sizes")
+    shared_output_layer: bool = setting(False, "one output for all sizes")
 
     setting = partial(described, "algorithm")
     sizes: tuple[int, ...] = setting(
-        (7, 13, 20), "layers of each network, ascending; the last is all 4 N", 1, marks="weights"
+        (7, 13, 20),
+        "layers of each network, ascending; the last is all L, N times those of a block",
+        1,
+        marks="weights",
     )
     method: str = setting(
         "simple-top-k",
@@ -149,6 +165,9 @@ class Config:
     )
     teacher: str = setting(
         "", "method none: a run; its largest network's posteriors are learned too", marks="resume"
+    )
+    self_distillation: float = setting(
+        0.0, "weight with which the subnets learn the supernet's posteriors too", 0
     )
     relaxation: str = setting(
         "straight-through",
@@ -236,7 +255,12 @@ class Config:
     @property
     def layers(self) -> int:
         """L, the number of prunable layers."""
-        return 4 * self.blocks
+        return len(self.layer_names)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The names of all layers for people, from the input on: 1.ff1 is ff1 of block 1."""
+        return [f"{block}.{kind}" for block in range(1, self.blocks + 1) for kind in self.block]
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the rules that limits can't express: a setting, whether it holds, and the rule."""
@@ -269,6 +293,7 @@ class Config:
         rule = f"the front-end {self.front_end} needs {channels} numbers"
         yield "front_end_channels", len(self.front_end_channels) == channels, rule
 
+        yield "block", len(set(self.block)) == len(self.block), "must have each kind once"
         ascending = list(self.sizes) == sorted(set(self.sizes))
         rule = f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks"
         yield "sizes", ascending and self.layers in self.sizes[-1:], rule
@@ -277,6 +302,8 @@ class Config:
         yield "size", self.size <= self.layers and (self.size == 0 or alone), rule
         yield "layers_from", not self.layers_from or alone, "needs --method none"
         yield "teacher", not self.teacher or alone, "needs --method none"
+        for name in ("teacher", "self_distillation"):
+            yield name, not getattr(self, name) or self.output == "ctc", "needs --output ctc"
 
         rule = f"must be 0 to 1 - warmup = {1 - self.warmup:g}"
         yield "cooldown", self.cooldown <= 1 - self.warmup, rule
@@ -301,13 +328,13 @@ def fault(setting: dataclasses.Field, value: object) -> str:
     least, most, below, choices = (
         setting.metadata[name] for name in ("least", "most", "below", "choices")
     )
-    if choices and value not in choices:
+    values = value if isinstance(value, tuple) else (value,)
+    if choices and not (values and set(values) <= set(choices)):
         return "must be " + " or ".join(choices)
     if least is None:
         return ""
     highest = LARGEST if below is None else below  # not reached
-    numbers = value if isinstance(value, tuple) else (value,)
-    if all(least <= n < highest and n <= (most or highest) for n in numbers):
+    if all(least <= n < highest and n <= (most or highest) for n in values):
         return ""
     if most is not None:
         return f"must be {least:g} to {most:g}"
@@ -397,6 +424,12 @@ def for_method(config: Config) -> Config:
         "aux-loss": dict(stochastic_depth=0.0),
     }
     return dataclasses.replace(config, **changes.get(config.method, {}))
+
+
+def require_ctc(config: Config, what: str) -> None:
+    """Raise ValueError where a network has another output than CTC. `what`: what is for CTC."""
+    if config.output != "ctc":
+        raise ValueError(f"{what} is for the output ctc; this network's is {config.output}")
 
 
 def with_changes(config: Config, changes: dict[str, object]) -> Config:

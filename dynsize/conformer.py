@@ -1,8 +1,8 @@
 """The Conformer encoder: one forward for networks of several sizes. It knows gates, no algorithms.
 
 Each network of a forward is given by its gates, one for each of the L layers. Layers are numbered
-from the input, from 0: layer 4 · block + i is the i-th of `LAYERS` in that block. A gate multiplies
-the output of its layer and is one of:
+from the input, from 0: where a block has K layers, number K · block + i is the i-th one of the
+setting `block`. A gate multiplies the output of its layer and is one of:
 
     False    the layer is pruned: this network does not compute it
     True     the layer is kept
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynsize.config import LAYERS, Config
+from dynsize.config import Config
 from dynsize.kernels import gated_residual_layer_norm, layer_seed
 
 Gate = bool | Tensor
@@ -176,7 +176,19 @@ def depthwise_on_cpu(x: Tensor, depthwise: nn.Conv1d) -> Tensor:
     return x[:, :, 0].transpose(1, 2)  # (R', T', D)
 
 
-LAYER_KINDS = {"ff1": FeedForward, "conv": Convolution, "mhsa": SelfAttention, "ff2": FeedForward}
+class WholeFeedForward(FeedForward):
+    """The feed-forward layer of a Transformer's block, with the scale 1."""
+
+    scale = 1.0
+
+
+LAYER_KINDS = {
+    "ff1": FeedForward,
+    "conv": Convolution,
+    "mhsa": SelfAttention,
+    "ff2": FeedForward,
+    "ff": WholeFeedForward,
+}
 
 
 # The front-ends, which lower the frame rate by a factor of 4.
@@ -290,11 +302,12 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList()
         for block in range(config.blocks):
             modules = nn.ModuleDict()
-            for i, kind in enumerate(LAYERS):
-                if 4 * block + i in layers:
+            for i, kind in enumerate(config.block):
+                if len(config.block) * block + i in layers:
                     modules[kind] = LAYER_KINDS[kind](config)
             modules["norm"] = nn.LayerNorm(config.width)
             self.blocks.append(modules)
+        self.kinds = config.block
         self.dropout = config.dropout
         self.recompute = config.checkpoint_activations
         self.apply(initialise)
@@ -320,8 +333,8 @@ class Encoder(nn.Module):
         dropout = 0.0 if seeds is None else self.dropout
         stack = Stack(x, len(gates), dropout)
         for block, layers in enumerate(self.blocks):
-            for i, kind in enumerate(LAYERS):
-                number = 4 * block + i
+            for i, kind in enumerate(self.kinds):
+                number = len(self.kinds) * block + i
                 by_network = [of_network[number] for of_network in gates]
                 keeping = count_keeping(by_network, number)
                 if keeping:

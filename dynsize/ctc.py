@@ -3,13 +3,78 @@
 Label 0 is the blank.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynsize import kernels
+from dynsize.config import Config
 
 BLANK = 0
+
+
+class Ctc(nn.Linear):
+    """CTC's output of one size: a linear layer, which is all that it has of its own.
+
+    `labels`: V with the blank. `like`: the output of another size; they share nothing.
+    """
+
+    def __init__(self, config: Config, labels: int, like: "Ctc | None" = None) -> None:
+        super().__init__(config.width, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the labels' log-probabilities, (…, T', V). `x`: (…, T', D)."""
+        return log_softmax(super().forward(x))
+
+    @staticmethod
+    def losses(
+        outputs: Sequence["Ctc"],
+        emissions: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        label_lengths: Tensor,
+    ) -> Tensor:
+        """Return the negative log-likelihood of each utterance's labels by M networks, (M, B).
+
+        `outputs`: those of the M networks. `emissions`: (M, B, T', V) log-probabilities. For the
+        others see `ctc_loss`. It runs once for all networks, because it loops over the frames.
+        """
+        networks = len(outputs)
+        loss = ctc_loss(
+            emissions.flatten(0, 1),  # (M·B, T', V)
+            lengths.repeat(networks),
+            labels.repeat(networks, 1),
+            label_lengths.repeat(networks),
+        )
+        return loss.unflatten(0, (networks, -1))
+
+    @staticmethod
+    def decode(emissions: Tensor, lengths: Tensor) -> list[list[tuple[int, int]]]:
+        """Return the labels of each utterance's best path, each with its first frame.
+
+        `emissions`: (B, T', V). `lengths`: (B,) frames.
+        """
+        paths = emissions.argmax(-1).cpu()  # (B, T')
+        pairs = zip(paths, lengths.tolist(), strict=True)
+        return [label_frames(path[:length]) for path, length in pairs]
+
+    @staticmethod
+    def decode_parts(parts: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """Return the same for one utterance, given by parts (T', V) that follow each other."""
+        path = [emissions.argmax(-1) for emissions in parts]
+        return label_frames(torch.cat(path))
+
+    def macs(self, frames: int, labels: int) -> int:
+        """Return the multiply-accumulates of decoding."""
+        return frames * self.weight.numel()
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities in float32, or in float64 if the logits are."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(dtype).log_softmax(-1)
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def transcribe(
     sizes: Sequence[int],
     title: str,
     facts: Facts | None = None,
-    decoder: Decoder = greedy,
+    decoder: Decoder | None = None,
 ) -> tuple[dict[int, Texts], dict[str, str]]:
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
@@ -142,6 +142,7 @@ def transcribe(
     batches = in_batches(model, examples, short, sizes, unreadable)
     windows = in_windows(network_of(model), examples.utterances, long, sizes, unreadable, facts)
     found = chain(batches, windows)
+    decoder = decoder or model.output
     texts = texts_of(found, len(examples), sizes, title, decoder, examples.tokenizer.decode)
     return texts, unreadable
 
@@ -161,7 +162,8 @@ def texts_of(
     with tqdm(total=utterances, desc=title, **bar_options) as bar:
         for indices, log_probs, lengths in found:
             for size, of_size in zip(sizes, log_probs, strict=True):
-                decoded_labels = decoder(of_size, lengths)
+                pairs = decoder(size).decode(of_size, lengths)
+                decoded_labels = [[label for label, _ in text] for text in pairs]
                 for index, labels in zip(indices, decoded_labels, strict=True):
                     texts[size][index] = spell(labels)
             bar.update(len(indices))

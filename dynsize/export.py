@@ -24,7 +24,7 @@ from torch.export import Dim
 
 from dynsize import files
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import LAYERS
+from dynsize.config import require_ctc
 from dynsize.conformer import padding_mask
 from dynsize.features import QUIETEST, mel_filters, window_and_hop
 from dynsize.networks import (
@@ -54,6 +54,7 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     Raises ValueError where a package of the extra `onnx` is missing, where torch is too old for all
     sizes, for a size that the network can't have, and where results differ; then there is no file.
     """
+    require_ctc(loaded.model.config, f"{path}: an ONNX file")
     check_installed(path, size)
     model = copy.copy(loaded.model).cpu().eval()
     if size is not None and model.size is None:
@@ -280,7 +281,7 @@ class Deployed(nn.Module):
         self.features = Features(model)
         self.encoder = model.encoder
         self.place = {layer: place for place, layer in enumerate(model.ranking)}
-        output_layers = [model.output_layer(size) for size in model.sizes]
+        output_layers = [model.output(size) for size in model.sizes]
         weights = torch.stack([layer.weight.detach().T for layer in output_layers])
         biases = torch.stack([layer.bias.detach() for layer in output_layers])
         self.register_buffer("weights", weights)  # (M, D, V)
@@ -299,8 +300,8 @@ class Deployed(nn.Module):
         lengths = self.encoder.front_end.output_frames(lengths)
         inside = padding_mask(lengths, x.shape[1])
         for block, layers in enumerate(self.encoder.blocks):
-            for i, kind in enumerate(LAYERS):
-                place = self.place[len(LAYERS) * block + i]
+            for i, kind in enumerate(self.encoder.kinds):
+                place = self.place[len(self.encoder.kinds) * block + i]
                 if kind not in layers:
                     continue  # pruned in every size
                 if size is None:

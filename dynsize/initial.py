@@ -24,8 +24,8 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
 
     Its settings are the checkpoint's with `changes`. A network that was cut is trained as it is,
     by the method none. Scores and ranking of a supernet come along. So does the tokenizer, unless
-    `changes` asks for other units: then it is made from the new texts, and the output layers are
-    new.
+    `changes` asks for other units: then it is made from the new texts, and the outputs are new, as
+    they are where they are of another kind.
 
     Raises ValueError for changes of what the weights were trained for: features, network, layers.
     """
@@ -43,6 +43,7 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     if changes.keys() & marked("units"):
         corpus = read_corpus(config, config.train_splits, "--train-splits")
         tokenizer = tokenizer_for((utterance.text for utterance in corpus.utterances), config)
+    if changes.keys() & marked("units") or config.output != old.config.output:
         for name in old.output_layers.state_dict():
             del weights[f"output_layers.{name}"]
     torch.manual_seed(config.seed)

@@ -19,9 +19,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from dynsize.config import LAYERS
 from dynsize.report import read_json
 from dynsize.run_directory import METRICS, read_metrics
-from dynsize.subnet import layer_name
 from dynsize.terminal import printable, reported
 
 STYLE = {
@@ -196,7 +196,8 @@ def layers_figure(scored: Records, config: dict, ranking: list[dict], name: str)
     blocks = config["blocks"]
     numbers = np.arange(len(ranking)).reshape(blocks, -1)
     rows = numbers.T.flatten()  # one kind of layers after the other
-    names = [layer_name(layer) for layer in rows]
+    kinds = config.get("block", LAYERS)
+    names = [f"{block + 1}.{kind}" for kind in kinds for block in range(blocks)]
     figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
     figure.suptitle(

@@ -24,7 +24,6 @@ from dynsize.algorithms import ALGORITHMS
 from dynsize.batching import Batch
 from dynsize.config import Config
 from dynsize.conformer import Gates, padding_mask
-from dynsize.ctc import ctc_loss
 from dynsize.kernels import layer_gates
 from dynsize.schedule import in_step1
 from dynsize.supernet import Supernet
@@ -36,7 +35,7 @@ class Update:
 
     number: int  # from 0
     step: int  # of the paper: 1 learns the layer scores, 2 trains all sizes
-    weights: dict[int, float]  # size → weight of its CTC loss, largest size first
+    weights: dict[int, float]  # size → weight of its loss, largest size first
 
 
 def planned(model: Supernet, number: int) -> Update:
@@ -104,47 +103,44 @@ def losses_of(
     model: Supernet,
     teacher: Supernet | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what a batch adds to an update's loss, (), and the CTC loss of each network, (M,).
+    """Return what a batch adds to an update's loss, (), and the loss of each network, (M,).
 
     Both are sums over the batch's utterances, divided by `label_count`: how many target labels the
-    update has, in all batches of all processes. The first is Σ weight · CTC, and where there is a
-    teacher the divergence of `distillation_loss` beside it.
+    update has, in all batches of all processes. The first is Σ weight · loss, with the divergences
+    of `distillation_loss` from a teacher, and with `self_distillation` of each subnet from the
+    supernet.
     """
     device = next(model.parameters()).device
     features, frames, targets, target_lengths, seeds = batch.to(device)
     gates = gates_of(update, model, seeds)
-    log_probs, lengths = model(features, frames, list(update.weights), gates, seeds)
-    networks, utterances = log_probs.shape[:2]  # M, B
-    by_utterance = ctc_loss(
-        log_probs.flatten(0, 1),  # (M·B, T', V)
-        lengths.repeat(networks),
-        targets.repeat(networks, 1),
-        target_lengths.repeat(networks),
-    )
-    ctc = by_utterance.unflatten(0, (networks, utterances)).sum(1) / label_count  # (M,)
-    pairs = zip(update.weights.values(), ctc, strict=True)
+    sizes = list(update.weights)
+    emissions, lengths = model(features, frames, sizes, gates, seeds)
+    by_utterance = model.losses(emissions, lengths, sizes, targets, target_lengths)  # (M, B)
+    losses = by_utterance.sum(1) / label_count  # (M,)
+    pairs = zip(update.weights.values(), losses, strict=True)
     loss = sum(weight * of_network for weight, of_network in pairs)
     if teacher is not None:
-        divergence = distillation_loss(teacher, features, frames, log_probs[0])
-        loss = loss + divergence / label_count
-    return loss, ctc.detach()
+        with torch.no_grad():
+            (target,), _ = teacher(features, frames, [teacher.sizes[-1]])  # (B, T', V)
+        loss = loss + distillation_loss(target, emissions[0], lengths) / label_count
+    if model.config.self_distillation > 0:
+        supernet = emissions[0].detach()
+        divergence = sum(distillation_loss(supernet, subnet, lengths) for subnet in emissions[1:])
+        loss = loss + model.config.self_distillation * divergence / label_count
+    return loss, losses.detach()
 
 
-def distillation_loss(
-    teacher: Supernet, features: Tensor, lengths: Tensor, log_probs: Tensor
-) -> Tensor:
-    """Return KL(teacher ‖ network), summed over all frames of the utterances, in nats.
+def distillation_loss(target: Tensor, log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """Return KL(target ‖ network), summed over all frames of the utterances, in nats.
 
     It is the divergence of the labels' probabilities in each frame (Hinton et al. 2015,
-    arXiv 1503.02531, at temperature 1). The teacher is the largest network of its checkpoint; it
-    learns nothing.
+    arXiv 1503.02531, at temperature 1).
 
-    `features`: (B, T, F). `lengths`: (B,) feature frames. `log_probs`: (B, T', V), the network's.
+    `target`: (B, T', V) log-probabilities of a teacher, without a gradient. `log_probs`: (B, T',
+    V), the network's. `lengths`: (B,) encoder frames.
     """
-    with torch.no_grad():
-        (target,), frames = teacher(features, lengths, [teacher.sizes[-1]])  # (B, T', V)
     divergence = F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)  # (B, T')
-    inside = padding_mask(frames, divergence.shape[1])
+    inside = padding_mask(lengths, divergence.shape[1])
     return (divergence * inside).sum()
 
 

@@ -9,19 +9,20 @@ from functools import partial
 import torch
 from torch import nn
 
-from dynsize.config import LAYERS, Config
+from dynsize.config import Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames, log_mel
 from dynsize.supernet import Supernet
 
 ROUNDS = 15  # in each of which everything that is timed runs once
+FRAMES_OF_A_LABEL = 4  # a guess: 6 labels a second with hops of 10 ms
 
 
 def cut(model: Supernet, size: int) -> Supernet:
     """Return a network that has only the first `size` layers of the ranking, with their weights.
 
-    The weights are copies, on the same device. A size that was not trained gets the output layer
-    that `Supernet.output_layer` names. Raises ValueError for a network that was cut already, and
+    The weights are copies, on the same device. A size that was not trained gets the output
+    that `Supernet.output` names. Raises ValueError for a network that was cut already, and
     for a size that the supernet can't have.
     """
     if model.size is not None:
@@ -30,31 +31,31 @@ def cut(model: Supernet, size: int) -> Supernet:
     if not 1 <= size <= model.config.layers:
         sizes = f"sizes are 1 to {model.config.layers} layers"
         raise ValueError(f"the supernet has no size {size}; {sizes}")
-    output_layer = model.output_layer(size)
-    subnet = Supernet(model.config, output_layer.out_features, model.ranking, size)
+    output = model.output(size)
+    subnet = Supernet(model.config, model.labels, model.ranking, size)
     weights = model.encoder.state_dict()
     kept = {name: weights[name] for name in subnet.encoder.state_dict()}
     subnet.encoder.load_state_dict(kept)
-    subnet.output_layer(size).load_state_dict(output_layer.state_dict())
+    subnet.output(size).load_state_dict(output.state_dict())
     subnet.eval()
-    return subnet.to(output_layer.weight.device)
+    return subnet.to(next(output.parameters()).device)
 
 
 def widened(model: Supernet, config: Config) -> Supernet:
     """Return a supernet with the sizes and the method of `config` and the weights of `model`.
 
-    `model` has all its layers; each size's output layer begins as that of the full size. Raises
+    `model` has all its layers; each size's output begins as that of the full size. Raises
     ValueError for a network that was cut.
     """
     if model.size is not None:
         raise ValueError(
             f"this network was cut to {model.size} layers; sizes are learned in one that has all"
         )
-    full = model.output_layer(config.layers)
-    supernet = Supernet(config, full.out_features)
+    full = model.output(config.layers)
+    supernet = Supernet(config, model.labels)
     supernet.encoder.load_state_dict(model.encoder.state_dict())
-    for output_layer in supernet.output_layers.values():
-        output_layer.load_state_dict(full.state_dict())
+    for output in supernet.output_layers.values():
+        output.load_state_dict(full.state_dict())
     return supernet
 
 
@@ -95,18 +96,19 @@ def costs(model: Supernet, size: int) -> dict:
 
 def kept_names(model: Supernet, size: int) -> list[str]:
     """Return the names of the layers that a size keeps, from the input on."""
-    return [layer_name(layer) for layer, kept in enumerate(model.mask(size)) if kept]
+    pairs = zip(model.config.layer_names, model.mask(size), strict=True)
+    return [name for name, kept in pairs if kept]
 
 
 def parameters(model: Supernet, size: int | None = None) -> int:
     """Return the number of weights that the network of `size` layers computes with.
 
-    `size`: by default the largest. Layer scores and the other sizes' output layers do not count,
+    `size`: by default the largest. Layer scores and the other sizes' outputs do not count,
     so a size has the same number inside a supernet and cut out of it.
     """
     if size is None:
         size = model.sizes[-1]
-    total = weights_in(model.encoder) + weights_in(model.output_layer(size))
+    total = weights_in(model.encoder) + weights_in(model.output(size))
     for layer, kept in enumerate(model.mask(size)):
         module = layer_module(model, layer)
         if not kept and module is not None:
@@ -116,9 +118,10 @@ def parameters(model: Supernet, size: int | None = None) -> int:
 
 def layer_module(model: Supernet, layer: int) -> nn.Module | None:
     """Return a layer's module; None where the network was cut and lacks the layer."""
-    block, kind = divmod(layer, len(LAYERS))
+    kinds = model.config.block
+    block, kind = divmod(layer, len(kinds))
     modules = model.encoder.blocks[block]
-    name = LAYERS[kind]
+    name = kinds[kind]
     if name not in modules:
         return None
     return modules[name]
@@ -132,7 +135,8 @@ def weights_in(module: nn.Module) -> int:
 def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
     """Return the multiply-accumulates of the network of `size` layers for `seconds` of audio.
 
-    Products of the attention are included.
+    Products of the attention are included. What an output does for each label is counted for one
+    label in every `FRAMES_OF_A_LABEL` encoder frames.
     """
     config = model.config
     front_end = model.encoder.front_end
@@ -142,7 +146,8 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
     for layer, kept in enumerate(model.mask(size)):
         if kept:
             total += layer_macs(layer_module(model, layer), frames)
-    return total + frames * model.output_layer(size).weight.numel()
+    labels = frames // FRAMES_OF_A_LABEL
+    return total + model.output(size).macs(frames, labels)
 
 
 def layer_macs(layer: FeedForward | Convolution | SelfAttention, frames: int) -> int:
@@ -175,7 +180,7 @@ def latencies(networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0) -
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
     `networks`: pairs of a network, on one device, and the size that runs. Measured on noise, from
-    samples to log-probabilities, see `in_turn`.
+    samples to labels, see `in_turn`.
     """
     first, _ = networks[0]
     config = first.config
@@ -185,8 +190,8 @@ def latencies(networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0) -
     def run(network: Supernet, size: int) -> None:
         features = log_mel(noise, config).to(device)  # (T, F)
         lengths = torch.tensor([len(features)], device=device)
-        log_probs, _ = network(features[None], lengths, [size])
-        log_probs[0, 0, 0, 0].item()  # wait for the device
+        (emissions,), lengths = network(features[None], lengths, [size])
+        network.output(size).decode(emissions, lengths)  # this waits for the device
 
     calls = {place: partial(run, *network) for place, network in enumerate(networks)}
     return list(in_turn(calls).values())
@@ -207,21 +212,19 @@ def in_turn(calls: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def layer_name(layer: int) -> str:
-    """Return the name of a layer for people: layer 0 is `1.ff1`, the first of the first block."""
-    block, kind = divmod(layer, len(LAYERS))
-    return f"{block + 1}.{LAYERS[kind]}"
+def layer_legend(config: Config) -> str:
+    """Return what `layer_map` shows, for people."""
+    kinds = ", ".join(config.block)
+    return f"a letter for each layer, blocks from the input on: {kinds}; a dot: pruned"
 
 
-LAYER_MAP = "a letter for each layer, blocks from the input on: ff1, conv, mhsa, ff2; a dot: pruned"
-
-
-def layer_map(mask: Sequence[bool]) -> str:
-    """Return a mask for people, as `LAYER_MAP` says: `fcmf f.m.` for two blocks, the second cut."""
-    text = ""
-    for layer, kept in enumerate(mask):
-        block, kind = divmod(layer, len(LAYERS))
-        if block > 0 and kind == 0:
-            text += " "
-        text += LAYERS[kind][0] if kept else "."
-    return text
+def layer_map(model: Supernet, size: int) -> str:
+    """Return the layers that a size keeps, for people: `fcmf f.m.`, two blocks, the second cut."""
+    kinds = model.config.block
+    letters = ""
+    for layer, kept in enumerate(model.mask(size)):
+        kind = layer % len(kinds)
+        if layer > 0 and kind == 0:
+            letters += " "
+        letters += kinds[kind][0] if kept else "."
+    return letters

@@ -1,4 +1,17 @@
-"""The supernet: encoder, layer scores, and one CTC output layer for each size.
+"""The supernet: encoder, layer scores, and an output for each size.
+
+An output turns an encoder's frames into text. It is a module for one size, made by
+`kind(config, labels, like)`, where `like` is another size's output, whose modules it may share:
+
+    forward(x)                     what it makes of each frame, its *emissions*: of CTC (…, T', V)
+                                   log-probabilities. `x`: (…, T', D)
+    losses(outputs, emissions, lengths, labels, label_lengths)
+                                   the losses (M, B) of M networks. `emissions`: (M, B, T', ·)
+    decode(emissions, lengths)     the labels of each utterance, each with its frame
+    decode_parts(parts)            the same for one long utterance, in parts (T', ·)
+    macs(frames, labels)           multiply-accumulates of decoding
+
+The encoder and the algorithms know nothing of it.
 
 A subnet that was cut out of it is the same class with fewer layers.
 """
@@ -10,17 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from dynsize.algorithms import ALGORITHMS
+from dynsize.attention_decoder import AttentionDecoder
 from dynsize.config import Config
 from dynsize.conformer import Encoder, Gates
+from dynsize.ctc import Ctc
+from dynsize.transducer import Transducer
+
+OUTPUTS = {"ctc": Ctc, "transducer": Transducer, "attention": AttentionDecoder}
 
 
 class Supernet(nn.Module):
-    """Networks of several sizes that share one encoder; each has its output layer.
+    """Networks of several sizes that share one encoder; each has its output.
 
-    `labels`: V, the number of CTC labels; label 0 is the blank. `ranking`: the layers, most
+    `labels`: V, the number of labels; label 0 is the blank. `ranking`: the layers, most
     important first; by default in their order. The ranking decides every mask, so it is part of
     `state_dict`, under `_extra_state`. `size`: None for a supernet. Otherwise this is the subnet of
-    that size: it has the first `size` layers of the ranking and one output layer.
+    that size: it has the first `size` layers of the ranking and one output.
     """
 
     def __init__(
@@ -34,6 +52,7 @@ class Supernet(nn.Module):
         if ranking is None:
             ranking = range(config.layers)
         self.config = config
+        self.labels = labels
         self.size = size
         self.sizes = config.sizes if size is None else (size,)
         self.ranking = list(ranking)
@@ -42,7 +61,11 @@ class Supernet(nn.Module):
         names = [str(size) for size in self.sizes]
         if config.shared_output_layer:
             names = ["shared"]
-        self.output_layers = nn.ModuleDict({n: nn.Linear(config.width, labels) for n in names})
+        self.output_layers = nn.ModuleDict()
+        output = None
+        for name in names:
+            output = OUTPUTS[config.output](config, labels, output)
+            self.output_layers[name] = output
         self.scores = None
         if size is None and config.method in ALGORITHMS:
             algorithm = ALGORITHMS[config.method]
@@ -83,13 +106,13 @@ class Supernet(nn.Module):
         kept = set(self.ranking[:size])
         return [layer in kept for layer in range(len(self.ranking))]
 
-    def output_layer(self, size: int) -> nn.Linear:
-        """Return the output layer for a network of `size` layers.
+    def output(self, size: int) -> nn.Module:
+        """Return the output for a network of `size` layers.
 
         A size that was not trained has that of the largest trained size below it; where none is
         below, that of the smallest trained size.
 
-        Example: of trained sizes 16, 32, 48, size 40 has the output layer of 32.
+        Example: of trained sizes 16, 32, 48, size 40 has the output of 32.
         """
         if self.config.shared_output_layer:
             return self.output_layers["shared"]
@@ -107,24 +130,39 @@ class Supernet(nn.Module):
         gates: Sequence[Gates] | None = None,
         seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities of the networks of all `sizes`, largest first.
+        """Return the emissions of the networks of all `sizes`, largest first.
 
         `features`: (B, T, F) float32. `lengths`: (B,) frames inside each utterance. `gates`: the L
         gates of each network; by default the masks of the sizes. `seeds`: (B,) int64 of the
         dropout; without them nothing is dropped.
 
-        Returns (M, B, T', V) float32, whose log-softmax runs outside of autocast, and (B,) the
-        encoder frames inside each utterance.
+        Returns (M, B, T', ·) float32, of CTC log-probabilities of V labels, and (B,) the encoder
+        frames inside each utterance.
         """
         if gates is None:
             gates = [self.mask(size) for size in sizes]
         with precision(self.config, features.device):
             x, lengths = self.encoder(features, lengths, gates, seeds)  # (M, B, T', D)
             pairs = zip(sizes, x, strict=True)
-            logits = torch.stack([self.output_layer(size)(of_size) for size, of_size in pairs])
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_probs = logits.to(dtype).log_softmax(-1)
-        return log_probs, lengths
+            emissions = torch.stack([self.output(size)(of_size) for size, of_size in pairs])
+        return emissions, lengths
+
+    def losses(
+        self,
+        emissions: Tensor,
+        lengths: Tensor,
+        sizes: Sequence[int],
+        labels: Tensor,
+        label_lengths: Tensor,
+    ) -> Tensor:
+        """Return the loss of each utterance by the networks of all `sizes`, (M, B) float32.
+
+        `emissions`, `lengths`: what `forward` returned for these sizes. `labels`: (B, U), padded.
+        `label_lengths`: (B,).
+        """
+        outputs = [self.output(size) for size in sizes]
+        with precision(self.config, emissions.device):
+            return outputs[0].losses(outputs, emissions, lengths, labels, label_lengths)
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager:

@@ -204,8 +204,8 @@ def dev_lines(record: dict, model: Supernet) -> str:
     unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
     lines = [f"update {record['update']}, {unit} error rate on dev:"]
     for size, result in results.items():
-        mask = model.mask(size)
-        lines.append(f"  size {size:>3} {100 * result[result['measure']]:6.2f}%  {layer_map(mask)}")
+        kept = layer_map(model, size)
+        lines.append(f"  size {size:>3} {100 * result[result['measure']]:6.2f}%  {kept}")
     return "\n".join(lines)
 
 

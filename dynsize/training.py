@@ -23,7 +23,6 @@ from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher, new_network, optimizer_for
 from dynsize.schedule import ends_span, learning_rate
 from dynsize.steps import Update
-from dynsize.subnet import layer_name
 from dynsize.training_data import Dev, TrainingData
 
 NOTHING_READ = "no utterance could be read"  # why an update is skipped
@@ -281,7 +280,8 @@ class Trainer:
         if not processes.is_first():
             return
         pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
-        ranked = [dict(layer=layer_name(layer), score=score) for layer, score in pairs]
+        names = self.config.layer_names
+        ranked = [dict(layer=names[layer], score=score) for layer, score in pairs]
         files.write_json(self.run / "ranking.json", ranked)
 
     def write(self, name: str, **more: object) -> None:

@@ -12,7 +12,6 @@ from dynsize.subnet import (
     cut,
     largest_within,
     latencies,
-    layer_name,
     macs,
     parameters,
     widened,
@@ -79,9 +78,7 @@ def test_an_untrained_size_has_the_output_layer_of_the_next_smaller_one():
     model = supernet()
     for size, trained in ((1, 3), (4, 3), (5, 5), (7, 5)):
         subnet = cut(model, size)
-        assert torch.equal(
-            subnet.output_layer(size).weight, model.output_layers[str(trained)].weight
-        )
+        assert torch.equal(subnet.output(size).weight, model.output_layers[str(trained)].weight)
         assert sum(len(block) - 1 for block in subnet.encoder.blocks) == size
 
 
@@ -116,4 +113,5 @@ def test_latencies_are_from_samples_to_log_probabilities(monkeypatch):
 
 
 def test_layer_names():
-    assert [layer_name(layer) for layer in (0, 9, 23)] == ["1.ff1", "3.conv", "6.ff2"]
+    names = tiny(blocks=6, sizes=(24,)).layer_names
+    assert [names[layer] for layer in (0, 9, 23)] == ["1.ff1", "3.conv", "6.ff2"]

@@ -16,7 +16,7 @@ from conftest import begun, finish, one_update, same, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynsize import checkpoint, steps
+from dynsize import checkpoint, ctc
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
 from dynsize.terminal import losses_line
@@ -199,7 +199,7 @@ def test_an_update_that_does_not_use_a_head_leaves_it_and_its_optimizer_state(to
 @pytest.mark.parametrize("save_every", [500, 10])
 def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monkeypatch, save_every):
     run = begun(tones, tmp_path / "run", updates=30, save_every=save_every)
-    loss, calls = steps.ctc_loss, []
+    loss, calls = ctc.ctc_loss, []
 
     def sometimes(*arguments):
         calls.append(1)
@@ -207,7 +207,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
 
     updates = run.updates()
     next(updates)
-    monkeypatch.setattr(steps, "ctc_loss", sometimes)
+    monkeypatch.setattr(ctc, "ctc_loss", sometimes)
     next(updates)
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     next(updates)
@@ -231,7 +231,7 @@ def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch
     updates = run.updates()
     next(updates)
     next(updates)
-    monkeypatch.setattr(steps, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
+    monkeypatch.setattr(ctc, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
 
     def gone(model):
         raise ValueError("dev is gone")
