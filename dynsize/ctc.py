@@ -279,16 +279,6 @@ def forward_variables(emitted: Tensor, extended: Tensor) -> tuple[Tensor, Tensor
     return torch.stack(alphas, 1), torch.cat(largest, 1)
 
 
-def greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-    """Return the labels of each utterance's best path. `log_probs`: (N, T, V)."""
-    paths = log_probs.argmax(-1).cpu()  # (N, T)
-    found = []
-    for path, length in zip(paths, lengths.tolist(), strict=True):
-        pairs = label_frames(path[:length])
-        found.append([label for label, _ in pairs])
-    return found
-
-
 def label_frames(path: Tensor) -> list[tuple[int, int]]:
     """Return the labels of a best path, (T,), each with the first frame in which it is emitted.
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dynsize.ctc import BLANK, label_frames
+from dynsize.config import Config, require_ctc
+from dynsize.ctc import BLANK
+from dynsize.supernet import Output
 from dynsize.text import clean
 
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
@@ -193,40 +194,48 @@ def labels_with_frames(prefix: Prefix) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def best_labels(
-    parts: Iterable[Tensor],
-    beam: int,
-    units: Sequence[bytes] = (),
-    words: "LanguageModel | None" = None,
-) -> list[tuple[int, int]]:
-    """Return the best labels of one utterance, each with the frame in which it is emitted.
+@dataclass(frozen=True)
+class BeamDecoder:
+    """Decodes as an output does, but by `BeamSearch`, whose settings it has. It is for CTC."""
 
-    `parts`: its log-probabilities (T, V), in parts that follow each other. For the others see
-    `BeamSearch`. With a `beam` of 1 and no `words` it is the best label of each frame.
+    beam: int
+    units: Sequence[bytes] = ()
+    words: "LanguageModel | None" = None
+
+    def decode(self, emissions: Tensor, lengths: Tensor) -> list[list[tuple[int, int]]]:
+        """Return the best labels of each utterance, each with the frame in which it is emitted.
+
+        `emissions`: (B, T', V) log-probabilities. `lengths`: (B,) frames.
+        """
+        pairs = zip(emissions, lengths.tolist(), strict=True)
+        return [self.decode_parts([of_utterance[:length]]) for of_utterance, length in pairs]
+
+    def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """Return the same for one utterance, given by parts (T', V) that follow each other."""
+        search = BeamSearch(self.beam, self.units, self.words)
+        for log_probs in parts:
+            search.advance(log_probs)
+        _, best = search.results()[0]
+        return best
+
+
+def decoder_of(
+    output: Output,
+    config: Config,
+    beam: int,
+    units: Sequence[bytes],
+    words: "LanguageModel | None",
+) -> Output | BeamDecoder:
+    """Return what decodes: the output itself, or a beam search where one is asked for.
+
+    `beam`: prefixes that the search keeps; 1 without `words`: none. Raises ValueError for a beam
+    that can't be, and where a search is asked for and the output is not CTC.
     """
-    search = BeamSearch(beam, units, words)
+    BeamSearch(beam, units, words)
     if beam == 1 and words is None:
-        path = [log_probs.argmax(-1) for log_probs in parts]
-        return label_frames(torch.cat(path))
-    for log_probs in parts:
-        search.advance(log_probs)
-    _, best = search.results()[0]
-    return best
-
-
-def beam_search(
-    log_probs: Tensor,
-    lengths: Tensor,
-    beam: int,
-    units: Sequence[bytes] = (),
-    words: "LanguageModel | None" = None,
-) -> list[list[int]]:
-    """Return the best labels of each utterance; see `BeamSearch`. `log_probs`: (N, T, V)."""
-    found = []
-    for of_utterance, length in zip(log_probs, lengths.tolist(), strict=True):
-        pairs = best_labels([of_utterance[:length]], beam, units, words)
-        found.append([label for label, _ in pairs])
-    return found
+        return output
+    require_ctc(config, "a beam search or a language model")
+    return BeamDecoder(beam, units, words)
 
 
 # The language model.

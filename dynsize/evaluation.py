@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dynsize import checkpoint, report
@@ -20,8 +19,8 @@ from dynsize.batching import Examples, batch_plan, read_batches
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
-from dynsize.ctc import greedy
-from dynsize.decoding import LanguageModel, beam_search
+from dynsize.ctc import Ctc
+from dynsize.decoding import BeamDecoder, LanguageModel, decoder_of
 from dynsize.networks import (
     Facts,
     Network,
@@ -34,7 +33,7 @@ from dynsize.networks import (
 from dynsize.processes import device_of
 from dynsize.report import Texts, errors_of, read_hypotheses, score
 from dynsize.subnet import costs, cut
-from dynsize.supernet import Supernet
+from dynsize.supernet import Output, Supernet
 from dynsize.text import NORMALISERS
 from dynsize.wer import Errors, difference, writes_blanks
 
@@ -42,10 +41,9 @@ from dynsize.wer import Errors, difference, writes_blanks
 ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
 ONNX_ONLY = dict(device=("auto", "cpu"), precision=("auto", "float32"), batch_seconds=())
 
-# Turns log-probabilities (B, T, V) and the lengths (B,) of the utterances into their labels.
-Decoder = Callable[[Tensor, Tensor], list[list[int]]]
-# Indices of utterances, their log-probabilities (M, B, T, V) by M sizes, their lengths (B,).
-LogProbs = tuple[list[int], Tensor, Tensor]
+Decoder = Output | BeamDecoder
+# Indices of utterances; size → the labels of each of them, with their frames.
+Found = tuple[list[int], dict[int, list[list[tuple[int, int]]]]]
 
 
 # Decoding.
@@ -87,14 +85,10 @@ class System:
             word_bonus=words.bonus if words else None,
         )
 
-    @property
-    def decoder(self) -> Decoder:
-        """What turns the network's log-probabilities into labels."""
-        if self.beam == 1 and self.words is None:
-            return greedy
-        return partial(
-            beam_search, beam=self.beam, units=self.facts.tokenizer.units, words=self.words
-        )
+    def decoder(self, output: Output) -> Decoder:
+        """Return what turns the emissions of an output into labels."""
+        units = self.facts.tokenizer.units
+        return decoder_of(output, self.config, self.beam, units, self.words)
 
 
 def open_system(path: Path, changes: dict[str, object]) -> System:
@@ -124,13 +118,14 @@ def transcribe(
     sizes: Sequence[int],
     title: str,
     facts: Facts | None = None,
-    decoder: Decoder | None = None,
+    decoder: Callable[[Output], Decoder] = lambda output: output,
 ) -> tuple[dict[int, Texts], dict[str, str]]:
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
     `sizes`: largest first; they share one forward. `title`: of the progress bar, which is shown
     where there is a terminal. With `facts`, utterances that are longer than training's longest are
-    decoded in windows, one after the other, so memory hardly grows with their length.
+    decoded in windows, one after the other, so memory hardly grows with their length. `decoder`:
+    gives what decodes the emissions of an output, by default this itself.
     """
     most = math.inf  # samples decoded without windows
     if facts is not None:
@@ -139,33 +134,30 @@ def transcribe(
     short = [index for index, number in enumerate(samples) if number <= most]
     long = [index for index, number in enumerate(samples) if number > most]
     unreadable: dict[str, str] = {}
-    batches = in_batches(model, examples, short, sizes, unreadable)
-    windows = in_windows(network_of(model), examples.utterances, long, sizes, unreadable, facts)
+    decoders = {size: decoder(model.output(size)) for size in sizes}
+    batches = in_batches(model, examples, short, decoders, unreadable)
+    windows = in_windows(network_of(model), examples.utterances, long, decoders, unreadable, facts)
     found = chain(batches, windows)
-    decoder = decoder or model.output
-    texts = texts_of(found, len(examples), sizes, title, decoder, examples.tokenizer.decode)
+    texts = texts_of(found, len(examples), sizes, title, examples.tokenizer.decode)
     return texts, unreadable
 
 
 @torch.inference_mode()
 def texts_of(
-    found: Iterable[LogProbs],
+    found: Iterable[Found],
     utterances: int,
     sizes: Sequence[int],
     title: str,
-    decoder: Decoder,
     spell: Callable[[list[int]], str],
 ) -> dict[int, Texts]:
     """Return size → the text of each utterance. `spell`: gives the text of labels."""
     texts: dict[int, Texts] = {size: [None] * utterances for size in sizes}
     bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
     with tqdm(total=utterances, desc=title, **bar_options) as bar:
-        for indices, log_probs, lengths in found:
-            for size, of_size in zip(sizes, log_probs, strict=True):
-                pairs = decoder(size).decode(of_size, lengths)
-                decoded_labels = [[label for label, _ in text] for text in pairs]
-                for index, labels in zip(indices, decoded_labels, strict=True):
-                    texts[size][index] = spell(labels)
+        for indices, by_size in found:
+            for size, decoded_texts in by_size.items():
+                for index, pairs in zip(indices, decoded_texts, strict=True):
+                    texts[size][index] = spell([label for label, _ in pairs])
             bar.update(len(indices))
     return texts
 
@@ -174,12 +166,13 @@ def in_batches(
     model: Supernet,
     examples: Examples,
     chosen: Sequence[int],
-    sizes: Sequence[int],
+    decoders: dict[int, Decoder],
     unreadable: dict[str, str],
-) -> Iterator[LogProbs]:
-    """Yield the log-probabilities of the `chosen` examples, several at a time.
+) -> Iterator[Found]:
+    """Yield the labels of the `chosen` examples, several at a time.
 
-    Audio that can't be read is added to `unreadable` instead.
+    `decoders`: size → what decodes, largest size first. Audio that can't be read is added to
+    `unreadable` instead.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -194,18 +187,19 @@ def in_batches(
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
         if read:
             features, lengths, *_ = batch.to(device)
-            log_probs, lengths = model(features, lengths, sizes)
-            yield read, log_probs, lengths
+            emissions, lengths = model(features, lengths, list(decoders))
+            pairs = zip(decoders.items(), emissions, strict=True)
+            yield read, {size: d.decode(of_size, lengths) for (size, d), of_size in pairs}
 
 
 def in_windows(
     network: Network,
     utterances: Sequence[Utterance],
     chosen: Sequence[int],
-    sizes: Sequence[int],
+    decoders: dict[int, Decoder],
     unreadable: dict[str, str],
     facts: Facts,
-) -> Iterator[LogProbs]:
+) -> Iterator[Found]:
     """Yield the same as `in_batches`, one utterance at a time; long ones are decoded in windows."""
     for index in chosen:
         utterance = utterances[index]
@@ -214,12 +208,11 @@ def in_windows(
         except CorruptAudio as error:
             unreadable[utterance.id] = str(error)
             continue
-        by_size = []
-        for size in sizes:
+        by_size = {}
+        for size, decoder in decoders.items():
             parts = windowed(partial(network, size=size), [audio], facts)
-            by_size.append(torch.cat(list(parts)))  # (T, V)
-        log_probs = torch.stack(by_size)[:, None]  # (M, 1, T, V)
-        yield [index], log_probs, torch.tensor([log_probs.shape[2]])
+            by_size[size] = [decoder.decode_parts(parts)]
+        yield [index], by_size
 
 
 def alone(system: System, size: int) -> Supernet | Network:
@@ -248,9 +241,9 @@ def decoded(
     else:
         unreadable: dict[str, str] = {}
         everything = range(len(utterances))
-        found = in_windows(network, utterances, everything, [size], unreadable, facts)
-        spell = facts.tokenizer.decode
-        texts = texts_of(found, len(utterances), [size], title, system.decoder, spell)
+        decoders = {size: system.decoder(Ctc)}
+        found = in_windows(network, utterances, everything, decoders, unreadable, facts)
+        texts = texts_of(found, len(utterances), [size], title, facts.tokenizer.decode)
     normalised = NORMALISERS[system.config.normaliser]
     found_texts = [None if text is None else normalised(text) for text in texts[size]]
     return found_texts, unreadable

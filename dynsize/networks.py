@@ -1,4 +1,4 @@
-"""A network of one size as a function, audio in, log-probabilities out, for audio of any length.
+"""A network of one size as a function, audio in, emissions out, for audio of any length.
 
 It comes from a checkpoint or from an ONNX file.
 """
@@ -35,7 +35,9 @@ FAINT = 1e-4  # standard deviation of the noise that replaces digital silence; f
 
 ONNX_FORMAT = "dynsize onnx 3"
 
-Network = Callable[[Tensor, int], Tensor]  # audio (samples,), size → log-probabilities (T', V)
+# Audio (samples,), size → what the size's output makes of each frame, (T', ·); of CTC, as in every
+# ONNX file, the log-probabilities of V labels.
+Network = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -173,24 +175,24 @@ def network_of(model: Supernet) -> Network:
     """Return a function that runs one size of a network on audio; pruned layers do not run."""
 
     @torch.inference_mode()
-    def log_probs(audio: Tensor, size: int) -> Tensor:
+    def emissions(audio: Tensor, size: int) -> Tensor:
         device = next(model.parameters()).device
         features = log_mel(audio, model.config)[None].to(device)  # (1, T, F)
         lengths = torch.tensor([features.shape[1]], device=device)
         result, lengths = model(features, lengths, [size])
-        return result[0, 0, : lengths[0]].cpu()  # (T', V)
+        return result[0, 0, : lengths[0]].cpu()  # (T', ·)
 
-    return log_probs
+    return emissions
 
 
 def windowed(
     network: Callable[[Tensor], Tensor], blocks: Iterable[np.ndarray], facts: Facts
 ) -> Iterator[Tensor]:
-    """Yield a network's frames of audio of any length, in parts that follow each other.
+    """Yield a network's emissions of audio of any length, in parts that follow each other.
 
-    `network`: audio (samples,) float32 → (T', V). `blocks`: the audio in parts of any length.
-    Frames are joined, not texts: a border may lie inside a word or between two equal labels, and a
-    beam search goes on across it.
+    `network`: audio (samples,) float32 → (T', ·). `blocks`: the audio in parts of any length.
+    Emissions are joined, not texts: a border may lie inside a word or between two equal labels. The
+    transducer and a beam search go on across it; the attention decoder writes a text for each part.
 
     The network sees windows about as long as training's longest utterance, at most `MOST_SECONDS`.
     A sixth of a window on each side is context, whose frames are dropped. The last window is as

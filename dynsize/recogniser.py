@@ -14,7 +14,8 @@ import torch
 
 from dynsize import checkpoint
 from dynsize.audio import LOUDEST, opened
-from dynsize.decoding import LM_WEIGHT, LanguageModel, best_labels
+from dynsize.ctc import Ctc
+from dynsize.decoding import LM_WEIGHT, LanguageModel, decoder_of
 from dynsize.networks import (
     Facts,
     Network,
@@ -24,6 +25,7 @@ from dynsize.networks import (
     windowed,
 )
 from dynsize.subnet import in_turn
+from dynsize.supernet import Output
 
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
@@ -50,10 +52,15 @@ class Transcript:
 
 
 class Recogniser:
-    """Turns audio into text with a network of one size, or with any size of a supernet."""
+    """Turns audio into text with a network of one size, or with any size of a supernet.
 
-    def __init__(self, network: Network, facts: Facts) -> None:
-        self.network, self.facts = network, facts
+    `output`: gives the output of a size, by default CTC's.
+    """
+
+    def __init__(
+        self, network: Network, facts: Facts, output: Callable[[int], Output] = lambda size: Ctc
+    ) -> None:
+        self.network, self.facts, self.output = network, facts, output
         self.latencies: dict[int, float] = {}  # size → milliseconds, once measured
 
     @property
@@ -85,6 +92,8 @@ class Recogniser:
         self.check_size(size)
         if channel is not None and not isinstance(channel, Integral):
             raise ValueError(f"channel {channel!r}: must be a whole number; 0 is the first")
+        units = self.facts.tokenizer.units
+        decoder = decoder_of(self.output(size), self.facts.config, beam, units, language_model)
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
         rate = self.facts.config.sample_rate
         samples, silent = 0, True
@@ -98,7 +107,8 @@ class Recogniser:
                 yield block
 
         parts = windowed(partial(self.network, size=size), counted(), self.facts)
-        labels = best_labels(parts, beam, self.facts.tokenizer.units, language_model)
+        with torch.inference_mode():
+            labels = decoder.decode_parts(parts)
         seconds = samples / rate
         words = [] if silent else timed_words(labels, self.facts, seconds)
         return Transcript(words, seconds)
@@ -139,8 +149,12 @@ class Recogniser:
         generator = torch.Generator().manual_seed(0)
         samples = round(LATENCY_SECONDS * self.facts.config.sample_rate)
         audio = torch.randn(samples, generator=generator)
-        taken = in_turn({size: partial(self.network, audio, size=size)}, rounds=7)
-        return taken[size]
+
+        @torch.inference_mode()
+        def decode() -> None:
+            self.output(size).decode_parts([self.network(audio, size)])
+
+        return in_turn({size: decode}, rounds=7)[size]
 
 
 def open_recogniser(path: str | Path) -> Recogniser:
@@ -152,7 +166,7 @@ def open_recogniser(path: str | Path) -> Recogniser:
         file = open_onnx(Path(path))
         return Recogniser(file.network, file.facts)
     loaded = checkpoint.load(Path(path))
-    return Recogniser(network_of(loaded.model), facts_of(loaded))
+    return Recogniser(network_of(loaded.model), facts_of(loaded), loaded.model.output)
 
 
 def file_blocks(

@@ -52,8 +52,8 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
     """Return name → configuration of each training, in their order, all with the same updates.
 
     With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
-    with the first layers and with those that each of the paper's algorithms kept, and each size
-    with the largest size alone as its teacher. With each further seed, the same without
+    with the first layers and with those that each of the paper's algorithms kept, and, of CTC, each
+    size with the largest size alone as its teacher. With each further seed, the same without
     OrthoSoftmax, LayerDrop and teachers. At the largest size all layers are kept: there is one
     network alone.
     """
@@ -69,7 +69,7 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
         for method in PAPER:
             supernet = str(runs / method)
             trainings += [alone(size=size, layers_from=supernet) for size in smaller]
-        if seed == first:
+        if seed == first and config.output == "ctc":  # what a teacher is for
             teacher = str(runs / f"alone-{largest}")
             trainings += [alone(size=size, teacher=teacher) for size in config.sizes]
     return {training_name(training): training for training in trainings}
@@ -136,6 +136,8 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
 def results(config: Config, trainings: Trainings, folder: Path) -> str:
     """Return, and write, the tables of error rates, and of compression where it can run."""
     tables = write_tables(config, trainings, folder)
+    if config.output != "ctc":
+        return f"{tables}\nno table of compression: ONNX files are for the output ctc\n"
     if package := compression.missing():
         install = "pip install 'dynsize[onnx]'"
         return f"{tables}\nno table of compression: {package} is missing: {install}\n"

@@ -30,6 +30,7 @@ from dynsize.ctc import Ctc
 from dynsize.transducer import Transducer
 
 OUTPUTS = {"ctc": Ctc, "transducer": Transducer, "attention": AttentionDecoder}
+Output = Ctc | Transducer | AttentionDecoder
 
 
 class Supernet(nn.Module):
@@ -106,7 +107,7 @@ class Supernet(nn.Module):
         kept = set(self.ranking[:size])
         return [layer in kept for layer in range(len(self.ranking))]
 
-    def output(self, size: int) -> nn.Module:
+    def output(self, size: int) -> Output:
         """Return the output for a network of `size` layers.
 
         A size that was not trained has that of the largest trained size below it; where none is

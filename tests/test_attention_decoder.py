@@ -19,7 +19,9 @@ def outputs_and_batch(seed: int) -> tuple[list[AttentionDecoder], Tensor, Tensor
     first = AttentionDecoder(tiny(), LABELS)
     outputs = [output.double() for output in (first, AttentionDecoder(tiny(), LABELS, first))]
     for weight in first.decoder.parameters():
-        torch.nn.init.normal_(weight, std=0.4)
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.4)
+    torch.nn.init.normal_(first.decoder.embedding.weight, std=3)
     x = torch.randn(2, 4, 12, 16, dtype=torch.float64)
     return outputs, x, torch.randint(1, LABELS, (4, 5))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.ctc import ctc_loss, greedy, torchs_ctc_loss
+from dynsize.ctc import Ctc, ctc_loss, torchs_ctc_loss
 from dynsize.decoding import BeamSearch, LanguageModel
 
 
@@ -115,11 +115,12 @@ def test_impossible_alignment_is_infinite_without_a_gradient(ctc_loss):
 def test_greedy_joins_repeats_then_removes_blanks(seed, rows, frames):
     torch.manual_seed(seed)
     log_probs, lengths = torch.randn(rows, frames, 3), torch.randint(1, frames + 1, (rows,))
-    for decoded, of_row, length in zip(
-        greedy(log_probs, lengths), log_probs.tolist(), lengths.tolist(), strict=True
-    ):
-        path = [frame.index(max(frame)) for frame in of_row[:length]]
-        assert decoded == [label for label, _ in itertools.groupby(path) if label != 0]
+    texts = Ctc.decode(log_probs, lengths)
+    for text, of_row, length in zip(texts, log_probs, lengths.tolist(), strict=True):
+        path = [frame.index(max(frame)) for frame in of_row[:length].tolist()]
+        expected = [label for label, _ in itertools.groupby(path) if label != 0]
+        assert [label for label, _ in text] == expected
+        assert Ctc.decode_parts([of_row[:1], of_row[1:length]]) == text
 
 
 def all_sums(log_probs: torch.Tensor) -> dict[tuple[int, ...], float]:
