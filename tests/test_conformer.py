@@ -13,6 +13,7 @@ def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
     model, half = network(), torch.tensor(0.5, dtype=torch.float64)
     first, second = [True] * 8, [True] * 3 + [half] + [True] * 4
     assert computed_rows(model, [first, second]) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert computed_rows(model, [second, second]) == [1, 1, 1, 1, 2, 2, 2, 2]  # values are unknown
 
 
 @pytest.mark.parametrize("sizes", [(3, 5), (8, 3, 5)])
