@@ -199,13 +199,18 @@ def losses_line(record: dict) -> str:
 
 
 def dev_lines(record: dict, model: Supernet) -> str:
-    """Return the lines of a validation: error rate and layers of each size."""
+    """Return the lines of a validation: error rate and layers of each size, what helps silence."""
     results = record["dev"]
     unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
     lines = [f"update {record['update']}, {unit} error rate on dev:"]
     for size, result in results.items():
         kept = layer_map(model, size)
         lines.append(f"  size {size:>3} {100 * result[result['measure']]:6.2f}%  {kept}")
+    if all(result["silent"] for result in results.values()):
+        lines.append(
+            "  No size says a word yet: CTC learns blanks first. If this lasts for 2,000 updates, "
+            "train anew with --units characters, a lower --peak-learning-rate or --subnet-loss."
+        )
     return "\n".join(lines)
 
 

@@ -130,6 +130,7 @@ class Dev:
                 measure=measure,
                 errors=errors.total,
                 words=errors.words,
+                silent=errors.deletions == errors.words,  # all labels are blanks
                 layers=kept_names(model, size),
             )
         return results

@@ -260,7 +260,14 @@ def test_overwrite_renames_a_run(work, tones):
     assert checkpoint.load(work / "run.old").training["update"] == 12
 
 
-@pytest.mark.parametrize("preset", ["demo", "digits", "librispeech", "tedlium2"])
+def test_the_preset_follows_from_the_corpus():
+    parse = SCRIPTS["train.py"]["parse"]
+    assert parse([]).preset == "demo"
+    assert parse(["--corpus", "mine"]).preset == "small"
+    assert parse(["--corpus", "mine", "--preset", "demo"]).preset == "demo"
+
+
+@pytest.mark.parametrize("preset", list(config.PRESETS))
 def test_help_tells_every_flag_with_its_default(preset, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:

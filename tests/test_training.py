@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynsize import checkpoint, ctc
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
-from dynsize.terminal import losses_line
+from dynsize.terminal import dev_lines, losses_line
 from dynsize.training import Trainer
 
 
@@ -385,6 +385,17 @@ def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(root, tmp
     for result in record["dev"].values():
         assert result["measure"] == "cer"
         assert result["words"] == text.count("低") + text.count("音")
+
+
+def test_a_network_of_blanks_is_told_what_helps(tones, tmp_path):
+    trainer = begun(tones, tmp_path / "run", updates=1)
+    with torch.no_grad():
+        for output in trainer.model.output_layers.values():
+            output.bias[0] = 100.0  # the blank's
+    record = dict(update=1, dev=trainer.validate())
+    assert "--units characters" in dev_lines(record, trainer.model)
+    record["dev"][8]["silent"] = False
+    assert "--units" not in dev_lines(record, trainer.model)
 
 
 def test_one_size_trains_without_step_1(tones, tmp_path):
