@@ -103,13 +103,13 @@ def steps_figure() -> Figure:
     text = dict(ha="center", va="bottom")
     axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
     axes.text((end1 + updates) / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss 0.3 · CTC"
+    subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss w · CTC"
     axes.text(14, 15, subnet, **text)
-    axes.text(90, 37.5, "one random size between: loss 0.3 · CTC", **text)
-    axes.text(90, smallest + 1, "smallest size: loss 0.3 · CTC", **text)
+    axes.text(90, 37.5, "one size between, drawn at random: loss w · CTC", **text)
+    axes.text(90, smallest + 1, "smallest size: loss w · CTC", **text)
     axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
     axes.axvline(end1, color="black", linewidth=0.8, ymin=0.13)
-    axes.set(xlim=(0, updates), ylim=(0, layers + 6), xlabel="update", xticks=[])
+    axes.set(xlim=(0, updates), ylim=(0, layers + 6), xlabel="update (w: 0.3 in the paper, 1 in the demo)", xticks=[])
     axes.set_ylabel("layers of the networks that train")
     axes.set_yticks([smallest, *between, layers])
     axes.set_title("step 1: learn the scores", loc="left")
