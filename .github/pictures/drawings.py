@@ -109,7 +109,12 @@ def steps_figure() -> Figure:
     axes.text(90, smallest + 1, "smallest size: loss w · CTC", **text)
     axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
     axes.axvline(end1, color="black", linewidth=0.8, ymin=0.13)
-    axes.set(xlim=(0, updates), ylim=(0, layers + 6), xlabel="update (w: 0.3 in the paper, 1 in the demo)", xticks=[])
+    axes.set(
+        xlim=(0, updates),
+        ylim=(0, layers + 6),
+        xlabel="update (w: 0.3 in the paper, 1 in the demo)",
+        xticks=[],
+    )
     axes.set_ylabel("layers of the networks that train")
     axes.set_yticks([smallest, *between, layers])
     axes.set_title("step 1: learn the scores", loc="left")
