@@ -34,7 +34,7 @@ from itertools import product
 from pathlib import Path
 
 from dynsize import files
-from dynsize.config import Config, are_splits, marked
+from dynsize.config import Config, are_splits, marked, require_ctc
 from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.decoding import LanguageModel
 from dynsize.evaluation import (
@@ -125,9 +125,12 @@ def changes(options: argparse.Namespace) -> dict[str, object]:
 def opened(path: Path, options: argparse.Namespace) -> System:
     """Return the network of a path, with what the command line says about it.
 
-    Prints how many of the references' words a language model lacks.
+    Prints how many of the references' words a language model lacks. Raises ValueError where a beam
+    search is asked for and the network's output is not CTC.
     """
     system = open_system(path, changes(options))
+    if beam_of(options) > 1 or options.lm:
+        require_ctc(system.config, f"{path}: --beam or --lm")
     tokenizer, normaliser = system.facts.tokenizer, system.facts.config.normaliser
     words = None
     if options.lm:

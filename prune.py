@@ -302,7 +302,7 @@ def write_subnets(
     written = [*files.values()]
     if options.export:
         onnx = onnx_paths(loaded, files.values(), options)
-        export.check_installed(onnx[0], loaded.model.size)
+        export.check_possible(loaded, loaded.model.size, onnx[0])
         for file in onnx:
             written += [file, int8_path(file)] if options.int8 else [file]
     for file in written:

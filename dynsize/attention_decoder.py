@@ -217,7 +217,7 @@ class AttentionDecoder(nn.Module):
         label = torch.full_like(lengths, BORDER)
         frame = torch.zeros_like(lengths)
         steps = [torch.stack([label, frame])]  # (2, B) each
-        goes_on = torch.ones_like(inside[:, 0])
+        goes_on = torch.ones_like(lengths, dtype=torch.bool)
         seen: Sequence[KeysValues | None] = (None,) * DECODER_LAYERS
         for number in range(emissions.shape[1]):
             logits, seen, weights = self.decoder(label[:, None], frames, inside, seen)

@@ -51,11 +51,10 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     """Write an ONNX file of one size of a network, or with `size` None of all its sizes.
 
     The file computes in float32. It gets its name after it gave the checkpoint's log-probabilities.
-    Raises ValueError where a package of the extra `onnx` is missing, where torch is too old for all
-    sizes, for a size that the network can't have, and where results differ; then there is no file.
+    Raises ValueError where `check_possible` does, for a size that the network can't have, and where
+    results differ; then there is no file.
     """
-    require_ctc(loaded.model.config, f"{path}: an ONNX file")
-    check_installed(path, size)
+    check_possible(loaded, size, path)
     model = copy.copy(loaded.model).cpu().eval()
     if size is not None and model.size is None:
         model = cut(model, size)
@@ -67,8 +66,12 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
         check_results(unfinished, model)
 
 
-def check_installed(path: Path, size: int | None) -> None:
-    """Raise ValueError where a package is missing, or where torch is too old for all sizes."""
+def check_possible(loaded: Checkpoint, size: int | None, path: Path) -> None:
+    """Raise ValueError where a network's file can't be written.
+
+    Its output is not CTC, a package is missing, or torch is too old for all sizes.
+    """
+    require_ctc(loaded.model.config, f"{path}: an ONNX file")
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
             install = "pip install 'dynsize[onnx]'"

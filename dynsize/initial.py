@@ -13,7 +13,7 @@ import torch
 from dynsize import checkpoint
 from dynsize.algorithms import every_other
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import Config, marked, with_method
+from dynsize.config import Config, marked, require_ctc, with_method
 from dynsize.corpora import read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
@@ -90,9 +90,11 @@ def check_memory(model: Supernet) -> None:
 def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
     """Return the checkpoint that `config.teacher` names.
 
-    Raises ValueError where its labels or its features are not those of this training.
+    Raises ValueError where its output is not CTC, and where its labels or its features are not
+    those of this training.
     """
     loaded = checkpoint.load(Path(config.teacher))
+    require_ctc(loaded.model.config, f"--teacher {loaded.path}: a teacher")
     if not torch.equal(loaded.tokenizer.model, tokenizer.model):
         raise ValueError(
             f"--teacher {loaded.path}: its labels are not those of this training; "

@@ -118,6 +118,13 @@ def test_greedy_decoding_writes_the_best_labels():
     assert complete and cut_off
 
 
+def test_an_utterance_without_a_frame_has_no_labels():
+    (output, _), *_ = outputs_and_batch(0)
+    nothing = torch.zeros(2, 0, 16, dtype=torch.float64)
+    assert output.decode(nothing, torch.tensor([0, 0])) == [[], []]
+    assert output.decode_parts([nothing[0], nothing[1]]) == []
+
+
 def test_positions_differ_and_follow_the_definition():
     x = torch.zeros(1, 5, 6)
     found = positions(2, x)

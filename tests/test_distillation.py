@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import begun, finish, same, tiny
 
+from dynsize import checkpoint
 from dynsize.batching import read_batches
+from dynsize.initial import load_teacher
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
 from dynsize.training import Trainer
@@ -102,6 +104,15 @@ def test_a_teacher_of_other_labels_or_features_is_refused(
     with pytest.raises(ValueError, match=message):
         Trainer(tiny(**settings, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_another_output_is_refused(tones, teacher, tmp_path):
+    loaded = checkpoint.load(teacher)
+    labels, file = loaded.tokenizer.labels, tmp_path / "transducer.pt"
+    checkpoint.save(file, Supernet(tiny(output="transducer"), labels), loaded.tokenizer)
+    config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(file))
+    with pytest.raises(ValueError, match="a teacher is for the output ctc"):
+        load_teacher(config, loaded.tokenizer)
 
 
 def test_the_directory_of_the_teacher_is_not_replaced(tones, teacher):

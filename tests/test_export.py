@@ -403,3 +403,10 @@ def test_evaluate_refuses_files_that_are_no_networks(tmp_path, monkeypatch):
     for arguments in (("text.onnx",), ("--compare", "text.onnx", "missing.onnx")):
         code, _, error = evaluate(*arguments)
         assert code == 2 and "text.onnx: not an ONNX file" in error and error.count("\n") == 1
+
+
+def test_an_onnx_file_of_another_output_is_refused_before_anything_is_written(tmp_path):
+    loaded = saved(tmp_path, output="transducer")
+    code, _, error = prune(loaded.path, "--export", "onnx")
+    assert code == 2 and "supernet.onnx: an ONNX file is for the output ctc" in error
+    assert list(tmp_path.iterdir()) == [loaded.path]
