@@ -357,11 +357,12 @@ PAPER = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
-    # One to ten hours of speech in any language. Characters, shorter frames, and 0.3 as the weight
-    # of the subnets' losses each make a network leave CTC's plateau of blanks in fewer updates.
+    # One to ten hours of speech in any language. Characters, shorter frames, 0.3 as the weight of
+    # the subnets' losses, and no masks each make a network leave CTC's plateau of blanks in fewer
+    # updates.
     "small": dict(
-        units="characters", hop_ms=10.0, subnet_loss=0.3,
-        updates=12_000, batch_seconds=16.0, peak_learning_rate=8e-4, warmup=0.03,
+        units="characters", hop_ms=10.0, frequency_masks=0, time_mask_every=0, subnet_loss=0.3,
+        updates=10_000, batch_seconds=16.0, peak_learning_rate=8e-4, warmup=0.03,
         validate_every=1000, precision="float32",
     ),
     "digits": dict(
