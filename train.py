@@ -98,7 +98,7 @@ def flags_parser(preset: str) -> Parser:
         help="begin a new training with the weights of a run, a checkpoint or a size-K.pt, whose "
         "settings it has except for those that flags change; features, network and layers stay. "
         "The tokenizer stays too, unless --tokenizer, --units or --vocabulary is named: then the "
-        "output layers begin anew",
+        "outputs begin anew, as with another --output",
     )
     parser.add_argument(
         "--study",

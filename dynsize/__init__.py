@@ -4,7 +4,7 @@ The modules, by what they are for:
 
 The network and the paper's algorithms
     conformer           front-end, the four kinds of layers, and one forward for all sizes
-    supernet            the encoder with a ranking of its layers and an output layer for each size
+    supernet            the encoder with a ranking of its layers and an output for each size
     simple_top_k        learns the ranking by the straight-through top k of relaxed weights
     iterative_zero_out  learns it by zeroing out the layers of smallest weight, a few at a time
     ortho_softmax       learns it by a distribution over the layers for each place of the ranking

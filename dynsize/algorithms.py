@@ -4,9 +4,9 @@ A new algorithm is one module, one entry here, and its settings in config.py. It
 functions:
 
     initial_scores(config)    the layer scores before the first update
-    size_at(update, config)   the subnet's number of layers, which also chooses its output layer
+    size_at(update, config)   the subnet's number of layers, which also chooses its output
     layer_weights(scores, ranking, update, config)   the L gates of that subnet
-    extra_loss(scores, ranking, update, config)      what is added to the two CTC losses
+    extra_loss(scores, ranking, update, config)      what is added to the two losses
     rank(scores, ranking, update, config)            the layers, most important first
 
 `update` is the number of an update of step 1, from 0. The scores are (L,) or (L, L). `size_at` is

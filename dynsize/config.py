@@ -155,7 +155,7 @@ class Config:
         "simple-top-k",
         "how layers are chosen. To compare with: none (one size trained alone), layerdrop (layers "
         "dropped at random, then every other one pruned), aux-loss (none is chosen: each size is "
-        "the first layers, and a CTC loss after them trains it)",
+        "the first layers, and a loss after them trains it)",
         choices=METHODS,
         marks="weights",
     )

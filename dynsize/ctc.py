@@ -4,6 +4,7 @@ Label 0 is the blank.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,12 @@ class Ctc(nn.Linear):
         """Return the same for one utterance, given by parts (T', V) that follow each other."""
         path = [emissions.argmax(-1) for emissions in parts]
         return label_frames(torch.cat(path))
+
+    @staticmethod
+    def least_frames(labels: Sequence[int]) -> int:
+        """Return the frames that these labels need, and the blanks between two equal ones."""
+        repeats = sum(a == b for a, b in pairwise(labels))
+        return len(labels) + repeats
 
     def macs(self, frames: int, labels: int) -> int:
         """Return the multiply-accumulates of decoding."""

@@ -153,7 +153,7 @@ def styles_of(sizes: Sequence[int]) -> Styles:
 
 
 def draw_losses(axes: Axes, logged: Records, styles: Styles) -> None:
-    """Draw the CTC loss of each size, and in step 1 that of the subnet, whose size k changes."""
+    """Draw the loss of each size, and in step 1 that of the subnet, whose size k changes."""
     full, *_ = styles
     subnet = dict(color=K_COLOUR, label="size k, step 1")
     curves: dict[str, dict[int, float]] = {}  # size → update → loss
@@ -164,7 +164,7 @@ def draw_losses(axes: Axes, logged: Records, styles: Styles) -> None:
     for size, style in (styles | dict(k=subnet)).items():
         if curve := curves.get(size):
             axes.plot(list(curve), list(curve.values()), **style)
-    axes.set(ylabel="CTC loss (nats a label)", yscale="log")
+    axes.set(ylabel="loss (nats a label)", yscale="log")
     axes.yaxis.set_major_formatter(LogFormatter())  # 0.1, not a power of 10
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 

@@ -1,7 +1,7 @@
 """One update: which networks it trains, with which gates and loss weights, and their losses.
 
 Step 1 trains two networks. The supernet has all layers. The subnet has the algorithm's layer
-weights as gates, and the output layer of the largest trained size that is at most its size k. A
+weights as gates, and the output of the largest trained size that is at most its size k. A
 layer whose weight is a tensor is computed even where that is 0, so the subnet takes as long as the
 supernet; only Iterative-Zero-Out saves the layers that it has zeroed out. There is no stochastic
 depth.

@@ -9,6 +9,7 @@ An output turns an encoder's frames into text. It is a module for one size, made
                                    the losses (M, B) of M networks. `emissions`: (M, B, T', ·)
     decode(emissions, lengths)     the labels of each utterance, each with its frame
     decode_parts(parts)            the same for one long utterance, in parts (T', ·)
+    least_frames(labels)           the frames that a text of these labels needs
     macs(frames, labels)           multiply-accumulates of decoding
 
 The encoder and the algorithms know nothing of it.

@@ -216,7 +216,7 @@ class Trainer:
     def add_gradients(
         self, update: Update, batches: list[Batch], labels: float, readers: float
     ) -> Tensor:
-        """Compute the gradients of an update; return the CTC loss of each network, (M,).
+        """Compute the gradients of an update; return the loss of each network, (M,).
 
         Both are of all batches of all processes. `labels`: how many target labels these have.
         `readers`: how many processes have a batch; the others add nothing.
@@ -224,11 +224,11 @@ class Trainer:
         losses = torch.zeros(len(update.weights), device=self.device)
         batches = [batch for batch in batches if batch.utterances]
         for batch in batches:
-            loss, ctc = steps.losses_of(update, batch, labels, self.model, self.teacher)
+            loss, by_network = steps.losses_of(update, batch, labels, self.model, self.teacher)
             if batch is batches[-1]:
                 loss = loss + steps.extra_loss(update, self.model) / readers
             loss.backward()
-            losses += ctc
+            losses += by_network
         if self.processes > 1:
             # Here gradients and losses become their sums over the processes, once for an update.
             processes.sum_gradients(self.model)

@@ -3,7 +3,6 @@
 import dataclasses
 from functools import cached_property
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,12 +18,12 @@ from dynsize.features import feature_frames
 from dynsize.networks import facts_of
 from dynsize.report import errors_of
 from dynsize.subnet import kept_names
-from dynsize.supernet import Supernet
+from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
 UNREADABLE_DEV = f"{UNREADABLE} (dev)"
-UNALIGNED = "more labels than CTC can align"
+UNALIGNED = "too few frames for its labels"
 
 
 class TrainingData:
@@ -183,10 +182,10 @@ def fingerprint_of(corpus: Corpus) -> str:
 def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
     """Leave out of a training corpus the utterances that can't be trained on.
 
-    These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels CTC
-    can't align at the fastest speed: a label needs an encoder frame, and so does the blank between
-    two equal ones. Sets what the corpus holds of the tokenizer. Raises ValueError for characters
-    without a label, and where nothing is left.
+    These are utterances outside of `min_seconds` and `max_seconds`, and those whose labels
+    need more encoder frames, see `least_frames` of the output, than there are at the fastest speed.
+    Sets what the corpus holds of the tokenizer. Raises ValueError for characters without a label,
+    and where nothing is left.
     """
     good: list[Utterance] = []
     for utterance in corpus.utterances:
@@ -201,13 +200,13 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
         labels = text_labels(utterance, tokenizer)
         if (spelled := tokenizer.decode(labels)) != utterance.text:
             corpus.respelled[utterance.text] = spelled
-        repeats = sum(a == b for a, b in pairwise(labels))
+        least = max(1, OUTPUTS[config.output].least_frames(labels))
         samples = round(utterance.samples / max(config.speeds))
         frames = FRONT_ENDS[config.front_end].output_frames(feature_frames(samples, config))
-        if frames >= max(1, len(labels) + repeats):
+        if frames >= least:
             good.append(utterance)
         else:
-            what = f"{frames} encoder frames can't hold {len(labels)} labels and {repeats} repeats"
+            what = f"{len(labels)} labels need {least} encoder frames, and it has {frames}"
             corpus.leave_out(UNALIGNED, utterance.id, f"{utterance.path}: {what}")
     corpus.utterances = good
     if not good:

@@ -10,6 +10,7 @@ Which label comes next depends on the frame and on the last two labels (Ghodsi e
 for the beginning of an utterance.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -180,6 +181,11 @@ class Transducer(nn.Module):
             pairs = zip(of_utterance, frames, strict=True)
             found.append([(label, frame) for label, frame in pairs if label != BLANK])
         return found, context
+
+    @staticmethod
+    def least_frames(labels: Sequence[int]) -> int:
+        """Return the frames in which greedy decoding can emit these labels."""
+        return math.ceil(len(labels) / MOST_LABELS)
 
     def macs(self, frames: int, labels: int) -> int:
         """Return the multiply-accumulates of greedy decoding."""

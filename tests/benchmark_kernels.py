@@ -303,7 +303,7 @@ class Training:
         self.batches = [batch_of(config, *shape, seed) for seed in range(4)]
 
     def update(self, number: int) -> Tensor:
-        """Train one update, and return the CTC loss of each network, (M,)."""
+        """Train one update, and return the loss of each network, (M,)."""
         update = steps.planned(self.model, number)
         batch = self.batches[number % 4]
         loss, by_network = self.losses_of(update, batch, batch.labels.numel(), self.model, None)

@@ -275,7 +275,7 @@ def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end,
     labels = tokenizer.encode("AAB")
     corpus = Corpus(utterances=list(utterances))
     keep_usable(corpus, tokenizer, config)
-    good, left_out = corpus.utterances, corpus.left_out["more labels than CTC can align"]
+    good, left_out = corpus.utterances, corpus.left_out["too few frames for its labels"]
     for utterance in utterances:
         features = feature_frames(utterance.samples, config)
         frames = features // 4 if front_end == "vgg" else math.ceil(features / 4)
@@ -286,6 +286,20 @@ def test_labels_that_cannot_be_aligned_are_left_out_exactly(tmp_path, front_end,
             possible = torch.nn.functional.ctc_loss(log_probs, target, *lengths).isfinite().item()
         assert (utterance in good) == possible
     assert left_out and len(left_out) + len(good) == len(utterances) and "u1.flac" in left_out["u1"]
+
+
+def test_a_transducer_trains_on_five_labels_a_frame(tmp_path):
+    tokenizer = train_tokenizer(["AAB", "B"], 3)
+    assert len(tokenizer.encode("AABAAB")) == 7  # with two repeats: 9 frames for CTC
+    utterance = Utterance("u", f"{tmp_path}/u.flac", "AABAAB", 200 + 4 * 80, (0, 520), RATE)
+    for output, left_out in dict(transducer=False, ctc=True, attention=True).items():
+        corpus = Corpus(utterances=[utterance] * 2)
+        if left_out:
+            with pytest.raises(ValueError, match="7 labels need 9 encoder frames, and it has 2"):
+                keep_usable(corpus, tokenizer, tiny(output=output))
+        else:
+            keep_usable(corpus, tokenizer, tiny(output=output))
+            assert len(corpus.utterances) == 2
 
 
 def test_the_spoken_corpus(tmp_path):

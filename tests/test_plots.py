@@ -141,7 +141,7 @@ def test_a_run_becomes_two_pictures_as_png_and_svg(tmp_path):
     plots.draw(run, run / "plots")
     heads = {path.name: path.read_bytes()[:5] for path in (run / "plots").iterdir()}
     labels = {
-        "training": ["update", "CTC loss (nats a label)", "dev WER", "learning rate", "size 5"],
+        "training": ["update", "loss (nats a label)", "dev WER", "learning rate", "size 5"],
         "layers": ["update", "size (layers)", "2.mhsa"],
     }
     expected = {f"{name}.png": b"\x89PNG\r" for name in labels}

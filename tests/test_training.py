@@ -269,7 +269,7 @@ def test_corrupt_training_audio_is_left_out_and_counted(root, tmp_path):
     transcript = folder / "0-7.trans.txt"
     transcript.write_text(transcript.read_text().replace("0-7-0008 ", "0-7-0008 " + "LOW " * 99))
     run = begun(root, tmp_path / "run", updates=20)
-    expected = {UNREADABLE: {"0-7-0003"}, "more labels than CTC can align": {"0-7-0008"}}
+    expected = {UNREADABLE: {"0-7-0003"}, "too few frames for its labels": {"0-7-0008"}}
     assert {why: set(names) for why, names in run.data.corpus.left_out.items()} == expected
     assert all(math.isfinite(sum(record["losses"].values())) for record in run.updates())
     report = (tmp_path / "run" / "left-out.txt").read_text()
