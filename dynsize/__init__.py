@@ -10,7 +10,9 @@ The network and the paper's algorithms
     ortho_softmax       learns it by a distribution over the layers for each place of the ranking
     algorithms          the table of these three, and the rankings of the baselines
     schedule            step 1's spans and their sizes, as functions of the update's number
-    ctc                 the loss with its gradient, and greedy decoding
+    ctc                 the output of the paper: the loss with its gradient, greedy decoding
+    transducer          another output: a joiner of frames and labels, its loss, greedy decoding
+    attention_decoder   another output: a decoder that attends to the frames, with CTC beside it
 
 Training
     config              every setting with its check, the presets, the methods' defaults

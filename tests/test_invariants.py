@@ -18,12 +18,12 @@ from torch import Tensor
 
 from dynsize import checkpoint, iterative_zero_out
 from dynsize.algorithms import ALGORITHMS
-from dynsize.config import Config
+from dynsize.config import LAYERS, Config
 from dynsize.schedule import ends_span, size_at_span_start, step1_updates
 from dynsize.simple_top_k import relaxed_top_k
 from dynsize.steps import Update, gates_of
 from dynsize.subnet import cut, largest_within, macs, parameters
-from dynsize.supernet import Supernet
+from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import train_tokenizer
 
 L = 8  # layers of the tiny configuration
@@ -205,20 +205,30 @@ def test_each_layer_is_computed_for_the_fewest_rows(seed, sizes):
 # 5. The same network, cut out or together with others
 
 
-@given(SEEDS, st.sampled_from([3, 5, 8]), st.booleans())
-def test_the_cut_subnet_equals_the_masked_supernet(seed, size, shared_output_layer):
+@given(SEEDS, st.sampled_from([3, 5, 8]), st.booleans(), st.sampled_from(list(OUTPUTS)))
+def test_the_cut_subnet_equals_the_masked_supernet(seed, size, shared_output_layer, output):
     """A subnet that is cut out computes what the supernet computes with its mask."""
-    model = network(seed, shared_output_layer=shared_output_layer)
+    model = network(seed, shared_output_layer=shared_output_layer, output=output)
     model.float().double()  # a cut subnet is float32
     features, lengths = utterances(model, [33, 20])
-    masked, _ = model(features, lengths, [size])
-    alone, _ = cut(model, size).double()(features, lengths, [size])
-    torch.testing.assert_close(alone, masked, rtol=1e-9, atol=1e-9)
+    subnet = cut(model, size).double()
+    targets = torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1])
+    found = []
+    for either in (model, subnet):
+        emissions, frames = either(features, lengths, [size])
+        texts = either.output(size).decode(emissions[0], frames)
+        found.append((emissions, either.losses(emissions, frames, [size], *targets), texts))
+    masked, alone = found
+    for expected, ours in zip(masked[:2], alone[:2], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert alone[2] == masked[2]
 
 
 networks = st.fixed_dictionaries(
     dict(
         seed=SEEDS,
+        output=st.sampled_from(list(OUTPUTS)),
+        block=st.sampled_from([LAYERS, ("mhsa", "ff"), ("conv", "ff2", "mhsa")]),
         blocks=st.integers(1, 3),
         front_end=st.sampled_from(["conv2d", "vgg"]),
         rotary=st.booleans(),
@@ -229,7 +239,8 @@ networks = st.fixed_dictionaries(
 
 def drawn_network(values: dict) -> Supernet:
     channels = {"conv2d": (3, 4), "vgg": (3, 4, 4, 3)}[values["front_end"]]
-    return network(**values, front_end_channels=channels, sizes=(4 * values["blocks"],))
+    layers = len(values["block"]) * values["blocks"]
+    return network(**values, front_end_channels=channels, sizes=(layers,))
 
 
 @given(networks, st.lists(st.integers(4, 40), min_size=1, max_size=3), st.data())
@@ -278,16 +289,22 @@ def test_gradients_equal_those_of_separate_forwards(method, seed, update, size):
 
 @given(networks, st.lists(st.integers(4, 40), min_size=2, max_size=4))
 def test_an_utterance_alone_equals_itself_in_a_batch(values, lengths):
-    """An utterance has the same log-probabilities alone as in any batch."""
+    """An utterance has the same emissions and the same loss alone as in any batch."""
     model = drawn_network(values)
     largest = [model.config.layers]
     features, frames = utterances(model, lengths)
     batch, output_frames = model(features, frames, largest)
+    labels = torch.randint(1, model.labels, (len(lengths), 3))
+    label_lengths = torch.arange(len(lengths)).clamp(max=output_frames)  # CTC needs as many frames
+    losses = model.losses(batch, output_frames, largest, labels, label_lengths)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         alone, _ = model(features[one, :length], frames[one], largest)
         inside = batch[0, row, : output_frames[row]]
         torch.testing.assert_close(alone[0, 0], inside, rtol=1e-9, atol=1e-9)
+        target = labels[one, : label_lengths[row]], label_lengths[one]
+        loss = model.losses(alone, output_frames[one], largest, *target)
+        torch.testing.assert_close(loss[0, 0], losses[0, row], rtol=1e-9, atol=1e-9)
 
 
 @given(SEEDS)
@@ -325,11 +342,11 @@ def test_budgets_are_kept_and_used(seed, budget, share, exactly):
             largest_within(model, budget, limit, 1.0)
 
 
-@given(METHODS, SEEDS, st.sampled_from([None, 3]))
-def test_a_checkpoint_gives_back_what_was_saved(method, seed, size):
+@given(METHODS, SEEDS, st.sampled_from([None, 3]), st.sampled_from(list(OUTPUTS)))
+def test_a_checkpoint_gives_back_what_was_saved(method, seed, size, output):
     """A checkpoint has the same weights, scores, ranking and settings after it is read."""
     tokenizer = train_tokenizer(["LOW MID"], 12)
-    model = network(seed, labels=tokenizer.labels, method=method).float()
+    model = network(seed, labels=tokenizer.labels, method=method, output=output).float()
     saved = model if size is None else cut(model, size)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.pt"

@@ -48,6 +48,9 @@ METHODS = {
     "ortho-softmax": dict(method="ortho-softmax", score_rate=500.0),
     "layerdrop": dict(method="layerdrop", shared_output_layer=True),
     "none": dict(method="none", sizes=(8,), size=5),
+    "self-distillation": dict(self_distillation=0.5),
+    "transducer": dict(output="transducer"),
+    "attention, Transformer": dict(output="attention", block=("mhsa", "ff"), sizes=(2, 3, 4)),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
