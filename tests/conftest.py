@@ -25,6 +25,7 @@ if not torch.cuda.is_available():  # read when triton is imported, so it comes f
 from dynsize.batching import Batch
 from dynsize.config import LAYERS, Config
 from dynsize.supernet import Supernet
+from dynsize.tokenizer import Tokenizer, train_tokenizer
 from dynsize.training import Trainer
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
@@ -95,6 +96,11 @@ def tones(tmp_path_factory) -> Path:
     return write_tones(tmp_path_factory.mktemp("corpus"))
 
 
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    """The content of each file in a folder and in the folders in it."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def tiny(**changes) -> Config:
     """A configuration for the corpus of tones that trains in seconds."""
     values = dict(
@@ -143,6 +149,19 @@ def network(seed: int = 0, labels: int = 7, **changes) -> Supernet:
             weight.add_(0.2 * torch.randn_like(weight))
     random.Random(seed).shuffle(model.ranking)
     return model
+
+
+def random_supernet(
+    ranking: list[int] | None = None, vocabulary: int = 12, **changes
+) -> tuple[Supernet, Tokenizer]:
+    """A supernet whose layers and outputs are random, and a tokenizer of the tones' names."""
+    tokenizer = train_tokenizer([" ".join(TONES)] * 9, vocabulary)
+    torch.manual_seed(0)
+    model = Supernet(tiny(**changes), tokenizer.labels, ranking).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return model, tokenizer
 
 
 def utterances(

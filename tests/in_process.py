@@ -22,6 +22,12 @@ TINY = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Trainings of a module that imports this draw none: tests/test_plots.py looks at them."""
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
+
+
 class Terminal(StringIO):
     """What was written to a stream that says that it is a terminal."""
 
@@ -57,3 +63,13 @@ def run(
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def refused(script: str, *arguments: str | Path, cwd: Path) -> str:
+    """Run a script that refuses its arguments and changes nothing; return its one line."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
+    done = run(script, *arguments, cwd=cwd)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: "), done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
+    return done.stderr

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 
 from dynsize.corpora import Corpus, Utterance, summary
 from dynsize.readers import parse_stm
-from dynsize.text import NORMALISERS, clean, counted, quoted
+from dynsize.text import NORMALISERS, clean
 from dynsize.tokenizer import train_tokenizer
 from dynsize.training_data import keep_usable
 from dynsize.wer import in_notation
-
-
-def test_one_thing_is_counted_without_an_s():
-    told = [counted(number, "utterance") for number in (0, 1, 2, 1000)]
-    assert told == ["0 utterances", "1 utterance", "2 utterances", "1,000 utterances"]
-
 
 RICH = "Don’t STOP: it's ‘five-ish’, naïve हिन्दी"
 
@@ -84,18 +78,6 @@ def test_what_is_not_understood_in_an_stm_is_refused(raw):
         parse_stm(raw, Counter())
 
 
-def test_what_is_taken_out_of_an_stm_is_counted():
-    changes = Counter()
-    parse_stm("{NOISE} <sil> (%hesitation) it 's <sil> { a / b }", changes)
-    assert +changes == {
-        "× {NOISE} taken out": 1,
-        "× <sil> taken out": 2,
-        "× %hesitation taken out": 1,
-        "× words joined, as it 's → it's": 1,
-        "× alternatives, of which the first is trained on": 1,
-    }
-
-
 def corpus_of(*texts: str) -> Corpus:
     """A corpus in memory, one utterance of 2 s for each text."""
     samples, corpus = 2 * RATE, Corpus()
@@ -124,16 +106,6 @@ def test_nothing_is_odd_in_plain_texts():
     assert "note" not in summary(corpus_of("IT'S LOW", "MID"), tiny(), {})
 
 
-def test_other_splits_are_checked_against_training():
-    others = dict(dev=corpus_of("low", "LÖW", ""), test=corpus_of("LOW"), more="no such split")
-    found = summary(corpus_of("LOW"), tiny(), others).splitlines()
-    assert "dev: 3 utterances, 0.00 hours" in found and "test: 1 utterance, 0.00 hours" in found
-    [new] = [line for line in found if line.startswith("note: dev: characters")]
-    assert "never had, l 1, o 1, w 1, Ö 1, as in u0, 'low'; --normaliser lower" in new
-    assert "note: more is not checked: no such split" in found
-    assert not any(line.startswith("note: test") for line in found)
-
-
 def test_training_leaves_out_what_is_too_short_or_too_long():
     corpus, tokenizer = corpus_of(*5 * ["A"]), train_tokenizer(["A"], 1)
     corpus.utterances = [u._replace(samples=(1 + int(u.id[1:])) * RATE) for u in corpus.utterances]
@@ -155,10 +127,3 @@ def test_ids_and_texts_are_printable_where_they_are_told():
     corpus = corpus_of("A\x1b[2J\u202e", "b")
     corpus.utterances[0] = corpus.utterances[0]._replace(id="line\nbreak\x1b")
     assert all(line.isprintable() for line in summary(corpus, tiny(), {}).splitlines())
-
-
-def test_messages_show_80_characters_of_a_text():
-    assert quoted("A" * 80) == repr("A" * 80) and quoted("A" * 81) == repr("A" * 80 + "…")
-    with pytest.raises(ValueError) as error:
-        train_tokenizer(["A"], 1).encode("A" * 3000 + "B")
-    assert len(str(error.value)) < 200 and "'B'" in str(error.value)
