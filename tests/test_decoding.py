@@ -5,13 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TONES, tiny
+from conftest import TONES, random_supernet
 from in_process import SCRIPTS, says
 
 from dynsize import checkpoint
-from dynsize.supernet import Supernet
-from dynsize.tokenizer import train_tokenizer
 
 evaluate = partial(says, "evaluate.py")
 UNIGRAMS = "".join(f"-0.7\t{word}\t0\n" for word in TONES)
@@ -25,13 +22,7 @@ ARPA = (
 def run(tones, tmp_path_factory) -> Path:
     """A run directory with a network of random weights, and a language model of the tones."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer([" ".join(TONES)] * 9, 16)
-    torch.manual_seed(0)
-    model = Supernet(tiny(corpus=str(tones), device="cpu"), tokenizer.labels)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.3 * torch.randn_like(weight))
-    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
+    checkpoint.save(folder / "checkpoint.pt", *random_supernet(vocabulary=16, corpus=str(tones)))
     (folder / "tones.arpa").write_text(ARPA)
     return folder
 

@@ -10,7 +10,6 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
-from conftest import RATE, TONES, tiny
+from conftest import RATE, TONES, random_supernet, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,12 +27,10 @@ from torch import Tensor
 import dynsize
 from dynsize import __main__ as command
 from dynsize import checkpoint
-from dynsize.ctc import label_frames
 from dynsize.networks import Facts, facts_of, windowed
 from dynsize.recogniser import Recogniser, Transcript, Word, file_blocks, timed_words
 from dynsize.subnet import cut
-from dynsize.supernet import Supernet
-from dynsize.tokenizer import Tokenizer, train_tokenizer
+from dynsize.tokenizer import Tokenizer
 
 WINDOW, HOP = 200, 80  # samples
 STEP = 4 * HOP
@@ -208,11 +205,6 @@ def test_a_word_of_any_tokenizer_has_the_frames_of_its_letters(tokenizer):
         assert word.first == word.last or word.text not in shorter.split()
 
 
-def test_label_frames_are_where_each_label_of_the_best_path_begins():
-    path = torch.tensor([0, 3, 3, 0, 3, 2, 2, 0, 0, 1])
-    assert label_frames(path) == [(3, 1), (3, 4), (2, 5), (1, 9)]
-
-
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
 def test_files_of_any_rate_and_format(tmp_path, rate, ending):
@@ -286,23 +278,11 @@ def test_the_size_within_a_latency_is_the_largest_that_is_fast_enough():
     assert Recogniser(detect, facts()).size_within(1e6) == 2
 
 
-def network(seed: int = 0, **changes) -> tuple[Supernet, object]:
-    """A supernet whose layers and outputs are random, and a tokenizer for it."""
-    tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
-    torch.manual_seed(seed)
-    ranking = None if changes else [5, 2, 7, 0, 1, 3, 6, 4]
-    model = Supernet(tiny(**changes), tokenizer.labels, ranking).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.3 * torch.randn_like(weight))
-    return model, tokenizer
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run directory with the checkpoint of a supernet and one cut size. Not to be changed."""
     folder = tmp_path_factory.mktemp("run")
-    model, tokenizer = network()
+    model, tokenizer = random_supernet([5, 2, 7, 0, 1, 3, 6, 4])
     checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
     checkpoint.save(folder / "size-3.pt", cut(model, 3), tokenizer)
     return folder
@@ -325,7 +305,7 @@ def test_loads_a_run_a_checkpoint_and_a_cut_size(run, noise):
 
 @pytest.mark.parametrize("longest, window", [(0.3, 2.0), (7.0, 7.0), (90.0, 30.0)])
 def test_windows_are_as_long_as_the_longest_utterance_within_bounds(tmp_path, longest, window):
-    checkpoint.save(tmp_path / "checkpoint.pt", *network(), longest_seconds=longest)
+    checkpoint.save(tmp_path / "checkpoint.pt", *random_supernet(), longest_seconds=longest)
     assert facts_of(checkpoint.load(tmp_path)).longest_seconds == window
 
 
@@ -408,11 +388,6 @@ def test_standard_input_has_every_format_that_a_file_has(tmp_path, ending):
     soundfile.write(file, audio, RATE)
     with piped(file.read_bytes()):
         assert samples_of("-") == RATE
-    os.mkfifo(tmp_path / "pipe")
-    with ThreadPool(1) as other:
-        written = other.apply_async((tmp_path / "pipe").write_bytes, [file.read_bytes()])
-        assert samples_of(tmp_path / "pipe") == RATE
-        assert written.get()
 
 
 @pytest.mark.parametrize("data", [b"", b"text\n" * 99])
@@ -446,13 +421,6 @@ def test_the_command_is_a_module_too_and_reads_a_wav_of_unknown_length(run, nois
 TALK = Transcript(
     [Word("ONE", 0.5, 0.9), Word("TWO", 0.9, 1.25), Word("THREE", 3661.0, 3661.5)], 3662.0
 )
-
-
-def test_only_a_terminal_gets_a_progress_bar(monkeypatch):
-    for terminal in (True, False):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown)
-        with command.progress_bar("noise.wav") as bar:
-            assert bar.disable != terminal
 
 
 def test_formats():
@@ -529,7 +497,7 @@ def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):
     found = re.search(r"^```python\n(import dynsize\n.*?)^```", readme, re.M | re.S)
     assert found, "README.md has no Python that begins with `import dynsize`"
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    model, tokenizer = network(blocks=5, sizes=(7, 13, 20))  # as the preset demo
+    model, tokenizer = random_supernet(blocks=5, sizes=(7, 13, 20))  # as the preset demo
     checkpoint.save(tmp_path / "runs" / "demo" / "checkpoint.pt", model, tokenizer)
     soundfile.write(tmp_path / "talk.flac", *soundfile.read(noise))
     monkeypatch.chdir(tmp_path)
