@@ -35,9 +35,8 @@ def test_the_beam_is_written_beside_the_results(run, tmp_path):
 
 
 def test_a_beam_search_of_another_output_is_refused_before_anything_is_written(tmp_path):
-    tokenizer = train_tokenizer([" ".join(TONES)] * 9, 16)
     file = tmp_path / "attention.pt"
-    checkpoint.save(file, Supernet(tiny(output="attention"), tokenizer.labels), tokenizer)
+    checkpoint.save(file, *random_supernet(output="attention"))
     code, _, error = evaluate(file, "--beam", 3)
     assert code == 2 and "attention.pt: --beam or --lm is for the output ctc" in error
     assert list(tmp_path.iterdir()) == [file]

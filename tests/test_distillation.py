@@ -113,10 +113,3 @@ def test_a_teacher_with_another_output_is_refused(tones, teacher, tmp_path):
     config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(file))
     with pytest.raises(ValueError, match="a teacher is for the output ctc"):
         load_teacher(config, loaded.tokenizer)
-
-
-def test_the_directory_of_the_teacher_is_not_replaced(tones, teacher):
-    config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(teacher))
-    with pytest.raises(ValueError, match="from which this training starts"):
-        Trainer(config, teacher).begin()
-    assert (teacher / "checkpoint.pt").exists()

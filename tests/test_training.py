@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynsize import checkpoint, ctc
 from dynsize.config import LAYERS, for_method
 from dynsize.corpora import UNREADABLE
-from dynsize.terminal import dev_lines, losses_line
+from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
 
 
@@ -227,22 +227,6 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
     assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
     assert all(weight.isfinite().all() for weight in dict(run.model.named_parameters()).values())
     assert checkpoint.load(tmp_path / "run").training["update"] == 7  # a resumed training repeats 8
-
-
-def test_a_dev_that_is_gone_forgets_skipped_updates(tones, tmp_path, monkeypatch):
-    run = begun(tones, tmp_path / "run", updates=9, validate_every=4)
-    updates = run.updates()
-    next(updates)
-    next(updates)
-    monkeypatch.setattr(ctc, "ctc_loss", lambda log_probs, *_: log_probs.sum((1, 2)) * math.nan)
-
-    def gone(model):
-        raise ValueError("dev is gone")
-
-    monkeypatch.setattr(run.dev, "results", gone)
-    with pytest.raises(ValueError, match="dev is gone"):
-        list(updates)
-    assert checkpoint.load(tmp_path / "run").training["update"] == 2
 
 
 def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
@@ -488,11 +472,6 @@ def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
             assert sorted(line["ranking"]) == list(range(8)) and len(scores) == 8
             ranked = [scores[layer] for layer in line["ranking"]]
             assert ranked == sorted(ranked, reverse=True)
-
-
-def test_a_line_shows_the_loss_of_each_size():
-    record = dict(step=1, losses={5: 2.0, 8: 1.0}, left_out=3)
-    assert losses_line(record) == "loss 8: 1.00 5: 2.00, step 1, 3 left out"
 
 
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
