@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
 from dynsize.algorithms import ALGORITHMS, every_other, shuffled
 from dynsize.batching import Batch
-from dynsize.config import LAYERS, METHOD_DEFAULTS, preset, with_method
+from dynsize.config import LAYERS, preset, with_method
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
 from dynsize.steps import Update, gates_of, losses_of, planned, sandwich
 from dynsize.supernet import Supernet
@@ -139,19 +139,6 @@ def test_the_orthogonality_loss_of_distinct_one_hot_rows_is_exactly_0(order, upd
     assert ortho_softmax.extra_loss(flat, [], update, config).item() == pytest.approx(expected)
 
 
-five_scores = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=5)
-
-
-@given(st.lists(five_scores, min_size=5, max_size=5))
-def test_ortho_softmax_ranks_row_by_row(rows):
-    """Each row takes its largest layer that no earlier row took; of equal ones the lower one."""
-    taken = []
-    for row in rows:
-        free = [layer for layer in range(5) if layer not in taken]
-        taken.append(max(free, key=lambda layer, row=row: (row[layer], -layer)))
-    assert ortho_softmax.rank(torch.tensor(rows), [], 0, ortho()) == taken
-
-
 def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
     """From nearly equal rows, the first k choose k layers, with weights near 0 and 1."""
     config = preset("digits", method="ortho-softmax", updates=2000, seed=3)
@@ -185,10 +172,6 @@ def test_schedules_of_ortho_softmax():
     assert weights[0] == 0 and weights[50] == 0.5 and weights[100:] == [1.0] * 100
     sizes = Counter(ortho_softmax.size_at(update, config) for update in range(200))
     assert set(sizes) == {3, 5} and min(sizes.values()) > 70
-
-
-def test_every_algorithm_has_default_settings():
-    assert METHOD_DEFAULTS.keys() == ALGORITHMS.keys()
 
 
 def test_presets_have_the_papers_settings_of_each_method():

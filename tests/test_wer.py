@@ -14,7 +14,6 @@ from dynsize.wer import (
     align,
     count_errors,
     errors_in,
-    in_notation,
     interval,
     plain_reference,
     writes_blanks,
@@ -76,23 +75,6 @@ def test_known_alignments():
     assert sum([Errors(1, 2, 3, 4), Errors(1, 0, 0, 6)], Errors()) == Errors(2, 2, 3, 10)
     assert Errors(1, 2, 3, 4).rate == 1.5
     assert Errors(0, 0, 2, 0).rate == 2  # finite, so that a report stays valid JSON
-
-
-@pytest.mark.parametrize(
-    ("heard", "errors"),
-    [
-        ("i've as far as", Errors(0, 0, 0, 4)),
-        ("i've um as far as well", Errors(0, 0, 0, 6)),
-        ("i've a half as far as well", Errors(0, 0, 0, 7)),
-        ("i've oh as far as", Errors(1, 0, 0, 5)),
-        ("i've as far", Errors(0, 1, 0, 4)),
-    ],
-)
-def test_scoring_of_alternatives_and_optional_words(heard, errors):
-    said = [[["um"], ["uh"], ["a", "half"], []], [["as"]], [["far"]], [["as"]], [["well"], []]]
-    reference = [[["i've"]], *said]
-    assert in_notation(reference) == "i've { um / uh / a half / @ } as far as (well)"
-    assert errors_in(align(reference, heard.split())) == errors
 
 
 def test_characters_of_a_long_utterance_need_little_memory():
