@@ -149,7 +149,7 @@ def show_comparison(options: argparse.Namespace) -> None:
     sides = sides_of(options.compare, lambda path: opened(path, options), default)
     files_alone = all(system.source is None for side in sides for system in side)
     if files_alone and not (options.corpus and options.split):
-        raise ValueError("files of hypotheses alone: --corpus and --split name their references")
+        raise ValueError("only files of hypotheses: --corpus and --split name their references")
     for number, side in enumerate(sides, start=1):
         print(f"{number}: {', '.join(str(system.path) for system in side)}")
     for split in options.split or sides[0][0].config.test_splits:

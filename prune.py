@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Cut a checkpoint for each size out of a trained supernet, and show what each size costs.
 
-With --method, first learn which layers to keep of a model that was trained at full size alone.
+With --method, first learn which layers to keep of a full-size model that was trained alone.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: 
     config = learner_settings(loaded.model.config, options)
     model = widened(loaded.model, config)
     initial = dataclasses.replace(loaded, model=model, training=None)
-    check_new(folder, options.overwrite)
+    check_new(folder, options.overwrite, "--output")
     return Trainer(config, folder, initial).begin()
 
 

@@ -80,6 +80,6 @@ def load(path: str | Path) -> "Recogniser":
 
     Raises ValueError where `path` is none of these.
     """
-    from dynsize import recogniser  # here, so that the kernels need torch alone
+    from dynsize import recogniser  # here, so that the kernels need only torch
 
     return recogniser.open_recogniser(path)

@@ -99,7 +99,7 @@ class Decoder(nn.Module):
     """The Transformer decoder, which all sizes share. It has no dropout.
 
     So the same labels give the same loss whenever they are computed; label smoothing and CTC keep
-    it from fitting the texts alone.
+    it from fitting only the texts.
     """
 
     def __init__(self, config: Config, labels: int) -> None:
@@ -152,10 +152,9 @@ def positions(first: int, x: Tensor) -> Tensor:
 
 
 class AttentionDecoder(nn.Module):
-    """The output of one size: a CTC layer, which it has alone, and the decoder.
+    """The output of one size: a CTC layer for this size, and the decoder, which all sizes share.
 
-    `labels`: V with the blank. `like`: the output of another size, with which this one shares the
-    decoder.
+    `labels`: V with the blank. `like`: the output of another size, which has the decoder.
     """
 
     def __init__(self, config: Config, labels: int, like: "AttentionDecoder | None" = None) -> None:

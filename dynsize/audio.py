@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dynsize import files
 
-# The endings of audio files. Of files that differ in their endings alone the first one is read.
+# The endings of audio files. Of files that differ only in their endings the first one is read.
 ENDINGS = (
     ".flac .wav .sph .mp3 .ogg .opus .oga .aiff .aif .aifc .nist .au .snd .caf .w64 .rf64"
 ).split()

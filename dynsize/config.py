@@ -77,7 +77,7 @@ class Config:
     test_splits: tuple[str, ...] = setting(("test-clean", "test-other"), "splits to decode")
     normaliser: str = setting(
         "none",
-        "change of every text; plain: lower case without punctuation",
+        "how every text is normalised; plain: lower case without punctuation",
         choices=("none", "lower", "upper", "plain"),
         marks="evaluate",
     )
@@ -107,7 +107,7 @@ class Config:
     setting = partial(described, "SpecAugment")
     frequency_masks: int = setting(2, "most frequency masks of an utterance", 0, 1000)
     frequency_mask_bins: int = setting(8, "widest frequency mask, in mel bins", 0)
-    time_mask_every: int = setting(50, "T frames get 2 to T / this time masks; 0: none", 0)
+    time_mask_every: int = setting(50, "time masks: 2 or up to one in this many frames; 0: none", 0)
     time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)
 
     setting = partial(described, "network", marks="weights")
@@ -177,11 +177,14 @@ class Config:
     step1_share: float = setting(0.25, "share of the updates that are step 1", 0, below=1)
     # None stands for the method's value in the preset, by which `__post_init__` replaces it.
     delta: int = setting(
-        None, "layers by which step 1's subnet shrinks at a time; by default the method's", 1
+        None, "layers by which the size falls in each span of step 1; by default the method's", 1
     )
     initial_score: float = setting(None, "first score; by default the method's", -1000, 1000)
     score_rate: float = setting(
-        None, "learning rate of the scores, in that of the weights; by default the method's", 0, 1e6
+        None,
+        "learning rate of the scores, as a multiple of the weights'; by default the method's",
+        0,
+        1e6,
     )
     layer_drop: float = setting(0.2, "layerdrop: share of utterances that skip a layer", 0, below=1)
     subnet_loss: float = setting(1.0, "weight of each subnet's loss; the supernet's is 1", 0)
@@ -196,7 +199,7 @@ class Config:
     updates: int = setting(1500, "updates of the whole training, both steps", 1)
     batch_seconds: float = setting(
         40.0,
-        "most seconds of a batch with its padding; longer audio is alone",
+        "most seconds of a batch with its padding; longer audio is a batch by itself",
         0.01,
         marks="affects evaluate",
     )
@@ -425,7 +428,7 @@ def with_method(config: Config, method: str, **changes: typing.Any) -> Config:
 def for_method(config: Config) -> Config:
     """Return the configuration with what its method asks for.
 
-    `none` has one size. LayerDrop's sizes share their output layer. Auxiliary losses drop no layer.
+    `none` has one size. LayerDrop's sizes share one output. Auxiliary losses drop no layer.
     """
     changes: dict[str, dict] = {
         "none": dict(sizes=config.sizes[-1:]),

@@ -32,7 +32,7 @@ Gates = Sequence[Gate]
 
 
 # The prunable layers. Each is a residual layer x + scale · gate · dropout(f(norm(x))). `forward` is
-# f alone. `norm` is its LayerNorm, which `Stack` applies, as it does the rest.
+# only f. `norm` is its LayerNorm, which `Stack` applies, as it does the rest.
 
 
 class FeedForward(nn.Module):
@@ -356,7 +356,7 @@ class Encoder(nn.Module):
 class Pending(NamedTuple):
     """A layer's output that is not added yet: scale · gate · dropout(branch)."""
 
-    branch: Tensor  # (R', T', D): for the first R' rows of the stack; the others have gate 0
+    branch: Tensor  # (R', T', D): for the first R' rows of the stack; in the others it is pruned
     gate_by_row: Tensor | None  # (R',); None: 1 for each of these rows
     scale: float
     seed: Tensor | None  # (B,) int64: what dropout is drawn from

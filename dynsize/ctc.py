@@ -17,7 +17,7 @@ BLANK = 0
 
 
 class Ctc(nn.Linear):
-    """CTC's output of one size: a linear layer, which is all that it has of its own.
+    """CTC's output of one size: a linear layer.
 
     `labels`: V with the blank. `like`: the output of another size; they share nothing.
     """

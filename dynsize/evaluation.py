@@ -255,7 +255,7 @@ def decoded(
 def evaluate(system: System, split: str, output: Path) -> dict:
     """Return the report on a split: every size of a checkpoint or of an ONNX file.
 
-    A checkpoint's sizes are cut out, each alone. Audio that can't be read is left out, and named in
+    Each size of a checkpoint is cut out. Audio that can't be read is left out, and named in
     the report. Writes to the directory `output`: `ref.trn`, and for each size K `hyp-K.trn` and
     `aligned-K.txt`; the report as `results.md`, and last as `results.json`. Raises ValueError where
     no utterance can be read.

@@ -274,7 +274,7 @@ class Features(nn.Module):
 
 
 class Deployed(nn.Module):
-    """The networks of a checkpoint as straight-line code, in float32, for inference alone.
+    """The networks of a checkpoint as straight-line code, in float32, only for inference.
 
     With one size it is that network; with several, `forward` takes the size.
     """

@@ -1,13 +1,14 @@
 """Iterative-Zero-Out, the paper's second algorithm.
 
 Step 1 has iterations. At the end of each, the Δ layers of smallest weight among those left are
-zeroed out. After the i-th iteration nᵢ layers are zeroed out.
+zeroed out. After the i-th iteration nᵢ = i · Δ layers are zeroed out. The last iteration may zero
+out fewer, because it leaves as many as the smallest size has.
 
-In the subnet of step 1 a layer that is zeroed out is not computed, and it never comes back; the
-supernet computes all layers throughout.
+A layer that is zeroed out is no longer computed in the subnet of step 1, and never comes back. The
+supernet computes all layers in every update.
 
-The zeroed-out layers are the end of the ranking, and their number follows from the update, so the
-ranking is all that has to be stored.
+The ranking is all that has to be stored: the zeroed-out layers are its end, and how many they are
+follows from the update.
 
 The paper's values, Δ = 4 and scores that start at 10, are the `METHOD_DEFAULTS` of config.py; the
 presets for short trainings have others.
@@ -32,8 +33,9 @@ def initial_scores(config: Config) -> Tensor:
 def size_at(update: int, config: Config) -> int:
     """Return the target of this update's iteration: L − nᵢ, the layers left at its end.
 
-    Logs show this size. Until the iteration ends, the subnet still runs all layers that the
-    iterations before it have left, up to Δ more, with weights that the extra loss lowers.
+    This target is the size in the log, and the subnet uses the output of this size. During the
+    iteration the subnet still runs up to Δ layers more, those that the iteration will zero out.
+    The extra loss lowers the weights.
     """
     return size_at_span_end(update, config)
 

@@ -55,6 +55,9 @@ class Recogniser:
     """Turns audio into text with a network of one size, or with any size of a supernet.
 
     `output`: gives the output of a size, by default CTC's.
+
+    Several threads may share one: `transcribe` changes nothing in it or in a `language_model`. Call
+    `size_within` before they start, since it measures times.
     """
 
     def __init__(

@@ -21,20 +21,22 @@ LEFT_OUT = "left-out.txt"  # written first: it tells that a directory is ours
 FIRST = {LOCK, LEFT_OUT, CONFIG, "corpus.txt", "tensorboard"}  # before the first update
 
 
-def check_new(run: Path, overwrite: bool) -> None:
+def check_new(run: Path, overwrite: bool, flag: str = "--run") -> None:
     """Raise ValueError where a new training must not write in a directory.
 
     It may where the directory does not exist or is empty, where a training ended in it before its
-    first update, and with `overwrite` where it is the directory of a training.
+    first update, and with `overwrite` where it is the directory of a training. `flag`: names the
+    directory on the command line.
     """
     names = names_in(run)
     if names - {LOCK} and LEFT_OUT not in names:
         raise ValueError(
-            f"{run}: exists and is not a run directory (it has no {LEFT_OUT}); --run names another"
+            f"{run}: exists and is not a run directory (it has no {LEFT_OUT}); {flag} names another"
         )
     if names - FIRST and not overwrite:
         way = f"--resume {run} goes on with it, " if checkpoint.history(run) else ""
-        raise ValueError(f"{run}: exists already; {way}--overwrite gives it another name")
+        way += f"--overwrite renames it, {flag} names another"
+        raise ValueError(f"{run}: exists already; {way}")
 
 
 def names_in(run: Path) -> set[str]:

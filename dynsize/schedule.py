@@ -1,4 +1,4 @@
-"""What depends on an update's number alone: learning rate, step, sizes of step 1.
+"""What follows from an update's number: learning rate, whether it is in step 1, the subnet's size.
 
 These are pure functions, so that a resumed training repeats them.
 """
@@ -47,9 +47,11 @@ def in_step1(update: int, config: Config) -> bool:
 def size_at_span_start(update: int, config: Config) -> int:
     """Return the size at the start of the span in which an update lies.
 
-    Step 1 consists of equal spans. In Iterative-Zero-Out a span is an iteration; in Simple-Top-k k
-    has one value in it. Over a span the size falls by Δ layers, but never below the smallest size.
-    With n spans in S updates, span j begins at update ⌈j · S / n⌉, both from 0.
+    Step 1 consists of equal spans. The size drops by Δ from a span's start to its end, but never
+    below the smallest size. Simple-Top-k computes with the end's size in the whole span: this is k.
+    In Iterative-Zero-Out a span is an iteration: the subnet has the start's size in the whole span,
+    and the end's size is its target. With n spans in S updates, span j begins at update
+    ⌈j · S / n⌉, both from 0.
 
     Example: L = 8, Δ = 3, the smallest size 3, 10 updates of step 1.
 
@@ -67,8 +69,8 @@ def size_at_span_start(update: int, config: Config) -> int:
 def size_at_span_end(update: int, config: Config) -> int:
     """Return the size at the end of the span in which an update lies.
 
-    Simple-Top-k's subnet has this size in the whole span. Iterative-Zero-Out's subnet has it only
-    after the span's last update, when layers are zeroed out.
+    This is Simple-Top-k's k in the whole span. It is Iterative-Zero-Out's target, which the subnet
+    reaches when layers are zeroed out, after the span's last update.
     """
     size = size_at_span_start(update, config) - config.delta
     return max(size, config.sizes[0])

@@ -1,8 +1,9 @@
 """Simple-Top-k, the paper's first algorithm.
 
 In step 1 the subnet keeps the k layers of highest score (with `--relaxation soft` all, with relaxed
-weights). k falls, Δ layers at a time, from L − Δ to the smallest size. The scores learn through the
-relaxed weights of `relaxed_top_k`.
+weights). Step 1 consists of equal spans. k is L − Δ in the first span, L − 2Δ in the second, and so
+on, but never below the smallest size. The scores learn through the relaxed weights of
+`relaxed_top_k`.
 """
 
 from collections.abc import Sequence

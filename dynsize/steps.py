@@ -1,10 +1,10 @@
 """One update: which networks it trains, with which gates and loss weights, and their losses.
 
 Step 1 trains two networks. The supernet has all layers. The subnet has the algorithm's layer
-weights as gates, and the output of the largest trained size that is at most its size k. A
-layer whose weight is a tensor is computed even where that is 0, so the subnet takes as long as the
-supernet; only Iterative-Zero-Out saves the layers that it has zeroed out. There is no stochastic
-depth.
+weights as gates, and the output of the largest trained size that is at most its size k. In
+Iterative-Zero-Out k is the target of the iteration, and up to Δ layers more run. A layer whose
+weight is a tensor is computed even where that is 0, so the subnet takes as long as the supernet;
+only Iterative-Zero-Out saves the layers that it has zeroed out. There is no stochastic depth.
 
 Step 2 trains the largest size, the smallest one and a random size between, each with the binary
 mask that the ranking gives it: the sandwich rule. The largest has stochastic depth.
@@ -35,7 +35,7 @@ class Update:
 
     number: int  # from 0
     step: int  # of the paper: 1 learns the layer scores, 2 trains all sizes
-    weights: dict[int, float]  # size → weight of its loss, largest size first
+    loss_weights: dict[int, float]  # size → weight of its loss, largest size first
 
 
 def planned(model: Supernet, number: int) -> Update:
@@ -57,13 +57,13 @@ def sandwich(number: int, sizes: Sequence[int], config: Config) -> dict[int, flo
     """
     smallest, largest = sizes[0], sizes[-1]
     between = sizes[1:-1]
-    weights = {largest: 1.0}
+    loss_weights = {largest: 1.0}
     if between:
         draw = random.Random(f"sandwich {config.seed} {number}")
-        weights[draw.choice(between)] = config.subnet_loss
+        loss_weights[draw.choice(between)] = config.subnet_loss
     if smallest != largest:
-        weights[smallest] = config.subnet_loss
-    return weights
+        loss_weights[smallest] = config.subnet_loss
+    return loss_weights
 
 
 def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
@@ -71,12 +71,12 @@ def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
     config = model.config
     if update.step == 1:
         algorithm = ALGORITHMS[config.method]
-        supernet = model.mask(model.sizes[-1])
-        subnet = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
-        return [supernet, subnet]
+        all_layers = model.mask(model.sizes[-1])
+        weights = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
+        return [all_layers, weights]
     if config.method == "layerdrop":
         return [list(layer_gates(seeds, model.sizes[-1], config.layer_drop))]
-    largest, *smaller = [model.mask(size) for size in update.weights]
+    largest, *smaller = [model.mask(size) for size in update.loss_weights]
     if smaller and config.stochastic_depth > 0:
         largest = stochastic_depth(smaller[-1], seeds, config)
     return [largest, *smaller]
@@ -113,19 +113,20 @@ def losses_of(
     device = next(model.parameters()).device
     features, frames, targets, target_lengths, seeds = batch.to(device)
     gates = gates_of(update, model, seeds)
-    sizes = list(update.weights)
+    sizes = list(update.loss_weights)
     emissions, lengths = model(features, frames, sizes, gates, seeds)
     by_utterance = model.losses(emissions, lengths, sizes, targets, target_lengths)  # (M, B)
     losses = by_utterance.sum(1) / label_count  # (M,)
-    pairs = zip(update.weights.values(), losses, strict=True)
+    pairs = zip(update.loss_weights.values(), losses, strict=True)
     loss = sum(weight * of_network for weight, of_network in pairs)
     if teacher is not None:
         with torch.no_grad():
             (target,), _ = teacher(features, frames, [teacher.sizes[-1]])  # (B, T', V)
         loss = loss + distillation_loss(target, emissions[0], lengths) / label_count
     if model.config.self_distillation > 0:
-        supernet = emissions[0].detach()
-        divergence = sum(distillation_loss(supernet, subnet, lengths) for subnet in emissions[1:])
+        target = emissions[0].detach()  # (B, T', V), the supernet's
+        of_subnets = emissions[1:]
+        divergence = sum(distillation_loss(target, of_subnet, lengths) for of_subnet in of_subnets)
         loss = loss + model.config.self_distillation * divergence / label_count
     return loss, losses.detach()
 

@@ -65,8 +65,8 @@ BUDGETS = ("max_params", "max_macs", "max_latency_ms")
 def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -> int:
     """Return the largest size, trained or not, whose cost is at most `limit`.
 
-    It bisects: the cost must grow with the size. Each size that it tries is cut out, and for
-    milliseconds timed alone, see `latencies`.
+    It bisects: the cost must grow with the size. Each size that it tries is cut out; for
+    milliseconds it is timed by itself, see `latencies`.
 
     `budget`: one of `BUDGETS`; milliseconds are those for `seconds` of audio. Raises ValueError
     where a single layer costs more.

@@ -12,9 +12,9 @@ An output turns an encoder's frames into text. It is a module for one size, made
     least_frames(labels)           the frames that a text of these labels needs
     macs(frames, labels)           multiply-accumulates of decoding
 
-The encoder and the algorithms know nothing of it.
+The encoder and the algorithms know nothing of outputs.
 
-A subnet that was cut out of it is the same class with fewer layers.
+A subnet that was cut out of a supernet is a `Supernet` with fewer layers and one output.
 """
 
 from collections.abc import Sequence
@@ -111,10 +111,10 @@ class Supernet(nn.Module):
     def output(self, size: int) -> Output:
         """Return the output for a network of `size` layers.
 
-        A size that was not trained has that of the largest trained size below it; where none is
-        below, that of the smallest trained size.
+        A size that was not trained uses the output of the largest trained size below it; where none
+        is below, that of the smallest trained size. So does the subnet of step 1.
 
-        Example: of trained sizes 16, 32, 48, size 40 has the output of 32.
+        Example: of trained sizes 16, 32, 48, size 40 uses the output of 32.
         """
         if self.config.shared_output_layer:
             return self.output_layers["shared"]

@@ -34,8 +34,9 @@ class Trainer:
     """A training in a run directory.
 
     `updates()` runs it; `save()` writes the checkpoint from which `resume` goes on. `data` is what
-    it reads. With several processes each has a Trainer. They have the same weights, and the first
-    process writes.
+    it reads. With several processes each has a Trainer, with the same weights. The first process
+    writes checkpoints and the log. Each process notes what it could not read, and what it had read
+    for an update that is skipped.
 
     `loaded`: a checkpoint to go on from; one without a training's state gives the initial network.
     """
@@ -102,7 +103,7 @@ class Trainer:
             rate = learning_rate(update.number, config)
             self.state["update"] += 1
             self.state["batches"] += len(batches) * self.processes
-            sizes = list(update.weights)
+            sizes = list(update.loss_weights)
             record |= dict(update=self.done, step=update.step, sizes=sizes, learning_rate=rate)
 
             # Forward and backward: one pass of each for all networks of the update.
@@ -221,7 +222,7 @@ class Trainer:
         Both are of all batches of all processes. `labels`: how many target labels these have.
         `readers`: how many processes have a batch; the others add nothing.
         """
-        losses = torch.zeros(len(update.weights), device=self.device)
+        losses = torch.zeros(len(update.loss_weights), device=self.device)
         batches = [batch for batch in batches if batch.utterances]
         for batch in batches:
             loss, by_network = steps.losses_of(update, batch, labels, self.model, self.teacher)
@@ -327,7 +328,7 @@ class Trainer:
                 locked = run_directory.lock(run)
             loaded = checkpoint.load(run)
             if loaded.training is None:
-                raise ValueError(f"{loaded.path}: a network alone, with which no training goes on")
+                raise ValueError(f"{loaded.path}: a checkpoint without the state of a training")
             config = with_changes(loaded.model.config, changes or {})
         loaded.model.config = config
         loaded.model.encoder.recompute = config.checkpoint_activations
@@ -431,12 +432,12 @@ class Trainer:
     def stop(self, number: int, frame: object = None) -> None:
         """Save and end after the next update that is read: a handler of signals.
 
-        The update that runs is finished, and one more is trained, since processes learn of the flag
-        when they read an update: so all end after the same one. train.py then exits with 128 + the
-        signal's number. Worker processes of the loader ignore signals and are killed at the end. A
-        validation goes on to its end, as its checkpoint is written already. Schedulers may send a
-        signal twice within a second, which counts once. A later one ends the process without
-        saving.
+        The update that runs is finished, and one more is trained: processes tell each other of a
+        signal when they read an update, so all of them end after the same one. A validation that
+        runs is finished first. train.py then exits with 128 + the signal's number.
+
+        A second signal within a second is ignored, as schedulers may send two. A later one ends the
+        process without saving. Worker processes ignore signals and are killed at the end.
         """
         if not self.stop_soon:
             self.stop_soon, self.stopped_at = number, time.monotonic()

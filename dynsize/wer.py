@@ -193,7 +193,7 @@ def interval(*sides: Sequence[Sequence[Errors]]) -> tuple[float, float]:
     all runs. It also takes the runs of each side with replacement: n runs of a side that has n. So
     the interval covers other utterances and other seeds. With few seeds it is too narrow: the
     bootstrap of n runs has (n − 1) / n of the variance between seeds. With one run a side it covers
-    other utterances alone.
+    only other utterances.
 
     Raises ValueError for different numbers of utterances.
     """

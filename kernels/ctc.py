@@ -134,7 +134,7 @@ def kernel(
     label_lengths_ptr,  # (N,)
     alpha_ptr,  # (N, T, S) float32, scratch
     loss_ptr,  # (N,) float32, out
-    grad_ptr,  # (N, T, V) float32, zeros, out: of the log-probabilities; None: the loss alone
+    grad_ptr,  # (N, T, V) float32, zeros, out: of the log-probabilities; None: only the loss
     frames,  # T
     vocabulary,  # V
     most_labels,  # U

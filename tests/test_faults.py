@@ -301,7 +301,9 @@ def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, monkeypatch, 
     (run / "notes.txt").write_text("mine")
     first = everything_in(run)
     kept = run.resolve()
-    with pytest.raises(ValueError, match=r"--resume .*run goes on with it, --overwrite gives it"):
+    with pytest.raises(
+        ValueError, match=r"--resume .*run goes on .* --overwrite renames it, --run"
+    ):
         check_new(run, overwrite=False)
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="start in another directory"):
@@ -383,7 +385,7 @@ def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeyp
 def test_a_state_with_which_no_training_can_go_on_is_one_line(written, tones, tmp_path):
     content = torch.load(written, weights_only=True)
     config = content["config"] | dict(corpus=str(tones))
-    for state, why in ((None, "a network alone"), (dict(update=2), "no training can go on")):
+    for state, why in ((None, "a checkpoint without"), (dict(update=2), "no training can go on")):
         torch.save(content | dict(training=state, config=config), tmp_path / checkpoint.NAME)
         with pytest.raises(ValueError, match=rf"checkpoint\.pt: {why}"):
             Trainer.resume(tmp_path)
