@@ -54,8 +54,8 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
     With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
     with the first layers and with those that each of the paper's algorithms kept, and, of CTC, each
     size with the largest size alone as its teacher. With each further seed, the same without
-    OrthoSoftmax, LayerDrop and teachers. At the largest size all layers are kept: there is one
-    network alone.
+    OrthoSoftmax, LayerDrop and teachers. At the largest size all layers are kept, so one
+    training alone serves for all choices of layers.
     """
     trainings: list[Config] = []
     first, *_ = seeds

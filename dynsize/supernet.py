@@ -112,7 +112,7 @@ class Supernet(nn.Module):
         """Return the output for a network of `size` layers.
 
         A size that was not trained uses the output of the largest trained size below it; where none
-        is below, that of the smallest trained size. So does the subnet of step 1.
+        is below, that of the smallest trained size. The same holds for the subnet of step 1.
 
         Example: of trained sizes 16, 32, 48, size 40 uses the output of 32.
         """
