@@ -221,9 +221,11 @@ class AttentionDecoder(nn.Module):
         for number in range(emissions.shape[1]):
             logits, seen, weights = self.decoder(label[:, None], frames, inside, seen)
             label = logits[:, 0].argmax(-1)  # (B,)
-            attended = weights[:, :, 0].sum(1).argmax(-1)  # (B,)
+            attention = weights[:, :, 0].sum(1)  # (B, T'): of all heads
+            attended = attention.argmax(-1)  # (B,)
             frame = torch.maximum(frame, attended)
-            goes_on = goes_on & (label != BORDER) & (number < lengths)
+            ends = (label == BORDER) | (number >= lengths)
+            goes_on = goes_on & ~ends
             if not goes_on.any():  # note: this waits for the device
                 break
             label = label.masked_fill(~goes_on, BORDER)
@@ -259,8 +261,7 @@ class AttentionDecoder(nn.Module):
         reading = frames * 2 * width**2
         # Self-attention 4 D², cross-attention 2 D², feed-forward 8 D²; and 2 D for each key.
         keys = frames + (labels + 1) / 2
-        writing = labels * (14 * width**2 + 2 * width * keys)
-        return (
-            round(DECODER_LAYERS * (reading + writing))
-            + labels * self.decoder.project.weight.numel()
-        )
+        of_label = 14 * width**2 + 2 * width * keys
+        layers = DECODER_LAYERS * (reading + labels * of_label)
+        project = labels * self.decoder.project.weight.numel()
+        return round(layers) + project

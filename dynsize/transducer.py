@@ -22,7 +22,7 @@ from dynsize.config import Config
 from dynsize.conformer import padding_mask
 from dynsize.ctc import BLANK, log_softmax
 
-CONTEXT = 2  # labels that decide about the next one
+CONTEXT_LABELS = 2  # labels that decide about the next one
 MOST_LABELS = 5  # that greedy decoding emits in one frame
 MOST_NUMBERS = 2**24  # that the joiner computes at a time, 64 MB in float32
 
@@ -36,7 +36,7 @@ class LabelSide(nn.Module):
     def __init__(self, width: int, labels: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(labels, width)
-        self.project = nn.Linear(CONTEXT * width, width)
+        self.project = nn.Linear(CONTEXT_LABELS * width, width)
 
     def forward(self, context: Tensor) -> Tensor:
         """Return (…, D). `context`: (…, 2) the last two labels, the older one first."""
@@ -79,8 +79,8 @@ class Transducer(nn.Module):
         """
         inside = padding_mask(label_lengths, labels.shape[1])  # (B, U)
         labels = labels.masked_fill(~inside, BLANK)
-        before = F.pad(labels, (CONTEXT, 0), value=BLANK)  # (B, 2 + U)
-        contexts = before.unfold(1, CONTEXT, 1)  # (B, U + 1, 2)
+        before = F.pad(labels, (CONTEXT_LABELS, 0), value=BLANK)  # (B, 2 + U)
+        contexts = before.unfold(1, CONTEXT_LABELS, 1)  # (B, U + 1, 2)
         label_side = outputs[0].label_side(contexts)  # (B, U + 1, D), the same for all sizes
         pairs = zip(outputs, emissions, strict=True)
         nodes = [output.nodes(of_size, label_side, labels) for output, of_size in pairs]
@@ -132,13 +132,13 @@ class Transducer(nn.Module):
 
         `emissions`: (B, T', D). `lengths`: (B,) frames.
         """
-        beginning = lengths.new_full((len(emissions), CONTEXT), BLANK)
+        beginning = lengths.new_full((len(emissions), CONTEXT_LABELS), BLANK)
         found, _ = self.greedy(emissions, lengths, beginning)
         return found
 
     def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
         """Return the same for one utterance, given by parts (T', D) that follow each other."""
-        context = torch.full((1, CONTEXT), BLANK, device=self.joiner.weight.device)
+        context = torch.full((1, CONTEXT_LABELS), BLANK, device=self.joiner.weight.device)
         found = []
         done = 0
         for part in parts:
@@ -165,8 +165,10 @@ class Transducer(nn.Module):
         for frame in range(emissions.shape[1]):
             inside = frame < lengths  # (B,)
             for _ in range(MOST_LABELS):
-                logits = self.joiner(torch.tanh(emissions[:, frame] + label_side))  # (B, V)
-                label = logits.argmax(-1).masked_fill(~inside, BLANK)
+                nodes = emissions[:, frame] + label_side  # (B, D)
+                logits = self.joiner(torch.tanh(nodes))  # (B, V)
+                label = logits.argmax(-1)
+                label = label.masked_fill(~inside, BLANK)
                 emits = label != BLANK
                 if not emits.any():  # note: this waits for the device
                     break
@@ -189,9 +191,10 @@ class Transducer(nn.Module):
 
     def macs(self, frames: int, labels: int) -> int:
         """Return the multiply-accumulates of greedy decoding."""
-        joiner = (frames + labels) * self.joiner.weight.numel()
+        encoder_side = frames * self.encoder_side.weight.numel()
         label_side = labels * self.label_side.project.weight.numel()
-        return frames * self.encoder_side.weight.numel() + label_side + joiner
+        joiner = (frames + labels) * self.joiner.weight.numel()
+        return encoder_side + label_side + joiner
 
 
 def transducer_loss(blank: Tensor, label: Tensor, lengths: Tensor, label_lengths: Tensor) -> Tensor:
@@ -223,13 +226,16 @@ class TransducerLoss(torch.autograd.Function):
         ctx, blank: Tensor, label: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
         frames, columns = blank.shape[1:]
+        input_dtype = blank.dtype
         inside = padding_mask(lengths, frames)[:, :, None]  # (N, T, 1)
-        may_blank = inside & padding_mask(label_lengths + 1, columns)[:, None]  # (N, T, U + 1)
-        may_label = inside & padding_mask(label_lengths, columns)[:, None]
-        dtype = torch.promote_types(blank.dtype, torch.float32)
+        nodes = padding_mask(label_lengths + 1, columns)[:, None]  # (N, 1, U + 1)
+        before_last_node = padding_mask(label_lengths, columns)[:, None]  # (N, 1, U + 1)
         label = F.pad(label, (0, 1))  # (N, T, U + 1)
-        blank_arcs = by_diagonal(blank.to(dtype).masked_fill(~may_blank, -torch.inf))
-        label_arcs = by_diagonal(label.to(dtype).masked_fill(~may_label, -torch.inf))
+        dtype = torch.promote_types(input_dtype, torch.float32)
+        blank = blank.to(dtype).masked_fill(~(inside & nodes), -torch.inf)
+        label = label.to(dtype).masked_fill(~(inside & before_last_node), -torch.inf)
+        blank_arcs = by_diagonal(blank)
+        label_arcs = by_diagonal(label)
         last = lengths + label_lengths  # (N,): the diagonal of the end
         alpha, largest = paths_to_nodes(blank_arcs, label_arcs)
         beta = paths_from_nodes(blank_arcs, label_arcs, last, label_lengths)
@@ -242,7 +248,7 @@ class TransducerLoss(torch.autograd.Function):
         posterior = posterior.masked_fill(~somewhere[:, :, None], 0)
         posteriors = [by_frame(part, frames) for part in posterior.chunk(2, dim=2)]
         ctx.save_for_backward(*posteriors)
-        ctx.dtype = blank.dtype
+        ctx.dtype = input_dtype
         return -log_likelihood
 
     @staticmethod
@@ -260,8 +266,10 @@ def by_diagonal(x: Tensor) -> Tensor:
     row = torch.arange(frames + columns - 1, device=x.device)[:, None]
     frame = row - torch.arange(columns, device=x.device)  # (T + U, U + 1)
     outside = (frame < 0) | (frame >= frames)
-    index = frame.clamp(0, frames - 1).expand(len(x), -1, -1)
-    return x.gather(1, index).masked_fill(outside, -torch.inf)
+    index = frame.clamp(0, frames - 1)
+    index = index.expand(len(x), -1, -1)
+    moved = x.gather(1, index)
+    return moved.masked_fill(outside, -torch.inf)
 
 
 def by_frame(x: Tensor, frames: int) -> Tensor:
@@ -292,9 +300,12 @@ def paths_to_nodes(blank_arcs: Tensor, label_arcs: Tensor) -> tuple[Tensor, Tens
     rows = [here]
     subtracted = [here[:, 0]]
     for blank, label in zip(blank_arcs.unbind(1), label_arcs.unbind(1), strict=True):
-        here = torch.logaddexp(here + blank, one_label_later(here + label))
+        by_blank = here + blank
+        by_label = one_label_later(here + label)
+        here = torch.logaddexp(by_blank, by_label)
         largest = here.amax(1)
-        here = here - largest[:, None].clamp(min=-1e30)  # finite where no path gets here
+        finite = largest.clamp(min=-1e30)  # where no path gets here too
+        here = here - finite[:, None]
         rows.append(here)
         subtracted.append(largest)
     return torch.stack(rows, dim=1), torch.stack(subtracted, dim=1)
@@ -313,8 +324,11 @@ def paths_from_nodes(
     rows = [here]
     arcs = zip(blank_arcs.unbind(1), label_arcs.unbind(1), ends[:, :-1].unbind(1), strict=True)
     for blank, label, end in reversed(list(arcs)):
-        here = torch.logaddexp(here + blank, one_label_earlier(here) + label)
-        here = here - here.amax(1, keepdim=True).clamp(min=-1e30)
+        by_blank = here + blank
+        by_label = one_label_earlier(here) + label
+        here = torch.logaddexp(by_blank, by_label)
+        largest = here.amax(1, keepdim=True)
+        here = here - largest.clamp(min=-1e30)
         here = here.masked_fill(end, 0)
         rows.append(here)
     return torch.stack(rows[::-1], dim=1)
