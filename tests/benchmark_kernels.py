@@ -13,11 +13,13 @@ shapes and without torch.compile; times are then left out.
 import argparse
 import functools
 import importlib.util
+import json
 import os
 import platform
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -319,19 +321,19 @@ def update() -> None:
     """Print what an update of each step takes, computed by torch, by Triton, and compiled."""
     config = config_of()
     print(f"{config.blocks} blocks, D {config.width}, sizes {config.sizes}, {SHAPES.utterances}")
-    print(f"utterances of up to {SHAPES.frames} feature frames. Compiled: the losses, by")
-    print("torch.compile, as one graph.\n")
-    header("computed by", "step", "ms", "peak GB")
+    print(f"utterances of up to {SHAPES.frames} feature frames. Busy: the time of kernels over")
+    print("that of the update. Compiled: its losses, by torch.compile, as one graph.\n")
+    header("computed by", "step", "ms", "launches", "GPU busy", "peak GB")
     for compiled in (False, True) if GPU else (False,):
         for mode in ("torch", "triton"):
             for step, number in ((1, 0), (2, config.updates - 1)):
                 found = attempt(update_cost, mode, config, number, compiled)
-                cells = [found, "–"] if isinstance(found, str) else found
+                cells = [found, "–", "–", "–"] if isinstance(found, str) else found
                 row(f"{mode}, compiled" if compiled else mode, step, *cells)
 
 
 def update_cost(mode: str, config: Config, number: int, compiled: bool) -> list[str]:
-    """Return an update's milliseconds and its peak in GB."""
+    """Return an update's milliseconds, launches, the GPU's busy share, and its peak in GB."""
     computed_by(mode, config)
     losses_of = steps.losses_of
     if compiled:
@@ -341,7 +343,8 @@ def update_cost(mode: str, config: Config, number: int, compiled: bool) -> list[
     call = functools.partial(training.update, number)
     if not GPU:
         call()
-        return ["–"] * 2
+        profiled(training.optimizer.zero_grad)  # less, as the interpreter makes many events
+        return ["–"] * 4
     for _ in range(3):
         call()
     torch.cuda.reset_peak_memory_stats()
@@ -353,7 +356,23 @@ def update_cost(mode: str, config: Config, number: int, compiled: bool) -> list[
         torch.cuda.synchronize()
         spent.append(1000 * (time.perf_counter() - start))
     median, peak = statistics.median(spent), torch.cuda.max_memory_allocated() / 1e9
-    return [f"{median:.1f}", f"{peak:.1f}"]
+    launches, busy = profiled(call)
+    return [f"{median:.1f}", str(launches), f"{busy / median:.0%}", f"{peak:.1f}"]
+
+
+def profiled(call: Callable) -> tuple[int, float]:
+    """Return how many kernels and copies a call launches, and the milliseconds that they take."""
+    with torch.profiler.profile() as profile:
+        call()
+        if GPU:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(errors="replace"))["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    spent = [event["dur"] for event in events if event.get("cat") in kinds]  # in µs
+    return len(spent), sum(spent) / 1000
 
 
 def losses() -> None:

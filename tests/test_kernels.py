@@ -399,6 +399,14 @@ def test_self_check_accepts_the_kernels(op, size, monkeypatch):
             assert reason == "it has no self-check in torch.float16"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 144, 256, 384, 512, 1000, 1024])
+def test_self_check_accepts_the_residual_at_any_width(width, monkeypatch):
+    monkeypatch.undo()
+    _, reason = self_check.compare("gated_residual_layer_norm", DEVICE, torch.bfloat16, width)
+    assert not reason
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "factor, told", [(1.01, "its error is 1.0e-02, above "), (math.nan, "its error is nan, above ")]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from conftest import skip_without_interpreter
 from kernel_counts import Traffic, fused
 from triton.runtime.interpreter import InterpretedFunction
 
-from dynsize.kernels import ctc
+from dynsize.kernels import ctc, residual
 
 skip_without_interpreter()
 
@@ -33,6 +34,20 @@ def test_machine_code_spills_nothing_and_fits():
     records = kernel_counts.machine_code_of_all()
     assert len(records) == len(kernel_counts.TARGETS) * 8
     assert kernel_counts.faults(records) == []
+
+
+@pytest.mark.parametrize(
+    "op, fault",
+    [
+        ("residual", dict(spilled=8)),
+        ("residual", dict(shared=2**20)),
+        ("residual", dict(barriers=1)),
+        ("CTC", dict(layouts=2)),
+    ],
+)
+def test_faults_of_machine_code_are_found(op, fault):
+    right = dict(op=op, target="sm80", spilled=0, shared=0, barriers=0, layouts=1)
+    assert kernel_counts.faults([right, right | fault]) == [right | fault]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +77,47 @@ def test_bytes_moved_are_the_fewest(gates, learned, dtype):
         assert least <= moved <= 1.08 * least
 
 
+def test_fewest_bytes_are_those_counted_by_hand():
+    """R = 3, R' = rows = 2, float32, gates that do not learn."""
+    gate = torch.ones(2)
+    arguments = kernel_counts.residual_inputs(3, gate, 40, 48, torch.float32)
+    row = arguments[0][0].nbytes
+    statistics = 2 * 40 * 2 * 4
+    # x, branch, y, normed; y_grad, y, normed_grad, x_grad, branch_grad
+    assert kernel_counts.residual_bytes(arguments) == (
+        (3 + 2 + 3 + 2) * row + statistics,
+        (3 + 2 + 2 + 3 + 2) * row + statistics,
+    )
+
+
+def test_eps_of_zero_keeps_gradients_finite():
+    """Neither the rows that are not normalised nor the columns past D divide by 0."""
+    *arguments, _ = kernel_counts.residual_inputs(3, torch.ones(2, requires_grad=True), 5, 9)
+    y, normed = fused(*arguments, 0.0)
+    (y.sum() + normed.sum()).backward()
+    for tensor in arguments:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            assert tensor.grad.isfinite().all()
+
+
+def test_programs_fill_the_multiprocessors():
+    """About 16 programs for each multiprocessor, of `fewest` to 64 frames."""
+    assert residual.frames_of_program(48, 250, 132, 1) == 5
+    assert residual.frames_of_program(48, 250, 132, 8) == 8
+    assert residual.frames_of_program(1, 250, 132, 1) == 1
+    assert residual.frames_of_program(1000, 1000, 132, 8) == 63  # 16 programs of a row
+    assert residual.frames_of_program(3, 0, 132, 8) == 1
+    for frames in range(1, 200):
+        chunk = residual.frames_of_program(7, frames, 4, 8)
+        assert frames <= chunk * -(-frames // chunk) < frames + chunk
+
+
+def test_the_op_can_be_traced():
+    gate = torch.ones(2, requires_grad=True)
+    arguments = kernel_counts.residual_inputs(3, gate, 5, 9, torch.float32)
+    torch.library.opcheck(torch.ops.dynsize.gated_residual_layer_norm.default, tuple(arguments))
+
+
 def test_benchmark_is_rehearsed_from_a_bare_checkout(tmp_path):
     """All parts and tables are there, without the packages that read audio and text."""
     script = Path(benchmark.__file__)
@@ -86,6 +142,29 @@ def test_benchmark_is_rehearsed_from_a_bare_checkout(tmp_path):
     for line in rows["losses"]:
         assert float(line.split("|")[-2]) < 1e-4
     assert not re.search(r"\d", "".join(line.split("|", 4)[4] for line in rows["times"]))
+
+
+def test_benchmark_goes_on_where_a_part_fails(monkeypatch, capsys):
+    """It tells the fault in one line, or that the time is over; what was printed stays."""
+
+    def fails() -> None:
+        benchmark.row("a", "table")
+        raise ValueError("one\ntwo | three")
+
+    parts = dict(first=fails, slow=lambda: time.sleep(60), last=lambda: print("the end"))
+    monkeypatch.setattr(benchmark, "PARTS", parts | dict(skipped=fails))
+    assert benchmark.main(["--skip", "skipped", "--minutes", "0.002"]) == 1
+    told = capsys.readouterr().out
+    assert "| a | table |\n\nThe part first failed: ValueError: one two | three\n" in told
+    assert "The part slow failed: OutOfTime: more than 0.002 minutes\n" in told
+    assert told.endswith("## last\n\nthe end\n")
+
+
+@pytest.mark.parametrize("found, fault", [(1e-5, 0), (0.1, 1), (float("nan"), 1), ("why", 1)])
+def test_benchmark_fails_for_large_errors(found, fault, monkeypatch):
+    monkeypatch.setattr(benchmark, "FAULTS", [])
+    benchmark.compared("ctc_loss, U 3", found, 1e-3)
+    assert len(benchmark.FAULTS) == fault
 
 
 FAR = 2**20  # frames or utterances
