@@ -1,11 +1,14 @@
 """Every kind of corpus: what is read, left out, refused, and kept between runs."""
 
+import errno
 import gzip
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,11 @@ from conftest import RATE, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynsize import audio, batching, files
+from dynsize import audio, batching, files, readers
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples
 from dynsize.config import CORPUS_KINDS, fields
-from dynsize.corpora import read_audio, read_corpus, summary
+from dynsize.corpora import UNREADABLE, read_audio, read_corpus, summary
 from dynsize.readers import KINDS
 from dynsize.text import NORMALISERS
 from dynsize.tokenizer import MODELS, train_tokenizer
@@ -226,6 +229,7 @@ TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
         ("kaldi/text", "bert-1", "carl-1", ["text:2", "carl-1 has no recording"]),
         ("manifest", '"offset": 0.5', '"offset": -0.5', ["train.jsonl:2", "'-0.5' is not a time"]),
         ("manifest", '"offset": 0.5', '"offset": 1e999', ["'inf' is not a time"]),
+        ("manifest", '"offset": 0.5', '"offset": [1]', ["'[1]' is not a time"]),
         ("librispeech", "1-2-0001", "1-2-0000", ["1-2.trans.txt:2", "twice"]),
         ("librispeech", TRANSCRIPT, "\n", ["train: no utterances; in", "train: 1"]),
         ("librispeech", "1-2-0001", "/etc/passwd", ["1-2.trans.txt:2", "no audio"]),
@@ -248,6 +252,16 @@ def test_kaldi_needs_texts(tmp_path):
     (root / "train/text").unlink()
     with pytest.raises(ValueError, match=r"wav\.scp:1: no file `text` beside it"):
         read(root)
+
+
+def test_a_directory_or_a_pipe_in_place_of_audio_is_left_out(tmp_path):
+    folder = write_corpus(tmp_path / "corpus", "librispeech") / "train/1/2"
+    (folder / "1-2-0002.flac").mkdir()
+    os.mkfifo(folder / "1-2-0003.flac")
+    (folder / "1-2.trans.txt").write_text(TRANSCRIPT + "1-2-0002 LOW\n1-2-0003 LOW\n")
+    corpus = read(tmp_path / "corpus")
+    assert len(corpus.utterances) == 2
+    assert list(corpus.left_out[UNREADABLE]) == ["1-2-0002", "1-2-0003"]
 
 
 @pytest.mark.parametrize(
@@ -296,36 +310,91 @@ NEMO = dict(audio_filepath="talk.wav", text="LOW", duration=2.0)
 SPEECHBRAIN = {"u-1": dict(wav="{data_root}/talk.wav", length=2.0, words="LOW", spk_id="anna")}
 
 
-WENET = dict(key="a", wav="talk.wav", txt="LOW")
-SPANS = {  # of talk.wav, which has 2 s; a span may end up to 0.5 s later
-    "nemo": (
-        [
-            NEMO | dict(offset=0.5, duration=1.0),
-            NEMO | dict(offset=1, duration=1.25),
-            NEMO | dict(offset=1.25, duration=None),
-            NEMO | dict(offset=1, duration=2.0),  # left out
-        ],
-        [(4000, 12000), (8000, 16000), (10000, 16000)],
-    ),
-    "wenet": (
-        [WENET | dict(start=0.5, end=1.25), WENET | dict(key="b")],
-        [(4000, 10000), (0, 16000)],
-    ),
-    "speechbrain": (
-        SPEECHBRAIN | {"u-2": SPEECHBRAIN["u-1"] | dict(start=4000, stop=12000)},
-        [(0, 16000), (4000, 12000)],
-    ),
-}
+TOOLKITS = "nemo wenet speechbrain lhotse kaldi common-voice".split()
+EIGHTHS = st.integers(0, 24).map(lambda number: number / 8)  # of a second: whole samples
+PARTS = st.sampled_from(["", "", "begin", "segment_start", "stop_time", "onset_sec", "Offset"])
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
-@pytest.mark.parametrize("toolkit", SPANS)
-def test_spans_of_each_toolkit(tmp_path, toolkit, ending):
-    content, spans = SPANS[toolkit]
-    write_audio(tmp_path / "talk.wav")
-    for indent in (None, 2):
-        write_manifest(tmp_path, content, "train" + ending, indent)
-        assert [utterance.span for utterance in read(tmp_path).utterances] == spans
+@settings(max_examples=250)
+@given(
+    st.sampled_from(TOOLKITS),
+    st.lists(st.tuples(EIGHTHS, st.none() | EIGHTHS), min_size=2, max_size=2),
+    st.sampled_from([-0.5, 0, 0.25]),
+    PARTS,
+    st.sampled_from([".json", ".jsonl", ".json.gz", ".jsonl.gz"]),
+    st.sampled_from([None, 2]),
+)
+def test_spans_of_each_toolkit_are_right_or_refused_by_name(
+    talk, toolkit, times, shift, part, ending, indent
+):
+    """Two utterances, each (start, length or None) in s; `part`: a field that isn't read."""
+    spans, rows, texts = {}, {}, dict(zip(["LOW", "MID"], times, strict=True))
+    for text, (start, length) in texts.items():
+        if toolkit == "common-voice" or (length is None and toolkit in ("wenet", "speechbrain")):
+            start, length = 0, None
+        end = None if length is None else start + length
+        given_start = None if end is None else start
+        row = {part: 0.5} if part else {}
+        if toolkit == "nemo":
+            row |= dict(audio_filepath="talk.wav", text=text, offset=start, duration=length)
+        elif toolkit == "wenet":
+            row |= dict(key=text, wav="talk.wav", txt=text, start=given_start, end=end)
+        elif toolkit == "speechbrain":
+            stop = None if end is None else end * RATE
+            row |= dict(wav="{data_root}/talk.wav", words=text, length=2.0, spk_id="anna")
+            row |= dict(start=given_start and start * RATE, stop=stop)
+        elif toolkit == "lhotse":
+            end = start + (1 if length is None else length)
+            said = cut()["supervisions"][0] | dict(text=text, start=shift, duration=0.75)
+            row = cut(id=text, start=start, duration=end - start, supervisions=[said])
+            start, end = start + max(shift, 0), min(end, start + shift + 0.75)
+        elif toolkit == "kaldi":
+            row = f"{text} talk {start} {-1 if end is None else end} {part}"
+        else:
+            row = "\t".join(["anna", f"{text}.mp3", text, "Benchmark", part])
+        rows[text], spans[text] = row, (start, end)
+    split = write_toolkit(talk, toolkit, rows, part, ending, indent)
+    if part and toolkit != "lhotse":
+        words = "RECORDING START END" if toolkit == "kaldi" else part
+    elif any(end is not None and start >= end for start, end in spans.values()):
+        words = "but begins at|is not a time"
+    else:
+        there = [(s, e) for s, e in spans.values() if s < 2 and (e is None or e <= 2.5)]
+        words = "" if there else "no utterances are left"
+    if words:
+        with pytest.raises(ValueError, match=words):
+            read(talk, split)
+        return
+    found = [utterance.span for utterance in read(talk, split).utterances]
+    expected = [(start * RATE, min(2 if end is None else end, 2) * RATE) for start, end in there]
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory) -> Path:
+    """A directory with a recording of 2 s and Common Voice's clips of it."""
+    root = tmp_path_factory.mktemp("toolkits")
+    for name in ("talk.wav", "clips/LOW.wav", "clips/MID.wav", "kaldi/talk.wav"):
+        write_audio(root / name)
+    return root
+
+
+def write_toolkit(root: Path, toolkit: str, rows: dict, part: str, ending: str, indent) -> str:
+    """Write two utterances as a toolkit's lists; return the name of the split."""
+    if toolkit == "kaldi":
+        (root / "kaldi/wav.scp").write_text("talk talk.wav")
+        (root / "kaldi/segments").write_text("\n".join(rows.values()))
+        (root / "kaldi/text").write_text("LOW LOW\nMID MID\n")
+        return toolkit
+    if toolkit == "common-voice":
+        columns = "\t".join(["client_id", "path", "sentence", "segment", part])
+        (root / "common-voice.tsv").write_text("\n".join([columns, *rows.values()]))
+        (root / "clip_durations.tsv").write_text("clip\tduration[ms]\nLOW.mp3\t1\n")
+        return toolkit
+    split = toolkit + ending.replace(".", "-")
+    content = rows if toolkit == "speechbrain" else [*rows.values()]
+    write_manifest(root, content, split + ending, indent)
+    return split
 
 
 def test_lhotses_cuts_give_an_utterance_for_each_supervision(tmp_path):
@@ -371,6 +440,13 @@ def test_an_utterance_without_an_id_has_the_name_of_its_file(tmp_path):
     assert [u.id for u in read(tmp_path).utterances] == ["a_b", "talk-1", "talk-2"]
 
 
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    (tmp_path / "train.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2000))
+    with pytest.raises(ValueError, match=r"train\.json\.gz:1: longer than 1,000 bytes"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["kaldi", "manifest"])
 def test_paths_relative_to_the_working_directory_are_found(tmp_path, monkeypatch, kind):
     root = write_corpus(tmp_path / "corpus", kind)
@@ -386,6 +462,16 @@ def test_paths_relative_to_the_working_directory_are_found(tmp_path, monkeypatch
     assert f"{file}:1: no audio: " in str(error.value) and looked in str(error.value)
 
 
+def test_missing_audio_is_told_with_what_lies_there(tmp_path):
+    folder = write_corpus(tmp_path / "corpus", "librispeech") / "train/1/2"
+    (folder / "1-2-0001.flac").rename(folder / "1-2-0001.txt")
+    for number in range(20):
+        (folder / f"x{number:02}").touch()
+    told = rf"1-2.trans.txt:2: no audio .* 1-2-0001: {folder}/.*flac,.wav.*\.txt.* and 11 more"
+    with pytest.raises(ValueError, match=told):
+        read(tmp_path / "corpus")
+
+
 def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
     root = write_tones(tmp_path / "corpus", {"train": 3})
     (root / "train/0/7").rename(tmp_path / "elsewhere")
@@ -396,10 +482,51 @@ def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
     assert len(read(root, "linked").utterances) == 3
 
 
-def test_a_directory_that_cannot_be_listed_is_told(tmp_path):
+def test_a_directory_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    hidden, scandir = f"{root}/train/0/7", os.scandir
+
+    def refuse(path: str):
+        if path == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=f"{hidden}: can't be listed: Permission denied"):
+        read(root)
     shutil.rmtree(write_corpus(tmp_path / "stm", "stm") / "train/sph")
     with pytest.raises(ValueError, match=r"train/sph: can't be listed: No such file"):
         read(tmp_path / "stm")
+
+
+def test_a_pipe_in_place_of_a_list_is_refused(tmp_path):
+    file = write_corpus(tmp_path, "manifest") / LISTS["manifest"]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"{file}:1: not a regular file"):
+        read(tmp_path)
+
+
+def test_names_are_found_where_the_locale_is_not_utf8(tmp_path):
+    write_audio(tmp_path / "tälk.wav"), write_audio(tmp_path / "train/ü.flac")
+    write_manifest(tmp_path, [NEMO | dict(audio_filepath="tälk.wav")], "dev.json")
+    (tmp_path / "train/ü.trans.txt").write_text("ü LOW\n", encoding="utf-8")
+    code = (
+        "import sys; from dynsize.config import Config; from dynsize.corpora import read_corpus; "
+    )
+    code += "read_corpus(Config(corpus=sys.argv[1]), ['train', 'dev'])"
+    ascii = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | ascii)
+
+
+@pytest.mark.parametrize("split", ["train+", "+train", "", ".", "../x", "/etc", "a/../../b"])
+def test_what_names_no_split_is_refused(tmp_path, split):
+    root = write_tones(tmp_path / "corpus", {"train": 3})
+    with pytest.raises(ValueError, match=r"--train-splits '.*': names no split"):
+        read_corpus(tiny(corpus=str(root)), [split], "--train-splits")
+    with pytest.raises(ValueError, match=r"--dev-splits dev: no such split .*in .*: train"):
+        read_corpus(tiny(corpus=str(root)), ["dev"], "--dev-splits")
 
 
 def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
@@ -434,12 +561,16 @@ def all_forms(tmp_path_factory) -> dict[str, Path]:
     files = {kind: write_corpus(folder / kind, kind) / LISTS[kind] for kind in CORPUS_KINDS}
     notation = "talk 1 anna 0 1 <o,f0,male> { um / @ } LOW (uh) {NOISE} MID(2) <sil>\n"
     files["stm"].write_text(STM + notation)
-    write_audio(folder / "cuts/talk.wav")
-    files["cuts"] = write_manifest(folder / "cuts", [cut(), cut(id="b")]) / "train.json"
+    forms = {"array": [NEMO, NEMO], "dictionary": SPEECHBRAIN, "cuts": [cut(), cut(id="b")]}
+    for name, content in forms.items():
+        write_audio(folder / name / "talk.wav")
+        files[name] = write_manifest(folder / name, content) / "train.json"
+    write_audio(folder / "gzip/talk.wav")
+    files["gzip"] = write_manifest(folder / "gzip", [NEMO], "train.json.gz") / "train.json.gz"
     return files
 
 
-@pytest.mark.parametrize("form", [*CORPUS_KINDS, "cuts"])
+@pytest.mark.parametrize("form", [*CORPUS_KINDS, "array", "dictionary", "cuts", "gzip"])
 @settings(max_examples=225)
 @given(st.sampled_from(sorted(KALDI)), st.lists(edits, min_size=1, max_size=3), st.booleans())
 def test_mutated_lists_are_read_or_refused_with_file_and_line(
@@ -563,6 +694,12 @@ def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones):
     assert len(set(map(tuple, drawn))) == 3
     tone = read_audio(some.utterances[0], RATE, 1.1)
     assert abs(len(tone) - some.utterances[0].samples / 1.1) <= 1
+
+
+@pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, 3.0)])
+def test_impossible_speeds_are_refused(speeds):
+    with pytest.raises(ValueError, match="--speeds"):
+        tiny(speeds=speeds)
 
 
 def test_a_training_tells_its_corpus_its_padding_and_its_waiting(tones, tmp_path):

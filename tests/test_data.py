@@ -1,12 +1,16 @@
 """From files to batches: features, corpora, tokenizer, batch plan, the embedded corpus."""
 
+import errno
 import io
 import math
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import batching, spoken
-from dynsize.batching import Example, Examples, batch_plan, epoch_plan, read_batches
+from dynsize.batching import Example, Examples, batch_plan, collate, epoch_plan, read_batches
 from dynsize.config import Config
 from dynsize.corpora import Corpus, Utterance, read_audio, read_corpus, summary
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
@@ -338,6 +342,14 @@ def test_speaking_ends_with_the_training_that_waits_for_it(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_of_damaged_audio_alone_is_empty(tones):
+    examples = [Example(u, [1], torch.zeros(1, 12), 0, "damaged") for u in utterances_of(tones)[:2]]
+    batch = collate(examples)
+    assert batch.utterances == [] and len(batch.corrupt) == 2 and batch.padding == 0
+    assert batch.features.shape == (0, 1, 12) and batch.labels.shape == (0, 1)
+    assert [len(t) for t in (batch.lengths, batch.label_lengths, batch.seeds)] == [0, 0, 0]
+
+
 @pytest.fixture
 def few_open_files() -> Iterator[None]:
     """Allow 16 open files more than there are."""
@@ -354,3 +366,21 @@ def test_workers_that_could_not_send_their_batches_are_an_error(tones, few_open_
         next(read_batches(examples, [[0]]))
     examples.config = tiny()
     assert len(list(read_batches(examples, [[0]]))) == 1
+
+
+def test_workers_that_cannot_all_be_started_leave_none(tones, monkeypatch):
+    fork, before, first = os.fork, set(multiprocessing.active_children()), []
+
+    def second_fails() -> int:
+        first.extend(set(multiprocessing.active_children()) - before)
+        if first:
+            time.sleep(0.5)  # until it ignores SIGTERM
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", second_fails)
+    examples = Examples(utterances_of(tones), None, tiny(workers=2), keep=False)
+    with pytest.raises(ValueError, match=r"--workers 2: .*can't be started.* lower it"):
+        next(read_batches(examples, [[0]]))
+    first[0].join(3)
+    assert first[0].exitcode == -signal.SIGKILL

@@ -125,6 +125,13 @@ def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
 OUTSIDE = ("/abs", "../x", "test-clean+../x", "a/../../x", "test\x1b[1m")  # of the results' folder
 
 
+def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
+    loaded = checkpoint.load(work / "run")
+    object.__setattr__(loaded.model.config, "test_splits", ("../x",))
+    checkpoint.save(work / "run" / "foreign.pt", loaded.model, loaded.tokenizer)
+    assert "../x" in refused("run/foreign.pt", cwd=work)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -341,6 +348,20 @@ def test_compare_several_seeds(work):
     assert "nowhere" in said
     os.mkfifo(work / "pipe")
     assert "pipe: can't be read" in refused("--compare", "pipe", "run", cwd=work)
+
+
+texts = st.lists(st.text("ab( )/{}今", max_size=9).map(str.split).map(" ".join), max_size=5)
+
+
+@given(texts, st.sampled_from(["{}", "a b({})", "{}\x1b[1m"]), st.booleans())
+def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, form, trn):
+    utterances = [utterance("", form.format(number)) for number in range(len(found))]
+    scored = [score(u, text, True) for u, text in zip(utterances, found, strict=True)]
+    file = tmp_path_factory.mktemp("written") / ("hyp.trn" if trn else "hyp.txt")
+    lines = [f"{report.written_id(s.utterance)} {s.text}\n" for s in scored]
+    content = report.trn(found, scored) if trn else "".join(lines)
+    file.write_text(content, encoding="utf-8")
+    assert read_hypotheses(file, utterances, "none") == found
 
 
 spoken = st.text("aŻє'\u2018\u2019\u02bc\u0301\u0323\u200c\u200dकम्ی今", min_size=1, max_size=5)

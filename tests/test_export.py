@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RATE, random_supernet, tiny
+from conftest import RATE, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_process import says
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -30,15 +33,23 @@ from dynsize.export import Features, export, quantize
 from dynsize.features import log_mel
 from dynsize.networks import network_of, onnx_inputs, onnx_session
 from dynsize.supernet import Supernet
+from dynsize.tokenizer import train_tokenizer
 
 evaluate, prune = (partial(says, f"{name}.py") for name in ("evaluate", "prune"))
+RANKING = [2, 0, 3, 1]
 LENGTHS = [1, 150, 201, 5_003, 24_000]  # samples; a window has 200
 
 
 def saved(folder: Path, **changes) -> checkpoint.Checkpoint:
-    """The checkpoint of a supernet of one block."""
-    settings = dict(blocks=1, sizes=(1, 2, 4), kernel=7) | changes
-    checkpoint.save(folder / "checkpoint.pt", *random_supernet([2, 0, 3, 1], **settings))
+    """The checkpoint of a supernet of one block whose layers and outputs are random."""
+    tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
+    torch.manual_seed(0)
+    config = tiny(blocks=1, sizes=(1, 2, 4), kernel=7, **changes)
+    model = Supernet(config, tokenizer.labels, RANKING)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
     return checkpoint.load(folder / "checkpoint.pt")
 
 
@@ -277,15 +288,63 @@ def test_a_file_without_our_checksum_is_refused(single, tmp_path):
         (dict(), ""),
         (dict(format="dynsize onnx 2"), "dynsize onnx 2, not dynsize onnx 3"),
         (dict(longest_seconds=math.inf), "longest_seconds is inf"),
+        (dict(config=dict(new_setting=1)), "new_setting"),
+        (dict(config=dict(sample_rate=1e300)), "--sample-rate 1e+300: must be"),
+        (dict(config=dict(hop_ms=0)), "--hop-ms 0: must be"),
         (dict(config={}), "settings are missing"),
+        (dict(costs={"1": {}}), "KeyError('layers')"),
         (dict(costs={}), "sizes (), which are not the network's"),
         (dict(tokenizer=""), "buffer"),
+        ("[" * 100_000, "RecursionError"),
+        ("supernet", "sizes (1, 2, 4), which are not the network's"),
+        ("tokenizer", "13 outputs for 6 labels"),
     ],
 )
 def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
     path = beside(single, "size-2.onnx")
-    found = refused(onnx.load(path), json.dumps(content_of(path) | changes), tmp_path / "a.onnx")
+    content = content_of(path)
+    if changes == "supernet":  # a graph of one size with the metadata of all sizes
+        changes = dict(costs={str(size): content["costs"]["2"] for size in (1, 2, 4)})
+    if changes == "tokenizer":
+        model = train_tokenizer(["LOW"] * 9, 9).model
+        changes = dict(tokenizer=b64encode(bytes(model.tolist())).decode())
+    if isinstance(changes, dict):
+        if changes.get("config"):
+            changes = changes | dict(config=content["config"] | changes["config"])
+        changes = json.dumps(content | changes)
+    found = refused(onnx.load(path), changes, tmp_path / "a.onnx")
     assert why in found and bool(why) == bool(found)
+
+
+ODD = st.sampled_from([0, -1, 10**30, 0.5, 1e300, math.inf, math.nan, "", "x", None, True, [], {}])
+
+
+@given(st.integers(0, 10**6), ODD | st.lists(ODD, max_size=3) | st.just("to be deleted"))
+@settings(max_examples=10)
+def test_any_change_of_the_metadata_is_harmless(single, tmp_path_factory, number, value):
+    path = beside(single, "size-2.onnx")
+    content = content_of(path)
+    places = [content, content["config"], content["costs"], content["costs"]["2"]]
+    places = [(place, name) for place in places for name in place]
+    place, name = places[number % len(places)]
+    place[name] = value
+    if value == "to be deleted":
+        del place[name]
+    refused(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
+
+
+@pytest.mark.parametrize("shape", [["B", "N"], ["B"], ["B", "N", 12]])
+@pytest.mark.parametrize("name", ["audio", "x"])
+def test_a_foreign_graph_with_our_metadata_is_refused(single, tmp_path, name, shape):
+    kind = onnx.TensorProto
+    audio = onnx.helper.make_tensor_value_info(name, kind.FLOAT, shape)
+    result = onnx.helper.make_tensor_value_info("y", kind.FLOAT, shape)
+    node = onnx.helper.make_node("Identity", [name], ["y"])
+    graph = onnx.helper.make_graph([node], "foreign", [audio], [result])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    metadata = json.dumps(content_of(beside(single, "size-2.onnx")))
+    assert "or something else" in refused(model, metadata, tmp_path / "a.onnx")
 
 
 # evaluate.py with files.

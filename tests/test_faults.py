@@ -20,6 +20,7 @@ import stat
 import sys
 import termios
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -28,15 +29,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import begun, everything_in, finish, same, tiny, write_tones
+from conftest import begun, finish, same, tiny, write_tones
 from in_process import ROOT, SCRIPTS, TINY
 
 from dynsize import checkpoint, files, training
 from dynsize.batching import epoch_plan
-from dynsize.run_directory import check_new
+from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
+KILLS = 5
 
 
 def elsewhere(function: Callable, *arguments) -> fork.Process:
@@ -56,6 +58,13 @@ def stopped(trainer: Trainer, updates: int) -> Trainer:
     list(itertools.islice(trainer.updates(), updates))
     trainer.locked.close()
     return trainer
+
+
+def when_saved(run: Path) -> set[int]:
+    """When the checkpoints of a run were written, in ns; renames change nothing."""
+    with suppress(FileNotFoundError):
+        return {path.stat().st_mtime_ns for path in checkpoint.history(run)}
+    return set()
 
 
 @contextmanager
@@ -85,6 +94,22 @@ def test_a_full_disk_leaves_the_older_checkpoint(tones, tmp_path):
     assert resumed.done == 3 and same(finish(resumed), expected)
 
 
+def test_the_older_checkpoints_stay_where_the_new_one_does_not_reach_the_disk(
+    written, tmp_path, monkeypatch
+):
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    loaded, path = checkpoint.load(written), tmp_path / checkpoint.NAME
+    for seconds in (1.0, 2.0):
+        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3, longest_seconds=seconds)
+    before = everything_in(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
+        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3)
+    assert everything_in(tmp_path) == before and len(before) == 2
+
+
 def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatch):
     run = tmp_path / "run"
     expected = finish(begun(tones, run, save_every=4, keep=2))
@@ -92,6 +117,20 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatc
     newest, whole = run / checkpoint.NAME, (run / checkpoint.NAME).read_bytes()
     newest.unlink()  # killed between two renames
     assert checkpoint.load(run).path == run / "checkpoint-1.pt"
+    newest.write_bytes(whole)
+
+    def read(path: Path) -> bytes:
+        with open(path, "rb") as file:
+            if path.name == checkpoint.NAME:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return file.read()
+
+    with warnings.catch_warnings(record=True) as told, monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        warnings.simplefilter("default")
+        assert [checkpoint.load(run).training["update"] for _ in range(2)] == [8, 8]
+    assert [os.strerror(errno.EIO) in str(warning.message) for warning in told] == [True]
+
     newest.write_bytes(whole[:-1])
     with pytest.warns(UserWarning, match=r"checkpoint\.pt: damaged.*one before"):
         resumed = Trainer.resume(run)
@@ -154,6 +193,31 @@ def test_a_damaged_checkpoint_is_an_error_or_has_the_same_values(written, tmp_pa
             else (values(file) == values(written))
         )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # nothing was executed
+
+
+def changed(content: object, draw: random.Random) -> object:
+    """A checkpoint's content, of which one value, at any depth, is of another type or missing."""
+    if isinstance(content, dict) and draw.random() < 0.8:
+        key = draw.choice([*content])
+        rest = {other: value for other, value in content.items() if other != key}
+        return rest if draw.random() < 0.2 else rest | {key: changed(content[key], draw)}
+    others = [None, -1, math.nan, 2**70, "x", b"x", [], [content], (), {}, {"x": 1}, True]
+    return draw.choice([*others, torch.zeros(3), torch.tensor(math.inf), "\ud800"])
+
+
+def test_a_checkpoint_with_other_values_is_an_error_in_one_line(written, tmp_path):
+    content, draw, refused = torch.load(written, weights_only=True), random.Random(0), 0
+    file = tmp_path / "other.pt"
+    for _ in range(60):
+        torch.save(changed(content, draw), file)
+        said = ""
+        try:
+            checkpoint.load(file)
+        except ValueError as error:
+            said = str(error)
+        assert re.fullmatch(r"|.*other\.pt: damaged, or not a checkpoint: .+", said)
+        refused += bool(said)
+    assert refused > 30  # the others are of the training's state, or settings that do no harm
 
 
 def test_a_whole_file_with_other_content_says_what_is_wrong(written, tmp_path, monkeypatch):
@@ -277,6 +341,10 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
 # What a training must not harm.
 
 
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize("name", ["config.json", "lock/file", "train/1/2/1-2.trans.txt"])
 def test_a_directory_of_others_is_never_touched(tones, tmp_path, name):
     (tmp_path / "theirs" / name).parent.mkdir(parents=True)
@@ -325,10 +393,9 @@ def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
     loaded = dataclasses.replace(checkpoint.load(run), training=None)
     with pytest.raises(ValueError, match="from which this training starts"):
         Trainer(tiny(corpus=str(tones)), run, loaded).begin()
-    for source in ("layers_from", "teacher"):
-        alone = dict(method="none", sizes=(8,), size=3, corpus=str(tones)) | {source: str(run)}
-        with pytest.raises(ValueError, match="from which this training starts"):
-            Trainer(tiny(**alone), run).begin()
+    alone = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, layers_from=str(run))
+    with pytest.raises(ValueError, match="from which this training starts"):
+        Trainer(alone, run).begin()
     assert everything_in(run) == before
 
 
@@ -347,6 +414,13 @@ def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
     metrics.write_bytes(b"".join(damaged) + whole[1][:30])
     resumed = Trainer.resume(run)
     assert (resumed.best, resumed.validated) == (trainer.best, 6)
+    for _ in range(100):  # one bit is wrong
+        changed = bytearray(b"".join(whole))
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        (tmp_path / "metrics.jsonl").write_bytes(changed)
+        for record in forget_after(tmp_path, 7):
+            if "dev" in record:
+                resumed.note_validation(record["update"], record["dev"])
     finish(resumed)
     lines = metrics.read_bytes().splitlines(keepends=True)
     assert sorted(lines[: len(whole)]) == sorted(whole)
@@ -382,13 +456,19 @@ def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeyp
 # Resuming with changes.
 
 
-def test_a_state_with_which_no_training_can_go_on_is_one_line(written, tones, tmp_path):
+@pytest.mark.parametrize(
+    "changed",
+    [dict(update=None), dict(batches="many"), dict(optimizer={}), dict(optimizer=[3]), dict(), [7]],
+)
+def test_a_state_with_which_no_training_can_go_on_is_one_line(written, tones, tmp_path, changed):
     content = torch.load(written, weights_only=True)
+    state = content["training"] | changed if changed and isinstance(changed, dict) else changed
     config = content["config"] | dict(corpus=str(tones))
-    for state, why in ((None, "a checkpoint without"), (dict(update=2), "no training can go on")):
-        torch.save(content | dict(training=state, config=config), tmp_path / checkpoint.NAME)
-        with pytest.raises(ValueError, match=rf"checkpoint\.pt: {why}"):
-            Trainer.resume(tmp_path)
+    torch.save(content | dict(training=state, config=config), tmp_path / checkpoint.NAME)
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt: (no training can go on|a checkpoint without)"
+    ):
+        Trainer.resume(tmp_path)
 
 
 def test_a_resumed_training_takes_what_does_not_change_what_is_learned(tones, tmp_path):
@@ -554,6 +634,13 @@ def test_a_worker_that_dies_leads_to_a_save_and_a_clear_message(tones, tmp_path)
     with pytest.raises(ChildProcessError, match=r"a loader process died.*--workers 2"):
         list(updates)
     assert checkpoint.load(run).training["update"] == trainer.done >= 3
+
+
+def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
+    corpus = shutil.copytree(tones, tmp_path / "corpus")
+    process = started(corpus, tmp_path / "run", workers=2)
+    shutil.rmtree(corpus)
+    assert ended(process) == 2 and "--most-left-out" in (tmp_path / "run.out").read_text()
 
 
 # A crash at every file operation.

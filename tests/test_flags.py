@@ -3,7 +3,7 @@
 import math
 import os
 import random
-import runpy
+import subprocess
 import sys
 import typing
 import warnings
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_tones
-from in_process import ROOT, TINY, no_pictures, run  # noqa: F401
+from in_process import ROOT, SCRIPTS, TINY, run
 
 from dynsize import checkpoint, config
 from dynsize.terminal import one_line, printable, reported
@@ -60,6 +60,12 @@ def check(done, script: str) -> None:
     if done.returncode == 2:
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"{script}: ") and line.isprintable() and len(line) < 1100, line
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Trainings draw none: they would take longer than all else."""
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +190,18 @@ def test_output_that_cannot_be_written_is_one_line(error, monkeypatch, capsys):
         assert stop.value.code == 2 and capsys.readouterr().err == line
 
 
+def test_streams_that_are_closed_or_full_are_no_fault(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    with reported("train.py", ""):
+        print("shown", file=sys.stdout)
+        assert not sys.stderr.isatty()
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(SystemExit, match="2"), reported("train.py", ""):
+            raise ValueError("wrong")
+
+
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"), reported("train.py", ""):
         raise RuntimeError("the shape is wrong")
@@ -195,11 +213,14 @@ def test_warnings_show_no_line_of_the_source():
     assert shown == "train.py: warning: read again\n"
 
 
-@pytest.mark.parametrize("given, spins", [({}, "3000"), (dict(OMP_WAIT_POLICY="passive"), None)])
-def test_waiting_threads_spin_shortly_unless_the_user_says_how_they_wait(given, spins, monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    runpy.run_path(str(ROOT / "dynsize" / "__init__.py"))
-    assert os.environ.get("GOMP_SPINCOUNT") == spins
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "3000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="passive"), "None")],
+)
+def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_how_they_wait(given, spins):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    look = "import os, dynsize; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", look]
+    done = subprocess.run(command, cwd=ROOT, env=others | given, capture_output=True, text=True)
+    assert done.stdout.split() == [spins]

@@ -7,19 +7,36 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from io import BytesIO, TextIOWrapper
+from multiprocessing.dummy import DummyProcess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_tones
-from in_process import ROOT, SCRIPTS, TINY, no_pictures, refused, run  # noqa: F401
+from in_process import ROOT, SCRIPTS, TINY, run
 
-from dynsize import checkpoint, compression, config, run_directory, spoken
+from dynsize import checkpoint, compression, config, files, run_directory, spoken
 from dynsize.algorithms import ALGORITHMS
 from dynsize.subnet import cut, parameters
 from dynsize.training import Trainer
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Trainings in this process draw none: tests/test_plots.py looks at them."""
+    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
+
+
+def refused(script: str, *arguments: str | Path, cwd: Path) -> str:
+    """Run a script that refuses its arguments and changes nothing; return what it says."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
+    done = run(script, *arguments, cwd=cwd)
+    assert done.returncode == 2
+    assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +234,30 @@ REFUSED = [
 def test_bad_input_is_one_line_and_changes_nothing(trained, tones, command, said):
     script, *arguments = command.replace("CORPUS", str(tones)).split()
     line = refused(script, *arguments, cwd=trained)
-    assert re.search(said, line), line
+    assert re.search(said, line) and line.count("\n") == 1, line
+
+
+def test_too_few_threads_are_one_line(tones, tmp_path, monkeypatch):
+    def second_fails(thread: threading.Thread) -> None:
+        if any(isinstance(other, DummyProcess) for other in threading.enumerate()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    done = run("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: out of memory: can't start new thread\n"
+
+
+def test_overwrite_renames_a_run(work, tones):
+    (work / "run" / "mine").touch()
+    flags = ["--corpus", tones, "--run", "run", "--overwrite", *TINY, "--updates", "2"]
+    with pytest.warns(UserWarning, match=r"now in .*run\.old"):
+        assert run("train.py", *flags, cwd=work).returncode == 0
+    assert checkpoint.load(work / "run").training["update"] == 2
+    assert (work / "run.old" / "mine").exists()
+    assert checkpoint.load(work / "run.old").training["update"] == 12
 
 
 def test_the_preset_follows_from_the_corpus():
@@ -336,10 +376,29 @@ def test_prune_hints_at_what_it_wrote(work):
         assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/cache/x.flac")
+
+    monkeypatch.setattr(spoken, "speak_split", full)
+    monkeypatch.setattr(spoken, "Espeak", lambda seed: None)
+    with pytest.raises(SystemExit) as stop:
+        spoken.main([str(tmp_path / "corpus")])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    ended = subprocess.CompletedProcess([], 2, "", capsys.readouterr().err)
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: ended)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run("train.py", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "No space left on device" in line and "/cache/x.flac" in line
+
+
 def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert re.search(r"file.*Not a directory.*XDG_CACHE_HOME", refused("train.py", cwd=tmp_path))
+    with pytest.warns(UserWarning, match="not kept: Not a directory; XDG_CACHE_HOME names another"):
+        files.keep(files.user_cache() / "durations", b"")
 
 
 def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
