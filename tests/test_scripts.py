@@ -417,5 +417,5 @@ def test_the_embedded_corpus_end_to_end(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "demo" / "checkpoint.pt").exists()
     kept = [path.name.partition("-")[0] for path in (tmp_path / "cache" / "dynsize").iterdir()]
-    assert sorted(kept) == ["durations", "spoken"]
+    assert sorted(kept) == ["headers", "spoken"]
     assert os.listdir(tmp_path / "cache" / "dynsize" / "spoken-1")

@@ -1,6 +1,5 @@
 """The loop: it learns, resumes exactly, and survives losses that are not finite and bad audio."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -129,8 +128,8 @@ def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_
 
 
 def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
-    config = for_method(tiny(method="aux-loss", updates=3))
-    records = list(begun(tones, tmp_path / "run", **dataclasses.asdict(config)).updates())
+    config = for_method(tiny(method="aux-loss", updates=3, corpus=str(tones)))
+    records = list(Trainer(config, tmp_path / "run").begin().updates())
     assert [record["sizes"] for record in records] == [[8, 5, 3]] * 3
     names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
     assert all(records[-1]["dev"][size]["layers"] == names[:size] for size in (3, 5, 8))
