@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import fcntl
-import gc
 import io
 import itertools
 import json
@@ -514,8 +513,9 @@ def started(
 ) -> fork.Process:
     """Start a long training by the script, and wait for the first line of its log.
 
-    It runs in a fork of this process, which has imported torch, or is `real`: a new Python. It
-    leads a session, and writes to a descriptor, or to the file RUN.out. `ready` is called first.
+    It runs in a fork of this process, which has imported torch, or is a new Python: where it is
+    `real`, and where it has worker processes, as their end depends on how Python ends. It leads a
+    session, and writes to a descriptor, or to the file RUN.out. `ready` is called first.
     """
     flags = f"--corpus {tones} --run {run} --workers {workers} --updates {UPDATES} --threads 1 "
     flags += f"--log-every 1 --validate-every {UPDATES} --save-every {UPDATES}"
@@ -527,7 +527,7 @@ def started(
         written_to = os.open(f"{run}.out", os.O_CREAT | os.O_WRONLY) if output < 0 else output
         for stream in (1, 2):
             os.dup2(written_to, stream)
-        if real:
+        if real or workers:
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, *arguments])
         sys.argv, sys.stdout, sys.stderr = arguments, os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -536,7 +536,6 @@ def started(
             SCRIPTS["train.py"]["main"]()
         except SystemExit as stop:
             code = stop.code
-        gc.collect()  # ends the loader, as the end of Python does
         sys.exit(code)
 
     process = elsewhere(script)
