@@ -238,7 +238,7 @@ class AttentionDecoder(nn.Module):
     def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
         """Return the same for one utterance, given by parts (T', D) that follow each other.
 
-        Each part is a text of its own: the decoder is trained for utterances.
+        Each part is decoded as a separate text: the decoder is trained for utterances.
         """
         found = []
         done = 0

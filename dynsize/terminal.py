@@ -208,7 +208,7 @@ def dev_lines(record: dict, model: Supernet) -> str:
         lines.append(f"  size {size:>3} {100 * result[result['measure']]:6.2f}%  {kept}")
     if all(result["silent"] for result in results.values()):
         lines.append(
-            "  No size says a word yet: CTC learns blanks first. If this lasts for 2,000 updates, "
+            "  No size says a word yet: silence is learned first. If this lasts for 2,000 updates, "
             "train anew with --units characters, a lower --peak-learning-rate or --subnet-loss."
         )
     return "\n".join(lines)
