@@ -129,11 +129,15 @@ class Examples(Dataset):
     """Utterances, read when asked for; `keep` keeps features in memory, up to 2 GB.
 
     In an epoch of training, an utterance has labels, one of the configured speeds and SpecAugment's
-    masks; where `epoch` is None, it has none of these. All that is drawn for an utterance is a
-    function of (seed, epoch, id): the same in every batch, on every process, and after resuming.
+    masks, if `masks`; where `epoch` is None, it has none of these. All that is drawn for an
+    utterance is a function of (seed, epoch, id): the same in every batch, on every process, and
+    after resuming.
+
+    Worker processes have `epoch` and `masks` as they are when `read_batches` begins.
     """
 
     epoch: int | None = None
+    masks: bool = True
 
     def __init__(
         self, utterances: Sequence[Utterance], tokenizer: Tokenizer, config: Config, keep: bool
@@ -170,7 +174,7 @@ class Examples(Dataset):
         except CorruptAudio as error:
             nothing = torch.zeros(1, self.config.mel_bins)
             return Example(utterance, labels, nothing, seed, str(error))
-        if self.epoch is not None:
+        if self.epoch is not None and self.masks:
             features = spec_augment(features, self.config, draw)
         return Example(utterance, labels, features, seed)
 

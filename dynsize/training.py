@@ -150,8 +150,11 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Yield this process's batches from now on, epoch after epoch.
 
-        With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans.
+        With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans. Those
+        of the updates before `mask_from` have no masks.
         """
+        first_masked = round(self.config.mask_from * self.config.updates)  # an update
+        unmasked = max(0, first_masked - self.done) * self.config.accumulate  # batches from now on
         number = self.state["batches"] + processes.number()  # of the next batch, in all epochs
         while True:
             epoch = self.state["epoch"]
@@ -159,9 +162,12 @@ class Trainer:
             plan = epoch_plan(frames, self.config, epoch)
             place = max(0, number - self.state["first"])
             mine = plan[place :: self.processes]
-            if mine:
-                pin = self.device.type == "cuda"
-                yield from read_batches(self.data.examples, mine, pin)
+            for masks, part in ((False, mine[:unmasked]), (True, mine[unmasked:])):
+                self.data.examples.masks = masks
+                if part:
+                    pin = self.device.type == "cuda"
+                    yield from read_batches(self.data.examples, part, pin)
+            unmasked = max(0, unmasked - len(mine))
             number += len(mine) * self.processes
             self.state["first"] += len(plan)
             self.state["epoch"] += 1

@@ -9,6 +9,7 @@ from conftest import begun, finish, same, tiny
 
 from dynsize import checkpoint
 from dynsize.batching import read_batches
+from dynsize.config import with_method
 from dynsize.initial import load_teacher
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
@@ -87,6 +88,19 @@ def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
 def test_a_teacher_needs_the_method_none():
     with pytest.raises(ValueError, match="--teacher runs/full: needs --method none"):
         tiny(teacher="runs/full")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(method="none", sizes=(8,)), dict(method="layerdrop"), dict(sizes=(8,))],
+)
+def test_self_distillation_needs_sizes_that_train_together(changes):
+    with pytest.raises(ValueError, match=r"--self-distillation .* sizes that train together"):
+        tiny(self_distillation=0.5, **changes)
+    supernet = tiny(self_distillation=0.5)
+    assert tiny(self_distillation=0.5, method="aux-loss").self_distillation == 0.5
+    for method in ("none", "layerdrop"):  # as in a study
+        assert with_method(supernet, method).self_distillation == 0
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,28 @@ def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, method):
     assert not same(finish(other), expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_begin_at_their_update(tones, tmp_path, workers):
+    changes = dict(workers=workers, accumulate=2, dropout=0.2)
+    from_5 = dict(changes, mask_from=0.4)  # of 12 updates: 4.8
+    losses = {}
+    none = dict(frequency_masks=0, time_mask_every=0)
+    for name, more in {"masked": from_5, "plain": changes | none}.items():
+        trainer = begun(tones, tmp_path / name, **more)
+        losses[name] = [record["losses"] for record in trainer.updates()]
+    pairs = zip(losses["masked"], losses["plain"], strict=True)
+    assert [masked == plain for masked, plain in pairs] == [True] * 5 + [False] * 7
+    for stop in (2, 5, 6):
+        run = tmp_path / f"{stop}"
+        broken = begun(tones, run, **from_5)
+        for record in broken.updates():
+            if record["update"] == stop:
+                broken.save()
+                break
+        resumed = [record["losses"] for record in Trainer.resume(run).updates()]
+        assert resumed == losses["masked"][stop:], stop
+
+
 def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
     changes = dict(method="iterative-zero-out", delta=2, score_rate=300.0, step1_share=0.6)
     run = begun(tones, tmp_path / "run", updates=20, validate_every=20, save_every=20, **changes)
