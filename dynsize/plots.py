@@ -85,7 +85,7 @@ def figures_of(name: str, records: Records, found: dict[str, typing.Any]) -> dic
     """Return name → picture. `records`: of metrics.jsonl. `found`: file → what it holds."""
     figures = {}
     if any(record.get("losses") for record in records):
-        figures["training"] = training_figure(records, found["config.json"], name)
+        figures["training"] = training_figure(records, name)
     scored = [record for record in records if record.get("scores")]
     scored = [record for record in scored if record["step"] == 1]
     if scored and "ranking.json" in found:
@@ -112,11 +112,12 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 # The training.
 
 
-def training_figure(records: Records, config: dict, name: str) -> Figure:
+def training_figure(records: Records, name: str) -> Figure:
     """Draw losses, dev error rates, and the learning rate over the updates of a training."""
     logged = [record for record in records if record.get("losses")]
     validated = [record for record in records if record.get("dev")]
-    styles = styles_of(config["sizes"][::-1])
+    trained = validated[0]["dev"] if validated else logged[0]["sizes"][:1]
+    styles = styles_of(sorted(map(int, trained), reverse=True))
     figure = Figure(figsize=(8.5, 7))
     losses, errors, rate = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1.5])
     draw_losses(losses, logged, styles)

@@ -199,12 +199,17 @@ def test_where_characters_count_the_picture_says_cer(tmp_path):
     assert "dev CER" in [axes.get_ylabel() for axes in figures_of(run)["training"].axes]
 
 
-def test_one_size_alone_has_no_step_1(tmp_path):
-    run = write_run(tmp_path / "run", method="none", sizes=(8,))
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(x for x in lines if '"step": 1' not in x))
+def test_one_size_alone_is_drawn_by_itself(tmp_path):
+    run = write_run(tmp_path / "run", method="none", size=3)
+    alone = [
+        dict(update=2, step=2, sizes=[3], learning_rate=1e-3, losses={"3": 1.0}),
+        dict(update=2, dev={"3": dict(wer=0.5, measure="wer", errors=1)}),
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in alone))
     figures = figures_of(run)
     assert set(figures) == {"training"} and "step 1" not in figures["training"].get_suptitle()
+    losses, errors, _ = figures["training"].axes
+    assert [line.get_ydata().tolist() for line in (*losses.lines, *errors.lines)] == [[1.0], [0.5]]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_one_size_alone_has_no_step_1(tmp_path):
     [
         ("metrics.jsonl", '"losses": {', '"losses": 7, "x": {'),
         ("metrics.jsonl", '"scores": [', '"scores": [[], '),
-        ("config.json", '"sizes": [3, 5, 8]', '"sizes": ""'),
+        ("config.json", '"sizes": [3, 5, 8]', '"sizes": 7'),
         ("ranking.json", '"layer"', '"x"'),
         ("ranking.json", "]", ""),
     ],
