@@ -15,6 +15,7 @@ from tqdm import tqdm
 import dynsize
 from dynsize import files
 from dynsize.processes import use_threads
+from dynsize.readers import in_list
 from dynsize.recogniser import Recogniser, Transcript, Word
 from dynsize.terminal import (
     Parser,
@@ -153,6 +154,9 @@ def text_files(options: argparse.Namespace) -> list[Path | None]:
             raise ValueError(f"{file}: is an audio file itself; --output names another folder")
         if os.path.lexists(file) and not options.overwrite:
             raise ValueError(f"{file}: exists already; --overwrite replaces it")
+        if file.is_dir():
+            raise ValueError(f"{file}: is a directory")
+    options.output.mkdir(parents=True, exist_ok=True)
     return texts
 
 
@@ -177,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
             code = 2
             continue
         texts.append(transcript.text)
-        put(FORMATS[options.format](transcript, name), file)
+        put(FORMATS[options.format](transcript, in_list(name)), file)
     if words:
         print(one_line(f"dynsize: {words.missing(texts)}"), file=sys.stderr)
     return code
@@ -210,7 +214,6 @@ def put(text: str, file: Path | None) -> None:
         encoding = sys.stdout.encoding
         print(text.encode(encoding, "json").decode(encoding), end="", flush=True)
     else:
-        file.parent.mkdir(parents=True, exist_ok=True)
         files.write(file, text.encode("utf-8", "json"))
 
 

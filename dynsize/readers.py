@@ -104,7 +104,7 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
         if channel not in CHANNELS or not end:
             form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
             raise ValueError(f"{where}: not {form}: {quoted(line)}")
-        id = os.path.basename(where)
+        id = in_list(os.path.basename(where))
         if "ignore_time_segment_in_scoring" in raw.lower():
             notes.leave_out("ignore_time_segment_in_scoring", id, where)
             continue
@@ -194,10 +194,10 @@ def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
         except (LookupError, TypeError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, LookupError) else str(error)
             raise ValueError(f"{where}: {what} in {quoted(json.dumps(row))}; {FORMS}") from error
-    names = Counter(without_ending(entry.path) for entry in entries if not entry.id)
-    for number, entry in enumerate(entries, 1):
-        name = without_ending(entry.path)
-        alone = name if names[name] == 1 else f"{name}-{number}"
+    names = [in_list(without_ending(entry.path)) for entry in entries]
+    counts = Counter(name for name, entry in zip(names, entries, strict=True) if not entry.id)
+    for number, (name, entry) in enumerate(zip(names, entries, strict=True), 1):
+        alone = name if counts[name] == 1 else f"{name}-{number}"
         yield entry._replace(id=entry.id or alone)
 
 
@@ -485,6 +485,14 @@ def audio_of(name: str, audio: dict[str, str], folder: Path | str, where: str) -
 def on_disk(name: str) -> str:
     """Return a name in a list, in UTF-8, as Python spells it for a file in this locale."""
     return os.fsdecode(name.encode(errors="surrogateescape"))
+
+
+def in_list(name: str) -> str:
+    """Return the name of a file as a list in UTF-8 spells it, in every locale, if it is UTF-8."""
+    try:
+        return os.fsencode(name).decode()
+    except UnicodeError:
+        return name
 
 
 def contents(folder: Path | str) -> str:

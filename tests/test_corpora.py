@@ -507,17 +507,26 @@ def test_a_pipe_in_place_of_a_list_is_refused(tmp_path):
         read(tmp_path)
 
 
-def test_names_are_found_where_the_locale_is_not_utf8(tmp_path):
-    write_audio(tmp_path / "tälk.wav"), write_audio(tmp_path / "train/ü.flac")
+def test_names_and_ids_are_the_same_where_the_locale_is_not_utf8(tmp_path):
+    for name in ("tälk.wav", "train/ü.flac", "test/sph/ö.wav"):
+        write_audio(tmp_path / name)
     write_manifest(tmp_path, [NEMO | dict(audio_filepath="tälk.wav")], "dev.json")
     (tmp_path / "train/ü.trans.txt").write_text("ü LOW\n", encoding="utf-8")
-    code = (
-        "import sys; from dynsize.config import Config; from dynsize.corpora import read_corpus; "
-    )
-    code += "read_corpus(Config(corpus=sys.argv[1]), ['train', 'dev'])"
-    ascii = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    (tmp_path / "test/stm").mkdir()
+    (tmp_path / "test/stm/ö.stm").write_text("ö 1 x 0 0.2 LOW\n", encoding="utf-8")
+    code = """
+import sys
+from dynsize.config import Config
+from dynsize.corpora import read_corpus
+corpus = read_corpus(Config(corpus=sys.argv[1]), ["train", "dev", "test"])
+print(ascii([utterance.id for utterance in corpus.utterances]))
+"""
     command = [sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, env=os.environ | ascii)
+    ids = ["ü", "tälk", "ö.stm:1"]
+    for utf8 in "01":
+        environment = dict(LC_ALL="C", PYTHONUTF8=utf8, PYTHONCOERCECLOCALE="0")
+        found = subprocess.check_output(command, env=os.environ | environment, text=True)
+        assert found == ascii(ids) + "\n"
 
 
 @pytest.mark.parametrize("split", ["train+", "+train", "", ".", "../x", "/etc", "a/../../b"])
