@@ -45,19 +45,13 @@ EXAMPLES = """\
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the command line. Ends the process with one line where it can't be."""
     parser = Parser("prune.py", __doc__, EXAMPLES, "RUN ")
-    parser.add_argument(
-        "supernet", type=Path, metavar="RUN", help="run directory of train.py, or its checkpoint"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="directory for size-K.pt (RUN; with --method RUN/METHOD)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:N or auto, where milliseconds are measured (as trained)"
-    )
+    add = parser.add_argument
+    model = "run directory of train.py, or its checkpoint"
+    add("supernet", type=Path, metavar="RUN", help=model)
+    folder = "directory for size-K.pt (RUN; with --method RUN/METHOD)"
+    add("--output", type=Path, metavar="FOLDER", help=folder)
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--device", help="cpu, cuda, cuda:N or auto, where milliseconds are measured (as trained)")
     add_sizes(parser)
     add_export_and_learning(parser)
     parsed = parser.parse_args(arguments)
@@ -68,68 +62,44 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def add_sizes(parser: Parser) -> None:
     """Add the flags that choose sizes and their layers."""
-    sizes = parser.add_argument_group("sizes (default: all that were trained, except the full one)")
-    sizes.add_argument(
-        "--sizes", type=int, nargs="+", default=[], metavar="K", help="numbers of layers"
-    )
-    sizes.add_argument(
-        "--max-params",
-        type=int,
-        metavar="N",
-        help="the largest size, trained or not, within this many weights",
-    )
-    sizes.add_argument(
-        "--max-macs",
-        type=int,
-        metavar="N",
-        help="the largest size, trained or not, within these MACs for 1 s of audio",
-    )
-    sizes.add_argument(
+    title = "sizes (default: all that were trained, except the full one)"
+    add = parser.add_argument_group(title).add_argument
+    add("--sizes", type=int, nargs="+", default=[], metavar="K", help="numbers of layers")
+    largest = "the largest size, trained or not,"
+    add("--max-params", type=int, metavar="N", help=f"{largest} within this many weights")
+    add("--max-macs", type=int, metavar="N", help=f"{largest} within these MACs for 1 s of audio")
+    add(
         "--max-latency-ms",
         type=float,
         metavar="MS",
-        help="the largest size, trained or not, that takes at most these milliseconds for "
-        "--audio-seconds of noise here: the median of 15 runs of each size that is tried, cut out",
+        help=f"{largest} that takes at most these milliseconds for --audio-seconds of noise here: "
+        "the median of 15 runs of each size that is tried, cut out",
     )
-    sizes.add_argument(
+    add(
         "--audio-seconds",
         type=float,
         default=10.0,
         metavar="SECONDS",
         help="length of the utterance whose milliseconds are measured (10)",
     )
-    sizes.add_argument(
-        "--ranking",
-        choices=RANKINGS,
-        default="learned",
-        help="which layers a size keeps (learned)",
-    )
-    sizes.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the random ranking (0)"
-    )
+    kept = "which layers a size keeps (learned)"
+    add("--ranking", choices=RANKINGS, default="learned", help=kept)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random ranking (0)")
 
 
 def add_export_and_learning(parser: Parser) -> None:
     """Add the flags that write ONNX files, and those that learn which layers to keep."""
-    deploy = parser.add_argument_group("deployment")
-    deploy.add_argument(
-        "--export",
-        choices=["onnx"],
-        help="write size-K.onnx beside size-K.pt, and supernet.onnx: all sizes in one file",
-    )
-    deploy.add_argument(
-        "--int8", action="store_true", help="with --export: a file NAME-int8.onnx for each, too"
-    )
-    learn = parser.add_argument_group("learning which layers of a full-size model to keep")
-    learn.add_argument(
-        "--method", choices=list(ALGORITHMS), help="learn scores, then train all sizes jointly"
-    )
-    learn.add_argument(
-        "--updates",
-        type=int,
-        metavar="N",
-        help="updates of both steps (a third of the model's training); 0: learn nothing",
-    )
+    add = parser.add_argument_group("deployment").add_argument
+    onnx = "write size-K.onnx beside size-K.pt, and supernet.onnx: all sizes in one file"
+    add("--export", choices=["onnx"], help=onnx)
+    int8 = "with --export: a file NAME-int8.onnx for each, too"
+    add("--int8", action="store_true", help=int8)
+    title = "learning which layers of a full-size model to keep"
+    add = parser.add_argument_group(title).add_argument
+    method = "learn scores, then train all sizes jointly"
+    add("--method", choices=list(ALGORITHMS), help=method)
+    updates = "updates of both steps (a third of the model's training); 0: learn nothing"
+    add("--updates", type=int, metavar="N", help=updates)
 
 
 def contradiction(options: argparse.Namespace) -> str:
@@ -339,7 +309,7 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
     models = [loaded.model for loaded in networks]
     if models[0].size is None:
         models[0] = cut(models[0], models[0].config.layers)
-    taken = latencies([(model, model.size) for model in models], seconds)
+    taken = latencies(models, seconds)
     milliseconds = f"{f'ms for {seconds:g} s':>12}"
     print(f"{'':9} layers  parameters  MACs for 1 s   file bytes {milliseconds}  file")
     for loaded, model, ms in zip(networks, models, taken, strict=True):

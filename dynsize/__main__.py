@@ -65,22 +65,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def captions(transcript: Transcript) -> list[list[Word]]:
-    """Return the words in captions: at most 60 characters each, and no pause of 1 s in them."""
-    lines: list[list[Word]] = []
+def captions(transcript: Transcript) -> list[Word]:
+    """Return the words joined to captions of at most 60 characters, without pauses of 1 s."""
+    joined: list[Word] = []
     for word in transcript.words:
-        line = lines[-1] if lines else []
-        characters = sum(len(other.text) + 1 for other in line) + len(word.text)
-        if line and characters <= CAPTION_CHARACTERS and word.start < line[-1].end + CAPTION_PAUSE:
-            line.append(word)
-        else:
-            lines.append([word])
-    return lines
+        if joined:
+            last = joined[-1]
+            text = f"{last.text} {word.text}"
+            if len(text) <= CAPTION_CHARACTERS and word.start < last.end + CAPTION_PAUSE:
+                joined[-1] = Word(text, last.start, word.end)
+                continue
+        joined.append(word)
+    return joined
 
 
-def span(words: list[Word], point: str) -> str:
+def span(caption: Word, point: str) -> str:
     """Return the times of a caption, as 00:00:00.500 --> 01:02:03.456; the point is SRT's comma."""
-    return f"{clock(words[0].start, point)} --> {clock(words[-1].end, point)}"
+    return f"{clock(caption.start, point)} --> {clock(caption.end, point)}"
 
 
 def clock(seconds: float, point: str) -> str:
@@ -103,17 +104,17 @@ def json_line(transcript: Transcript, name: str) -> str:
 
 def srt(transcript: Transcript, name: str) -> str:
     blocks = []
-    for number, line in enumerate(captions(transcript), start=1):
-        blocks.append(f"{number}\n{span(line, ',')}\n{joined(line)}\n")
+    for number, caption in enumerate(captions(transcript), start=1):
+        blocks.append(f"{number}\n{span(caption, ',')}\n{caption.text}\n")
     return "\n".join(blocks)
 
 
 def vtt(transcript: Transcript, name: str) -> str:
-    blocks = []
-    for line in captions(transcript):
-        text = html.escape(joined(line), quote=False)  # & and < are WebVTT's own
-        blocks.append(f"{span(line, '.')}\n{text}\n")
-    return "\n".join(["WEBVTT\n", *blocks])
+    blocks = ["WEBVTT\n"]
+    for caption in captions(transcript):
+        text = html.escape(caption.text, quote=False)  # & and < are WebVTT's own
+        blocks.append(f"{span(caption, '.')}\n{text}\n")
+    return "\n".join(blocks)
 
 
 def ctm(transcript: Transcript, name: str) -> str:
@@ -123,10 +124,6 @@ def ctm(transcript: Transcript, name: str) -> str:
         f"{recording} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text}\n"
         for word in transcript.words
     )
-
-
-def joined(words: list[Word]) -> str:
-    return " ".join(word.text for word in words)
 
 
 def stem(name: str) -> str:
@@ -171,10 +168,11 @@ def run(options: argparse.Namespace) -> int:
     if options.lm:
         words = recogniser.language_model(options.lm, **lm_settings(options))
         asked["language_model"] = words
+    bar_options = dict(unit=" s", unit_scale=True, delay=2, leave=False, disable=None)
     code, texts = 0, []
     for name, file in zip(options.audio, written, strict=True):
         try:
-            with progress_bar(name) as bar:
+            with tqdm(desc=printable(name), **bar_options) as bar:
                 transcript = recogniser.transcribe(name, progress=bar.update, **asked)
         except ValueError as error:
             print(one_line(f"dynsize: {error}"), file=sys.stderr)
@@ -197,12 +195,6 @@ def chosen_size(recogniser: Recogniser, options: argparse.Namespace) -> int:
     taken = recogniser.latencies[size]
     print(f"dynsize: size {size} takes {taken:.1f} ms for 10 s of audio", file=sys.stderr)
     return size
-
-
-def progress_bar(name: str) -> tqdm:
-    """Return the bar of a file that takes long, for a terminal."""
-    shown = dict(unit=" s", unit_scale=True, delay=2, leave=False)
-    return tqdm(desc=printable(name), disable=not sys.stderr.isatty(), **shown)
 
 
 def put(text: str, file: Path | None) -> None:

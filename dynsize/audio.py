@@ -116,10 +116,10 @@ def read_samples(path: str, span: tuple[int, int], rate: int, channel: int) -> n
             while wanted and not changed and len(block := file.block(wanted)):
                 parts.append(block[:, channel])
                 wanted -= len(block)
-            most = MP3_FRAME if file.format == "MP3" else 0
+            too_few = wanted > file.may_lack
     except OSError as error:
         raise CorruptAudio(f"{path}: is gone: {error.strerror}") from error
-    if changed or wanted > most:
+    if changed or too_few:
         found = f"{last - first - wanted} of {last - first} samples can be read"
         raise CorruptAudio(f"{path}: {found}: truncated, or changed since it was listed")
     return np.pad(np.concatenate(parts), (0, wanted))
@@ -138,7 +138,11 @@ def opened(source: str | Path | IO[bytes], name: str = "") -> Iterator["AudioFil
         raw = open(source, "rb", buffering=0)  # noqa: SIM115 (it is closed below)
     with raw if raw.seekable() else copy_of(raw, name) as raw:
         try:
-            with audio_file(raw, name) as file:
+            file = AudioFile(raw.fileno(), raw, name)
+            if file.format == "MP3" and not mp3_tells_length(raw):
+                file.close()
+                file = AudioFile(Endless(raw), raw, name)
+            with file:
                 if file.format not in FORMATS:
                     what = f"audio in the format {file.format} is not read"
                     raise CorruptAudio(f"{name}: {what}; ffmpeg -i {name} NEW.flac may convert it")
@@ -146,15 +150,6 @@ def opened(source: str | Path | IO[bytes], name: str = "") -> Iterator["AudioFil
         except soundfile.LibsndfileError as error:
             what = advice(raw, name) or f"not audio that can be read: {error.error_string}"
             raise CorruptAudio(f"{name}: {what}") from error
-
-
-def audio_file(raw: IO[bytes], name: str) -> "AudioFile":
-    """Return the audio in an open file."""
-    file = AudioFile(raw.fileno(), raw, name)
-    if file.format == "MP3" and not mp3_tells_length(raw):
-        file.close()
-        return AudioFile(Endless(raw), raw, name)
-    return file
 
 
 def copy_of(pipe: IO[bytes], name: str) -> IO[bytes]:
@@ -233,6 +228,7 @@ class AudioFile(soundfile.SoundFile):
         self.raw = raw
         self.path = name
         self.bytes = os.fstat(raw.fileno()).st_size
+        self.may_lack = MP3_FRAME if self.format == "MP3" else 0  # samples
 
     def seekable(self) -> bool:
         """Return False: else soundfile reads what the header promises, and seeks at each block."""
@@ -267,10 +263,9 @@ class AudioFile(soundfile.SoundFile):
         while len(block := self.block()):
             samples += len(block)
             yield block
-        most = MP3_FRAME if self.format == "MP3" else 0
         promised = self.promised or 0
         lost = self.lost()
-        if samples < promised - most:
+        if samples < promised - self.may_lack:
             lost = f"truncated: {samples} of {promised} samples can be read"
         if samples == 0:
             stem = os.path.splitext(self.path)[0]

@@ -73,7 +73,7 @@ class Batch:
         tensors = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def to(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return features, lengths, labels, label lengths and seeds on a device."""
         tensors = (self.features, self.lengths, self.labels, self.label_lengths, self.seeds)
         return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
@@ -87,9 +87,7 @@ def text_labels(utterance: Utterance, tokenizer: Tokenizer) -> list[int]:
     try:
         return tokenizer.encode(utterance.text)
     except ValueError as error:
-        advice = (
-            "leave out --tokenizer, or name --vocabulary with --init-from, and a new one is made"
-        )
+        advice = "leave out --tokenizer, or with --init-from name --vocabulary, for a new one"
         where = f"{utterance.path}: the utterance {utterance.id}"
         raise ValueError(f"{where}: {error}; {advice}") from error
 

@@ -54,7 +54,7 @@ def save(
         "config": dataclasses.asdict(model.config),
         "weights": model.state_dict(),
         "size": model.size,
-        "tokenizer": tokenizer.model,
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8),
         "training": training,
         "longest_seconds": longest_seconds,
     }
@@ -121,7 +121,7 @@ def from_content(path: Path, content: dict) -> Checkpoint:
     """Return the checkpoint that a file holds. Raises ValueError for another format."""
     if content["format"] != FORMAT:
         raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}; train it again")
-    tokenizer = Tokenizer(content["tokenizer"])
+    tokenizer = Tokenizer(bytes(content["tokenizer"].tolist()))
     config = from_dict(content["config"])
     ranking = content["weights"]["_extra_state"]
     model = Supernet(config, tokenizer.labels, ranking, content["size"])

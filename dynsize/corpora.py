@@ -6,7 +6,6 @@ its lists name. The length of the audio (`audio.py`), the checks and the spellin
 """
 
 import os
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from dynsize.config import Config
 from dynsize.readers import KINDS, Entry, Notes, contents
 from dynsize.spoken import spoken_corpus
 from dynsize.terminal import printable
-from dynsize.text import clean, counted, quoted, without_unknown
+from dynsize.text import UNKNOWN_WORD, clean, counted, quoted
 from dynsize.wer import Reference
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded
@@ -60,7 +59,9 @@ class Corpus(Notes):
 
 def corpus_root(config: Config) -> Path:
     """Return the directory of the configured corpus; speaks the embedded one if it is missing."""
-    return spoken_corpus() if config.corpus == "spoken" else Path(os.path.abspath(config.corpus))
+    if config.corpus == "spoken":
+        return spoken_corpus()
+    return Path(os.path.abspath(config.corpus))
 
 
 def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") -> Corpus:
@@ -80,37 +81,31 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
     for split in "+".join(splits).split("+"):
         kind, source, reader = recognise(root, split, config.corpus_kind, flag)
         corpus.kinds[split] = kind
-        bar = tqdm(reader(source, corpus), split, unit="utt", delay=2, leave=False, disable=None)
-        listed.append((source, list(bar)))
-    found = headers((entry.path for _, entries in listed for entry in entries), root)
+        options = dict(unit="utt", delay=2, leave=False, disable=None)
+        entries = list(tqdm(reader(source, corpus), split, **options))
+        listed.append((source, entries))
+    paths = [entry.path for _, entries in listed for entry in entries]
+    found = headers(paths, root)
     for source, entries in listed:
-        before = len(corpus.utterances)
-        seen: set[str] = set()  # two splits may have the same ids, as clean and noisy speech
+        utterances: dict[str, Utterance | None] = {}  # by id, which two splits may both have
         for entry in entries:
-            entry = entry._replace(id=printable("_".join(entry.id.split())))
-            if entry.id in seen:
-                raise ValueError(f"{entry.where}: the utterance {entry.id} is there twice")
-            seen.add(entry.id)
-            add(corpus, entry, found[entry.path], config)
-        corpus.utterances[before:] = sorted(corpus.utterances[before:], key=attrgetter("id"))
-        if len(corpus.utterances) == before:
-            raise ValueError(nothing_in(source, corpus))
+            id = printable("_".join(entry.id.split()))
+            if id in utterances:
+                raise ValueError(f"{entry.where}: the utterance {id} is there twice")
+            header = found[entry.path]
+            utterances[id] = usable(entry._replace(id=id), header, corpus, config)
+        good = filter(None, utterances.values())
+        corpus.utterances += sorted(good, key=attrgetter("id"))
+        if not any(utterances.values()):
+            first = corpus.first_left_out()
+            there = contents(source if source.is_dir() else source.parent)
+            told = f" are left; the first: {first}" if first else f"; {there}"
+            raise ValueError(f"{source}: no utterances{told}")
     return corpus
-
-
-def nothing_in(source: Path, corpus: Corpus) -> str:
-    """Return the message on a split without utterances."""
-    for names in corpus.left_out.values():
-        for what in names.values():
-            return f"{source}: no utterances are left; the first: {what}"
-    return f"{source}: no utterances" + (f"; {contents(source)}" if source.is_dir() else "")
 
 
 def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, Callable]:
     """Return the kind of a split, the file that shows it, and its reader."""
-    if not Path(split).parts or Path(split).is_absolute() or ".." in Path(split).parts:
-        advice = "A+B joins splits, and no part may be empty"
-        raise ValueError(f"{flag} {quoted(split)}: names no split; {advice}")
     for name, pattern, reader in KINDS:
         source = root / pattern.format(split)
         if kind in ("auto", name) and source.exists():
@@ -118,15 +113,18 @@ def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, 
     raise ValueError(f"{flag} {split}: no such split (--corpus-kind {kind}); {contents(root)}")
 
 
-def add(corpus: Corpus, entry: Entry, header: Header | CorruptAudio, config: Config) -> None:
-    """Add an utterance to a corpus, or to what is left out of it."""
-    if isinstance(header, CorruptAudio):
-        return corpus.leave_out(UNREADABLE, entry.id, str(header))
-    span = span_of(entry, header)
-    if isinstance(span, str):
-        return corpus.leave_out(UNREADABLE, entry.id, span)
+def usable(
+    entry: Entry, header: Header | CorruptAudio, corpus: Corpus, config: Config
+) -> Utterance | None:
+    """Return an utterance, or None where it is left out of the corpus, which then says why."""
+    try:
+        if isinstance(header, CorruptAudio):
+            raise header
+        first, last = span_of(entry, header)
+    except CorruptAudio as error:
+        return corpus.leave_out(UNREADABLE, entry.id, str(error))
     channel = chosen_channel(entry, header)
-    raw, unknown = without_unknown(entry.text)
+    raw, unknown = UNKNOWN_WORD.subn(" ", entry.text)
     corpus.changes["× <unk> taken out"] += unknown
     text = clean(raw, config.normaliser)
     reference = [
@@ -136,37 +134,41 @@ def add(corpus: Corpus, entry: Entry, header: Header | CorruptAudio, config: Con
     has_choice = any(len(alternatives) > 1 for alternatives in reference)
     if not text and entry.text.strip() and not has_choice:
         return corpus.leave_out(NO_WORDS, entry.id, f"{entry.where}: {quoted(entry.text)}")
-    spoken = Utterance(
+    return Utterance(
         id=entry.id,
         path=entry.path,
         text=text,
-        samples=round((span[1] - span[0]) * config.sample_rate / header.rate),
-        span=span,
+        samples=round((last - first) * config.sample_rate / header.rate),
+        span=(first, last),
         rate=header.rate,
         channel=channel,
-        speaker=sys.intern(printable(entry.speaker)),
+        speaker=printable(entry.speaker),
         reference=reference if has_choice else (),
     )
-    corpus.utterances.append(spoken)
 
 
-def span_of(entry: Entry, header: Header) -> tuple[int, int] | str:
-    """Return the samples of an utterance in its file; a message where the file lacks them.
+def span_of(entry: Entry, header: Header) -> tuple[int, int]:
+    """Return the first sample of an utterance in its file, and the one after the last.
 
-    Raises ValueError for an end that is not after the start.
+    Raises ValueError for an end that is not after the start, CorruptAudio where the file lacks
+    samples.
     """
-    scale, unit = (1, "samples") if entry.in_samples else (header.rate, "s")
-    end = header.samples / scale if entry.end is None else entry.end
-    if entry.end is not None and entry.start >= end:
-        at = f"ends at {end:g} {unit}, but begins at {entry.start:g} {unit}"
+    scale, unit = header.rate, "s"
+    if entry.in_samples:
+        scale, unit = 1, "samples"
+    start = entry.start * scale
+    end = header.samples if entry.end is None else entry.end * scale
+    if entry.end is not None and start >= end:
+        at = f"ends at {entry.end:g} {unit}, but begins at {entry.start:g} {unit}"
         raise ValueError(f"{entry.where}: {at}")
-    if header.lost and (entry.end is None or end * scale > header.samples):
-        return f"{entry.path}: {header.lost}"
-    first = round(min(entry.start * scale, header.samples))
-    last = round(min(end * scale, header.samples))
-    if first >= last or end * scale > header.samples + OVERSHOOT * header.rate:
+    if header.lost and (entry.end is None or end > header.samples):
+        raise CorruptAudio(f"{entry.path}: {header.lost}")
+    first = round(min(start, header.samples))
+    last = round(min(end, header.samples))
+    if first >= last or end > header.samples + OVERSHOOT * header.rate:
+        asked = f"{entry.start} to {entry.end or 'the last'} {unit}"
         has = f"{entry.path} has {header.samples / scale} {unit}"
-        return f"{entry.where}: {entry.start} to {entry.end or 'the last'} {unit}, but {has}"
+        raise CorruptAudio(f"{entry.where}: {asked}, but {has}")
     return first, last
 
 
@@ -230,9 +232,10 @@ def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
     yield f"{size}, {counted(len(speakers), 'speaker')}; {lost} left out"
     longest = max(corpus.utterances, key=attrgetter("samples"))
     lengths = [utterance.samples / config.sample_rate for utterance in corpus.utterances]
-    least, middle, usual, most = np.quantile(lengths, (0, 0.5, 0.99, 1), method="lower")
-    shares = f"half have at most {middle:.1f}, 99% at most {usual:.1f}"
-    yield f"seconds {least:.1f} to {most:.1f} ({longest.id}), {shares}; see --max-seconds"
+    shares = (0, 0.5, 0.99, 1)
+    least, middle, usual, most = np.quantile(lengths, shares, method="lower")
+    told = f"half have at most {middle:.1f}, 99% at most {usual:.1f}"
+    yield f"seconds {least:.1f} to {most:.1f} ({longest.id}), {told}; see --max-seconds"
     for what, count in corpus.changes.items():
         if count:
             yield f"{count} {what}"

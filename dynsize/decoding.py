@@ -7,18 +7,21 @@ comes with the extra `lm`: the wheel of flashlight-text has it.
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
 
-from dynsize.config import Config, require_ctc
+from dynsize.config import require_ctc
 from dynsize.ctc import BLANK
+from dynsize.networks import Facts
 from dynsize.supernet import Output
 from dynsize.text import clean
 
@@ -27,7 +30,15 @@ UNKNOWN = "<unk>"
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
 LARGEST = 1000  # of the weight and the bonus of a language model
 LOG_ZERO = -99.0  # what ARPA files write for the logarithm of 0
-TO_NATURAL = math.log(10)  # ARPA files hold logarithms to base 10
+
+Emitted = list[tuple[int, int]]  # the labels of an utterance, each with its frame
+
+
+class Scored(NamedTuple):
+    """What a language model says of some words: their score, and its state after them."""
+
+    score: float
+    state: object
 
 
 @dataclass(eq=False)
@@ -38,10 +49,8 @@ class Prefix:
     label: int
     frame: int
     word: bytes = b""  # the unfinished word at its end, in UTF-8
-    score: float = 0.0  # of its finished words, by the language model
-    state: object = None  # of the language model after them
-    ended_score: float = 0.0  # the same, as if the unfinished word ended here
-    ended_state: object = None
+    finished: Scored | None = None  # the words before; None: there is no language model
+    ended: Scored | None = None  # all words, as if the unfinished one ended here
 
 
 class BeamSearch:
@@ -65,11 +74,8 @@ class BeamSearch:
         self.words = words
         # (V,): 1 for a label that begins a word
         self.begins = np.array([unit.startswith(b" ") for unit in units], dtype=float)
-        root = Prefix(None, BLANK, frame=0)
-        if words is not None:
-            root.state = words.start()
-            root.ended_state = root.state
-        self.prefixes = [root]
+        nothing = words.start() if words else None
+        self.prefixes = [Prefix(None, BLANK, frame=0, finished=nothing, ended=nothing)]
         # Log-probabilities (P,) of the alignments that end with a blank, or with the last label.
         self.after_blank = np.zeros(1)
         self.after_label = np.full(1, -np.inf)
@@ -98,11 +104,11 @@ class BeamSearch:
         scores = np.logaddexp(blank, label)
         scores = np.concatenate([scores, longer.ravel()])  # (P + P · V,)
         if self.words is not None:
-            score = np.array([prefix.score for prefix in self.prefixes])  # (P,)
-            ended = np.array([prefix.ended_score for prefix in self.prefixes])
-            gain = ended - score  # of a label that begins a word
-            added = score[:, None] + gain[:, None] * self.begins  # (P, V)
-            scores += np.concatenate([score, added.ravel()])
+            finished = np.array([prefix.finished.score for prefix in self.prefixes])  # (P,)
+            ended = np.array([prefix.ended.score for prefix in self.prefixes])
+            gain = ended - finished  # of a label that begins a word
+            added = finished[:, None] + gain[:, None] * self.begins  # (P, V)
+            scores += np.concatenate([finished, added.ravel()])
         best = largest(scores, self.beam)
         self.choose(best, blank, label, longer)
         self.frame += 1
@@ -147,28 +153,18 @@ class BeamSearch:
         prefix = Prefix(before, label, self.frame)
         self.known[before, label] = prefix
         if self.words is not None:
-            score, state = before.score, before.state
-            *finished, prefix.word = (before.word + self.units[label]).split(b" ")
-            for word in filter(None, finished):
-                state, gain = self.words.score(state, word)
-                score += gain
-            prefix.score, prefix.state = score, state
-            prefix.ended_score, prefix.ended_state = score, state
-            if prefix.word:
-                prefix.ended_state, gain = self.words.score(state, prefix.word)
-                prefix.ended_score += gain
+            text = before.word + self.units[label]
+            *finished, prefix.word = text.split(b" ")
+            prefix.finished = self.words.add(before.finished, finished)
+            prefix.ended = self.words.add(prefix.finished, [prefix.word])
         return prefix
 
-    def results(self) -> list[tuple[float, list[tuple[int, int]]]]:
-        """Return the score and the labels of each prefix of the beam, the best one first.
-
-        The labels are pairs of a label and the frame in which it is emitted.
-        """
+    def results(self) -> list[tuple[float, Emitted]]:
+        """Return the score and the labels of each prefix of the beam, the best one first."""
         scores = np.logaddexp(self.after_blank, self.after_label)
         if self.words is not None:
             for i, prefix in enumerate(self.prefixes):
-                end = self.words.finish(prefix.ended_state)
-                scores[i] += prefix.ended_score + end
+                scores[i] += self.words.finish(prefix.ended)
         best = largest(scores, self.beam)
         return [(float(scores[i]), labels_with_frames(self.prefixes[i])) for i in best]
 
@@ -183,7 +179,7 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
     return best[scores[best] > -np.inf]
 
 
-def labels_with_frames(prefix: Prefix) -> list[tuple[int, int]]:
+def labels_with_frames(prefix: Prefix) -> Emitted:
     """Return the labels of a prefix, each with its frame; frames never fall."""
     pairs = []
     frame = prefix.frame
@@ -196,23 +192,21 @@ def labels_with_frames(prefix: Prefix) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class BeamDecoder:
-    """Decodes as an output does, but by `BeamSearch`, whose settings it has. It is for CTC."""
+    """Decodes as an output does, but by beam search. It is for CTC. `begin`: begins a search."""
 
-    beam: int
-    units: Sequence[bytes] = ()
-    words: "LanguageModel | None" = None
+    begin: Callable[[], BeamSearch]
 
-    def decode(self, emissions: Tensor, lengths: Tensor) -> list[list[tuple[int, int]]]:
+    def decode(self, emissions: Tensor, lengths: Tensor) -> list[Emitted]:
         """Return the best labels of each utterance, each with the frame in which it is emitted.
 
         `emissions`: (B, T', V) log-probabilities. `lengths`: (B,) frames.
         """
-        pairs = zip(emissions, lengths.tolist(), strict=True)
-        return [self.decode_parts([of_utterance[:length]]) for of_utterance, length in pairs]
+        utterances = zip(emissions, lengths.tolist(), strict=True)
+        return [self.decode_parts([log_probs[:length]]) for log_probs, length in utterances]
 
-    def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
+    def decode_parts(self, parts: Iterable[Tensor]) -> Emitted:
         """Return the same for one utterance, given by parts (T', V) that follow each other."""
-        search = BeamSearch(self.beam, self.units, self.words)
+        search = self.begin()
         for log_probs in parts:
             search.advance(log_probs)
         _, best = search.results()[0]
@@ -220,22 +214,19 @@ class BeamDecoder:
 
 
 def decoder_of(
-    output: Output,
-    config: Config,
-    beam: int,
-    units: Sequence[bytes],
-    words: "LanguageModel | None",
+    output: Output, facts: Facts, beam: int, words: "LanguageModel | None"
 ) -> Output | BeamDecoder:
     """Return what decodes: the output itself, or a beam search where one is asked for.
 
     `beam`: prefixes that the search keeps; 1 without `words`: none. Raises ValueError for a beam
     that can't be, and where a search is asked for and the output is not CTC.
     """
-    BeamSearch(beam, units, words)
+    begin = partial(BeamSearch, beam, facts.tokenizer.units, words)
+    begin()  # raises ValueError for the beam, before anything is decoded
     if beam == 1 and words is None:
         return output
-    require_ctc(config, "a beam search or a language model")
-    return BeamDecoder(beam, units, words)
+    require_ctc(facts.config, "a beam search or a language model")
+    return BeamDecoder(begin)
 
 
 # The language model.
@@ -268,43 +259,45 @@ class LanguageModel:
             if not (isinstance(value, Real) and abs(value) <= LARGEST):
                 raise ValueError(f"{path}: {name} {value}: must be from -{LARGEST} to {LARGEST}")
         self.path, self.weight, self.bonus = path, weight, bonus
+        self.scale = weight * math.log(10)  # ARPA files hold logarithms to base 10
         logs = dict(unigrams(path))  # word → log10 of its probability
         self.has_unknown = logs.pop(UNKNOWN, None) is not None
         possible = [log for log in logs.values() if log > LOG_ZERO]
         self.least = min(possible, default=0.0) - 1
-        self.spelled: dict[str, str] = {}  # cleaned word → the likeliest word that it cleans
-        for word in sorted(logs, key=logs.get):
-            self.spelled[clean(word, normaliser)] = word
-        known = sum(letters.issuperset(word) for word in self.spelled)
-        if known <= LEAST_SPELLED * len(self.spelled):
-            what = f"the network's labels spell {known} of its {len(self.spelled)} words"
+        # Cleaned word → the likeliest of the words that become it.
+        spelled = {clean(word, normaliser): word for word in sorted(logs, key=logs.get)}
+        known = sum(letters.issuperset(word) for word in spelled)
+        if known <= LEAST_SPELLED * len(spelled):
+            what = f"the network's labels spell {known} of its {len(spelled)} words"
             raise ValueError(f"{path}: {what}; are they written in the other case?")
-        dictionary = Dictionary()
-        for word in [UNKNOWN, *sorted(self.spelled.values())]:
-            dictionary.add_entry(word)
-        self.numbers = {word: dictionary.get_index(raw) for word, raw in self.spelled.items()}
-        self.unknown = dictionary.get_index(UNKNOWN)
+        dictionary = Dictionary([UNKNOWN, *spelled.values()])
+        self.unknown = 0
+        self.numbers = {word: number for number, word in enumerate(spelled, start=1)}
         try:
             with silent():
                 self.model = KenLM(str(path), dictionary)
         except RuntimeError as error:  # with the place in KenLM's source, then what is wrong
             raise ValueError(f"{path}: {str(error).splitlines()[-1]}") from error
 
-    def start(self) -> object:
-        """Return the state at the beginning of an utterance."""
-        return self.model.start(False)
+    def start(self) -> Scored:
+        """Return the beginning of an utterance, which has no words."""
+        return Scored(0.0, self.model.start(False))
 
-    def score(self, state: object, word: bytes) -> tuple[object, float]:
-        """Return the state after a word in UTF-8, and the word's weighted score."""
-        number = self.numbers.get(word.decode(errors="replace"), self.unknown)
-        state, score = self.model.score(state, number)
-        if number == self.unknown:
-            score = max(score, self.least)
-        return state, self.weight * TO_NATURAL * score + self.bonus
+    def add(self, before: Scored, words: Iterable[bytes]) -> Scored:
+        """Return what was scored with some more words, each in UTF-8; empty ones do not count."""
+        score, state = before
+        for word in filter(None, words):
+            number = self.numbers.get(word.decode(errors="replace"), self.unknown)
+            state, log = self.model.score(state, number)
+            if number == self.unknown:
+                log = max(log, self.least)
+            score += self.scale * log + self.bonus
+        return Scored(score, state)
 
-    def finish(self, state: object) -> float:
-        """Return the score of the utterance's end."""
-        return self.weight * TO_NATURAL * self.model.finish(state)[1]
+    def finish(self, before: Scored) -> float:
+        """Return the score of a whole utterance, from that of its words."""
+        _, log = self.model.finish(before.state)
+        return before.score + self.scale * log
 
     def missing(self, texts: Iterable[str], most: float = 1.0) -> str:
         """Return a line that says how many of the texts' words the model lacks.

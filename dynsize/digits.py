@@ -17,6 +17,7 @@ import soundfile
 from tqdm import tqdm
 
 from dynsize import files
+from dynsize.spoken import add_utterance
 from dynsize.terminal import reported
 
 SAMPLE_RATE = 8000  # Hz, of every recording of the dataset
@@ -75,20 +76,21 @@ def read_recordings(checkout: Path) -> Recordings:
             continue
         for digit, index in product(range(10), range(50)):
             path = folder / f"{digit}_{speaker}_{index}.wav"
-            recordings[digit, speaker, index] = read_recording(path)
+            try:
+                audio, rate = soundfile.read(path)
+            except (soundfile.SoundFileError, OSError) as error:
+                what = "FSDD_CHECKOUT must be a checkout of the dataset, or its folder recordings"
+                raise ValueError(f"{path}: can't be read; {what}") from error
+            if rate != SAMPLE_RATE or audio.ndim != 1:
+                raise ValueError(f"{path}: must have one channel of {SAMPLE_RATE} Hz")
+            recordings[digit, speaker, index] = at_level(audio)
     return recordings
 
 
-def read_recording(path: Path) -> np.ndarray:
-    """Read one digit and scale it to `LEVEL`. Raises ValueError where it is unusable."""
-    try:
-        audio, rate = soundfile.read(path)
-    except (soundfile.SoundFileError, OSError) as error:
-        checkout = "FSDD_CHECKOUT must be a checkout of the dataset, or its folder recordings"
-        raise ValueError(f"{path}: can't be read; {checkout}") from error
-    if rate != SAMPLE_RATE or audio.ndim != 1:
-        raise ValueError(f"{path}: must have one channel of {SAMPLE_RATE} Hz")
-    return audio * (LEVEL / np.sqrt(np.mean(audio**2)))
+def at_level(audio: np.ndarray) -> np.ndarray:
+    """Return the audio scaled to the root mean square `LEVEL`."""
+    level = np.sqrt(np.mean(audio**2))
+    return audio * (LEVEL / level)
 
 
 def join_corpus(
@@ -126,85 +128,74 @@ def write_split(
             turn, place = divmod(number, len(split.speakers))
             speaker = split.speakers[place]
             chapter, line = divmod(turn, UTTERANCES_IN_CHAPTER)
-            folder = root / name / f"{NUMBERS[speaker]}" / f"{1000 + chapter}"
-            folder.mkdir(parents=True, exist_ok=True)
-            prefix = f"{NUMBERS[speaker]}-{1000 + chapter}"
-            id = f"{prefix}-{line:04}"
+            id = f"{NUMBERS[speaker]}-{1000 + chapter}-{line:04}"
             draw = np.random.default_rng([*seed, number])
-            audio, words = join_digits(speaker, split, recordings, draw)
-            soundfile.write(folder / f"{id}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
-            with open(folder / f"{prefix}.trans.txt", "a") as transcripts:
-                transcripts.write(f"{id} {' '.join(word for word, _, _ in words)}\n")
+            audio, words = Mixer(split, recordings, draw).utterance(speaker)
+            text = " ".join(word for word, _, _ in words)
+            add_utterance(root / name, id, text, audio, SAMPLE_RATE)
             for word, start, end in words:
                 seconds = f"{start / SAMPLE_RATE:.3f} {(end - start) / SAMPLE_RATE:.3f}"
                 ctm.write(f"{id} 1 {seconds} {word}\n")
             yield id
 
 
-def join_digits(
-    speaker: str, split: Split, recordings: Recordings, draw: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
-    """Return the audio of one utterance, (samples,) in [-1, 1], and its words.
+class Mixer:
+    """Draws the audio of one utterance of a split from `draw`."""
 
-    A word comes with its first sample and the one after its last.
-    """
-    pieces = [silence(EDGE_MS, draw)]
-    words = []
-    for place in range(draw.integers(*DIGITS, endpoint=True)):
-        if place:
-            pieces.append(silence(PAUSE_MS, draw))
-        start = sum(map(len, pieces))
-        word, audio = recording(speaker, split, recordings, draw)
-        pieces.append(audio)
-        words.append((word, start, start + len(audio)))
-    pieces.append(silence(EDGE_MS, draw))
-    speech = np.concatenate(pieces)
-    if draw.random() < split.noisy:
-        snr = decibels(split.snr_db, draw)
-        talkers = background(speaker, split, recordings, len(speech), draw)
-        speech = speech + talkers / snr
-    noise = decibels(NOISE_DB, draw) * draw.standard_normal(len(speech))
-    gain = decibels(GAIN_DB, draw)
-    audio = gain * speech + noise
-    return audio.clip(-1, 1), words
+    def __init__(self, split: Split, recordings: Recordings, draw: np.random.Generator) -> None:
+        self.split, self.recordings, self.draw = split, recordings, draw
 
+    def utterance(self, speaker: str) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+        """Return the audio of one utterance, (samples,) in [-1, 1], and its words.
 
-def recording(
-    speaker: str, split: Split, recordings: Recordings, draw: np.random.Generator
-) -> tuple[str, np.ndarray]:
-    """Draw a digit of a speaker; return the word and its audio."""
-    digit = int(draw.integers(10))
-    index = int(draw.choice(split.indices))
-    return WORDS[digit], recordings[digit, speaker, index]
-
-
-def background(
-    speaker: str, split: Split, recordings: Recordings, samples: int, draw: np.random.Generator
-) -> np.ndarray:
-    """Return `TALKERS` other speakers who say digits at once, (samples,), scaled to `LEVEL`."""
-    others = [other for other in split.speakers if other != speaker]
-    mixed = np.zeros(samples)
-    for other in draw.choice(others, TALKERS, replace=False):
-        pieces: list[np.ndarray] = []
-        while sum(map(len, pieces)) < samples:
-            pieces.append(silence(PAUSE_MS, draw))
-            _, audio = recording(other, split, recordings, draw)
+        A word comes with its first sample and the one after its last.
+        """
+        pieces = [self.silence(EDGE_MS)]
+        words = []
+        for place in range(self.draw.integers(*DIGITS, endpoint=True)):
+            if place:
+                pieces.append(self.silence(PAUSE_MS))
+            start = sum(map(len, pieces))
+            word, audio = self.recording(speaker)
             pieces.append(audio)
-        mixed += np.concatenate(pieces)[:samples]
-    level = np.sqrt(np.mean(mixed**2))
-    return mixed * (LEVEL / level)
+            words.append((word, start, start + len(audio)))
+        pieces.append(self.silence(EDGE_MS))
+        speech = np.concatenate(pieces)
+        if self.draw.random() < self.split.noisy:
+            snr = self.factor(self.split.snr_db)
+            speech = speech + self.background(speaker, len(speech)) / snr
+        noise = self.factor(NOISE_DB) * self.draw.standard_normal(len(speech))
+        audio = self.factor(GAIN_DB) * speech + noise
+        return audio.clip(-1, 1), words
 
+    def recording(self, speaker: str) -> tuple[str, np.ndarray]:
+        """Draw a digit of a speaker; return the word and its audio."""
+        digit = int(self.draw.integers(10))
+        index = int(self.draw.choice(self.split.indices))
+        return WORDS[digit], self.recordings[digit, speaker, index]
 
-def silence(bounds_ms: tuple[float, float], draw: np.random.Generator) -> np.ndarray:
-    """Return zeros, (samples,), with a random duration between these bounds in ms."""
-    ms = draw.uniform(*bounds_ms)
-    samples = round(ms * SAMPLE_RATE / 1000)
-    return np.zeros(samples)
+    def background(self, speaker: str, samples: int) -> np.ndarray:
+        """Return `TALKERS` other speakers who say digits at once, (samples,), scaled to `LEVEL`."""
+        others = [other for other in self.split.speakers if other != speaker]
+        mixed = np.zeros(samples)
+        for other in self.draw.choice(others, TALKERS, replace=False):
+            pieces: list[np.ndarray] = []
+            while sum(map(len, pieces)) < samples:
+                pieces.append(self.silence(PAUSE_MS))
+                _, audio = self.recording(other)
+                pieces.append(audio)
+            mixed += np.concatenate(pieces)[:samples]
+        return at_level(mixed)
 
+    def silence(self, bounds_ms: tuple[float, float]) -> np.ndarray:
+        """Return zeros, (samples,), with a random duration between these bounds in ms."""
+        ms = self.draw.uniform(*bounds_ms)
+        samples = round(ms * SAMPLE_RATE / 1000)
+        return np.zeros(samples)
 
-def decibels(bounds: tuple[float, float], draw: np.random.Generator) -> float:
-    """Draw a gain between these bounds in dB; return the factor of the amplitude."""
-    return 10 ** (draw.uniform(*bounds) / 20)
+    def factor(self, bounds_db: tuple[float, float]) -> float:
+        """Draw a gain between these bounds in dB; return the factor of the amplitude."""
+        return 10 ** (self.draw.uniform(*bounds_db) / 20)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

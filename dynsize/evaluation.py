@@ -87,8 +87,7 @@ class System:
 
     def decoder(self, output: Output) -> Decoder:
         """Return what turns the emissions of an output into labels."""
-        units = self.facts.tokenizer.units
-        return decoder_of(output, self.config, self.beam, units, self.words)
+        return decoder_of(output, self.facts, self.beam, self.words)
 
 
 def open_system(path: Path, changes: dict[str, object]) -> System:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,25 +25,15 @@ from dynsize import files
 from dynsize.checkpoint import Checkpoint
 from dynsize.config import require_ctc
 from dynsize.conformer import padding_mask
-from dynsize.features import QUIETEST, mel_filters, window_and_hop
-from dynsize.networks import (
-    ONNX_FORMAT,
-    network_of,
-    onnx_inputs,
-    onnx_session,
-    open_onnx,
-    seal,
-)
+from dynsize.features import QUIETEST, mel_filters, spectrum_points, window_and_hop
+from dynsize.networks import ONNX_FORMAT, OnnxGraph, network_of, open_onnx, seal
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Supernet
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 FLOOR = 1e-6  # added to the scaled mel energies in the graph
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
 TORCH = "2.13"  # the oldest that exports layers which don't always run
-BATCHES = {1: [4.0], 2: [1.0, 0.4], 5: [0.7, 0.02, 2.0, 0.3, 1.1]}  # utterances → seconds of each
+BATCHES = ([4.0], [1.0, 0.4], [0.7, 0.02, 2.0, 0.3, 1.1])  # seconds of each utterance
 
 
 def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
@@ -100,7 +89,7 @@ def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
     )
     content = dict(
         format=ONNX_FORMAT,
-        tokenizer=b64encode(bytes(loaded.tokenizer.model.tolist())).decode(),
+        tokenizer=b64encode(loaded.tokenizer.model).decode(),
         longest_seconds=loaded.longest_seconds,
         config=dataclasses.asdict(model.config),
         costs={size: costs(model, size) for size in model.sizes},
@@ -108,7 +97,7 @@ def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
     program.model.metadata_props["dynsize"] = json.dumps(content)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source each one comes from
-    move_convolutions(program.model.graph)
+    move_convolutions(program)
     program.save(path, external_data=False)
     add_seal(path)
 
@@ -119,11 +108,12 @@ def add_seal(path: Path) -> None:
     path.write_bytes(data + seal(data))
 
 
-def move_convolutions(graph: "onnx_ir.Graph") -> None:
+def move_convolutions(program: torch.onnx.ONNXProgram) -> None:
     """Move the weights of the convolutions of optional layers to where these are computed.
 
     onnxruntime reorders a convolution's weights for its fast kernel only there.
     """
+    graph = program.model.graph
     for node in graph:
         if node.op_type == "If":
             layer = node.attributes["then_branch"].as_graph()
@@ -153,19 +143,19 @@ def check_results(path: Path, model: Supernet) -> None:
     Noise of several lengths, in batches of several sizes, is what they are compared on. Equal
     log-probabilities mean equal text.
     """
-    session = onnx_session(path)
+    graph = OnnxGraph(path)
     reference = network_of(model)
     generator = torch.Generator().manual_seed(0)
-    for utterances, seconds in BATCHES.items():
-        lengths = [max(1, round(s * model.config.sample_rate)) for s in seconds]
-        audio = 0.1 * torch.randn(utterances, max(lengths), generator=generator)
+    for seconds in BATCHES:
+        lengths = [round(s * model.config.sample_rate) for s in seconds]
+        audio = 0.1 * torch.randn(len(lengths), max(lengths), generator=generator)
         for size in model.sizes:
-            found, frames = session.run(None, onnx_inputs(session, audio, lengths, size))
+            found, frames = graph.run(audio, lengths, size)
             for row, length in enumerate(lengths):
                 expected = reference(audio[row, :length], size).numpy()
                 got = found[row, : frames[row]]
                 if got.shape != expected.shape or not np.allclose(got, expected, 1e-5, TOLERANCE):
-                    where = f"size {size}, {length} samples in a batch of {utterances}"
+                    where = f"size {size}, {length} samples in a batch of {len(lengths)}"
                     raise ValueError(f"{path}: other results than the checkpoint's: {where}")
 
 
@@ -181,11 +171,7 @@ def quantize(path: Path, to: Path) -> None:
 
     model = onnx.load(path)
     del model.metadata_props[-1]  # the checksum
-    features = [
-        node.name
-        for node in model.graph.node
-        if any(name.startswith("features.") for name in node.input)
-    ]
+    features = [node.name for node in model.graph.node if "features." in " ".join(node.input)]
     with files.whole(to) as unfinished:
         with without_logging():
             quantize_dynamic(
@@ -215,19 +201,17 @@ class Features(nn.Module):
         config = model.config
         self.window, self.hop = window_and_hop(config)
         self.hops = math.ceil(self.window / self.hop)  # that one window reaches over
-        spectrum = 2 ** math.ceil(math.log2(self.window))  # N
-        limits = config.sample_rate, config.lowest_hz, config.highest_hz
-        filters = mel_filters(config.mel_bins, spectrum, *limits)  # (N/2 + 1, F)
         # log(energy + c) = log(s · energy + s · c) − log s, whose last term goes with the mean.
         # With s = 1 the exporter would take a c of 1e-10 for 0.
-        filters = filters * (FLOOR / QUIETEST)
+        filters = mel_filters(config) * (FLOOR / QUIETEST)  # (N/2 + 1, F)
         self.half = self.window // 2
         # Sample 0 has the weight 0 in a Hann window, so its first half is the samples 1 to n/2.
         sample = torch.arange(1, self.half + 1, dtype=torch.float64)[:, None]
         hann = torch.sin(math.pi * sample / self.window).square()
         if self.window % 2 == 0:
             hann[-1] /= 2  # sample n/2 is its own mirror image
-        frequency = 2 * math.pi / spectrum * torch.arange(spectrum // 2 + 1)
+        points = spectrum_points(config)  # N
+        frequency = 2 * math.pi / points * torch.arange(points // 2 + 1)
         angle = (sample - self.window / 2) * frequency  # (n/2, N/2 + 1)
         self.register_buffer("filters", filters)
         self.register_buffer("cosines", (hann * angle.cos()).float())
@@ -243,8 +227,10 @@ class Features(nn.Module):
         features = torch.where(inside, features, 0.0)
         count = lengths[:, None, None]
         features = features - features.sum(1, keepdim=True) / count
-        variance = (features.square() * inside).sum(1, keepdim=True) / count
-        return (features / (variance + 1e-5).sqrt()).float(), lengths
+        squares = features.square() * inside
+        variance = squares.sum(1, keepdim=True) / count
+        deviation = (variance + 1e-5).sqrt()
+        return (features / deviation).float(), lengths
 
     def windows(self, audio: Tensor, lengths: Tensor) -> Tensor:
         """Return the analysis windows, (B, T, n), each with mean 0.

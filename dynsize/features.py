@@ -29,11 +29,15 @@ def window_and_hop(config: Config) -> tuple[int, int]:
     return window, hop
 
 
+def spectrum_points(config: Config) -> int:
+    """Return N, the points of the discrete Fourier transform: the least power of 2 for a window."""
+    window, _ = window_and_hop(config)
+    return 2 ** math.ceil(math.log2(window))
+
+
 @lru_cache(maxsize=4)
-def mel_filters(
-    bins: int, spectrum: int, sample_rate: int, lowest_hz: float, highest_hz: float
-) -> Tensor:
-    """Return triangles of equal width on the mel scale, (spectrum // 2 + 1, bins) float32.
+def mel_filters(config: Config) -> Tensor:
+    """Return triangles of equal width on the mel scale, (N // 2 + 1, F) float32.
 
     The mel scale is 2595 log10(1 + f / 700), f in Hz.
     """
@@ -41,14 +45,14 @@ def mel_filters(
     def mel(hz: float) -> float:
         return 2595 * math.log10(1 + hz / 700)
 
-    corners = torch.linspace(mel(lowest_hz), mel(highest_hz), bins + 2, dtype=torch.float64)
+    lowest = mel(config.lowest_hz)
+    highest = mel(config.highest_hz)
+    corners = torch.linspace(lowest, highest, config.mel_bins + 2, dtype=torch.float64)
     corners = 700 * (10 ** (corners / 2595) - 1)  # in Hz
-    left = corners[:-2]  # (bins,)
-    peak = corners[1:-1]
-    right = corners[2:]
-    highest = sample_rate / 2
-    hz = torch.linspace(0, highest, spectrum // 2 + 1, dtype=torch.float64)
-    hz = hz[:, None]  # (spectrum // 2 + 1, 1)
+    left, peak, right = corners.unfold(0, 3, 1).T  # (F,) each
+    frequencies = spectrum_points(config) // 2 + 1
+    hz = torch.linspace(0, config.sample_rate / 2, frequencies, dtype=torch.float64)
+    hz = hz[:, None]  # (N // 2 + 1, 1)
     rising = (hz - left) / (peak - left)
     falling = (right - hz) / (right - peak)
     triangles = torch.minimum(rising, falling).clamp(min=0)
@@ -67,13 +71,10 @@ def log_mel(waveform: Tensor, config: Config) -> Tensor:
     frames = waveform.unfold(0, window, hop)  # (T, window)
     frames = frames - frames.mean(1, keepdim=True)
     frames = frames * torch.hann_window(window)
-    spectrum = 2 ** math.ceil(math.log2(window))
-    waves = torch.fft.rfft(frames, n=spectrum)  # (T, spectrum // 2 + 1), complex
-    waves = torch.view_as_real(waves)  # (T, spectrum // 2 + 1, 2)
-    power = waves.square().sum(-1)  # (T, spectrum // 2 + 1)
-    bounds = (config.lowest_hz, config.highest_hz)
-    filters = mel_filters(config.mel_bins, spectrum, config.sample_rate, *bounds)
-    energies = power @ filters  # (T, F)
+    waves = torch.fft.rfft(frames, n=spectrum_points(config))  # (T, N // 2 + 1), complex
+    waves = torch.view_as_real(waves)  # (T, N // 2 + 1, 2)
+    power = waves.square().sum(-1)  # (T, N // 2 + 1)
+    energies = power @ mel_filters(config)  # (T, F)
     features = (energies + QUIETEST).log()
     mean = features.mean(0)  # (F,)
     variance = features.var(0, correction=0)

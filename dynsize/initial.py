@@ -95,7 +95,7 @@ def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
     """
     loaded = checkpoint.load(Path(config.teacher))
     require_ctc(loaded.model.config, f"--teacher {loaded.path}: a teacher")
-    if not torch.equal(loaded.tokenizer.model, tokenizer.model):
+    if loaded.tokenizer.model != tokenizer.model:
         raise ValueError(
             f"--teacher {loaded.path}: its labels are not those of this training; "
             "train both on the same corpus with the same --vocabulary"

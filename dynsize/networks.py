@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from dynsize.config import Config, from_dict
 from dynsize.features import log_mel, window_and_hop
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 SUBSAMPLING = 4  # feature frames for one encoder frame, in both front-ends
 CONTEXT = 6  # a window's context on each side is its length divided by this
@@ -81,28 +78,26 @@ def open_onnx(path: Path) -> OnnxFile:
     if seal(data[:-SEAL]) != data[-SEAL:]:
         what = "not an ONNX file that this version of dynsize wrote, or changed since"
         raise ValueError(f"{path}: {what}; export it again")
-    session = onnx_session(path)
-    names = [node.name for node in session.get_inputs()]
+    graph = OnnxGraph(path)
 
     def log_probs(audio: Tensor, size: int) -> Tensor:
-        result, lengths = session.run(None, onnx_inputs(session, audio[None], [len(audio)], size))
-        return torch.from_numpy(result[0, : lengths[0]])  # (T', V)
+        (result,), (frames,) = graph.run(audio[None], [len(audio)], size)
+        return torch.from_numpy(result[:frames])  # (T', V)
 
     try:
-        content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
+        content = graph.metadata()
         if content["format"] != ONNX_FORMAT:
             raise ValueError(f"{content['format']}, not {ONNX_FORMAT}")
         config = from_dict(content["config"])
         if content["config"].keys() != vars(config).keys():
             raise ValueError("settings are missing")
-        model = bytearray(b64decode(content["tokenizer"]))
-        tokenizer = Tokenizer(torch.frombuffer(model, dtype=torch.uint8))
+        tokenizer = Tokenizer(b64decode(content["tokenizer"]))
         costs = {int(size): cost_of(row) for size, row in content["costs"].items()}
         sizes = tuple(costs)
-        possible = config.sizes if "size" in names else sizes[:1]
+        possible = config.sizes if "size" in graph.inputs else sizes[:1]
         if sizes != possible or not sizes:
             raise ValueError(f"sizes {sizes}, which are not the network's")
-        seconds = bounded(content["longest_seconds"])
+        seconds = window_seconds(content["longest_seconds"])
         for size in sizes:
             found = log_probs(torch.zeros(1), size)
             if found.shape[1:] != (tokenizer.labels,):
@@ -132,43 +127,50 @@ def seal(data: bytes) -> bytes:
 SEAL = len(seal(b""))
 
 
-def onnx_session(path: Path) -> "InferenceSession":
-    """Return an ONNX file ready to run on the CPU, with as many threads as torch uses."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        install = "pip install 'dynsize[onnx]'"
-        raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # none: errors are raised
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen kinds
-        raise ValueError(f"{path}: not an ONNX file: {str(error).splitlines()[0]}") from error
+class OnnxGraph:
+    """The graph of an ONNX file, ready to run on the CPU with as many threads as torch uses."""
 
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            install = "pip install 'dynsize[onnx]'"
+            raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # none: errors are raised
+        providers = ["CPUExecutionProvider"]
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime raises a dozen kinds
+            raise ValueError(f"{path}: not an ONNX file: {str(error).splitlines()[0]}") from error
+        self.inputs = [node.name for node in self.session.get_inputs()]
 
-def onnx_inputs(
-    session: "InferenceSession", audio: Tensor, lengths: Sequence[int], size: int
-) -> dict[str, np.ndarray]:
-    """Return the inputs of a file. `audio`: (B, samples), padded. `lengths`: in samples."""
-    inputs = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
-    return {node.name: inputs[node.name] for node in session.get_inputs()}
+    def metadata(self) -> dict:
+        """Return what `export.export` wrote beside the graph."""
+        return json.loads(self.session.get_modelmeta().custom_metadata_map["dynsize"])
+
+    def run(self, audio: Tensor, lengths: Sequence[int], size: int) -> list[np.ndarray]:
+        """Return log-probabilities, (B, T', V), and the (B,) frames inside each utterance.
+
+        `audio`: (B, samples) float32, padded. `lengths`: in samples.
+        """
+        given = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
+        return self.session.run(None, {name: given[name] for name in self.inputs})
 
 
 def facts_of(loaded: Checkpoint) -> Facts:
     """Return what decoding needs to know of a checkpoint's network."""
     model = loaded.model
-    return Facts(
-        model.config, loaded.tokenizer, tuple(model.sizes), bounded(loaded.longest_seconds)
-    )
+    longest = window_seconds(loaded.longest_seconds)
+    return Facts(model.config, loaded.tokenizer, tuple(model.sizes), longest)
 
 
-def bounded(seconds: float) -> float:
-    """Return the seconds of a window, where training's longest utterance has these."""
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"its longest_seconds is {seconds}, not a time above 0")
-    return min(max(LEAST_SECONDS, seconds), MOST_SECONDS)
+def window_seconds(longest_seconds: float) -> float:
+    """Return the seconds of a window: those of training's longest utterance, within bounds."""
+    if not 0 < longest_seconds < math.inf:
+        raise ValueError(f"its longest_seconds is {longest_seconds}, not a time above 0")
+    return min(max(LEAST_SECONDS, longest_seconds), MOST_SECONDS)
 
 
 def network_of(model: Supernet) -> Network:
@@ -222,8 +224,11 @@ def windowed(
     if done == 0:
         yield network(torch.from_numpy(audio))
         return
-    start = max(0, min(done - context, first + len(audio) // step - window))
-    yield network(filled(audio[(start - first) * step :], hop))[done - start :]
+    last_start = first + len(audio) // step - window
+    start = max(0, min(done - context, last_start))
+    audio = audio[(start - first) * step :]
+    frames = network(filled(audio, hop))
+    yield frames[done - start :]
 
 
 def filled(audio: np.ndarray, hop: int) -> Tensor:

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ from dynsize.wer import Reference
 LISTED = 12  # names of files that a message lists, at most
 LONGEST_LINE = 2**28  # bytes; an array of a million utterances may be one line
 PREFERRED = {ending: place for place, ending in enumerate([*ENDINGS, *FOREIGN])}
-CHANNELS = {"1": 0, "A": 0, "a": 0, "2": 1, "B": 1, "b": 1}  # as STMs name them
 
 # The names that toolkits give to the fields of an utterance in their manifests.
 FIELDS = {
@@ -41,7 +41,9 @@ FORMS = (
 PARTS = {"start", "stop", "end", "begin", "offset", "onset", "segments"}
 SPANS = "offset and duration in seconds, start and end in seconds, or start and stop in samples"
 
-# The notation of an STM's transcript.
+# The lines of an STM, and the notation of its transcripts.
+STM_LINE = re.compile(r"\s*(\S+)\s+([12AaBb])\s+(\S+)\s+(\S+)\s+(\S+)\s*(.*)")
+SECOND_CHANNEL = "2Bb"
 MARK = re.compile(r"<[^<>\s]*>|%[\w-]+|@")  # <sil>, %hesitation; @: nothing
 OPTIONAL = re.compile(r"\(([^\s(){}<>\[\]]+)\)")  # (uh)
 PRONUNCIATION = re.compile(r"([^\s(){}<>\[\]]+)\(\d+\)")  # word(2)
@@ -75,6 +77,12 @@ class Notes:
     def leave_out(self, reason: str, name: str, what: str) -> None:
         self.left_out.setdefault(reason, {})[name] = what
 
+    def first_left_out(self) -> str:
+        """Return what exactly was left out first; '' where nothing was."""
+        for names in self.left_out.values():
+            return next(iter(names.values()))
+        return ""
+
 
 # The readers. Each takes what its kind is recognised by, and the notes.
 
@@ -100,10 +108,11 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
     for where, line in lines(*sorted(folder.glob("*.stm"))):
         if line.startswith(";;"):
             continue
-        name, channel, speaker, start, end, raw = [*line.split(maxsplit=5), *6 * [""]][:6]
-        if channel not in CHANNELS or not end:
+        fields = STM_LINE.fullmatch(line)
+        if not fields:
             form = "NAME CHANNEL SPEAKER START END [<LABEL>] WORDS, channel 1, 2, A or B"
             raise ValueError(f"{where}: not {form}: {quoted(line)}")
+        name, channel, speaker, start, end, raw = fields.groups()
         id = in_list(os.path.basename(where))
         if "ignore_time_segment_in_scoring" in raw.lower():
             notes.leave_out("ignore_time_segment_in_scoring", id, where)
@@ -117,9 +126,11 @@ def stm(folder: Path, notes: Notes) -> Iterator[Entry]:
             notes.leave_out("no words but marks", id, f"{where}: {quoted(words)}")
             continue
         path = audio_of(name, audio, sph, where)
-        text = " ".join(word for alternatives in reference for word in alternatives[0])
-        span = seconds(start, where), seconds(end, where)
-        yield Entry(where, id, path, text, speaker, *span, CHANNELS[channel], reference)
+        first_reading = [word for alternatives in reference for word in alternatives[0]]
+        text = " ".join(first_reading)
+        number = int(channel in SECOND_CHANNEL)
+        begins, ends = seconds(start, where), seconds(end, where)
+        yield Entry(where, id, path, text, speaker, begins, ends, number, reference)
 
 
 def common_voice(tsv: Path, notes: Notes) -> Iterator[Entry]:
@@ -159,10 +170,11 @@ def kaldi(scp: Path, notes: Notes) -> Iterator[Entry]:
         segments = {name: (where, f"{name} 0 -1") for name, (where, _) in recordings.items()}
     for name, (where, text) in texts.items():
         where, segment = segments.get(name, (where, ""))
-        recording, start, end, *more = [*segment.split(), "", "", ""]
-        if recording not in recordings or len(more) != 3:
+        parts = segment.split()
+        if len(parts) != 3 or parts[0] not in recordings:
             form = f"{name} has no recording of {scp}, or not RECORDING START END"
             raise ValueError(f"{where}: {form}: {quoted(segment)}")
+        recording, start, end = parts
         line, path = recordings[recording]
         if path.endswith("|"):
             advice = "write the audio file's path in its place; most kinds of audio are read"
@@ -185,13 +197,12 @@ def manifest(file: Path, notes: Notes) -> Iterator[Entry]:
     """
     entries: list[Entry] = []
     for where, id, row in rows(file):
-        of_lhotse = isinstance(row, dict) and ("supervisions" in row or "recording" in row)
         try:
-            if of_lhotse:
+            if "supervisions" in row or "recording" in row:
                 entries += lhotse_cut(file, where, row, notes)
             else:
                 entries.append(manifest_row(file, where, id, row))
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, UnicodeEncodeError) as error:
             what = f"no {error}" if isinstance(error, LookupError) else str(error)
             raise ValueError(f"{where}: {what} in {quoted(json.dumps(row))}; {FORMS}") from error
     names = [in_list(without_ending(entry.path)) for entry in entries]
@@ -240,7 +251,8 @@ def part_of(row: dict, where: str) -> tuple[float, float | None, bool]:
     if "stop" in given:
         return start, seconds(row["stop"], where), True
     length = row.get("duration")
-    return start, None if length is None else start + seconds(length, where), False
+    end = None if length is None else start + seconds(length, where)
+    return start, end, False
 
 
 def part_names(names: Iterable[str]) -> list[str]:
@@ -250,22 +262,24 @@ def part_names(names: Iterable[str]) -> list[str]:
 
 def lhotse_cut(file: Path, where: str, row: dict, notes: Notes) -> Iterator[Entry]:
     """Yield the utterances of one of lhotse's cuts, one for each supervision in it."""
-    changes = [change.get("name") for change in row["recording"].get("transforms") or []]
-    if row.get("type", "MonoCut") not in ("MonoCut", "MultiCut") or set(changes) - {"Resample"}:
+    recording, supervisions = row["recording"], row["supervisions"]
+    transforms = recording.get("transforms") or []
+    changes = {change.get("name") for change in transforms}
+    if row.get("type", "MonoCut") not in ("MonoCut", "MultiCut") or changes - {"Resample"}:
         raise ValueError(f"{where}: only cuts of one recording as it was recorded are read")
     begin = seconds(row["start"], where)
     length = seconds(row["duration"], where)
-    if not row["supervisions"]:
+    if not supervisions:
         notes.leave_out("no transcript", encodable(row["id"]), where)
-    for part in row["supervisions"]:
+    for part in supervisions:
         first = part["start"]  # below 0 where a supervision begins before its cut
         last = first + seconds(part["duration"], where)
         channel = part.get("channel", row.get("channel", 0))
-        sources = [s for s in row["recording"]["sources"] if channel in s["channels"]]
+        sources = [s for s in recording["sources"] if channel in s["channels"]]
         if not sources or sources[0]["type"] != "file":
             raise ValueError(f"{where}: no audio file for the channel {channel!r}; {FORMS}")
         path = placed(file, encodable(sources[0]["source"]), where)
-        id = encodable(row["id"] if len(row["supervisions"]) == 1 else part["id"])
+        id = encodable(row["id"] if len(supervisions) == 1 else part["id"])
         text = text_in(part.get("text"), where)
         speaker = encodable(part.get("speaker") or "")
         start = seconds(begin + max(first, 0.0), where)
@@ -283,13 +297,13 @@ def text_in(value: object, where: str) -> str:
 
 
 def encodable(value: object) -> str:
-    """Return a string or number as text. Raises TypeError for others, and half characters."""
+    """Return a string or number as text.
+
+    Raises TypeError for others, and UnicodeEncodeError for half characters.
+    """
     if not isinstance(value, str | int):
         raise TypeError(f"{value!r} is no string")
-    try:
-        return str(value).encode().decode()
-    except UnicodeEncodeError as error:
-        raise TypeError(str(error)) from error
+    return str(value).encode().decode()
 
 
 def rows(file: Path) -> Iterator[tuple[str, str, object]]:
@@ -344,7 +358,8 @@ def parse_stm(raw: str, changes: Counter[str]) -> Reference:
         if not braces:
             for word in stm_words(token, changes):
                 plain = word.strip("()")
-                reference.append([[plain]] if plain == word else [[plain], []])
+                may_be_missing = plain != word
+                reference.append([[plain], []] if may_be_missing else [[plain]])
         elif "/" in inside:
             changes["× alternatives, of which the first is trained on"] += 1
             parts = [stm_words(part, changes) for part in inside.split("/")]
@@ -381,10 +396,12 @@ def lines(*paths: Path | str) -> Iterator[tuple[str, str]]:
     for path in map(os.fspath, paths):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path}:1: not a regular file, which a list must be")
+        open_list = gzip.open if path.endswith(".gz") else open
         number = 0
         try:
-            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            with open_list(path, "rb") as file:
+                read = partial(file.readline, LONGEST_LINE)
+                for number, line in enumerate(iter(read, b""), 1):
                     if len(line) == LONGEST_LINE:
                         raise ValueError(f"{path}:{number}: longer than {LONGEST_LINE:,} bytes")
                     text = line.decode().removeprefix("\ufeff").rstrip("\r\n")

@@ -16,14 +16,7 @@ from dynsize import checkpoint
 from dynsize.audio import LOUDEST, opened
 from dynsize.ctc import Ctc
 from dynsize.decoding import LM_WEIGHT, LanguageModel, decoder_of
-from dynsize.networks import (
-    Facts,
-    Network,
-    facts_of,
-    network_of,
-    open_onnx,
-    windowed,
-)
+from dynsize.networks import Facts, Network, facts_of, network_of, open_onnx, windowed
 from dynsize.subnet import in_turn
 from dynsize.supernet import Output
 
@@ -95,8 +88,7 @@ class Recogniser:
         self.check_size(size)
         if channel is not None and not isinstance(channel, Integral):
             raise ValueError(f"channel {channel!r}: must be a whole number; 0 is the first")
-        units = self.facts.tokenizer.units
-        decoder = decoder_of(self.output(size), self.facts.config, beam, units, language_model)
+        decoder = decoder_of(self.output(size), self.facts, beam, language_model)
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
         rate = self.facts.config.sample_rate
         samples, silent = 0, True
@@ -141,10 +133,8 @@ class Recogniser:
         within = [size for size in self.sizes if self.latencies[size] <= milliseconds]
         if not within:
             least = min(self.latencies.values())
-            raise ValueError(
-                f"{milliseconds:g} ms for {LATENCY_SECONDS:g} s of audio: the fastest size takes "
-                f"{least:.1f} ms on this machine"
-            )
+            told = f"the fastest size takes {least:.1f} ms on this machine"
+            raise ValueError(f"{milliseconds:g} ms for {LATENCY_SECONDS:g} s of audio: {told}")
         return max(within)
 
     def latency(self, size: int) -> float:
@@ -180,9 +170,8 @@ def file_blocks(
     Raises ValueError for what can't be read, is truncated, or has no such channel.
     """
     if not isinstance(path, str | Path):
-        raise ValueError(
-            f"audio must be a path or a numpy array of floats, not {type(path).__name__}"
-        )
+        kind = type(path).__name__
+        raise ValueError(f"audio must be a path or a numpy array of floats, not {kind}")
     name = "standard input" if path == "-" else str(path)
     if sample_rate is not None:
         raise ValueError(f"{name}: a file has a sample rate; sample_rate is for arrays")
@@ -217,7 +206,8 @@ def array_blocks(
         found = f"{samples} samples of {channels} channels"
         raise ValueError(f"audio must be (samples, channels); this array has {found}")
     audio = audio.astype(np.float32, copy=False)
-    parts = (audio[i : i + BLOCK * sample_rate] for i in range(0, len(audio), BLOCK * sample_rate))
+    step = BLOCK * sample_rate
+    parts = (audio[i : i + step] for i in range(0, len(audio), step))
     yield from resampled(parts, sample_rate, to_rate, channel, "the array")
 
 

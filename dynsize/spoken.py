@@ -5,13 +5,13 @@ cache.
 """
 
 import argparse
-import ctypes
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from ctypes import CDLL, CFUNCTYPE, POINTER, Array, c_int, c_short, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -132,18 +132,16 @@ class Espeak:
             import espeakng_loader  # only the demo needs it
         except ModuleNotFoundError as error:
             raise ValueError(f"{error}; pip install -e '.[demo]' installs it") from error
-        self.library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.library = CDLL(espeakng_loader.get_library_path())
         data = os.fsencode(espeakng_loader.get_data_path())
         self.rate = self.library.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data, 0)
         # of the voices' breath and jitter; without it, the time of day
         self.library.espeak_ng_SetRandSeed(seed)
-        callback = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
+        callback = CFUNCTYPE(c_int, POINTER(c_short), c_int, c_void_p)
         self.callback = callback(self.receive)  # kept alive as long as the library may call it
         self.library.espeak_SetSynthCallback(self.callback)
 
-    def receive(self, samples: ctypes.Array, count: int, events: int) -> int:
+    def receive(self, samples: Array, count: int, events: int) -> int:
         """Keep a piece of speech; the library calls this while it speaks."""
         if count:
             self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
@@ -200,26 +198,36 @@ def speak_split(
     seconds, number = 0.0, 0
     heard: Counter[str] = Counter()
     while seconds < 60 * minutes:
-        # of a few sentences, the one with the rarest word: no word should have few examples
-        new = [text for text in (sentence(draw) for _ in range(CHOICE)) if text not in said]
-        text = min(new, key=lambda text: min(heard[word] for word in text.split()), default="")
-        if not text:
+        drawn = [sentence(draw) for _ in range(CHOICE)]
+        new = [text for text in drawn if text not in said]
+        if not new:
             continue
+        # the one with the rarest word: no word should have few examples
+        text = min(new, key=lambda text: min(heard[word] for word in text.split()))
         said.add(text)
         heard.update(text.split())
         chapter, place = divmod(number, SENTENCES_IN_CHAPTER)
         voice = voices[chapter % len(voices)]
         audio = espeak.speak(text, voice, draw.randint(*RATE), draw.randint(*PITCH))
-        speaker = 100 + names.index(voice)
-        folder = directory / f"{speaker}" / f"{chapter}"
-        name = f"{speaker}-{chapter}"
-        folder.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / f"{name}-{place:04}.flac", audio.clip(-1, 1), SAMPLE_RATE)
-        with open(folder / f"{name}.trans.txt", "a") as file:
-            file.write(f"{name}-{place:04} {text.upper()}\n")
+        id = f"{100 + names.index(voice)}-{chapter}-{place:04}"
+        add_utterance(directory, id, text.upper(), audio.clip(-1, 1), SAMPLE_RATE)
         number += 1
-        seconds += len(audio) / SAMPLE_RATE
-        yield len(audio) / SAMPLE_RATE
+        length = len(audio) / SAMPLE_RATE
+        seconds += length
+        yield length
+
+
+def add_utterance(split: Path, id: str, text: str, audio: np.ndarray, rate: int) -> None:
+    """Add an utterance to a split in LibriSpeech's layout. `id`: SPEAKER-CHAPTER-NUMBER.
+
+    `audio`: (samples,) from -1 to 1, which is written in 16 bits. `rate`: in Hz.
+    """
+    speaker, chapter, _ = id.split("-")
+    folder = split / speaker / chapter
+    folder.mkdir(parents=True, exist_ok=True)
+    soundfile.write(folder / f"{id}.flac", audio, rate)
+    with open(folder / f"{speaker}-{chapter}.trans.txt", "a") as file:
+        file.write(f"{id} {text}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

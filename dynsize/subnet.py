@@ -5,6 +5,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from itertools import compress, product
 
 import torch
 from torch import nn
@@ -26,11 +27,11 @@ def cut(model: Supernet, size: int) -> Supernet:
     for a size that the supernet can't have.
     """
     if model.size is not None:
-        what = f"was cut already, to {model.size} layers; cut the supernet it came from"
-        raise ValueError(f"this network {what}")
-    if not 1 <= size <= model.config.layers:
-        sizes = f"sizes are 1 to {model.config.layers} layers"
-        raise ValueError(f"the supernet has no size {size}; {sizes}")
+        advice = "cut the supernet it came from"
+        raise ValueError(f"this network was cut already, to {model.size} layers; {advice}")
+    most = model.config.layers
+    if not 1 <= size <= most:
+        raise ValueError(f"the supernet has no size {size}; sizes are 1 to {most} layers")
     output = model.output(size)
     subnet = Supernet(model.config, model.labels, model.ranking, size)
     weights = model.encoder.state_dict()
@@ -48,9 +49,8 @@ def widened(model: Supernet, config: Config) -> Supernet:
     ValueError for a network that was cut.
     """
     if model.size is not None:
-        raise ValueError(
-            f"this network was cut to {model.size} layers; sizes are learned in one that has all"
-        )
+        advice = "sizes are learned in one that has all"
+        raise ValueError(f"this network was cut to {model.size} layers; {advice}")
     full = model.output(config.layers)
     supernet = Supernet(config, model.labels)
     supernet.encoder.load_state_dict(model.encoder.state_dict())
@@ -78,7 +78,7 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
             return parameters(subnet)
         if budget == "max_macs":
             return macs(subnet, size)
-        return latencies([(subnet, size)], seconds)[0]
+        return latencies([subnet], seconds)[0]
 
     sizes = range(1, model.config.layers + 1)
     size = bisect_right(sizes, limit, key=cost)
@@ -90,14 +90,16 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
 
 def costs(model: Supernet, size: int) -> dict:
     """Return the `parameters` of a size, its `macs` for 1 s of audio, and the `layers` it keeps."""
-    layers = kept_names(model, size)
-    return dict(parameters=parameters(model, size), macs=macs(model, size), layers=layers)
+    return dict(
+        parameters=parameters(model, size),
+        macs=macs(model, size),
+        layers=kept_names(model, size),
+    )
 
 
 def kept_names(model: Supernet, size: int) -> list[str]:
     """Return the names of the layers that a size keeps, from the input on."""
-    pairs = zip(model.config.layer_names, model.mask(size), strict=True)
-    return [name for name, kept in pairs if kept]
+    return list(compress(model.config.layer_names, model.mask(size)))
 
 
 def parameters(model: Supernet, size: int | None = None) -> int:
@@ -108,23 +110,16 @@ def parameters(model: Supernet, size: int | None = None) -> int:
     """
     if size is None:
         size = model.sizes[-1]
-    total = weights_in(model.encoder) + weights_in(model.output(size))
-    for layer, kept in enumerate(model.mask(size)):
-        module = layer_module(model, layer)
-        if not kept and module is not None:
-            total -= weights_in(module)
-    return total
+    norms = [block["norm"] for block in model.encoder.blocks]
+    layers = layers_of(model, size)
+    parts = [model.encoder.front_end, *norms, *layers, model.output(size)]
+    return sum(map(weights_in, parts))
 
 
-def layer_module(model: Supernet, layer: int) -> nn.Module | None:
-    """Return a layer's module; None where the network was cut and lacks the layer."""
-    kinds = model.config.block
-    block, kind = divmod(layer, len(kinds))
-    modules = model.encoder.blocks[block]
-    name = kinds[kind]
-    if name not in modules:
-        return None
-    return modules[name]
+def layers_of(model: Supernet, size: int) -> list[nn.Module]:
+    """Return the layers that a size keeps, from the input on."""
+    places = product(model.encoder.blocks, model.config.block)
+    return [block[kind] for block, kind in compress(places, model.mask(size))]
 
 
 def weights_in(module: nn.Module) -> int:
@@ -140,12 +135,12 @@ def macs(model: Supernet, size: int, seconds: float = 1.0) -> int:
     """
     config = model.config
     front_end = model.encoder.front_end
-    frames_in = feature_frames(round(seconds * config.sample_rate), config)
+    samples = round(seconds * config.sample_rate)
+    frames_in = feature_frames(samples, config)
     frames = front_end.output_frames(frames_in)
     total = front_end_macs(front_end, frames_in, config.mel_bins)
-    for layer, kept in enumerate(model.mask(size)):
-        if kept:
-            total += layer_macs(layer_module(model, layer), frames)
+    for layer in layers_of(model, size):
+        total += layer_macs(layer, frames)
     labels = frames // FRAMES_OF_A_LABEL
     return total + model.output(size).macs(frames, labels)
 
@@ -176,24 +171,24 @@ def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
 
 
 @torch.inference_mode()
-def latencies(networks: Sequence[tuple[Supernet, int]], seconds: float = 10.0) -> list[float]:
+def latencies(networks: Sequence[Supernet], seconds: float = 10.0) -> list[float]:
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
-    `networks`: pairs of a network, on one device, and the size that runs. Measured on noise, from
-    samples to labels, see `in_turn`.
+    The largest size of each network runs, all on one device. Measured on noise, from samples to
+    labels, see `in_turn`.
     """
-    first, _ = networks[0]
-    config = first.config
-    device = next(first.parameters()).device
+    config = networks[0].config
+    device = next(networks[0].parameters()).device
     noise = torch.randn(round(seconds * config.sample_rate))
 
-    def run(network: Supernet, size: int) -> None:
+    def run(network: Supernet) -> None:
+        size = network.sizes[-1]
         features = log_mel(noise, config).to(device)  # (T, F)
         lengths = torch.tensor([len(features)], device=device)
         (emissions,), lengths = network(features[None], lengths, [size])
         network.output(size).decode(emissions, lengths)  # this waits for the device
 
-    calls = {place: partial(run, *network) for place, network in enumerate(networks)}
+    calls = {place: partial(run, network) for place, network in enumerate(networks)}
     return list(in_turn(calls).values())
 
 
@@ -208,7 +203,8 @@ def in_turn(calls: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            taken[name].append(1000 * (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            taken[name].append(1000 * seconds)
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 

@@ -4,16 +4,16 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 SHOWN = 80  # characters of a text that a message shows
-# Characters without width (joiners, marks of direction, variation selectors, soft hyphens), and
-# controls that are not white space: nobody sees them, and each would become a label.
-INVISIBLE = [0x00AD, 0x061C, 0x180E, 0xFEFF, *range(0x200B, 0x2010)]
-INVISIBLE += [*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10)]
-INVISIBLE += [code for code in range(0xA0) if not (chr(code).isprintable() or chr(code).isspace())]
-REMOVED = dict.fromkeys(INVISIBLE)
-APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ`"), "'")  # as people and keyboards write them
-UNKNOWN = re.compile(r"(?<!\S)<unk>(?!\S)", re.IGNORECASE)
+# Characters that nobody sees. Each of them would become a label.
+INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # controls that are not white space
+    "\xad\u180e\u200b-\u200d\u2060-\u2064\ufeff"  # soft hyphen, joiners, other signs without width
+    "\u061c\u200e\u200f\u202a-\u202e\u2065-\u206f"  # marks of direction
+    "\ufe00-\ufe0f]"  # variation selectors
+)
+APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ`", "'"))  # as people and keyboards write them
+UNKNOWN_WORD = re.compile(r"(?<!\S)<unk>(?!\S)", re.IGNORECASE)
 
 
 def quoted(text: str) -> str:
@@ -55,14 +55,8 @@ def clean(text: str, normaliser: str) -> str:
 
     Characters that nobody sees are removed. `normaliser` is a name in `NORMALISERS`.
     """
-    if not text.isprintable():
-        text = text.translate(REMOVED)
+    text = INVISIBLE.sub("", text)
     text = unicodedata.normalize("NFC", text)
     text = NORMALISERS[normaliser](text)
     text = unicodedata.normalize("NFC", text)
     return " ".join(text.split())
-
-
-def without_unknown(text: str) -> tuple[str, int]:
-    """Return a text without the word `<unk>`, and how often it was there."""
-    return UNKNOWN.subn(" ", text)

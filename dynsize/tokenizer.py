@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-import torch
-from torch import Tensor
 
 from dynsize.config import Config
-from dynsize.text import WORD, quoted
+from dynsize.text import quoted
 
+WORD = "▁"  # SentencePiece's mark: a label that begins with it begins a word
 MODELS = {"unigram": "unigram", "bpe": "bpe", "characters": "char"}  # SentencePiece's names
 
 
@@ -23,15 +22,16 @@ class LabelledWord(NamedTuple):
 
 
 class Tokenizer:
-    """A SentencePiece model, given as its bytes in a uint8 tensor, the form in a checkpoint.
+    """A SentencePiece model, given as the bytes of its file.
 
     `units`: V times what a label adds to a text, in UTF-8; the mark ▁ is a blank. A label adds a
     word or a part of one, several words, or one byte of a character; CTC's blank adds nothing.
     """
 
-    def __init__(self, model: Tensor) -> None:
+    def __init__(self, model: bytes) -> None:
         self.model = model
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=bytes(model.tolist()))
+        self.pieces = sentencepiece.SentencePieceProcessor()
+        self.pieces.load_from_serialized_proto(model)
         self.unknown = self.pieces.unk_id()
         self.units = [self.unit(label) for label in range(self.labels)]
 
@@ -114,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], units: int, kind: str = "unigram") -> 
         minloglevel=2,
         max_sentence_length=1 << 16,
     )
-    return Tokenizer(torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8))
+    return Tokenizer(model.getvalue())
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
@@ -125,9 +125,8 @@ def load_tokenizer(file: Path) -> Tokenizer:
     """
     if not file.is_file():
         raise ValueError(f"--tokenizer {file}: no such file")
-    data = bytearray(file.read_bytes())
     try:
-        tokenizer = Tokenizer(torch.frombuffer(data, dtype=torch.uint8))
+        tokenizer = Tokenizer(file.read_bytes())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--tokenizer {file}: not a SentencePiece model") from error
     pieces = tokenizer.pieces

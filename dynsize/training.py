@@ -51,8 +51,7 @@ class Trainer:
         self.device = processes.device_of(config)
         self.starts_from = [loaded.path] if loaded else []
         self.data = TrainingData(config, loaded.tokenizer if loaded else None)
-        self.dev = Dev(config, run, self.data)
-        self.data.corpus.left_out |= self.dev.left_out
+        self.dev = Dev(run, self.data)
         torch.manual_seed(config.seed)
         model = loaded.model if loaded else new_network(config, self.data.tokenizer.labels)
         self.model = model.to(self.device)

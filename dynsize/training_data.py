@@ -9,20 +9,18 @@ import torch
 
 from dynsize import files, processes, run_directory
 from dynsize.batching import Examples, text_labels
-from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus, summary
 from dynsize.evaluation import transcribe
 from dynsize.features import feature_frames
-from dynsize.networks import facts_of
+from dynsize.networks import Facts, window_seconds
 from dynsize.report import errors_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
-UNREADABLE_DEV = f"{UNREADABLE} (dev)"
 UNALIGNED = "too few frames for its labels"
 
 
@@ -44,10 +42,9 @@ class TrainingData:
                 for cache in filter(None, (files.user_cache(), config.cache_features)):
                     files.clean(Path(cache))
             self.corpus = read_corpus(config, config.train_splits, "--train-splits")
-        self.unlisted = self.corpus.left_out.get(UNREADABLE, {})  # id → why
         self.left_out = 0  # utterances that this process could not read in this epoch
         if told := self.too_many(0):
-            first = next(iter(self.unlisted.values()))
+            first = unlisted(self.corpus)[0]
             raise processes.in_first(ValueError(f"{told}; the first: {first}"))
         if tokenizer is None:
             texts = (utterance.text for utterance in self.corpus.utterances)
@@ -75,8 +72,7 @@ class TrainingData:
 
         `left_out`: those that could not be read in this epoch, by all processes.
         """
-        listed = len(self.corpus.utterances)
-        return too_many(left_out, len(self.unlisted), listed, "training", self.config)
+        return too_many(left_out, self.corpus, "training", self.config)
 
     @cached_property
     def summary(self) -> str:
@@ -100,20 +96,20 @@ class TrainingData:
 class Dev:
     """The dev utterances of a training, of which each process decodes its share.
 
-    `left_out`: those that could not be listed: why → id → what exactly. Those that can't be read
-    are named in the run directory's left-out.txt and not counted.
+    Those that can't be read are named in the run directory's left-out.txt and not counted. What
+    the dev splits leave out is added to what `data` leaves out.
     """
 
-    def __init__(self, config: Config, run: Path, data: TrainingData) -> None:
-        self.config = config
+    def __init__(self, run: Path, data: TrainingData) -> None:
         self.run = run
         self.data = data
-        corpus = read_corpus(config, config.dev_splits, "--dev-splits")
-        self.left_out = {f"{why} (dev)": names for why, names in corpus.left_out.items()}
-        self.unlisted = self.left_out.get(UNREADABLE_DEV, {})
-        self.listed = len(corpus.utterances)
-        self.blanks = writes_blanks(utterance.text for utterance in corpus.utterances)
-        share = corpus.utterances[processes.number() :: processes.count()]
+        self.config = config = data.config
+        self.corpus = read_corpus(config, config.dev_splits, "--dev-splits")
+        for why, names in self.corpus.left_out.items():
+            data.corpus.left_out[f"{why} (dev)"] = names
+        utterances = self.corpus.utterances
+        self.blanks = writes_blanks(utterance.text for utterance in utterances)
+        share = utterances[processes.number() :: processes.count()]
         self.examples = data.examples_of(share)
 
     def results(self, model: Supernet) -> dict[int, dict]:
@@ -141,33 +137,40 @@ class Dev:
         where more than the share `most_left_out` of the utterances can't be read.
         """
         sizes = list(reversed(model.sizes))
-        longest = self.data.longest_seconds
-        facts = facts_of(Checkpoint(self.run, model, self.data.tokenizer, None, longest))
+        longest = window_seconds(self.data.longest_seconds)
+        facts = Facts(model.config, self.data.tokenizer, tuple(model.sizes), longest)
         texts, unreadable = transcribe(model, self.examples, sizes, "validating", facts)
-        run_directory.note_left_out(self.run, {UNREADABLE_DEV: unreadable})
+        run_directory.note_left_out(self.run, {f"{UNREADABLE} (dev)": unreadable})
         left_out = int(processes.total(torch.tensor(len(unreadable))))
-        if told := too_many(left_out, len(self.unlisted), self.listed, "dev", self.config):
-            reasons = [*self.unlisted.values(), *unreadable.values(), "in another process"]
+        if told := too_many(left_out, self.corpus, "dev", self.config):
+            reasons = [*unlisted(self.corpus), *unreadable.values(), "in another process"]
             raise processes.in_first(ValueError(f"{told}; the first: {reasons[0]}"))
         totals = {}
         for size in sizes:
-            errors = sum(errors_of(self.examples.utterances, texts[size], self.blanks), Errors())
-            counts = processes.total(torch.tensor(dataclasses.astuple(errors)))
+            of_each = errors_of(self.examples.utterances, texts[size], self.blanks)
+            here = dataclasses.astuple(sum(of_each, Errors()))
+            counts = processes.total(torch.tensor(here))
             totals[size] = Errors(*counts.tolist())
         return totals
 
 
-def too_many(left_out: int, unlisted: int, listed: int, kind: str, config: Config) -> str:
+def too_many(left_out: int, corpus: Corpus, kind: str, config: Config) -> str:
     """Return a message where more than the share `most_left_out` can't be read, else ''.
 
-    `unlisted`: utterances whose audio could not be listed. `left_out`: how many of the `listed`
-    ones could not be read.
+    `left_out`: how many of the utterances of a corpus could not be read. Those whose audio could
+    not even be listed count, too.
     """
-    lost, utterances = left_out + unlisted, listed + unlisted
+    lost = left_out + len(unlisted(corpus))
+    utterances = len(corpus.utterances) + len(unlisted(corpus))
     if lost <= config.most_left_out * utterances:
         return ""
     what = f"{lost} of {utterances} {kind} utterances can't be read"
     return f"{what}, more than --most-left-out {config.most_left_out:g}"
+
+
+def unlisted(corpus: Corpus) -> list[str]:
+    """Return why the audio of some utterances could not be listed."""
+    return list(corpus.left_out.get(UNREADABLE, {}).values())
 
 
 def fingerprint_of(corpus: Corpus) -> str:
@@ -210,5 +213,5 @@ def keep_usable(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
             corpus.leave_out(UNALIGNED, utterance.id, f"{utterance.path}: {what}")
     corpus.utterances = good
     if not good:
-        first = next(what for names in corpus.left_out.values() for what in names.values())
-        raise ValueError(f"{config.corpus}: no utterance is left to train on; the first: {first}")
+        told = f"no utterance is left to train on; the first: {corpus.first_left_out()}"
+        raise ValueError(f"{config.corpus}: {told}")

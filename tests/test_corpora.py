@@ -529,11 +529,11 @@ print(ascii([utterance.id for utterance in corpus.utterances]))
         assert found == ascii(ids) + "\n"
 
 
-@pytest.mark.parametrize("split", ["train+", "+train", "", ".", "../x", "/etc", "a/../../b"])
+@pytest.mark.parametrize("split", ["train+", "+train", "", "../x", "/etc", "a/../../b"])
 def test_what_names_no_split_is_refused(tmp_path, split):
     root = write_tones(tmp_path / "corpus", {"train": 3})
-    with pytest.raises(ValueError, match=r"--train-splits '.*': names no split"):
-        read_corpus(tiny(corpus=str(root)), [split], "--train-splits")
+    with pytest.raises(ValueError, match=r"--train-splits .*: must be names inside the corpus"):
+        tiny(corpus=str(root), train_splits=(split,))
     with pytest.raises(ValueError, match=r"--dev-splits dev: no such split .*in .*: train"):
         read_corpus(tiny(corpus=str(root)), ["dev"], "--dev-splits")
 

@@ -220,11 +220,10 @@ def by_hand(words: list[str]) -> float:
 @pytest.mark.parametrize("text", ["", "AB", "B", "AB B", "B AB", "AB AB B", "A B", "AB A A B"])
 def test_a_language_model_scores_as_by_hand(arpa, text):
     model = LanguageModel(arpa, LETTERS, weight=0.7, bonus=0.25)
-    state, total = model.start(), 0.0
+    scored = model.start()
     for word in text.split():
-        state, score = model.score(state, word.encode())
-        total += score
-    total += model.finish(state)
+        scored = model.add(scored, [word.encode(), b""])
+    total = model.finish(scored)
     expected = 0.7 * math.log(10) * by_hand(text.split()) + 0.25 * len(text.split())
     assert total == pytest.approx(expected, abs=1e-5)
 
@@ -246,7 +245,7 @@ def test_beam_search_adds_the_scores_of_words_made_of_units_of_every_kind(arpa, 
 def test_a_model_without_unknown_words_has_a_floor_for_them(arpa):
     arpa.write_text(ARPA.replace("-1.1\t<unk>\n", "").replace("ngram 1=5", "ngram 1=4"))
     model = LanguageModel(arpa, LETTERS, weight=1.0)
-    _, score = model.score(model.start(), b"BA")
+    score, _ = model.add(model.start(), [b"BA"])
     assert score == pytest.approx(-1.9 * math.log(10))  # a tenth of B's
     assert "it has no <unk>, so they count" in model.missing(["AB BA"])
     assert "<unk>" not in model.missing(["AB B"])

@@ -110,7 +110,8 @@ def test_the_speaker_is_above_the_background_by_what_the_split_says(name):
         recordings[digit, speaker, index] = digits.LEVEL * tone
     split, found = SMALL[name]._replace(noisy=1.0), []
     for seed in range(60):
-        audio, words = digits.join_digits("theo", split, recordings, np.random.default_rng(seed))
+        mixer = digits.Mixer(split, recordings, np.random.default_rng(seed))
+        audio, words = mixer.utterance("theo")
         spectra = [np.abs(np.fft.rfft(audio[start:end])) ** 2 for _, start, end in words]
         power = np.sum(spectra, axis=0)  # one bin for each 4 Hz
         heard = [power[hz // 4] for speaker, hz in tones.items() if speaker != "theo"]
@@ -161,7 +162,7 @@ def test_an_interrupted_run_leaves_nothing(fsdd, tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
     (tmp_path / f"corpus.{files.HOST}.{gone.pid}.unfinished").mkdir()  # of a run that was killed
-    monkeypatch.setattr(digits, "join_digits", interrupted)
+    monkeypatch.setattr(digits.Mixer, "utterance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         digits.join_corpus(fsdd, tmp_path / "corpus", 0, SMALL)
     assert not list(tmp_path.iterdir())

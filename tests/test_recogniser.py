@@ -179,7 +179,7 @@ def tokenizer(request) -> Tokenizer:
         sentence_iterator=iter(texts), model_writer=model, bos_id=-1, eos_id=-1, minloglevel=2,
         **(options | KINDS[request.param]),
     )  # fmt: skip
-    return Tokenizer(torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8))
+    return Tokenizer(model.getvalue())
 
 
 @given(st.data())
@@ -487,9 +487,11 @@ def test_the_command_keeps_what_is_there(run, noise, tmp_path, capsys, monkeypat
 
 def test_captions_are_short():
     words = [Word("word", i / 2, i / 2 + 0.4) for i in range(50)]
-    lines = command.captions(Transcript(words, 30.0))
-    assert [word for line in lines for word in line] == words
-    assert max(len(command.joined(line)) for line in lines) <= 60
+    captions = command.captions(Transcript(words, 30.0))
+    assert " ".join(caption.text for caption in captions) == " ".join(50 * ["word"])
+    assert max(len(caption.text) for caption in captions) <= 60
+    assert [caption.start for caption in captions] == [words[i].start for i in range(0, 50, 12)]
+    assert [caption.end for caption in captions] == [words[i].end for i in (11, 23, 35, 47, 49)]
 
 
 def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):

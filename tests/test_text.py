@@ -26,6 +26,7 @@ RICH = "Don’t STOP: it's ‘five-ish’, naïve हिन्दी"
         ("none", "\u202aat\u202c soft\u00adly", "at softly"),
         ("none", "a\x00b \x1b[1mc\x7f", "ab [1mc"),
         ("none", "star\ufe0f e\u200d\u0301", "star é"),
+        ("none", "star\ufe0fs", "stars"),
         ("plain", "İSTANBUL'da I\u0307", "istanbul'da i"),
         ("lower", "İİ", "ii"),
         ("plain", "Ｆｕｌｌ “width” ‘quotes’", "full width quotes"),
