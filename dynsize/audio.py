@@ -72,8 +72,7 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | CorruptAud
             results = pool.imap(lambda path: header_of(path, kept.get(path)), paths, 200)
             options = dict(unit=" files", delay=2, leave=False, disable=None)
             bar = tqdm(results, "headers", len(paths), **options)
-            for path, header in zip(paths, bar, strict=True):
-                read[path] = header
+            read.update(zip(paths, bar, strict=True))
     finally:
         found = {path: header for path, header in read.items() if isinstance(header, Header)}
         if any(kept.get(path) != header for path, header in found.items()):

@@ -150,7 +150,9 @@ class Examples(Dataset):
 
     def speed(self, index: int) -> float:
         """Return how fast an utterance is spoken."""
-        return 1.0 if self.epoch is None else self.draw("speed", index).choice(self.config.speeds)
+        if self.epoch is None:
+            return 1.0
+        return self.draw("speed", index).choice(self.config.speeds)
 
     def draw(self, what: str, index: int) -> random.Random:
         return random.Random(f"{what} {self.config.seed} {self.epoch} {self.utterances[index].id}")
@@ -192,11 +194,11 @@ def collate(examples: Sequence[Example]) -> Batch:
     good = [example for example in examples if not example.corrupt]
     padded = good or examples[:1]  # gives a batch without utterances its other dimensions
     features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
-    labels = [torch.tensor(e.labels, dtype=torch.long) for e in padded]
+    labels = [torch.LongTensor(e.labels) for e in padded]
     labels = pad_sequence(labels, batch_first=True)[: len(good)]
-    lengths = torch.tensor([len(e.features) for e in good], dtype=torch.long)
-    label_lengths = torch.tensor([len(e.labels) for e in good], dtype=torch.long)
-    seeds = torch.tensor([e.seed for e in good], dtype=torch.long)
+    lengths = torch.LongTensor([len(e.features) for e in good])
+    label_lengths = torch.LongTensor([len(e.labels) for e in good])
+    seeds = torch.LongTensor([e.seed for e in good])
     corrupt = {e.utterance.id: e.corrupt for e in examples if e.corrupt}
     utterances = [e.utterance for e in good]
     return Batch(utterances, features, lengths, labels, label_lengths, seeds, corrupt)

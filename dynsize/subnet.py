@@ -119,7 +119,8 @@ def parameters(model: Supernet, size: int | None = None) -> int:
 def layers_of(model: Supernet, size: int) -> list[nn.Module]:
     """Return the layers that a size keeps, from the input on."""
     places = product(model.encoder.blocks, model.config.block)
-    return [block[kind] for block, kind in compress(places, model.mask(size))]
+    kept = compress(places, model.mask(size))
+    return [block[kind] for block, kind in kept]
 
 
 def weights_in(module: nn.Module) -> int:
