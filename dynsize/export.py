@@ -1,7 +1,8 @@
 """ONNX files of a network, with the features inside: audio in, log-probabilities out.
 
 `size-K.onnx` holds one size. `supernet.onnx` holds all of them and has the size as an input: each
-layer is in an `If` node, so weights are stored once and pruned layers do not run.
+layer is in an `If` node, so weights are stored once and pruned layers do not run. The inputs are
+`audio`, `lengths` and, with all sizes, `size`; the outputs `log_probs` and `log_prob_lengths`.
 """
 
 import copy

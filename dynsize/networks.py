@@ -212,12 +212,14 @@ def windowed(
         audio = np.concatenate([audio, block]) if len(audio) else block
         while True:
             start = max(0, done - context)
-            stop = (start + window - first) * step + analysis - hop
-            if len(audio) <= stop:
+            begin = (start - first) * step
+            end = begin + window * step + analysis - hop  # the samples of `window` encoder frames
+            if len(audio) <= end:
                 break
-            frames = network(filled(audio[(start - first) * step : stop], hop))
+            frames = network(filled(audio[begin:end], hop))
             yield frames[done - start : window - context]
             done = start + window - context
+            # One window before `done` is kept: the last window may begin there.
             outdated = max(0, done - window) - first
             audio = audio[outdated * step :]
             first += outdated
