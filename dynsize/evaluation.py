@@ -122,13 +122,13 @@ def transcribe(
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
     `sizes`: largest first; they share one forward. `title`: of the progress bar, which is shown
-    where there is a terminal. With `facts`, utterances that are longer than training's longest are
-    decoded in windows, one after the other, so memory hardly grows with their length. `decoder`:
+    where there is a terminal. With `facts`, utterances that are longer than one window are decoded
+    in windows, one after the other, so memory hardly grows with their length. `decoder`:
     gives what decodes the emissions of an output, by default this itself.
     """
     most = math.inf  # samples decoded without windows
     if facts is not None:
-        most = facts.longest_seconds * facts.config.sample_rate
+        most = facts.window_seconds * facts.config.sample_rate
     samples = [utterance.samples for utterance in examples.utterances]
     short = [index for index, number in enumerate(samples) if number <= most]
     long = [index for index, number in enumerate(samples) if number > most]

@@ -44,7 +44,7 @@ class Facts:
     config: Config  # of the training
     tokenizer: Tokenizer  # of the V labels
     sizes: tuple[int, ...]  # in layers, ascending
-    longest_seconds: float  # of a window: training's longest utterance, within bounds
+    window_seconds: float  # as long as training's longest utterance, within bounds
 
     @property
     def step(self) -> int:
@@ -55,7 +55,7 @@ class Facts:
     @property
     def window_frames(self) -> int:
         """Encoder frames of one window of long audio, its context included."""
-        samples = self.longest_seconds * self.config.sample_rate
+        samples = self.window_seconds * self.config.sample_rate
         return max(CONTEXT, round(samples / self.step))
 
 

@@ -430,7 +430,7 @@ def test_compare_refuses_other_utterances(work):
 
 def test_long_utterances_are_decoded_in_windows_like_the_recogniser(made, tmp_path):
     loaded = checkpoint.load(made / "run")
-    facts = dataclasses.replace(facts_of(loaded), longest_seconds=0.7)
+    facts = dataclasses.replace(facts_of(loaded), window_seconds=0.7)
     noise = np.random.default_rng(0).standard_normal(RATE * 4)
     paths = {seconds: tmp_path / f"{seconds}.wav" for seconds in (0.5, 4)}
     utterances = []

@@ -306,7 +306,7 @@ def test_loads_a_run_a_checkpoint_and_a_cut_size(run, noise):
 @pytest.mark.parametrize("longest, window", [(0.3, 2.0), (7.0, 7.0), (90.0, 30.0)])
 def test_windows_are_as_long_as_the_longest_utterance_within_bounds(tmp_path, longest, window):
     checkpoint.save(tmp_path / "checkpoint.pt", *random_supernet(), longest_seconds=longest)
-    assert facts_of(checkpoint.load(tmp_path)).longest_seconds == window
+    assert facts_of(checkpoint.load(tmp_path)).window_seconds == window
 
 
 def dynsize_says(capsys, *arguments: object) -> tuple[int, str, str]:
