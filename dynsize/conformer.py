@@ -16,6 +16,7 @@ padding mask, `inside`, is True inside the utterance.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,11 +39,10 @@ Gates = Sequence[Gate]
 class FeedForward(nn.Module):
     """The feed-forward layer: D → 4D, SiLU, → D."""
 
-    scale = 0.5
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, scale: float = 0.5) -> None:
         super().__init__()
         width = config.width
+        self.scale = scale
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.project = nn.Linear(4 * width, width)
@@ -176,18 +176,12 @@ def depthwise_on_cpu(x: Tensor, depthwise: nn.Conv1d) -> Tensor:
     return x[:, :, 0].transpose(1, 2)  # (R', T', D)
 
 
-class WholeFeedForward(FeedForward):
-    """The feed-forward layer of a Transformer's block, with the scale 1."""
-
-    scale = 1.0
-
-
 LAYER_KINDS = {
     "ff1": FeedForward,
     "conv": Convolution,
     "mhsa": SelfAttention,
     "ff2": FeedForward,
-    "ff": WholeFeedForward,
+    "ff": partial(FeedForward, scale=1.0),  # of a Transformer's block
 }
 
 
@@ -200,10 +194,9 @@ class Conv2dFrontEnd(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = (1, *config.front_end_channels)
-        self.convolutions = nn.ModuleList()
-        for c_in, c_out in pairwise(channels):
-            convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
-            self.convolutions.append(convolution)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1) for c_in, c_out in pairwise(channels)
+        )
         bins = -(-config.mel_bins // 4)
         self.project = nn.Linear(channels[-1] * bins, config.width)
 
@@ -233,10 +226,9 @@ class VggFrontEnd(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = (1, *config.front_end_channels)
-        self.convolutions = nn.ModuleList()
-        for c_in, c_out in pairwise(channels):
-            convolution = nn.Conv2d(c_in, c_out, 3, padding=1)
-            self.convolutions.append(convolution)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels)
+        )
         self.project = nn.Linear(channels[-1] * config.mel_bins, config.width)
 
     @staticmethod
@@ -359,6 +351,7 @@ class Pending(NamedTuple):
     branch: Tensor  # (R', T', D): for the first R' rows of the stack; in the others it is pruned
     gate_by_row: Tensor | None  # (R',); None: 1 for each of these rows
     scale: float
+    dropout: float
     seed: Tensor | None  # (B,) int64: what dropout is drawn from
 
 
@@ -397,39 +390,25 @@ class Stack:
         self.pending: Pending | None = None
         self.branch_dtype = x.dtype  # the front-end's last layer has the dtype of all branches
 
-    def rows(self, networks: int) -> int:
-        """Return the number of rows of the stack that the first `networks` networks need."""
-        last_stream = self.streams[networks - 1]
-        return (last_stream + 1) * self.utterances
-
     def normalise(self, norm: nn.LayerNorm, networks: int) -> Tensor:
-        """Add what is pending, and return LayerNorm of the rows that a layer is computed for."""
-        rows = self.rows(networks)
+        """Add what is pending, and return LayerNorm of the rows that a layer is computed for.
+
+        They are those of the first `networks` networks, which keep it.
+        """
+        last_stream = self.streams[networks - 1]
+        rows = (last_stream + 1) * self.utterances
         return self.add_and_normalise(norm, rows, self.branch_dtype)
 
     def end_block(self, norm: nn.LayerNorm) -> None:
         """Add what is pending, and replace all rows by their LayerNorm, which ends a block."""
-        rows = len(self.x)
-        self.x = self.add_and_normalise(norm, rows, self.x.dtype)
+        self.x = self.add_and_normalise(norm, len(self.x), self.x.dtype)
 
     def add_and_normalise(self, norm: nn.LayerNorm, rows: int, dtype: torch.dtype) -> Tensor:
         """Add what is pending to `x`; return LayerNorm of the first `rows` rows, in `dtype`."""
         if self.pending is None:
             return norm(self.x[:rows]).to(dtype)
-        branch, gate_by_row, scale, seed = self.pending
-        self.x, normed = gated_residual_layer_norm(
-            self.x,
-            branch,
-            gate_by_row,
-            scale,
-            self.dropout,
-            seed,
-            norm.weight,
-            norm.bias,
-            rows,
-            dtype,
-            norm.eps,
-        )
+        into = (norm.weight, norm.bias, rows, dtype, norm.eps)
+        self.x, normed = gated_residual_layer_norm(self.x, *self.pending, *into)
         self.pending = None
         return normed
 
@@ -450,7 +429,7 @@ class Stack:
         if self.streams != before:
             self.x = self.repeated(self.x, sources)
             branch = self.repeated(branch, sources[: len(kept)])
-        self.pending = Pending(branch, self.by_row(kept), scale, seed)
+        self.pending = Pending(branch, self.by_row(kept), scale, self.dropout, seed)
 
     @staticmethod
     def repeated(x: Tensor, streams: Sequence[int]) -> Tensor:

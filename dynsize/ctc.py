@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynsize import kernels
 from dynsize.config import Config
+from dynsize.kernels.reference import torchs_ctc_loss
 
 BLANK = 0
 
@@ -104,52 +105,6 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
     return CtcLoss.apply(log_probs, lengths, labels, label_lengths)
 
 
-@torch.library.custom_op("dynsize::torchs_ctc_loss", mutates_args=())
-def torchs_ctc_loss(
-    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the losses, as `ctc_loss`, and their gradients, (N, T, V), by torch's own op.
-
-    It has few launches, but waits for a GPU. `F.ctc_loss` would break the graph of `torch.compile`,
-    and gives an infinite loss a gradient of NaN; here it is 0.
-    """
-    by_frame = log_probs.transpose(0, 1)  # (T, N, V)
-    by_frame = by_frame.to(torch.promote_types(log_probs.dtype, torch.float32))
-    others = (labels, lengths, label_lengths)
-    loss, alpha = torch.ops.aten._ctc_loss.Tensor(by_frame, *others, BLANK, True)
-    ones = torch.ones_like(loss)
-    grad = torch.ops.aten._ctc_loss_backward.Tensor(
-        ones, by_frame, *others, loss, alpha, BLANK, True
-    )
-    return loss, grad.transpose(0, 1).contiguous()
-
-
-@torchs_ctc_loss.register_fake
-def outputs(
-    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return tensors of the shapes and dtypes that `torchs_ctc_loss` returns."""
-    dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    loss = log_probs.new_empty(len(log_probs), dtype=dtype)
-    return loss, log_probs.new_empty(log_probs.shape, dtype=dtype)
-
-
-def save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the gradient of `torchs_ctc_loss` for the backward pass."""
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-    """Return the gradient of the log-probabilities, (N, T, V)."""
-    (grad,) = ctx.saved_tensors
-    log_probs_grad = loss_grad[:, None, None] * grad
-    return log_probs_grad.to(ctx.dtype), None, None, None
-
-
-torchs_ctc_loss.register_autograd(backward, setup_context=save)
-
-
 class CtcLoss(torch.autograd.Function):
     """−log Σ over alignments, with its gradient.
 
@@ -171,26 +126,28 @@ class CtcLoss(torch.autograd.Function):
     def forward(
         ctx, log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        frames = log_probs.shape[1]
+        utterances, frames, vocabulary = log_probs.shape
         last_frame = lengths - 1  # (N,)
         last_state = 2 * label_lengths  # (N,)
-        states = 2 * labels.shape[1] + 1  # S
-        extended = labels.new_full((len(labels), states), BLANK)  # (N, S)
+        extended = labels.new_full((utterances, 2 * labels.shape[1] + 1), BLANK)  # (N, S)
         extended[:, 1::2] = labels
+        states = extended.shape[1]
         outside = after(last_state, states)  # (N, S)
         extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
-        by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
         emitted = log_probs.to(dtype).gather(2, by_frame)  # (N, T, S)
         emitted = emitted.masked_fill(outside[:, None], -torch.inf)
         alpha, beta, largest = forward_backward(emitted, extended, last_frame, last_state)
-        utterance = torch.arange(len(alpha), device=alpha.device)
+
+        # An alignment ends in the last label or in the blank after it.
+        utterance = torch.arange(utterances, device=alpha.device)
         at_end = alpha[utterance, last_frame]  # (N, S)
-        state = torch.arange(states, device=labels.device)  # (S,)
-        before_last = last_state - 1  # the last label; the last state is the blank after it
-        final = (state == last_state[:, None]) | (state == before_last[:, None])
-        log_likelihood = at_end.masked_fill(~final, -torch.inf).logsumexp(1)  # (N,)
-        log_likelihood = log_likelihood + largest.cumsum(1)[utterance, last_frame]
+        before_end = ~after(last_state - 2, states)
+        at_end = at_end.masked_fill(before_end, -torch.inf)
+        subtracted = largest.cumsum(1)[utterance, last_frame]
+        log_likelihood = at_end.logsumexp(1) + subtracted  # (N,)
+
         # e(t, s) is in both α and β: take it out once; −inf − −inf would be NaN
         posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
         posterior = posterior.softmax(2)
@@ -199,7 +156,7 @@ class CtcLoss(torch.autograd.Function):
         nowhere = padding[:, :, None] | outside[:, None] | impossible[:, None, None]
         posterior = posterior.masked_fill(nowhere, 0)
         ctx.save_for_backward(posterior, extended)
-        ctx.vocabulary = log_probs.shape[2]
+        ctx.vocabulary = vocabulary
         ctx.dtype = log_probs.dtype
         return -log_likelihood
 
@@ -210,8 +167,8 @@ class CtcLoss(torch.autograd.Function):
         by_frame = extended[:, None].expand_as(posterior)  # (N, T, S)
         occupied = posterior.new_zeros(utterances, frames, ctx.vocabulary)
         occupied.scatter_add_(2, by_frame, posterior)  # (N, T, V)
-        log_probs_grad = -grad[:, None, None] * occupied
-        return log_probs_grad.to(ctx.dtype), None, None, None
+        occupied *= -grad[:, None, None]
+        return occupied.to(ctx.dtype), None, None, None
 
 
 def after(last: Tensor, size: int) -> Tensor:
@@ -225,13 +182,11 @@ def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
 
     The entries after them are undefined.
     """
-    place = torch.arange(x.shape[dim], device=x.device)
-    index = (last[:, None] - place).clamp(min=0)  # (N, size of the dimension)
+    index = last[:, None] - torch.arange(x.shape[dim], device=x.device)
+    index = index.clamp(min=0)  # (N, size of the dimension)
     shape = [1] * x.dim()
-    shape[0] = x.shape[0]
-    shape[dim] = x.shape[dim]
-    index = index.view(shape)
-    return x.gather(dim, index.expand_as(x))
+    shape[0], shape[dim] = index.shape
+    return x.gather(dim, index.view(shape).expand_as(x))
 
 
 def forward_backward(

@@ -1,7 +1,7 @@
-"""The gated residual with its LayerNorm in plain torch, and all that is drawn for an utterance.
+"""What plain torch computes where Triton does not, and all that is drawn for an utterance.
 
-`gated_residual_layer_norm` is the op's definition. It runs where Triton does not, and the kernel is
-checked against it.
+`gated_residual_layer_norm` is the op's definition, against which the kernel is checked.
+`torchs_ctc_loss` takes the place of the kernel of CTC on a GPU.
 
 An utterance has one seed in each epoch, an int64. Two things are drawn, by one convention:
 
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+BLANK = 0  # CTC's label
 
 # SplitMix64 (Steele, Lea, Flood 2014): its three constants as signed numbers
 WEYL = -0x61C8864680B583EB
@@ -81,9 +83,11 @@ class GatedResidual(torch.autograd.Function):
         y[rows:] = x[rows:]
         before = by_size(x[:rows], keep)
         after = by_size(y[:rows], keep)
-        gates = gates_by_size(gate, keep, x)
-        factor = gates if keep is None else gates * keep
-        torch.addcmul(before, by_size(branch, keep), factor, value=scale, out=after)
+        factor = scaled(keep, scale, x)
+        if gate is not None:
+            gates = gates_by_size(gate, keep, x)
+            factor = factor * gates
+        torch.addcmul(before, by_size(branch, keep), factor, out=after)
         if gate is not None:
             torch.where(gates != 0, after, before, out=after)
         return y
@@ -93,18 +97,14 @@ class GatedResidual(torch.autograd.Function):
     def backward(ctx, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         branch, gate, keep = ctx.saved_tensors
         grad = by_size(y_grad[: ctx.branch_rows], keep)
-        if keep is not None:
-            grad = grad * keep
-        gates = gates_by_size(gate, keep, y_grad)
-        branch_grad = grad * (ctx.scale * gates)
-        if gate is not None:
-            branch_grad = torch.where(gates != 0, branch_grad, 0.0)
-        branch_grad = branch_grad.flatten(0, 1).to(ctx.branch_dtype)
+        branch_grad = grad * scaled(keep, ctx.scale, y_grad)  # gate · branch_grad in the end
         gate_grad = None
         if branch is not None:
-            products = grad * by_size(branch, keep)
-            sums = products.sum((2, 3))  # (sizes, B)
-            gate_grad = ctx.scale * sums.flatten()
+            products = branch_grad * by_size(branch, keep)
+            gate_grad = products.sum((2, 3)).flatten()
+        if gate is not None:
+            branch_grad *= gates_by_size(gate, keep, y_grad)
+        branch_grad = branch_grad.flatten(0, 1).to(ctx.branch_dtype)
         return y_grad, branch_grad, gate_grad, None, None
 
 
@@ -114,12 +114,63 @@ def by_size(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return tensor.unflatten(0, (sizes, -1))
 
 
-def gates_by_size(gate: Tensor | None, keep: Tensor | None, like: Tensor) -> Tensor:
-    """Return the gates in the dtype of `like`, (sizes, B, 1, 1), or one gate of 1 for all rows."""
-    if gate is None:
-        return like.new_ones(())
+def gates_by_size(gate: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
+    """Return the gates in the dtype of `like`, (sizes, B, 1, 1)."""
     gates = by_size(gate, keep)
     return gates[:, :, None, None].to(like.dtype)
+
+
+def scaled(keep: Tensor | None, scale: float, like: Tensor) -> Tensor:
+    """Return scale · keep in the dtype of `like`, (B, T, D), or (), the scale, without dropout."""
+    if keep is None:
+        return like.new_full((), scale)
+    return keep.to(like.dtype).mul_(scale)
+
+
+@torch.library.custom_op("dynsize::torchs_ctc_loss", mutates_args=())
+def torchs_ctc_loss(
+    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the losses, as `ctc_loss`, and their gradients, (N, T, V), by torch's own op.
+
+    It has few launches, but waits for a GPU. `F.ctc_loss` would break the graph of `torch.compile`,
+    and gives an infinite loss a gradient of NaN; here it is 0.
+    """
+    by_frame = log_probs.transpose(0, 1)  # (T, N, V)
+    by_frame = by_frame.to(torch.promote_types(log_probs.dtype, torch.float32))
+    others = (labels, lengths, label_lengths)
+    loss, alpha = torch.ops.aten._ctc_loss.Tensor(by_frame, *others, BLANK, True)
+    ones = torch.ones_like(loss)
+    grad = torch.ops.aten._ctc_loss_backward.Tensor(
+        ones, by_frame, *others, loss, alpha, BLANK, True
+    )
+    return loss, grad.transpose(0, 1).contiguous()
+
+
+@torchs_ctc_loss.register_fake
+def outputs(
+    log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes and dtypes that `torchs_ctc_loss` returns."""
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    loss = log_probs.new_empty(len(log_probs), dtype=dtype)
+    return loss, log_probs.new_empty(log_probs.shape, dtype=dtype)
+
+
+def save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the gradient of `torchs_ctc_loss` for the backward pass."""
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    """Return the gradient of the log-probabilities, (N, T, V)."""
+    (grad,) = ctx.saved_tensors
+    log_probs_grad = loss_grad[:, None, None] * grad
+    return log_probs_grad.to(ctx.dtype), None, None, None
+
+
+torchs_ctc_loss.register_autograd(backward, setup_context=save)
 
 
 def layer_seed(seed: Tensor, layer: int) -> Tensor:
@@ -147,9 +198,10 @@ def kept(seed: Tensor, frames: int, width: int, dropout_p: float) -> Tensor:
     words = -(-width // 4)  # of a frame
     number = torch.arange(frames * words, device=seed.device)
     z = number * WEYL + seed[:, None]
-    z = (z ^ shifted(z, 30)) * FIRST
-    z = (z ^ shifted(z, 27)) * SECOND
-    z = z ^ shifted(z, 31)
+    for places, factor in ((30, FIRST), (27, SECOND)):
+        z ^= shifted(z, places)
+        z *= factor
+    z ^= shifted(z, 31)
     draws = z.view(torch.int16)
     draws = draws.view(len(seed), frames, 4 * words)
     return draws[..., :width] >= lowest_kept(dropout_p)
