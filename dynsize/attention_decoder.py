@@ -45,19 +45,25 @@ class Attention(nn.Module):
 
     def read(self, x: Tensor) -> KeysValues:
         """Return the keys and values of `x`, (R, K, D)."""
-        x = self.key_value(x).unflatten(-1, (2, self.heads, -1))  # (R, K, 2, H, D/H)
-        return KeysValues(*x.permute(2, 0, 3, 1, 4))
+        x = self.key_value(x)  # (R, K, 2D)
+        x = x.unflatten(-1, (2, self.heads, -1))  # (R, K, 2, H, D/H)
+        keys, values = x.permute(2, 0, 3, 1, 4)
+        return KeysValues(keys, values)
 
     def forward(self, normed: Tensor, memory: KeysValues, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output, (R, Q, D), and the weights of the keys, (R, H, Q, K).
 
         `normed`: (R, Q, D). `visible`: broadcasts to (R, H, Q, K), True where a query sees a key.
         """
-        query = self.query(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = self.query(normed)  # (R, Q, D)
+        query = query.unflatten(-1, (self.heads, -1))  # (R, Q, H, D/H)
+        query = query.transpose(1, 2)
         products = query @ memory.keys.mT / math.sqrt(query.shape[-1])  # (R, H, Q, K)
-        weights = products.masked_fill(~visible, -torch.inf).softmax(-1)
+        products = products.masked_fill(~visible, -torch.inf)
+        weights = products.softmax(-1)
         x = weights.to(memory.values.dtype) @ memory.values  # (R, H, Q, D/H)
-        return self.project(x.transpose(1, 2).flatten(2)), weights
+        x = x.transpose(1, 2).flatten(2)  # (R, Q, D)
+        return self.project(x), weights
 
 
 class DecoderLayer(nn.Module):
@@ -81,18 +87,22 @@ class DecoderLayer(nn.Module):
         normed = self.self_attention.norm(x)
         labels = self.self_attention.read(normed)
         if before is not None:
-            joined = [torch.cat(parts, dim=2) for parts in zip(before, labels, strict=True)]
-            labels = KeysValues(*joined)
-        queries, keys = x.shape[1], labels.keys.shape[2]
+            all_keys = torch.cat([before.keys, labels.keys], dim=2)
+            all_values = torch.cat([before.values, labels.values], dim=2)
+            labels = KeysValues(all_keys, all_values)
+        queries = x.shape[1]
+        keys = labels.keys.shape[2]
         everything = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
         not_ahead = everything.tril(keys - queries)  # a label sees itself and the ones before it
         attended, _ = self.self_attention(normed, labels, not_ahead)
         x = x + attended
         normed = self.cross_attention.norm(x)
-        attended, weights = self.cross_attention(normed, frames, inside[:, None, None])
+        visible = inside[:, None, None]  # (R, 1, 1, T')
+        attended, weights = self.cross_attention(normed, frames, visible)
         x = x + attended
         normed = self.feed_forward.norm(x)
-        return x + self.feed_forward(normed, inside), labels, weights
+        x = x + self.feed_forward(normed, inside)
+        return x, labels, weights
 
 
 class Decoder(nn.Module):
@@ -127,14 +137,17 @@ class Decoder(nn.Module):
         T'). Returns also the keys and values of all labels up to here, and the last layer's weights
         of the frames, (R, H, Q, T').
         """
-        first = before[0].keys.shape[2] if before[0] is not None else 0
+        first = 0
+        if before[0] is not None:
+            first = before[0].keys.shape[2]
         x = self.embedding(labels)  # (R, Q, D)
         x = x + positions(first, x)
         seen = []
         for layer, layer_before, layer_frames in zip(self.layers, before, frames, strict=True):
             x, keys_values, weights = layer(x, layer_before, layer_frames, inside)
             seen.append(keys_values)
-        return self.project(self.norm(x)), seen, weights
+        x = self.norm(x)
+        return self.project(x), seen, weights
 
 
 def positions(first: int, x: Tensor) -> Tensor:
@@ -144,11 +157,13 @@ def positions(first: int, x: Tensor) -> Tensor:
     cosines.
     """
     queries, width = x.shape[1:]
-    label = torch.arange(first, first + queries, device=x.device)[:, None]  # (Q, 1)
+    label = torch.arange(first, first + queries, device=x.device)
     column = torch.arange(0, width, 2, device=x.device)
-    angle = label / 10000.0 ** (column / width)  # (Q, ⌈D/2⌉)
+    wavelength = 10000.0 ** (column / width)  # (⌈D/2⌉,)
+    angle = label[:, None] / wavelength  # (Q, ⌈D/2⌉)
     both = torch.stack([angle.sin(), angle.cos()], dim=-1)  # (Q, ⌈D/2⌉, 2)
-    return both.flatten(1)[:, :width].to(x.dtype)
+    columns = both.flatten(1)[:, :width]
+    return columns.to(x.dtype)
 
 
 class AttentionDecoder(nn.Module):
@@ -188,10 +203,12 @@ class AttentionDecoder(nn.Module):
         ctc = Ctc.losses(layers, log_probs, lengths, labels, label_lengths)  # (M, B)
         inside_text = padding_mask(label_lengths, labels.shape[1])  # (B, U)
         labels = labels.masked_fill(~inside_text, BORDER)
-        inputs = F.pad(labels, (1, 0), value=BORDER).repeat(networks, 1)  # (M·B, U + 1)
-        targets = F.pad(labels, (0, 1), value=BORDER).repeat(networks, 1)
+        labels = labels.repeat(networks, 1)  # (M·B, U)
+        inputs = F.pad(labels, (1, 0), value=BORDER)  # (M·B, U + 1)
+        targets = F.pad(labels, (0, 1), value=BORDER)
         decoder = outputs[0].decoder  # the same for all sizes
-        inside = padding_mask(lengths, emissions.shape[2]).repeat(networks, 1)  # (M·B, T')
+        inside = padding_mask(lengths, emissions.shape[2])  # (B, T')
+        inside = inside.repeat(networks, 1)
         frames = decoder.read(emissions.flatten(0, 1))
         logits, *_ = decoder(inputs, frames, inside)  # (M·B, U + 1, V)
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -231,9 +248,10 @@ class AttentionDecoder(nn.Module):
             label = label.masked_fill(~goes_on, BORDER)
             steps.append(torch.stack([label, frame]))
         by_utterance = torch.stack(steps).permute(2, 0, 1).tolist()
-        return [
-            [(label, frame) for label, frame in text if label != BORDER] for text in by_utterance
-        ]
+        found = []
+        for text in by_utterance:
+            found.append([(label, frame) for label, frame in text if label != BORDER])
+        return found
 
     def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
         """Return the same for one utterance, given by parts (T', D) that follow each other.

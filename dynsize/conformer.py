@@ -64,8 +64,8 @@ class Convolution(nn.Module):
         width = config.width
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 2 * width)
-        padding = config.kernel // 2
-        self.depthwise = nn.Conv1d(width, width, config.kernel, padding=padding, groups=width)
+        shape = dict(padding=config.kernel // 2, groups=width)
+        self.depthwise = nn.Conv1d(width, width, config.kernel, **shape)
         self.depthwise_norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, width)
 
@@ -77,7 +77,8 @@ class Convolution(nn.Module):
         if x.device.type == "cpu":
             x = depthwise_on_cpu(x, self.depthwise)
         else:
-            x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+            by_channel = x.transpose(1, 2)  # (R', D, T')
+            x = self.depthwise(by_channel).transpose(1, 2)
         x = self.depthwise_norm(x)
         x = F.silu(x)
         return self.project(x)
@@ -127,8 +128,9 @@ def rotation(x: Tensor) -> tuple[Tensor, Tensor]:
     frame = torch.arange(frames, device=x.device)[:, None]  # (T', 1)
     angle = frame * speed  # (T', d/2)
     cosine = angle.cos().repeat(1, 2)
-    sine = torch.cat([-angle.sin(), angle.sin()], dim=-1)
-    return cosine, sine
+    sine = angle.sin()
+    signed_sine = torch.cat([-sine, sine], dim=-1)
+    return cosine, signed_sine
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -150,8 +152,8 @@ def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, inside: Tensor) -> Tensor:
     heads = q.shape[1]
     # Finite, so that an utterance without a frame has no NaN.
     outside = torch.where(inside, 0.0, -1e30).to(q.dtype)
-    outside = outside.expand(-1, heads, -1, -1).flatten(0, 1)  # (R'·H, 1, T')
-    q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # (R'·H, T', d) each
+    outside = outside.expand(-1, heads, -1, -1)
+    outside, q, k, v = (x.flatten(0, 1) for x in (outside, q, k, v))  # (R'·H, 1 or T', ·) each
     scale = 1 / math.sqrt(q.shape[-1])
     products = torch.baddbmm(outside, q, k.mT, alpha=scale)  # (R'·H, T', T')
     weights = products.softmax(-1)
@@ -264,8 +266,9 @@ def padding_mask(lengths: Tensor, frames: int) -> Tensor:
 def zero_outside(x: Tensor, lengths: Tensor) -> Tensor:
     """Return `x`, (B, C, T, F), with zeros in the frames outside each utterance."""
     inside = padding_mask(lengths, x.shape[2])  # (B, T)
+    inside = inside[:, None, :, None]  # (B, 1, T, 1)
     # Expanded over F, because onnxruntime multiplies by (B, 1, T, 1) three times as slowly.
-    inside = inside[:, None, :, None].expand(-1, -1, -1, x.shape[3])  # (B, 1, T, F)
+    inside = inside.expand(-1, -1, -1, x.shape[3])
     return x * inside
 
 
@@ -423,9 +426,11 @@ class Stack:
         before = self.streams
         self.streams = part(before, by_network)
         # Of each stream from here on: its first network, the stream it comes from, its gate.
-        firsts = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
+        streams = range(self.streams[-1] + 1)
+        firsts = [self.streams.index(stream) for stream in streams]
         sources = [before[network] for network in firsts]
-        kept = [by_network[network] for network in firsts if by_network[network] is not False]
+        gates = [by_network[network] for network in firsts]
+        kept = [gate for gate in gates if gate is not False]
         if self.streams != before:
             self.x = self.repeated(self.x, sources)
             branch = self.repeated(branch, sources[: len(kept)])
@@ -446,8 +451,7 @@ class Stack:
 
     def outputs(self) -> Tensor:
         """Return the activations of each network, (M, B, T', D)."""
-        streams = self.x.chunk(self.streams[-1] + 1)  # (B, T', D) each
-        return torch.stack([streams[stream] for stream in self.streams])
+        return self.repeated(self.x, self.streams).unflatten(0, (-1, self.utterances))
 
 
 def count_keeping(by_network: Gates, layer: int) -> int:
@@ -467,10 +471,13 @@ def part(streams: Sequence[int], by_network: Gates) -> list[int]:
     Two networks stay one stream where they were one and both have the gate True, or both False. The
     values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
     """
-    parted = [0]
-    for i in range(1, len(streams)):
-        pair = by_network[i - 1 : i + 1]
-        same_gate = all(isinstance(gate, bool) for gate in pair) and pair[0] == pair[1]
-        together = streams[i] == streams[i - 1] and same_gate
-        parted.append(parted[-1] if together else parted[-1] + 1)
+    stream = 0
+    parted = [stream]
+    pairs = pairwise(zip(streams, by_network, strict=True))
+    for (larger, larger_gate), (smaller, smaller_gate) in pairs:
+        known = isinstance(larger_gate, bool) and isinstance(smaller_gate, bool)
+        together = known and larger == smaller and larger_gate == smaller_gate
+        if not together:
+            stream += 1
+        parted.append(stream)
     return parted

@@ -41,11 +41,13 @@ class Update:
 def planned(model: Supernet, number: int) -> Update:
     """Return what the update of this number trains."""
     config = model.config
+    largest = model.sizes[-1]
     if in_step1(number, config):
-        size = ALGORITHMS[config.method].size_at(number, config)
-        return Update(number, 1, {model.sizes[-1]: 1.0, size: config.subnet_loss})
+        algorithm = ALGORITHMS[config.method]
+        size = algorithm.size_at(number, config)
+        return Update(number, 1, {largest: 1.0, size: config.subnet_loss})
     if config.method == "layerdrop":
-        return Update(number, 2, {model.sizes[-1]: 1.0})
+        return Update(number, 2, {largest: 1.0})
     return Update(number, 2, sandwich(number, model.sizes, config))
 
 
@@ -75,7 +77,8 @@ def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
         weights = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
         return [all_layers, weights]
     if config.method == "layerdrop":
-        return [list(layer_gates(seeds, model.sizes[-1], config.layer_drop))]
+        drawn = layer_gates(seeds, model.sizes[-1], config.layer_drop)  # (L, B)
+        return [list(drawn)]
     largest, *smaller = [model.mask(size) for size in update.loss_weights]
     if smaller and config.stochastic_depth > 0:
         largest = stochastic_depth(smaller[-1], seeds, config)
@@ -93,7 +96,8 @@ def stochastic_depth(smallest: Sequence[bool], seeds: Tensor, config: Config) ->
     `smallest`: the mask of the smallest subnet. `seeds`: (B,) int64, one for each utterance.
     """
     drawn = layer_gates(seeds, len(smallest), config.stochastic_depth)  # (L, B)
-    return [True if kept else gate for kept, gate in zip(smallest, drawn, strict=True)]
+    pairs = zip(smallest, drawn, strict=True)
+    return [True if kept else gate for kept, gate in pairs]
 
 
 def losses_of(
@@ -140,8 +144,9 @@ def distillation_loss(target: Tensor, log_probs: Tensor, lengths: Tensor) -> Ten
     `target`: (B, T', V) log-probabilities of a teacher, without a gradient. `log_probs`: (B, T',
     V), the network's. `lengths`: (B,) encoder frames.
     """
-    divergence = F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)  # (B, T')
-    inside = padding_mask(lengths, divergence.shape[1])
+    divergence = F.kl_div(log_probs, target, reduction="none", log_target=True)  # (B, T', V)
+    divergence = divergence.sum(-1)
+    inside = padding_mask(lengths, divergence.shape[1])  # (B, T')
     return (divergence * inside).sum()
 
 

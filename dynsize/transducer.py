@@ -84,11 +84,11 @@ class Transducer(nn.Module):
         label_side = outputs[0].label_side(contexts)  # (B, U + 1, D), the same for all sizes
         pairs = zip(outputs, emissions, strict=True)
         nodes = [output.nodes(of_size, label_side, labels) for output, of_size in pairs]
-        blank, label = (torch.cat(parts) for parts in zip(*nodes, strict=True))
+        blank, label = zip(*nodes, strict=True)
         networks = len(outputs)
         loss = transducer_loss(
-            blank,  # (M·B, T', U + 1)
-            label,  # (M·B, T', U)
+            torch.cat(blank),  # (M·B, T', U + 1)
+            torch.cat(label),  # (M·B, T', U)
             lengths.repeat(networks),
             label_lengths.repeat(networks),
         )
@@ -109,9 +109,14 @@ class Transducer(nn.Module):
         utterances = max(1, MOST_NUMBERS // of_utterance)
         if utterances >= len(labels):
             return self.join(encoder_side, label_side, labels)
-        split = [part.split(utterances) for part in (encoder_side, label_side, labels)]
+        parts = zip(
+            encoder_side.split(utterances),
+            label_side.split(utterances),
+            labels.split(utterances),
+            strict=True,
+        )
         options = dict(use_reentrant=False, preserve_rng_state=False)
-        nodes = [checkpoint(self.join, *part, **options) for part in zip(*split, strict=True)]
+        nodes = [checkpoint(self.join, *part, **options) for part in parts]
         blank, label = zip(*nodes, strict=True)
         return torch.cat(blank), torch.cat(label)
 
@@ -123,8 +128,9 @@ class Transducer(nn.Module):
         nodes = encoder_side[:, :, None] + label_side[:, None]  # (b, T', U + 1, D)
         logits = self.joiner(torch.tanh(nodes))  # (b, T', U + 1, V)
         log_probs = log_softmax(logits)
-        next_label = labels[:, None, :, None].expand(-1, frames, -1, -1)  # (b, T', U, 1)
-        label = log_probs[:, :, :-1].gather(-1, next_label)
+        next_label = labels[:, None, :, None]  # (b, 1, U, 1)
+        next_label = next_label.expand(-1, frames, -1, -1)
+        label = log_probs[:, :, :-1].gather(-1, next_label)  # (b, T', U, 1)
         return log_probs[..., BLANK], label.squeeze(-1)
 
     def decode(self, emissions: Tensor, lengths: Tensor) -> list[list[tuple[int, int]]]:
@@ -138,7 +144,8 @@ class Transducer(nn.Module):
 
     def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
         """Return the same for one utterance, given by parts (T', D) that follow each other."""
-        context = torch.full((1, CONTEXT_LABELS), BLANK, device=self.joiner.weight.device)
+        device = self.joiner.weight.device
+        context = torch.full((1, CONTEXT_LABELS), BLANK, device=device)
         found = []
         done = 0
         for part in parts:
@@ -212,9 +219,10 @@ def transducer_loss(blank: Tensor, label: Tensor, lengths: Tensor, label_lengths
 class TransducerLoss(torch.autograd.Function):
     """−log Σ over alignments, with its gradient: minus the probability that a path takes an arc.
 
-    It is computed over the diagonals n = t + u of the lattice. Each arc leads from a diagonal to
-    the next one, so all nodes of a diagonal are computed at once. α(n, u) is the log-probability of
-    the paths from the beginning to a node, and β(n, u) of those from it to the end.
+    It has no matrix products, so autocast changes nothing in it. It is computed over the diagonals
+    n = t + u of the lattice. Each arc leads from a diagonal to the next one, so all nodes of a
+    diagonal are computed at once. α(n, u) is the log-probability of the paths from the beginning to
+    a node, and β(n, u) of those from it to the end.
 
     Each path takes one arc from each diagonal. So the probabilities of the arcs from a diagonal sum
     to 1, and are the softmax of α + arc + β. α and β are kept relative to the largest number of
@@ -226,45 +234,51 @@ class TransducerLoss(torch.autograd.Function):
         ctx, blank: Tensor, label: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
         frames, columns = blank.shape[1:]
-        input_dtype = blank.dtype
         inside = padding_mask(lengths, frames)[:, :, None]  # (N, T, 1)
         nodes = padding_mask(label_lengths + 1, columns)[:, None]  # (N, 1, U + 1)
         before_last_node = padding_mask(label_lengths, columns)[:, None]  # (N, 1, U + 1)
-        label = F.pad(label, (0, 1))  # (N, T, U + 1)
-        dtype = torch.promote_types(input_dtype, torch.float32)
-        blank = blank.to(dtype).masked_fill(~(inside & nodes), -torch.inf)
-        label = label.to(dtype).masked_fill(~(inside & before_last_node), -torch.inf)
+        ctx.dtype = blank.dtype
+        dtype = torch.promote_types(blank.dtype, torch.float32)
+        label = F.pad(label, (0, 1)).to(dtype)  # (N, T, U + 1)
+        label = label.masked_fill(~(inside & before_last_node), -torch.inf)
+        blank = blank.to(dtype)
+        blank = blank.masked_fill(~(inside & nodes), -torch.inf)
         blank_arcs = by_diagonal(blank)
         label_arcs = by_diagonal(label)
         last = lengths + label_lengths  # (N,): the diagonal of the end
         alpha, largest = paths_to_nodes(blank_arcs, label_arcs)
         beta = paths_from_nodes(blank_arcs, label_arcs, last, label_lengths)
-        log_likelihood = largest.cumsum(1).gather(1, last[:, None])[:, 0]  # (N,)
-        through_blank = alpha[:, :-1] + blank_arcs + beta[:, 1:]  # (N, T + U, U + 1)
-        through_label = alpha[:, :-1] + label_arcs + one_label_earlier(beta[:, 1:])
-        posterior = torch.cat([through_blank, through_label], dim=2).softmax(2)
+        utterance = torch.arange(len(last), device=last.device)
+        log_likelihood = largest.cumsum(1)[utterance, last]  # (N,)
+        before = alpha[:, :-1]  # (N, T + U, U + 1): α where each arc begins
+        after_blank = beta[:, 1:]  # β where it ends
+        after_label = one_label_earlier(after_blank)
+        through_blank = before + blank_arcs + after_blank
+        through_label = before + label_arcs + after_label
+        through = torch.cat([through_blank, through_label], dim=2)
+        posterior = through.softmax(2)
         before_end = padding_mask(last, posterior.shape[1])  # (N, T + U)
         somewhere = before_end & log_likelihood.isfinite()[:, None]
         posterior = posterior.masked_fill(~somewhere[:, :, None], 0)
-        posteriors = [by_frame(part, frames) for part in posterior.chunk(2, dim=2)]
-        ctx.save_for_backward(*posteriors)
-        ctx.dtype = input_dtype
+        of_blank, of_label = posterior.chunk(2, dim=2)
+        ctx.save_for_backward(by_frame(of_blank, frames), by_frame(of_label, frames))
         return -log_likelihood
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_blank, by_label = ctx.saved_tensors  # (N, T, U + 1) each
         minus = -grad[:, None, None]
-        blank_grad = (minus * by_blank).to(ctx.dtype)
-        label_grad = (minus * by_label[:, :, :-1]).to(ctx.dtype)
-        return blank_grad, label_grad, None, None
+        blank_grad = minus * by_blank
+        label_grad = minus * by_label[:, :, :-1]
+        return blank_grad.to(ctx.dtype), label_grad.to(ctx.dtype), None, None
 
 
 def by_diagonal(x: Tensor) -> Tensor:
     """Return (N, T + U, U + 1), node (t, u) in row t + u, −inf elsewhere. `x`: (N, T, U + 1)."""
     frames, columns = x.shape[1:]
-    row = torch.arange(frames + columns - 1, device=x.device)[:, None]
-    frame = row - torch.arange(columns, device=x.device)  # (T + U, U + 1)
+    row = torch.arange(frames + columns - 1, device=x.device)
+    label = torch.arange(columns, device=x.device)
+    frame = row[:, None] - label  # (T + U, U + 1)
     outside = (frame < 0) | (frame >= frames)
     index = frame.clamp(0, frames - 1)
     index = index.expand(len(x), -1, -1)
@@ -274,9 +288,11 @@ def by_diagonal(x: Tensor) -> Tensor:
 
 def by_frame(x: Tensor, frames: int) -> Tensor:
     """Return (N, T, U + 1), node (t, u) in row t again. `x`: (N, T + U, U + 1)."""
-    frame = torch.arange(frames, device=x.device)[:, None]
-    row = frame + torch.arange(x.shape[2], device=x.device)  # (T, U + 1)
-    return x.gather(1, row.expand(len(x), -1, -1))
+    frame = torch.arange(frames, device=x.device)
+    label = torch.arange(x.shape[2], device=x.device)
+    row = frame[:, None] + label  # (T, U + 1)
+    row = row.expand(len(x), -1, -1)
+    return x.gather(1, row)
 
 
 def one_label_later(x: Tensor) -> Tensor:
@@ -316,14 +332,17 @@ def paths_from_nodes(
 ) -> Tensor:
     """Return β, (N, T + U + 1, U + 1). `last`: (N,), the diagonal on which each utterance ends."""
     diagonals, columns = blank_arcs.shape[1:]
-    diagonal = torch.arange(diagonals + 1, device=last.device)[:, None]
+    diagonal = torch.arange(diagonals + 1, device=last.device)
     label = torch.arange(columns, device=last.device)
-    ends = (diagonal == last[:, None, None]) & (label == label_lengths[:, None, None])
+    on_last = diagonal == last[:, None]  # (N, T + U + 1)
+    on_end = label == label_lengths[:, None]  # (N, U + 1)
+    ends = on_last[:, :, None] & on_end[:, None]
     here = torch.full_like(blank_arcs[:, 0], -torch.inf)  # (N, U + 1)
     here = here.masked_fill(ends[:, -1], 0)
     rows = [here]
-    arcs = zip(blank_arcs.unbind(1), label_arcs.unbind(1), ends[:, :-1].unbind(1), strict=True)
-    for blank, label, end in reversed(list(arcs)):
+    by_diagonals = [part.unbind(1) for part in (blank_arcs, label_arcs, ends[:, :-1])]
+    arcs = list(zip(*by_diagonals, strict=True))
+    for blank, label, end in reversed(arcs):
         by_blank = here + blank
         by_label = one_label_earlier(here) + label
         here = torch.logaddexp(by_blank, by_label)
