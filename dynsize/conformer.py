@@ -103,9 +103,7 @@ class SelfAttention(nn.Module):
         x = x.unflatten(-1, (3, self.heads, -1))  # (R', T', 3, H, D/H)
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (R', H, T', D/H) each
         if self.rotary:
-            cosine, sine = rotation(q)
-            q = rotate(q, cosine, sine)
-            k = rotate(k, cosine, sine)
+            q, k = rotate(torch.stack([q, k]))
         inside = inside[:, None, None]  # (R', 1, 1, T')
         if x.device.type == "cpu":
             x = attention_on_cpu(q, k, v, inside)
@@ -115,11 +113,11 @@ class SelfAttention(nn.Module):
         return self.project(x)
 
 
-def rotation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosine and signed sine of the rotary positions (RoFormer, Su et al. 2021), (T', d).
+def rotate(x: Tensor) -> Tensor:
+    """Return `x`, (…, T', d), with rotary positions (RoFormer, Su et al. 2021).
 
-    `x`: (R', H, T', d). The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d),
-    computed in float32: bfloat16 can't count frames.
+    The pair (i, i + d/2) of frame t turns by the angle t / 10000^(2i/d), computed in float32:
+    bfloat16 can't count frames.
     """
     frames, width = x.shape[-2:]
     half = width // 2
@@ -127,15 +125,10 @@ def rotation(x: Tensor) -> tuple[Tensor, Tensor]:
     speed = 10000.0 ** (-pair / half)
     frame = torch.arange(frames, device=x.device)[:, None]  # (T', 1)
     angle = frame * speed  # (T', d/2)
-    cosine = angle.cos().repeat(1, 2)
+    cosine = angle.cos().repeat(1, 2)  # (T', d)
     sine = angle.sin()
-    signed_sine = torch.cat([-sine, sine], dim=-1)
-    return cosine, signed_sine
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return `x`, (R', H, T', d), with the positions of `rotation`."""
-    other = x.roll(x.shape[-1] // 2, dims=-1)  # of each pair
+    sine = torch.cat([-sine, sine], dim=-1)
+    other = x.roll(half, dims=-1)  # of each pair
     turned = other * sine + x * cosine
     return turned.to(x.dtype)
 
@@ -394,10 +387,7 @@ class Stack:
         self.branch_dtype = x.dtype  # the front-end's last layer has the dtype of all branches
 
     def normalise(self, norm: nn.LayerNorm, networks: int) -> Tensor:
-        """Add what is pending, and return LayerNorm of the rows that a layer is computed for.
-
-        They are those of the first `networks` networks, which keep it.
-        """
+        """Add what is pending; return LayerNorm of the rows of the first `networks` networks."""
         last_stream = self.streams[networks - 1]
         rows = (last_stream + 1) * self.utterances
         return self.add_and_normalise(norm, rows, self.branch_dtype)

@@ -96,12 +96,11 @@ class Supernet(nn.Module):
 
         Where the scores are a matrix, the n-th layer of the ranking has its score from row n.
         """
-        if self.scores is None:
-            return [None] * len(self.ranking)
         layers = len(self.ranking)
-        rows = self.scores.detach().expand(layers, -1).tolist()
-        places = zip(rows, self.ranking, strict=True)
-        return [row[layer] for row, layer in places]
+        if self.scores is None:
+            return [None] * layers
+        rows = self.scores.detach().expand(layers, -1)  # (L, L)
+        return rows[torch.arange(layers), self.ranking].tolist()
 
     def mask(self, size: int) -> list[bool]:
         """Return the binary mask of a size: True for the first `size` layers of the ranking."""
