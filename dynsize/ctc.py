@@ -129,9 +129,9 @@ class CtcLoss(torch.autograd.Function):
         utterances, frames, vocabulary = log_probs.shape
         last_frame = lengths - 1  # (N,)
         last_state = 2 * label_lengths  # (N,)
-        extended = labels.new_full((utterances, 2 * labels.shape[1] + 1), BLANK)  # (N, S)
+        states = 2 * labels.shape[1] + 1  # S
+        extended = labels.new_full((utterances, states), BLANK)  # (N, S)
         extended[:, 1::2] = labels
-        states = extended.shape[1]
         outside = after(last_state, states)  # (N, S)
         extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
