@@ -150,13 +150,13 @@ def train(trainer: Trainer) -> None:
     print(f"training   {trainer.config.method}, in {trainer.run}")
     progress = Progress(trainer.config, trainer.model, trainer.done)
     trainer.listeners.append(progress.log)
-    with signals(trainer.stop, trainer.save_now), progress.bar:
+    with signals(trainer.requests), progress.bar:
         for record in trainer.updates():
             progress.show(record)
             if record["stop"]:
                 print(f"stopped and saved at update {trainer.done}; ", end="")
                 print(f"python train.py --resume {trainer.run} goes on", flush=True)
-                sys.exit(128 + trainer.stop_soon)
+                sys.exit(128 + trainer.requests.stop)
 
 
 def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: Path) -> Trainer:

@@ -215,13 +215,13 @@ def train(trainer: Trainer, tensorboard: bool = False) -> None:
         trainer.listeners.append(to_tensorboard(trainer.run))
     progress = Progress(trainer.config, trainer.model, trainer.done)
     trainer.listeners.append(progress.log)
-    with signals(trainer.stop, trainer.save_now), progress.bar:
+    with signals(trainer.requests), progress.bar:
         for record in trainer.updates():
             progress.show(record)
             if record["stop"]:
                 print(f"stopped and saved at update {trainer.done}; ", end="")
                 print(f"python train.py --resume {trainer.run} goes on", flush=True)
-                sys.exit(128 + (trainer.stop_soon or signal.SIGTERM))
+                sys.exit(128 + (trainer.requests.stop or signal.SIGTERM))
 
 
 def draw(folder: Path) -> None:

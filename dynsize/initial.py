@@ -87,8 +87,8 @@ def check_memory(model: Supernet) -> None:
         )
 
 
-def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
-    """Return the checkpoint that `config.teacher` names.
+def load_teacher(config: Config, tokenizer: Tokenizer) -> Supernet:
+    """Return the network that `config.teacher` names.
 
     Raises ValueError where its output is not CTC, and where its labels or its features are not
     those of this training.
@@ -107,7 +107,7 @@ def load_teacher(config: Config, tokenizer: Tokenizer) -> Checkpoint:
             raise ValueError(
                 f"--teacher {loaded.path}: was trained with {flag} {there}, not {here}"
             )
-    return loaded
+    return loaded.model
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:

@@ -22,22 +22,16 @@ from torch import Tensor
 from dynsize.config import Config
 from dynsize.schedule import size_at_span_end, size_at_span_start
 
+# The target of an update's iteration: L − nᵢ, the layers left at its end. It is the size in the
+# log, and the subnet uses the output of this size. During the iteration the subnet still runs up to
+# Δ layers more, those that the iteration will zero out. The extra loss lowers the weights.
+size_at = size_at_span_end
 SPARSITY_LOSS = 5.0  # weight of the extra loss, the paper's
 
 
 def initial_scores(config: Config) -> Tensor:
     """Return (L,) equal scores; the paper's are 10, whose sigmoid is nearly 1."""
     return torch.full((config.layers,), config.initial_score)
-
-
-def size_at(update: int, config: Config) -> int:
-    """Return the target of this update's iteration: L − nᵢ, the layers left at its end.
-
-    This target is the size in the log, and the subnet uses the output of this size. During the
-    iteration the subnet still runs up to Δ layers more, those that the iteration will zero out.
-    The extra loss lowers the weights.
-    """
-    return size_at_span_end(update, config)
 
 
 def layer_weights(

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def start_alike(model: Supernet) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Replace the gradients of a model by their sums over all processes.
+    """Replace the gradients of a model by their sums over all processes, if there are several.
 
     A process that could read nothing has no gradient, and adds zeros. A weight that no network of
     the update uses has no gradient in any process, and keeps none.
@@ -94,6 +95,8 @@ def sum_gradients(model: nn.Module) -> None:
     All are exchanged as one tensor after the backward pass. That is plainer than
     DistributedDataParallel, which exchanges some while others are computed.
     """
+    if count() == 1:
+        return
     weights = list(model.parameters())
     has_gradient = torch.tensor([weight.grad is not None for weight in weights]).int()  # on the CPU
     for weight, holders in zip(weights, total(has_gradient).tolist(), strict=True):
@@ -125,6 +128,14 @@ def first_alone() -> Iterator[None]:
 def in_first(error: Exception) -> BaseException:
     """Return what to raise for an error that all processes have: only the first one reports it."""
     return error if is_first() else SystemExit(FAILED)
+
+
+@dataclass
+class Requests:
+    """What a training is asked for by signals: see `terminal.signals`."""
+
+    save: bool = False  # after the next update
+    stop: int = 0  # a signal's number: save after the next update that is read, and end
 
 
 # What computes here.

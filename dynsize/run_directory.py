@@ -12,6 +12,7 @@ from typing import IO
 
 from dynsize import checkpoint, files
 from dynsize.config import Config
+from dynsize.supernet import Supernet
 from dynsize.terminal import printable
 
 LOCK = "lock"  # held by the training in a run directory
@@ -45,14 +46,20 @@ def names_in(run: Path) -> set[str]:
     return {path.name for path in paths if path.suffix != ".unfinished"}
 
 
-def begin(run: Path, config: Config, corpus: str) -> IO[bytes]:
+def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[bytes]:
     """Make the directory of a new training with its first files; return its lock, as `lock` does.
 
-    A training that is there already is renamed: nothing is deleted. Raises ValueError where
-    another training is at work there, and for a directory that is not a training's.
+    A training that is there already is renamed: nothing is deleted. `corpus`: the content of
+    `corpus.txt`. `initial`: the checkpoint whose weights the training begins with. Raises
+    ValueError where another training is at work there, and for a directory that is not a
+    training's, or has what this training starts from.
     """
     check_new(run, overwrite=True)
     run = run.resolve()
+    for source in filter(None, (initial, config.teacher, config.layers_from)):
+        path = Path(source)
+        if run in (path.resolve(), path.parent.resolve()):
+            raise ValueError(f"{run}: has the network from which this training starts")
     here = Path.cwd()
     if names_in(run) - FIRST and run in (here, *here.parents):
         raise ValueError(f"{run}: can't be renamed from inside: start in another directory")
@@ -77,6 +84,14 @@ def write_config(run: Path, config: Config) -> None:
     """Write the settings of a training."""
     text = json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)
     files.write(run / CONFIG, text.encode() + b"\n")
+
+
+def write_ranking(run: Path, model: Supernet) -> None:
+    """Write `ranking.json`: the layers with their scores, the most important one first."""
+    names = model.config.layer_names
+    pairs = zip(model.ranking, model.ranked_scores(), strict=True)
+    ranked = [dict(layer=names[layer], score=score) for layer, score in pairs]
+    files.write_json(run / "ranking.json", ranked)
 
 
 def lock(run: Path) -> IO[bytes]:
@@ -130,17 +145,23 @@ def read_metrics(run: Path) -> list[tuple[bytes, dict]]:
     return [(line, record) for line, record in records if record is not None]
 
 
-def forget_after(run: Path, update: int) -> list[dict]:
+def forget_after(run: Path, update: int) -> dict[int, int]:
     """Take from metrics.jsonl the lines from after an update, and lines that are damaged.
 
-    Returns what the other lines tell.
+    Returns update → errors on dev, of all sizes together, for each validation that stays.
     """
-    kept = [(line, record) for line, record in read_metrics(run) if record["update"] <= update]
-    text = b"".join(line for line, _ in kept)
+    text = b""
+    dev_errors = {}
+    for line, record in read_metrics(run):
+        if record["update"] <= update:
+            text += line
+            if "dev" in record:
+                by_size = record["dev"].values()
+                dev_errors[record["update"]] = sum(of_size["errors"] for of_size in by_size)
     metrics = run / METRICS
     if metrics.exists() and metrics.stat().st_size > len(text):
         files.write(metrics, text)
-    return [record for _, record in kept]
+    return dev_errors
 
 
 def record_of(line: bytes) -> dict | None:

@@ -15,15 +15,12 @@ from dynsize import kernels
 from dynsize.config import Config
 from dynsize.schedule import size_at_span_end
 
+size_at = size_at_span_end  # k, the size of the subnet in an update of step 1
+
 
 def initial_scores(config: Config) -> Tensor:
     """Return (L,) equal scores."""
     return torch.full((config.layers,), config.initial_score)
-
-
-def size_at(update: int, config: Config) -> int:
-    """Return k, the size of the subnet in an update of step 1."""
-    return size_at_span_end(update, config)
 
 
 def layer_weights(

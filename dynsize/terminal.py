@@ -1,6 +1,7 @@
 """What the commands share: the parser of their flags, what may be shown, and how they end."""
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar
 LM_BEAM = 16  # prefixes, where a language model is given
 LONGEST = 1000  # characters of an error message
+SECOND_SIGNAL = 1.0  # seconds after which a second signal ends a training at once
 SHORTAGE = re.compile("memory|start new thread", re.IGNORECASE)  # in a RuntimeError
 # Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -215,19 +217,35 @@ def dev_lines(record: dict, model: Supernet) -> str:
 
 
 @contextmanager
-def signals(stop: Callable, save: Callable) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it, by these handlers.
+def signals(requests: processes.Requests) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it, by these requests.
 
-    SIGHUP stays ignored where nohup started the program.
+    The update that runs is finished, and one more is trained: processes tell each other of a
+    signal when they read an update, so all of them end after the same one. A validation that
+    runs is finished first. The script then exits with 128 + the signal's number.
+
+    A second signal within a second is ignored, as schedulers may send two. A later one ends the
+    process without saving. Worker processes ignore signals and are killed at the end. SIGHUP stays
+    ignored where nohup started the program.
     """
+    first = math.inf  # when the first signal came
 
-    def hang_up(number: int, frame: object) -> None:
-        forget_closed_terminal()
-        stop(number, frame)
+    def save(number: int, frame: object) -> None:
+        requests.save = True
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal first
+        if number == signal.SIGHUP:
+            forget_closed_terminal()
+        if not requests.stop:
+            requests.stop = number
+            first = time.monotonic()
+        elif time.monotonic() - first > SECOND_SIGNAL:
+            raise SystemExit(128 + number)
 
     handlers = {signal.SIGUSR1: save, signal.SIGINT: stop, signal.SIGTERM: stop}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        handlers[signal.SIGHUP] = hang_up
+        handlers[signal.SIGHUP] = stop
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dynsize import checkpoint, files, processes, run_directory, steps
-from dynsize.batching import Batch, epoch_plan, read_batches
+from dynsize.batching import Batch
 from dynsize.config import Config, with_changes
-from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher, new_network, optimizer_for
 from dynsize.schedule import ends_span, learning_rate
 from dynsize.steps import Update
@@ -27,7 +26,6 @@ from dynsize.training_data import Dev, TrainingData
 
 NOTHING_READ = "no utterance could be read"  # why an update is skipped
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
-SECOND_SIGNAL = 1.0  # seconds after which a second signal ends the training at once
 
 
 class Trainer:
@@ -49,7 +47,7 @@ class Trainer:
         self.config = config
         self.run = run
         self.device = processes.device_of(config)
-        self.starts_from = [loaded.path] if loaded else []
+        self.source = loaded.path if loaded else None
         self.data = TrainingData(config, loaded.tokenizer if loaded else None)
         self.dev = Dev(run, self.data)
         torch.manual_seed(config.seed)
@@ -57,19 +55,15 @@ class Trainer:
         self.model = model.to(self.device)
         self.teacher = None
         if config.teacher:
-            source = load_teacher(config, self.data.tokenizer)
-            self.starts_from.append(source.path)
-            self.teacher = source.model.to(self.device)
+            teacher = load_teacher(config, self.data.tokenizer)
+            self.teacher = teacher.to(self.device)
         self.optimizer = optimizer_for(self.model, config)
         # `batches`: how many were taken since the training began. `first`: how many batches the
         # epochs before this one have. `skipped`: updates in a row, the last ones.
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
         self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
-        self.save_soon = False  # save after the next update
-        self.stop_soon = 0  # a signal's number: save after the next update that is read, and end
-        self.stopped_at = math.inf  # when that signal came
-        self.best = math.inf  # fewest errors on dev up to now
-        self.validated = 0  # the last update after which dev was decoded
+        self.requests = processes.Requests()
+        self.dev_errors: dict[int, int] = {}  # update → errors on dev; the first process has all
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
         if processes.total(torch.tensor(self.done)) != self.done * self.processes:
@@ -91,7 +85,7 @@ class Trainer:
         """
         config, model, optimizer = self.config, self.model, self.optimizer
         self.prepare()
-        loader = self.batches()
+        loader = self.data.batches(self.state, pin=self.device.type == "cuda")
         logged: list[dict] = []
         stop = False
         while self.done < config.updates and not stop:
@@ -140,44 +134,18 @@ class Trainer:
                 logged = []
             late = time.monotonic() - self.saved_at > 60 * config.save_minutes
             due = self.due(config.save_every) or self.due(config.validate_every)
-            if due or late or self.save_soon or stop:
+            if due or late or self.requests.save or stop:
                 self.save()
             if self.due(config.validate_every) and not stop:
                 record["dev"] = self.validate()
             yield record
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield this process's batches from now on, epoch after epoch.
-
-        With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans. Those
-        of the updates before `mask_from` have no masks.
-        """
-        first_masked = round(self.config.mask_from * self.config.updates)  # an update
-        unmasked = max(0, first_masked - self.done) * self.config.accumulate  # batches from now on
-        number = self.state["batches"] + processes.number()  # of the next batch, in all epochs
-        while True:
-            epoch = self.state["epoch"]
-            frames = self.data.begin_epoch(epoch)
-            plan = epoch_plan(frames, self.config, epoch)
-            place = max(0, number - self.state["first"])
-            mine = plan[place :: self.processes]
-            for masks, part in ((False, mine[:unmasked]), (True, mine[unmasked:])):
-                self.data.examples.masks = masks
-                if part:
-                    pin = self.device.type == "cuda"
-                    yield from read_batches(self.data.examples, part, pin)
-            unmasked = max(0, unmasked - len(mine))
-            number += len(mine) * self.processes
-            self.state["first"] += len(plan)
-            self.state["epoch"] += 1
-
     def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], float, float, dict]:
         """Read the batches of an update.
 
         Returns this process's batches; how many target labels all processes read; how many
-        processes read something; and what the log tells of it. The sums are made on the CPU, so
-        that nothing waits for the device. Gives up where a worker process of any process died, or
-        where too many utterances can't be read.
+        processes read something; and what the log tells of it. Gives up where a worker process of
+        any process died, or where too many utterances can't be read.
         """
         batches: list[Batch] = []
         failure = None
@@ -187,26 +155,23 @@ class Trainer:
         except ChildProcessError as error:
             failure = error
         waiting = time.perf_counter() - start
-        utterances = [utterance for batch in batches for utterance in batch.utterances]
         for batch in batches:
-            if batch.corrupt:
-                run_directory.note_left_out(self.run, {UNREADABLE: batch.corrupt})
-                self.data.left_out += len(batch.corrupt)
+            self.data.note_unreadable(batch, self.run)
+        utterances = [utterance for batch in batches for utterance in batch.utterances]
         here = [
             sum(utterance.samples for utterance in utterances) / self.config.sample_rate,
             sum(int(batch.label_lengths.sum()) for batch in batches),
             bool(utterances),
             self.data.left_out,
-            self.stop_soon > 0,
+            self.requests.stop > 0,
             failure is not None,
         ]
-        sums = torch.tensor(here, dtype=torch.float64)
-        if self.processes > 1:
-            sums = processes.total(sums)
+        # Sums over the processes, made on the CPU: nothing waits for the device.
+        sums = processes.total(torch.tensor(here, dtype=torch.float64))
         seconds, labels, readers, left_out, stop, failed = sums.tolist()
         if failed:
             self.give_up(failure or SystemExit(processes.FAILED))
-        if left_out and (told := self.data.too_many(int(left_out))):
+        if told := self.data.too_many(int(left_out)):
             error = ValueError(f"{told}; {self.run / run_directory.LEFT_OUT} names them")
             self.give_up(processes.in_first(error))
         record = dict(
@@ -235,11 +200,9 @@ class Trainer:
                 loss = loss + steps.extra_loss(update, self.model) / readers
             loss.backward()
             losses += by_network
-        if self.processes > 1:
-            # Here gradients and losses become their sums over the processes, once for an update.
-            processes.sum_gradients(self.model)
-            losses = processes.total(losses)
-        return losses
+        # Here gradients and losses become their sums over the processes, once for an update.
+        processes.sum_gradients(self.model)
+        return processes.total(losses)
 
     def due(self, every: int) -> bool:
         """Return whether something that is done every so often is due after this update."""
@@ -254,18 +217,12 @@ class Trainer:
             result = self.dev.results(self.model)
         except (ValueError, SystemExit) as error:  # too much can't be read, here or in the first
             self.give_up(error)
-        if self.note_validation(self.done, result):
+        errors = sum(of_size["errors"] for of_size in result.values())
+        if errors < min(self.dev_errors.values(), default=math.inf):
             self.write("best.pt")
+        self.dev_errors[self.done] = errors
         self.log(dict(update=self.done, dev=result))
         return result
-
-    def note_validation(self, update: int, result: dict[int, dict]) -> bool:
-        """Note that dev was decoded after an update; return whether it has the fewest errors."""
-        errors = sum(of_size["errors"] for of_size in result.values())
-        is_best = errors < self.best
-        self.best = min(errors, self.best)
-        self.validated = update
-        return is_best
 
     def log(self, record: dict) -> None:
         """Add a line to metrics.jsonl and tell it the listeners, in the first process."""
@@ -275,20 +232,16 @@ class Trainer:
                 listener(record)
 
     def save(self) -> None:
-        """Write the checkpoint, keep the ones before it, and write the ranking for people."""
+        """Write the checkpoint, keep the ones before it, and write `ranking.json`."""
         steps.rank_layers(self.model, self.done - 1)
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.data.fingerprint
         state["batches_of_an_update"] = self.processes * self.config.accumulate
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
         self.saved, self.saved_at = self.done, time.monotonic()
-        self.save_soon = False
-        if not processes.is_first():
-            return
-        pairs = zip(self.model.ranking, self.model.ranked_scores(), strict=True)
-        names = self.config.layer_names
-        ranked = [dict(layer=names[layer], score=score) for layer, score in pairs]
-        files.write_json(self.run / "ranking.json", ranked)
+        self.requests.save = False
+        if processes.is_first():
+            run_directory.write_ranking(self.run, self.model)
 
     def write(self, name: str, **more: object) -> None:
         """Write the network to a file of the run directory, in the first process."""
@@ -307,14 +260,8 @@ class Trainer:
         """
         with processes.first_alone():
             if processes.is_first():
-                if self.config.layers_from:
-                    self.starts_from.append(checkpoint.load(Path(self.config.layers_from)).path)
-                for path in self.starts_from:
-                    if path.parent.resolve() == self.run.resolve():
-                        raise ValueError(
-                            f"{self.run}: has {path.name}, from which this training starts"
-                        )
-                self.locked = run_directory.begin(self.run, self.config, self.data.summary)
+                summary = self.data.summary
+                self.locked = run_directory.begin(self.run, self.config, summary, self.source)
                 run_directory.note_left_out(self.run, self.data.corpus.left_out)
         return self
 
@@ -343,11 +290,8 @@ class Trainer:
             if processes.is_first():
                 files.clean(run)
                 # What an interrupted training did after its checkpoint is done again.
-                for record in run_directory.forget_after(run, trainer.done):
-                    if "dev" in record:
-                        trainer.note_validation(record["update"], record["dev"])
+                trainer.dev_errors = run_directory.forget_after(run, trainer.done)
                 run_directory.write_config(run, config)
-        trainer.validated = int(processes.total(torch.tensor(trainer.validated)))
         return trainer
 
     def restore(self, path: Path, training: dict) -> None:
@@ -362,22 +306,14 @@ class Trainer:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"{path}: no training can go on with its state"
             raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-        if not processes.is_first():
-            return
-        if fingerprint != self.data.fingerprint:
-            warnings.warn(
-                f"{self.config.corpus}: the ids or texts of its "
-                f"{len(self.data.corpus.utterances)} utterances are not those with which this "
-                "training began",
-                stacklevel=2,
-            )
+        if processes.is_first() and fingerprint != self.data.fingerprint:
+            utterances = len(self.data.corpus.utterances)
+            what = f"{self.config.corpus}: the ids or texts of its {utterances} utterances"
+            warnings.warn(f"{what} are not those with which this training began", stacklevel=2)
         now = self.processes * self.config.accumulate
-        if now != before:
-            warnings.warn(
-                f"batches of an update, in all processes: {now}, and not {before} as before: the "
-                "result is not that of an unbroken training",
-                stacklevel=2,
-            )
+        if processes.is_first() and now != before:
+            what = f"batches of an update, in all processes: {now}, and not {before} as before"
+            warnings.warn(f"{what}: the result is not that of an unbroken training", stacklevel=2)
 
     def prepare(self) -> None:
         """Do what should fail now and not after a day, and the validation that a stop left undone.
@@ -385,8 +321,8 @@ class Trainer:
         The largest batch is tried for its memory. Before the first update dev is decoded, since its
         audio may be unreadable.
         """
-        undone = self.done > 0 and self.due(self.config.validate_every)
-        if undone and self.validated < self.done:
+        validated = processes.total(torch.tensor(int(self.done in self.dev_errors)))
+        if self.done > 0 and self.due(self.config.validate_every) and not validated:
             self.validate()
         if self.done < self.config.updates:
             self.rehearse()
@@ -396,18 +332,12 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the gradients of the largest batch as in step 1 and as in step 2.
 
-        Meanwhile tensors take the memory that the optimizer's state will take. Where no utterance
-        of the largest batch can be read, the next one is tried. Raises ValueError where the memory
-        is too small.
+        Meanwhile tensors take the memory that the optimizer's state will take. Raises ValueError
+        where the memory is too small.
         """
-        frames = self.data.begin_epoch(0)
-        plan = epoch_plan(frames, self.config, 0)
-        plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
-        for worst in plan[:MOST_SKIPPED]:
-            (batch,) = read_batches(self.data.examples, [worst])
-            if batch.utterances:
-                break
-        readers = processes.total(torch.tensor(bool(batch.utterances), dtype=torch.int64))
+        batch = self.data.largest_batch()
+        utterances, frames = batch.features.shape[:2]
+        readers = processes.total(torch.tensor(int(utterances > 0)))
         if not readers:
             return
         moments = [] if self.optimizer.state else [*self.model.parameters()] * 2
@@ -420,34 +350,14 @@ class Trainer:
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
-            longest = max(frames[i] for i in worst)
             first_line = str(error).splitlines()[0]
             raise ValueError(
-                f"the largest batch, {len(worst)} utterances of up to {longest} frames, does not "
+                f"the largest batch, {utterances} utterances of up to {frames} frames, does not "
                 "fit into the memory: set --checkpoint-activations (the result is the same), or "
                 f"lower --batch-seconds {self.config.batch_seconds:g} and raise --accumulate, also "
                 f"with --resume. {first_line}"
             ) from error
         self.optimizer.zero_grad()
-
-    def save_now(self, number: int, frame: object = None) -> None:
-        """Save after the next update and go on: a handler of signals."""
-        self.save_soon = True
-
-    def stop(self, number: int, frame: object = None) -> None:
-        """Save and end after the next update that is read: a handler of signals.
-
-        The update that runs is finished, and one more is trained: processes tell each other of a
-        signal when they read an update, so all of them end after the same one. A validation that
-        runs is finished first. train.py then exits with 128 + the signal's number.
-
-        A second signal within a second is ignored, as schedulers may send two. A later one ends the
-        process without saving. Worker processes ignore signals and are killed at the end.
-        """
-        if not self.stop_soon:
-            self.stop_soon, self.stopped_at = number, time.monotonic()
-        elif time.monotonic() - self.stopped_at > SECOND_SIGNAL:
-            raise SystemExit(128 + number)
 
     # Where a corpus disappears, or audio is damaged:
     # 1. An utterance that can't be read is missing from its batch, named in left-out.txt, counted.

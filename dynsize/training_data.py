@@ -1,6 +1,7 @@
 """What a training reads: its utterances and dev's, and which of them are left out."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dynsize import files, processes, run_directory
-from dynsize.batching import Examples, text_labels
+from dynsize.batching import Batch, Examples, epoch_plan, read_batches, text_labels
+from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus, summary
@@ -21,6 +23,7 @@ from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
+LARGEST = 10  # batches of which one is tried for its memory
 UNALIGNED = "too few frames for its labels"
 
 
@@ -66,6 +69,48 @@ class TrainingData:
         self.examples.epoch = epoch
         self.left_out = 0
         return self.examples.frames()
+
+    def batches(self, state: dict[str, int], pin: bool) -> Iterator[Batch]:
+        """Yield this process's batches from a training's `state` on, epoch after epoch.
+
+        With N processes, process i takes batches i, i + N, i + 2N, … of all epochs' plans. Those
+        of the updates before `mask_from` have no masks. `pin`: see `read_batches`.
+        """
+        config = self.config
+        first_masked = round(config.mask_from * config.updates)  # an update
+        unmasked = max(0, first_masked - state["update"]) * config.accumulate  # batches from now on
+        number = state["batches"] + processes.number()  # of the next batch, in all epochs
+        while True:
+            frames = self.begin_epoch(state["epoch"])
+            plan = epoch_plan(frames, config, state["epoch"])
+            place = max(0, number - state["first"])
+            mine = plan[place :: processes.count()]
+            for masks, part in ((False, mine[:unmasked]), (True, mine[unmasked:])):
+                self.examples.masks = masks
+                if part:
+                    yield from read_batches(self.examples, part, pin)
+            unmasked = max(0, unmasked - len(mine))
+            number += len(mine) * processes.count()
+            state["first"] += len(plan)
+            state["epoch"] += 1
+
+    def largest_batch(self) -> Batch:
+        """Return the largest batch of the first epoch of which an utterance can be read.
+
+        It has none where of the ten largest none can be read.
+        """
+        frames = self.begin_epoch(0)
+        plan = epoch_plan(frames, self.config, 0)
+        plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
+        for batch in read_batches(self.examples, plan[:LARGEST]):
+            if batch.utterances:
+                break
+        return batch
+
+    def note_unreadable(self, batch: Batch, run: Path) -> None:
+        """Name and count the utterances of a batch that could not be read."""
+        run_directory.note_left_out(run, {UNREADABLE: batch.corrupt})
+        self.left_out += len(batch.corrupt)
 
     def too_many(self, left_out: int) -> str:
         """Return a message where too many utterances can't be read, else ''.

@@ -134,7 +134,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def one_update(trainer: Trainer, batches: list[Batch]) -> dict:
     """Train one update of these batches, without what comes before and after; return its record."""
-    trainer.batches = lambda: iter(batches)
+    trainer.data.batches = lambda *_, **__: iter(batches)
     trainer.prepare = trainer.save = lambda: None
     trainer.validate = trainer.log = lambda *_: {}
     return next(trainer.updates())

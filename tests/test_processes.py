@@ -61,7 +61,7 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
             seen[name] = torch.zeros(0) if weight.grad is None else weight.grad.clone()
 
     trainer.optimizer.step = keep
-    taken = list(islice(trainer.batches(), trainer.config.accumulate))
+    taken = list(islice(trainer.data.batches(trainer.state, pin=False), trainer.config.accumulate))
     for place, batch in enumerate(taken):
         number = processes.number() + place * processes.count()
         if "reads nothing" in case and number % 2:

@@ -257,7 +257,7 @@ def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
     results = run.dev.results
 
     def stopped_meanwhile(model):
-        run.stop_soon = signal.SIGTERM
+        run.requests.stop = signal.SIGTERM
         return results(model)
 
     monkeypatch.setattr(run.dev, "results", stopped_meanwhile)
@@ -265,7 +265,6 @@ def test_a_stop_while_dev_is_decoded_ends_the_training_after_the_next_update(
     assert last["update"] == 5 and last["stop"] and "dev" not in last
     assert checkpoint.load(tmp_path / "run").training["update"] == 5
     resumed = Trainer.resume(tmp_path / "run")
-    resumed.stop_soon = 0
     assert [record["update"] for record in resumed.updates()] == [6, 7, 8, 9]
 
 
@@ -450,7 +449,7 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
     """On the device `meta` a number that is read raises; here the one that is waited for is 1."""
     run = begun(tones, tmp_path / "run", updates=40, **method)
     run.state["update"] = update
-    drawn = list(itertools.islice(run.batches(), 2))
+    drawn = list(itertools.islice(run.data.batches(run.state, pin=False), 2))
     run.device = torch.device("meta")
     run.model.to("meta")
     everything = dict(params=run.model.parameters(), factor=1.0)
