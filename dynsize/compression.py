@@ -21,6 +21,7 @@ from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
 from dynsize.report import change, megabytes, millions, rate, read_json, table
 from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
+from dynsize.supernet import Supernet
 from dynsize.wer import difference, interval, mean_rate
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
@@ -196,32 +197,31 @@ def choice_rows(config: Config, supernet: Path, exports: dict[str, Path]) -> lis
     if not path.exists():
         export.export(loaded, None, path)
     audio = noise(config.sample_rate)
-    shared = {"ONNX": open_onnx(path).network, "torch": network_of(loaded.model)}
-    shared_bytes = {"ONNX": path.stat().st_size, "torch": 4 * weights_in(loaded.model)}
+    inside = forms_of(path, loaded.model)
+    rows = []
     calls: dict[tuple[str, int, str], Callable[[], object]] = {}
-    cut_bytes = {}
     for size in reversed(config.sizes):
         file = exports[stem_of("cut", size, "float32")]
-        subnet = cut(loaded.model, size)
-        single = {"ONNX": open_onnx(file).network, "torch": network_of(subnet)}
-        cut_bytes["ONNX", size] = file.stat().st_size
-        cut_bytes["torch", size] = 4 * weights_in(subnet)
-        for form in shared:
-            calls[form, size, "cut"] = partial(single[form], audio, size)
-            calls[form, size, "inside"] = partial(shared[form], audio, size)
+        for form, (single, cut_bytes) in forms_of(file, cut(loaded.model, size)).items():
+            shared, shared_bytes = inside[form]
+            calls[form, size, "cut"] = partial(single, audio, size)
+            calls[form, size, "inside"] = partial(shared, audio, size)
+            rows.append(dict(size=size, form=form, weights=[cut_bytes, shared_bytes]))
     taken = in_turn(calls, ROUNDS)
-    rows = []
-    for form, network in shared.items():
-        for size in reversed(config.sizes):
-            row = dict(
-                size=size,
-                form=form,
-                milliseconds=[taken[form, size, "cut"], taken[form, size, "inside"]],
-                weights=[cut_bytes[form, size], shared_bytes[form]],
-                after_change=after_change(network, audio, size, config.sizes),
-            )
-            rows.append(row)
-    return rows
+    for row in rows:
+        size, form = row["size"], row["form"]
+        row["milliseconds"] = [taken[form, size, "cut"], taken[form, size, "inside"]]
+        shared, _ = inside[form]
+        row["after_change"] = after_change(shared, audio, size, config.sizes)
+    return sorted(rows, key=lambda row: row["form"])  # ONNX first
+
+
+def forms_of(file: Path, model: Supernet) -> dict[str, tuple[Network, int]]:
+    """Return a network as ONNX and in torch, and the bytes of the file or of the weights."""
+    return {
+        "ONNX": (open_onnx(file).network, file.stat().st_size),
+        "torch": (network_of(model), 4 * weights_in(model)),
+    }
 
 
 def noise(sample_rate: int) -> Tensor:

@@ -242,9 +242,16 @@ class Config:
     del setting
 
     def __post_init__(self) -> None:
-        for name, value in method_settings(self.preset, self.method).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        settings = method_settings(self.preset, self.method)
+        implied = {name: settings[name] for name in settings if getattr(self, name) is None}
+        if self.method == "none":  # one size
+            implied["sizes"] = self.sizes[-1:]
+        if self.method == "layerdrop":  # whose sizes share one output
+            implied["shared_output_layer"] = True
+        if self.method == "aux-loss":  # which drops no layer
+            implied["stochastic_depth"] = 0.0
+        for name, value in implied.items():
+            object.__setattr__(self, name, value)
         for setting in fields():
             if rule := fault(setting, getattr(self, setting.name)):
                 self.refuse(setting.name, rule)
@@ -420,7 +427,7 @@ def preset(name: str, **changes: typing.Any) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: must be {' or '.join(PRESETS)}")
-    return for_method(Config(preset=name, **(PRESETS[name] | changes)))
+    return Config(preset=name, **(PRESETS[name] | changes))
 
 
 def with_method(config: Config, method: str, **changes: typing.Any) -> Config:
@@ -433,20 +440,7 @@ def with_method(config: Config, method: str, **changes: typing.Any) -> Config:
     unset = {name: None for name, value in old.items() if getattr(config, name) == value}
     if method in ONE_NETWORK:
         unset["self_distillation"] = 0.0
-    return for_method(dataclasses.replace(config, method=method, **unset | changes))
-
-
-def for_method(config: Config) -> Config:
-    """Return the configuration with what its method asks for.
-
-    `none` has one size. LayerDrop's sizes share one output. Auxiliary losses drop no layer.
-    """
-    changes: dict[str, dict] = {
-        "none": dict(sizes=config.sizes[-1:]),
-        "layerdrop": dict(shared_output_layer=True),
-        "aux-loss": dict(stochastic_depth=0.0),
-    }
-    return dataclasses.replace(config, **changes.get(config.method, {}))
+    return dataclasses.replace(config, method=method, **unset | changes)
 
 
 def require_ctc(config: Config, what: str) -> None:

@@ -1,7 +1,6 @@
 """Decoding a split with every size of a network, scoring the texts, and comparing networks."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,32 +111,37 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
 
 
 def transcribe(
-    model: Supernet,
+    network: Supernet | Network,
     examples: Examples,
     sizes: Sequence[int],
     title: str,
-    facts: Facts | None = None,
+    facts: Facts,
     decoder: Callable[[Output], Decoder] = lambda output: output,
 ) -> tuple[dict[int, Texts], dict[str, str]]:
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
-    `sizes`: largest first; they share one forward. `title`: of the progress bar, which is shown
-    where there is a terminal. With `facts`, utterances that are longer than one window are decoded
-    in windows, one after the other, so memory hardly grows with their length. `decoder`:
-    gives what decodes the emissions of an output, by default this itself.
+    A supernet decodes several examples at a time. Those that are longer than one window are
+    decoded one after the other, in windows, so memory hardly grows with their length. An ONNX file
+    decodes all so. `sizes`: largest first; in a supernet they share one forward. `title`: of the
+    progress bar, which is shown where there is a terminal. `decoder`: gives what decodes the
+    emissions of an output, by default this itself.
     """
-    most = math.inf  # samples decoded without windows
-    if facts is not None:
-        most = facts.window_seconds * facts.config.sample_rate
+    outputs: dict[int, Output] = dict.fromkeys(sizes, Ctc)
+    longest = 0.0  # samples decoded without windows
+    if isinstance(network, Supernet):
+        outputs = {size: network.output(size) for size in sizes}
+        longest = facts.window_seconds * facts.config.sample_rate
+    decoders = {size: decoder(output) for size, output in outputs.items()}
     samples = [utterance.samples for utterance in examples.utterances]
-    short = [index for index, number in enumerate(samples) if number <= most]
-    long = [index for index, number in enumerate(samples) if number > most]
+    short = [index for index, number in enumerate(samples) if number <= longest]
+    long = [index for index, number in enumerate(samples) if number > longest]
     unreadable: dict[str, str] = {}
-    decoders = {size: decoder(model.output(size)) for size in sizes}
-    batches = in_batches(model, examples, short, decoders, unreadable)
-    windows = in_windows(network_of(model), examples.utterances, long, decoders, unreadable, facts)
-    found = chain(batches, windows)
-    texts = texts_of(found, len(examples), sizes, title, examples.tokenizer.decode)
+    found: list[Iterable[Found]] = []
+    if short:
+        found.append(in_batches(network, examples, short, decoders, unreadable))
+    found.append(in_windows(network, examples.utterances, long, decoders, unreadable, facts))
+    spell = examples.tokenizer.decode
+    texts = texts_of(chain.from_iterable(found), len(examples), sizes, title, spell)
     return texts, unreadable
 
 
@@ -192,7 +196,7 @@ def in_batches(
 
 
 def in_windows(
-    network: Network,
+    network: Supernet | Network,
     utterances: Sequence[Utterance],
     chosen: Sequence[int],
     decoders: dict[int, Decoder],
@@ -200,6 +204,8 @@ def in_windows(
     facts: Facts,
 ) -> Iterator[Found]:
     """Yield the same as `in_batches`, one utterance at a time; long ones are decoded in windows."""
+    if isinstance(network, Supernet):
+        network = network_of(network)
     for index in chosen:
         utterance = utterances[index]
         try:
@@ -234,18 +240,11 @@ def decoded(
     """Return the normalised texts of utterances by the network of one size, as `transcribe`."""
     title = f"{system.path}, {split}, size {size}"
     facts = system.facts
-    if isinstance(network, Supernet):
-        examples = Examples(utterances, system.source.tokenizer, system.config, keep=False)
-        texts, unreadable = transcribe(network, examples, [size], title, facts, system.decoder)
-    else:
-        unreadable: dict[str, str] = {}
-        everything = range(len(utterances))
-        decoders = {size: system.decoder(Ctc)}
-        found = in_windows(network, utterances, everything, decoders, unreadable, facts)
-        texts = texts_of(found, len(utterances), [size], title, facts.tokenizer.decode)
+    examples = Examples(utterances, facts.tokenizer, system.config, keep=False)
+    texts, unreadable = transcribe(network, examples, [size], title, facts, system.decoder)
     normalised = NORMALISERS[system.config.normaliser]
-    found_texts = [None if text is None else normalised(text) for text in texts[size]]
-    return found_texts, unreadable
+    found = [None if text is None else normalised(text) for text in texts[size]]
+    return found, unreadable
 
 
 # Reports.
@@ -338,9 +337,12 @@ def sides_of(
         parts = [name] if Path(name).exists() else name.split(",")
         sides.append([Path(part) for part in parts])
     paths = dict.fromkeys(chain.from_iterable(sides))
-    systems = {path: opened(path) for path in paths if not has_hypotheses(path)}
-    first = next((system.config for system in systems.values()), default)
-    return [[systems.get(path, System(path, first)) for path in side] for side in sides]
+    networks = [path for path in paths if not has_hypotheses(path)]
+    systems = {path: opened(path) for path in networks}
+    configs = [system.config for system in systems.values()] or [default]
+    for path in paths:
+        systems.setdefault(path, System(path, configs[0]))
+    return [[systems[path] for path in side] for side in sides]
 
 
 def has_hypotheses(path: Path) -> bool:
@@ -351,15 +353,24 @@ def has_hypotheses(path: Path) -> bool:
         return file.read(2) != b"PK"  # a checkpoint is a zip file
 
 
-def texts_by_size(system: System, utterances: Sequence[Utterance], split: str) -> dict[int, Texts]:
-    """Return size → texts of a system; a file of hypotheses has the size 0."""
-    if system.source is None:
-        return {0: read_hypotheses(system.path, utterances, system.config.normaliser)}
-    texts = {}
-    for size in system.sizes:
-        network = alone(system, size)
-        texts[size], _ = decoded(system, network, size, utterances, split)
-    return texts
+def texts_of_runs(systems: Sequence[System], corpus: Corpus, split: str) -> dict[int, list[Texts]]:
+    """Return size → texts of each run of a side; a file of hypotheses has the size 0.
+
+    Raises ValueError where the runs have no size in common.
+    """
+    runs = []
+    for system in systems:
+        if system.source is None:
+            normaliser = system.config.normaliser
+            runs.append({0: read_hypotheses(system.path, corpus.utterances, normaliser)})
+        else:
+            texts, _ = decoded_by_size(system, corpus, split)
+            runs.append(texts)
+    common = [size for size in runs[0] if all(size in run for run in runs)]
+    if not common:
+        names = ", ".join(str(system.path) for system in systems)
+        raise ValueError(f"{names}: these have no size in common")
+    return {size: [run[size] for run in runs] for size in common}
 
 
 def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
@@ -374,33 +385,28 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     """
     corpus = common_corpus(sides, split)
     texts: dict[tuple[int, int], list[Texts]] = {}  # (side, size) → of each run
-    sizes = []  # of each side
     for number, systems in enumerate(sides):
-        runs = [texts_by_size(system, corpus.utterances, split) for system in systems]
-        common = [size for size in runs[0] if all(size in run for run in runs)]
-        if not common:
-            names = ", ".join(str(system.path) for system in systems)
-            raise ValueError(f"{names}: these have no size in common")
-        sizes.append(common)
-        for size in common:
-            texts[number, size] = [run[size] for run in runs]
+        for size, runs in texts_of_runs(systems, corpus, split).items():
+            texts[number, size] = runs
     read = read_by_all(list(chain.from_iterable(texts.values())), split)
     utterances = [corpus.utterances[i] for i in read]
     blanks = writes_blanks(utterance.text for utterance in utterances)
     errors: dict[tuple[int, int], list[list[Errors]]] = {}
     for end, runs in texts.items():
-        read_texts = [[run[i] for i in read] for run in runs]
-        errors[end] = [errors_of(utterances, run, blanks) for run in read_texts]
-    unreadable = len(corpus.left_out.get(UNREADABLE, ())) + len(corpus.utterances) - len(read)
-    shared = dict(measure="wer" if blanks else "cer", utterances=len(read), left_out=unreadable)
+        read_texts = [[of_run[i] for i in read] for of_run in runs]
+        errors[end] = [errors_of(utterances, of_run, blanks) for of_run in read_texts]
+    unreadable = corpus.left_out.get(UNREADABLE, {})
+    measure = "wer" if blanks else "cer"
+    shared = dict(measure=measure, utterances=len(read), left_out=len(unreadable))
     rows = []
     for a, b in combinations(range(len(sides)), 2):
-        pairs = list(product(sizes[a], sizes[b]))
-        same = [(size, size) for size in sizes[a] if size in sizes[b]]
+        of_first = [end for end in errors if end[0] == a]
+        of_second = [end for end in errors if end[0] == b]
+        pairs = list(product(of_first, of_second))
+        same = [(first, second) for first, second in pairs if first[1] == second[1]]
         for first, second in same or pairs:
-            ends = dict(first=(a, first), second=(b, second))
-            changed = difference(errors[a, first], errors[b, second])
-            rows.append(ends | shared | changed)
+            changed = difference(errors[first], errors[second])
+            rows.append(dict(first=first, second=second) | shared | changed)
     return rows
 
 

@@ -19,9 +19,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from dynsize.config import LAYERS
+from dynsize.config import Config, from_dict
 from dynsize.report import read_json
 from dynsize.run_directory import METRICS, read_metrics
+from dynsize.schedule import step1_updates
 from dynsize.terminal import printable, reported
 
 STYLE = {
@@ -86,16 +87,20 @@ def figures_of(name: str, records: Records, found: dict[str, typing.Any]) -> dic
     figures = {}
     if any(record.get("losses") for record in records):
         figures["training"] = training_figure(records, name)
-    scored = [record for record in records if record.get("scores")]
-    scored = [record for record in scored if record["step"] == 1]
-    if scored and "ranking.json" in found:
-        ranking = found["ranking.json"]
-        figures["layers"] = layers_figure(scored, found["config.json"], ranking, name)
+        if "ranking.json" in found and any(record.get("scores") for record in records):
+            config = from_dict(found["config.json"])
+            ranked = column(found["ranking.json"], "layer")
+            figures["layers"] = layers_figure(records, config, ranked, name)
     if "differences.json" in found:
         figures["study"] = study_figure(found["differences.json"])
     if "compression.json" in found:
         figures["compression"] = compression_figure(found["compression.json"]["rows"])
     return figures
+
+
+def column(records: Records, name: str) -> list:
+    """Return what all records have under a name."""
+    return [record[name] for record in records]
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -119,21 +124,19 @@ def training_figure(records: Records, name: str) -> Figure:
     trained = validated[0]["dev"] if validated else logged[0]["sizes"][:1]
     styles = styles_of(sorted(map(int, trained), reverse=True))
     figure = Figure(figsize=(8.5, 7))
-    losses, errors, rate = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1.5])
+    panels = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1.5])
+    losses, errors, rate = panels
     draw_losses(losses, logged, styles)
     draw_errors(errors, validated, styles)
-    updates = [record["update"] for record in logged]
-    rates = [record["learning_rate"] for record in logged]
-    rate.plot(updates, rates, color="black")
-    rate.set(xlabel="update", ylabel="learning rate")
-    rate.set_xlim(left=0)
-    rate.set_ylim(bottom=0)
+    rates = column(logged, "learning_rate")
+    rate.plot(column(logged, "update"), rates, color="black")
+    rate.set(xlabel="update", ylabel="learning rate", xlim=(0, None), ylim=(0, None))
     title = f"training of {name}"
-    step1 = [record["update"] for record in logged if record["step"] == 1]
-    if step1:
-        title += f"; step 1, until update {step1[-1]}, is grey"
-        for axes in (losses, errors, rate):
-            axes.axvspan(0, step1[-1], color=STEP1, zorder=0)
+    if step1 := [record for record in logged if record["step"] == 1]:
+        last = step1[-1]["update"]
+        title += f"; step 1, until update {last}, is grey"
+        for axes in panels:
+            axes.axvspan(0, last, color=STEP1, zorder=0)
     figure.suptitle(title)
     handles, labels = losses.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
@@ -145,10 +148,11 @@ def styles_of(sizes: Sequence[int]) -> Styles:
 
     `sizes`: largest first.
     """
-    colours = mpl.colormaps["magma"](np.linspace(0, 0.75, len(sizes)))
+    shades = np.linspace(0, 0.75, len(sizes))
     dashes = cycle(["-", "--", "-.", ":"])
     styles = {}
-    for size, colour, dash in zip(sizes, colours, dashes, strict=False):
+    for size, shade, dash in zip(sizes, shades, dashes, strict=False):
+        colour = mpl.colormaps["magma"](shade)
         styles[str(size)] = dict(color=colour, linestyle=dash, label=f"size {size}")
     return styles
 
@@ -156,12 +160,13 @@ def styles_of(sizes: Sequence[int]) -> Styles:
 def draw_losses(axes: Axes, logged: Records, styles: Styles) -> None:
     """Draw the loss of each size, and in step 1 that of the subnet, whose size k changes."""
     full, *_ = styles
-    subnet = dict(color=K_COLOUR, label="size k, step 1")
     curves: dict[str, dict[int, float]] = {}  # size → update → loss
     for record in logged:
         for size, loss in record["losses"].items():
-            curve = "k" if record["step"] == 1 and size != full else size
-            curves.setdefault(curve, {})[record["update"]] = loss
+            is_subnet = record["step"] == 1 and size != full
+            curve = curves.setdefault("k" if is_subnet else size, {})
+            curve[record["update"]] = loss
+    subnet = dict(color=K_COLOUR, label="size k, step 1")
     for size, style in (styles | dict(k=subnet)).items():
         if curve := curves.get(size):
             axes.plot(list(curve), list(curve.values()), **style)
@@ -173,47 +178,58 @@ def draw_losses(axes: Axes, logged: Records, styles: Styles) -> None:
 def draw_errors(axes: Axes, validated: Records, styles: Styles) -> None:
     """Draw the dev error rate of each size: of words, or of characters if they count."""
     measure = "wer"
-    updates = [record["update"] for record in validated]
     for size, style in styles.items():
-        of_size = [record["dev"][size] for record in validated]
-        measure = of_size[0]["measure"] if of_size else measure
-        rates = [row[measure] for row in of_size]
-        axes.plot(updates, rates, marker=".", **style)
-    axes.set_ylabel(f"dev {measure.upper()}")
-    axes.set_ylim(bottom=0)
+        rates = []
+        for result in column(validated, "dev"):
+            measure = result[size]["measure"]
+            rates.append(result[size][measure])
+        axes.plot(column(validated, "update"), rates, marker=".", **style)
+    axes.set(ylabel=f"dev {measure.upper()}", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 # The layers over training.
 
 
-def layers_figure(scored: Records, config: dict, ranking: list[dict], name: str) -> Figure:
+def layers_figure(records: Records, config: Config, ranked: list[str], name: str) -> Figure:
     """Draw the layer scores of step 1 as shade, k as a line, and the final masks beside it.
 
-    `scored`: lines of metrics.jsonl with `scores` and `ranking`, which are numbers of layers.
-    `ranking`: what ranking.json holds. Both rankings begin with the most important layer. The
-    picture has a row for each layer; the layers of one kind are together, block 1 on top.
+    `ranked`: the names of the layers as ranking.json has them, most important first. The picture
+    has a row for each layer; the layers of one kind are together, block 1 on top.
     """
-    blocks = config["blocks"]
-    numbers = np.arange(len(ranking)).reshape(blocks, -1)
+    numbers = np.arange(config.layers).reshape(config.blocks, -1)
     rows = numbers.T.flatten()  # one kind of layers after the other
-    kinds = config.get("block", LAYERS)
-    names = [f"{block + 1}.{kind}" for kind in kinds for block in range(blocks)]
+    names = [config.layer_names[layer] for layer in rows]
     figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
-    figure.suptitle(
-        f"{config['method']}: the layers over step 1, and what each size keeps ({name})"
-    )
+    what = "the layers over step 1, and what each size keeps"
+    figure.suptitle(f"{config.method}: {what} ({name})")
+    scored = scored_records(records, config, ranked)
     draw_scores(left, scored, rows)
     draw_k(left.twinx(), scored)
-    ranked = [row["layer"] for row in ranking]
-    draw_masks(right, config["sizes"], ranked, names)
+    draw_masks(right, config.sizes, ranked, names)
     left.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=6)
     left.invert_yaxis()
-    for border in range(blocks, len(rows), blocks):
+    for border in range(config.blocks, len(rows), config.blocks):
         left.axhline(border, color="black")
         right.axhline(border, color="black")
     return figure
+
+
+def scored_records(records: Records, config: Config, ranked: list[str]) -> Records:
+    """Return the lines of metrics.jsonl that have layer scores: those of step 1.
+
+    Once step 1 is over, the last line has the final ranking, by which the masks were made. The log
+    has rankings from before an update, and not from every update.
+    """
+    scored = [record for record in records if record.get("scores")]
+    if not any(record.get("step") == 2 for record in records):
+        return scored
+    end = step1_updates(config)
+    final = [config.layer_names.index(name) for name in ranked]
+    last = scored[-1] | dict(update=end, sizes=config.sizes[:1], ranking=final)
+    earlier = [record for record in scored if record["update"] < end]
+    return [*earlier, last]
 
 
 def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
@@ -226,9 +242,10 @@ def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
         scores[pruned] = np.ma.masked
         columns.append(scores)
     shades = np.ma.stack(columns, axis=1)  # (L, lines)
-    edges = [0, *(record["update"] for record in scored)]
+    shades = shades[rows]
+    edges = [0, *column(scored, "update")]
     heights = np.arange(len(rows) + 1)
-    shade = axes.pcolormesh(edges, heights, shades[rows], cmap="copper_r", rasterized=True)
+    shade = axes.pcolormesh(edges, heights, shades, cmap="copper_r", rasterized=True)
     axes.set_xlabel("update")
     label = "score of each of the k best layers; the others are white"
     axes.figure.colorbar(shade, ax=axes, location="bottom", aspect=50, label=label)
@@ -236,23 +253,22 @@ def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
 
 def draw_k(axes: Axes, scored: Records) -> None:
     """Draw the size of the subnet that trains in step 1, over the updates."""
-    updates = [record["update"] for record in scored]
     sizes = [record["sizes"][-1] for record in scored]
     outline = withStroke(linewidth=4, foreground="black")
-    axes.step(updates, sizes, color=K_COLOUR, linewidth=2, path_effects=[outline])
-    axes.set_ylabel("line: k, size in step 1")
-    axes.set_ylim(bottom=0)
+    style = dict(color=K_COLOUR, linewidth=2, path_effects=[outline])
+    axes.step(column(scored, "update"), sizes, **style)
+    axes.set(ylabel="line: k, size in step 1", ylim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["right"].set_visible(True)
 
 
-def draw_masks(axes: Axes, sizes: list[int], ranked: list[str], names: list[str]) -> None:
+def draw_masks(axes: Axes, sizes: Sequence[int], ranked: list[str], names: list[str]) -> None:
     """Draw the layers that each size keeps: a column for each size, a row for each name."""
-    kept = np.empty((len(names), len(sizes)))
-    for column, size in enumerate(sizes):
-        kept[:, column] = np.isin(names, ranked[:size])
+    masks = [np.isin(names, ranked[:size]) for size in sizes]
+    kept = np.column_stack(masks)  # (L, sizes)
     axes.pcolormesh(kept, cmap="Greys", vmax=1.3, edgecolors="0.7", linewidth=0.5)
-    axes.set_xticks(np.arange(len(sizes)) + 0.5, sizes)
+    middles = np.arange(len(sizes)) + 0.5
+    axes.set_xticks(middles, sizes)
     axes.set(xlabel="size (layers)", title="kept: dark")
     axes.tick_params(labelleft=False)
 
@@ -267,27 +283,34 @@ def style_of(way: str, hollow: bool) -> dict:
     return dict(color=colour, marker=marker, linestyle=line, markerfacecolor=face)
 
 
+def errors_around(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return how far the ends of intervals are below and above their values, (2, values)."""
+    low, high = np.transpose(intervals)
+    distances = [values - low, high - values]
+    return np.maximum(0, distances)
+
+
 def compression_figure(rows: Records) -> Figure:
     """Draw the error rates of ONNX files against bytes and time: a row of panels for each split.
 
     `rows`: those of compression.json. A line goes through the sizes of one way to train; the
     markers of int8 are hollow.
     """
-    splits = list(rows[0]["splits"])
-    networks = list(dict.fromkeys(row["network"] for row in rows))
+    splits = rows[0]["splits"]
+    networks = list(dict.fromkeys(column(rows, "network")))
     figure = Figure(figsize=(7, 1.2 + 2.6 * len(splits)))
     shape = (len(splits), len(COSTS))
     grid = figure.subplots(*shape, sharex="col", sharey="row", squeeze=False)
     for split, panels in zip(splits, grid, strict=True):
-        measure = rows[0]["splits"][split]["measure"]
-        panels[0].set_ylabel(f"{printable(split)}: {measure.upper()}")
+        measure = splits[split]["measure"].upper()
+        panels[0].set_ylabel(f"{printable(split)}: {measure}")
         panels[0].yaxis.set_major_formatter(PercentFormatter(1))
         for cost, axes in zip(COSTS, panels, strict=True):
             for network, numbers in product(networks, ("float32", "int8")):
-                of_network = [row for row in rows if row["network"] == network]
-                line = [row for row in of_network if row["numbers"] == numbers]
-                shift = networks.index(network) - (len(networks) - 1) / 2
-                draw_files(axes, line, split, cost, 4 * shift)
+                kind = (network, numbers)
+                files = [row for row in rows if (row["network"], row["numbers"]) == kind]
+                place = networks.index(network) - (len(networks) - 1) / 2
+                draw_files(axes, files, split, cost, shift=4 * place)
             axes.grid(axis="y", color="0.9")
     for cost, axes in zip(COSTS, grid[-1], strict=True):
         label, unit = COSTS[cost]
@@ -299,25 +322,24 @@ def compression_figure(rows: Records) -> Figure:
     return figure
 
 
-def draw_files(axes: Axes, line: list[dict], split: str, cost: str, shift: float) -> None:
+def draw_files(axes: Axes, files: Records, split: str, cost: str, shift: float) -> None:
     """Draw the error rates of one network's files with intervals, `shift` points to the right.
 
     So points of equal cost are not drawn over each other.
     """
-    network, numbers = line[0]["network"], line[0]["numbers"]
+    network = files[0]["network"]
+    hollow = files[0]["numbers"] == "int8"
     way = "simple-top-k" if network == "cut" else network
-    hollow = numbers == "int8"
-    scores = [row["splits"][split] for row in line]
-    values = [row[cost] for row in line]
-    rates = np.array([score[score["measure"]] for score in scores])
-    low, high = np.transpose([score["interval"] for score in scores])
-    errors = np.maximum(0, [rates - low, high - rates])
-    move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    place = axes.transData + move
     label = f"{way} int8" if hollow else way
-    axes.errorbar(values, rates, errors, label=label, transform=place, **style_of(way, hollow))
-    for bounds in (low, high):  # what is moved does not count for the limits of the axes
-        axes.update_datalim(np.column_stack([values, bounds]))
+    costs = column(files, cost)
+    scores = [row["splits"][split] for row in files]
+    rates = [score[score["measure"]] for score in scores]
+    intervals = column(scores, "interval")
+    move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    style = style_of(way, hollow) | dict(label=label, transform=axes.transData + move)
+    axes.errorbar(costs, rates, errors_around(rates, intervals), **style)
+    for ends in np.transpose(intervals):  # what is moved does not count for the limits of the axes
+        axes.update_datalim(np.column_stack([costs, ends]))
 
 
 def study_figure(differences: dict[str, list[dict]]) -> Figure:
@@ -327,20 +349,21 @@ def study_figure(differences: dict[str, list[dict]]) -> Figure:
     Markers are hollow where the baseline is alone with the layers that the supernet kept.
     """
     rows = next(iter(differences.values()))
-    sizes = sorted({row["size"] for row in rows}, reverse=True)
+    sizes = sorted(set(column(rows, "size")), reverse=True)
     compared = list(dict.fromkeys(map(comparison, rows)))
     height = 0.9 + len(differences) * (0.5 + 0.24 * len(compared))
     figure = Figure(figsize=(3.0 + 2.1 * len(sizes), height))
     shape = (len(differences), len(sizes))
     grid = figure.subplots(*shape, sharex="row", sharey=True, squeeze=False)
     for panels, (split, of_split) in zip(grid, differences.items(), strict=True):
-        for size, axes in zip(sizes, panels, strict=True):
+        by_size = dict(zip(sizes, panels, strict=True))
+        for size, axes in by_size.items():
             axes.set_title(f"{printable(split)}, size {size}")
             axes.axvline(0, color="black", linewidth=0.8)
             axes.grid(axis="x", color="0.9")
         for row in of_split:
-            axes = panels[sizes.index(row["size"])]
-            draw_difference(axes, row, compared.index(comparison(row)))
+            line = compared.index(comparison(row))
+            draw_difference(by_size[row["size"]], row, line)
     axes.set_yticks(range(len(compared)), compared)
     axes.set_ylim(len(compared) - 0.5, -0.5)
     measure = rows[0]["measure"].upper()
@@ -357,11 +380,10 @@ def comparison(row: dict) -> str:
 
 def draw_difference(axes: Axes, row: dict, line: int) -> None:
     """Draw a difference with its interval, in percent points, at the height `line`."""
-    value = 100 * row["difference"]
-    low, high = (100 * bound for bound in row["interval"])
-    errors = np.maximum(0, [[value - low], [high - value]])
+    points = 100 * row["difference"]
+    interval = 100 * np.array(row["interval"])
     style = style_of(row["method"], hollow=row["baseline"] != "alone")
-    axes.errorbar(value, line, xerr=errors, **style)
+    axes.errorbar(points, line, xerr=errors_around([points], [interval]), **style)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -251,28 +251,16 @@ def aligned(scored: Scored) -> str:
 
     Wrong words are marked in a third line: S substituted, D deleted, I inserted.
     """
-    references = []
-    texts = []
-    marks = []
+    shown = {"REF  ": "", "HYP  ": "", "     ": ""}  # title → line
     for said, heard in scored.pairs:
         mark = mark_of(said, heard)
-        if said is None:
-            said = "*" * columns(heard)
-        if heard is None:
-            heard = "*" * columns(said)
-        said = printable(said)
-        heard = printable(heard)
-        width = max(columns(said), columns(heard))
-        references.append(padded(said, width))
-        texts.append(padded(heard, width))
-        marks.append(padded(mark, width))
-    lines = [
-        written_id(scored.utterance),
-        "REF  " + " ".join(references).rstrip(),
-        "HYP  " + " ".join(texts).rstrip(),
-        "     " + " ".join(marks).rstrip(),
-    ]
-    return "\n".join(lines) + "\n"
+        said_shown = "*" * columns(heard) if said is None else printable(said)
+        heard_shown = "*" * columns(said) if heard is None else printable(heard)
+        width = max(columns(said_shown), columns(heard_shown))
+        for title, cell in zip(shown, (said_shown, heard_shown, mark), strict=True):
+            shown[title] += padded(cell, width) + " "
+    rows = [title + line.rstrip() for title, line in shown.items()]
+    return "\n".join([written_id(scored.utterance), *rows]) + "\n"
 
 
 def mark_of(said: str | None, heard: str | None) -> str:

@@ -56,18 +56,17 @@ def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[by
     """
     check_new(run, overwrite=True)
     run = run.resolve()
-    for source in filter(None, (initial, config.teacher, config.layers_from)):
-        path = Path(source)
-        if run in (path.resolve(), path.parent.resolve()):
-            raise ValueError(f"{run}: has the network from which this training starts")
+    sources = [Path(path) for path in (initial, config.teacher, config.layers_from) if path]
+    if any(run in (path.resolve(), path.parent.resolve()) for path in sources):
+        raise ValueError(f"{run}: has the network from which this training starts")
     here = Path.cwd()
     if names_in(run) - FIRST and run in (here, *here.parents):
         raise ValueError(f"{run}: can't be renamed from inside: start in another directory")
     run.mkdir(parents=True, exist_ok=True)
     locked = lock(run)
     if names_in(run) - FIRST:
-        names = (f"{run.name}.old{number}" for number in ("", *range(2, 1000)))
-        old = next(run.with_name(name) for name in names if not run.with_name(name).exists())
+        others = (run.with_name(f"{run.name}.old{number}") for number in ("", *range(2, 1000)))
+        old = next(path for path in others if not path.exists())
         run.rename(old)
         warnings.warn(f"{run}: the training that was here is now in {old}", stacklevel=2)
         locked.close()
@@ -82,8 +81,7 @@ def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[by
 
 def write_config(run: Path, config: Config) -> None:
     """Write the settings of a training."""
-    text = json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)
-    files.write(run / CONFIG, text.encode() + b"\n")
+    files.write_json(run / CONFIG, dataclasses.asdict(config))
 
 
 def write_ranking(run: Path, model: Supernet) -> None:
@@ -99,7 +97,8 @@ def lock(run: Path) -> IO[bytes]:
 
     Raises ValueError where another one is in it. Warns where the file system has no locks.
     """
-    file = open(run / LOCK, "ab")  # noqa: SIM115 (closed, it would be free)
+    path = run / LOCK
+    file = open(path, "ab")  # noqa: SIM115 (closed, it would be free)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -108,8 +107,7 @@ def lock(run: Path) -> IO[bytes]:
     except OSError as error:
         what = f"{run}: no locks here ({error.strerror}); let no second training write in it"
         warnings.warn(what, stacklevel=2)
-    renamed = not (run / LOCK).exists()
-    if renamed or not os.path.samestat(os.fstat(file.fileno()), os.stat(run / LOCK)):
+    if not path.exists() or not os.path.samefile(file.fileno(), path):
         file.close()  # another training renamed the directory meanwhile
         raise ValueError(f"{run}: another training is at work in it")
     return file

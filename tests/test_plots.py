@@ -1,5 +1,6 @@
 """The pictures: what they are drawn from, and which files they become."""
 
+import dataclasses
 import json
 import runpy
 from itertools import product
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynsize import plots
-from dynsize.config import LAYERS
+from dynsize.config import LAYERS, Config
 from dynsize.run_directory import to_tensorboard
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +49,8 @@ def lines_of(blocks: int, sizes: tuple[int, ...], updates: int = 40) -> list[dic
 
 def write_run(run: Path, blocks: int = 2, sizes: tuple[int, ...] = SIZES, **config) -> Path:
     run.mkdir(parents=True)
-    settings = dict(method="simple-top-k", blocks=blocks, sizes=sizes) | config
-    (run / "config.json").write_text(json.dumps(settings))
+    settings = Config(blocks=blocks, sizes=sizes, updates=40, step1_share=0.5, **config)
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
     ranked = [dict(layer=name, score=0.0) for name in reversed(layer_names(blocks))]
     (run / "ranking.json").write_text(json.dumps(ranked))
     text = "".join(json.dumps(record) + "\n" for record in lines_of(blocks, sizes))
@@ -129,7 +130,9 @@ def test_scores_k_and_masks_of_the_layers(tmp_path):
     records = [record for record in lines_of(2, SIZES) if "scores" in record]
     shades = left.collections[0].get_array()
     assert shades.shape == (8, len(records))
-    for line, record in enumerate(records):
+    *earlier, last = shades.T
+    assert (~np.ma.getmaskarray(last)).tolist() == kept[:, 0].tolist()  # those of the smallest size
+    for line, record in enumerate(records[: len(earlier)]):
         best = record["ranking"][: record["sizes"][1]]
         for row, layer in enumerate(4 * block + kind for kind in range(4) for block in range(2)):
             seen = shades[row, line]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import begun, finish, one_update, same, tiny, write_tones
+from conftest import begun, finish, one_update, same, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynsize import checkpoint, ctc
-from dynsize.config import LAYERS, for_method
+from dynsize.config import LAYERS
 from dynsize.corpora import UNREADABLE
 from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
@@ -150,8 +150,8 @@ def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_
 
 
 def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
-    config = for_method(tiny(method="aux-loss", updates=3, corpus=str(tones)))
-    records = list(Trainer(config, tmp_path / "run").begin().updates())
+    run = begun(tones, tmp_path / "run", method="aux-loss", updates=3)
+    records = list(run.updates())
     assert [record["sizes"] for record in records] == [[8, 5, 3]] * 3
     names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
     assert all(records[-1]["dev"][size]["layers"] == names[:size] for size in (3, 5, 8))
