@@ -192,7 +192,10 @@ def in_batches(
             features, lengths, *_ = batch.to(device)
             emissions, lengths = model(features, lengths, list(decoders))
             pairs = zip(decoders.items(), emissions, strict=True)
-            yield read, {size: d.decode(of_size, lengths) for (size, d), of_size in pairs}
+            by_size = {}
+            for (size, decoder), of_size in pairs:
+                by_size[size] = decoder.decode(of_size, lengths)
+            yield read, by_size
 
 
 def in_windows(

@@ -47,7 +47,6 @@ MARKS = {  # way to train → colour, marker and line; lightness differs too
     "iterative-zero-out": ("#D55E00", "^", "-"),
     "ortho-softmax": ("#009E73", "D", "-"),
     "layerdrop": ("#999999", "X", ":"),
-    "aux-loss": ("#CC79A7", "v", ":"),
     "distilled": ("#E69F00", "P", "--"),
 }
 COSTS = {  # column of compression.json → label, unit

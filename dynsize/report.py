@@ -91,21 +91,15 @@ def scores(scored: Sequence[Scored]) -> dict:
     characters = sum((s.characters for s in scored), Errors())
     pairs = [pair for s in scored for pair in s.pairs]
     confusions = Counter((said, heard) for said, heard in pairs if said != heard)
+    counts = characters._asdict()
+    counts["number"] = counts.pop("words")
     return dict(
         wer=words.rate,
         interval=interval([[s.words for s in scored]]),
-        substitutions=words.substitutions,
-        deletions=words.deletions,
-        insertions=words.insertions,
-        words=words.words,
+        **words._asdict(),
         cer=characters.rate,
         cer_interval=interval([[s.characters for s in scored]]),
-        characters=dict(
-            number=characters.words,
-            substitutions=characters.substitutions,
-            deletions=characters.deletions,
-            insertions=characters.insertions,
-        ),
+        characters=counts,
         utterances=len(scored),
         speakers=by_speaker(scored),
         confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
@@ -148,12 +142,10 @@ def examples_of(scored: dict[int, list[Scored]]) -> list[dict]:
     sizes = list(scored)
     shown = dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]])
     chosen = {size: scored[size] for size in shown}
-    everything = range(len(scored[sizes[0]]))
-    differing = []
-    for number in everything:
-        texts = {of_size[number].text for of_size in chosen.values()}
-        if len(texts) > 1:
-            differing.append(number)
+    by_utterance = zip(*chosen.values(), strict=True)
+    texts = [{of_size.text for of_size in same} for same in by_utterance]
+    everything = range(len(texts))
+    differing = [number for number in everything if len(texts[number]) > 1]
     pool = differing if len(differing) >= 3 else everything
     spread = dict.fromkeys(pool[len(pool) * part // 6] for part in (1, 3, 5))
     return [side_by_side(chosen, number) for number in spread]

@@ -138,9 +138,12 @@ def mean_of(records: list[dict]) -> dict:
 def read_metrics(run: Path) -> list[tuple[bytes, dict]]:
     """Return the lines of metrics.jsonl and what each tells, without those that are damaged."""
     metrics = run / METRICS
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    records = [(line, record_of(line)) for line in lines]
-    return [(line, record) for line, record in records if record is not None]
+    if not metrics.exists():
+        return []
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    records = [record_of(line) for line in lines]
+    pairs = zip(lines, records, strict=True)
+    return [(line, record) for line, record in pairs if record is not None]
 
 
 def forget_after(run: Path, update: int) -> dict[int, int]:

@@ -20,7 +20,7 @@ from statistics import fmean
 from dynsize import checkpoint, compression, files
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, shown, with_method
-from dynsize.evaluation import Scores, System, evaluated, read_scores
+from dynsize.evaluation import Scores, evaluated, open_system, read_scores
 from dynsize.report import change, rate, table
 from dynsize.run_directory import check_new
 from dynsize.terminal import reported
@@ -159,9 +159,8 @@ def write_tables(config: Config, trainings: Trainings, folder: Path) -> str:
     for split in config.test_splits:
         folders = {}
         for name in trainings:
-            loaded = checkpoint.load(folder / name)
-            output = folder / name / "evaluation" / loaded.path.stem / split
-            system = System(loaded.path, loaded.model.config, loaded)
+            system = open_system(folder / name, {})
+            output = folder / name / "evaluation" / system.path.stem / split
             folders[name] = evaluated(system, split, output)
         scores = read_scores(folders, config, split)
         rates[split] = {way: rates_of(way, seeds[way], scores, config) for way in seeds}

@@ -1,6 +1,5 @@
 """What a training reads: its utterances and dev's, and which of them are left out."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from hashlib import sha256
@@ -193,8 +192,7 @@ class Dev:
         totals = {}
         for size in sizes:
             of_each = errors_of(self.examples.utterances, texts[size], self.blanks)
-            here = dataclasses.astuple(sum(of_each, Errors()))
-            counts = processes.total(torch.tensor(here))
+            counts = processes.total(torch.tensor(sum(of_each, Errors())))
             totals[size] = Errors(*counts.tolist())
         return totals
 

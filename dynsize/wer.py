@@ -2,9 +2,10 @@
 
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
+from operator import add
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ DELETION = SUBSTITUTION + GAP + 1
 NO_BLANKS = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()  # Unicode's names
 
 
-@dataclass(frozen=True)
-class Errors:
+class Errors(NamedTuple):
     """Counts of one utterance or of many, in words or in characters."""
 
     substitutions: int = 0
@@ -33,12 +33,7 @@ class Errors:
     words: int = 0  # of the reference
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.words + other.words,
-        )
+        return Errors(*map(add, self, other))
 
     @property
     def total(self) -> int:
@@ -151,9 +146,8 @@ def first_row_and_step(heard: Sequence[str]) -> tuple[np.ndarray, Callable]:
     return insertions, after
 
 
-def errors_in(pairs: Iterable[Pair]) -> Errors:
+def errors_in(pairs: Sequence[Pair]) -> Errors:
     """Return the errors of an alignment; `words` are those of the alternatives that it has."""
-    pairs = list(pairs)
     deletions = sum(heard is None for _, heard in pairs)
     insertions = sum(said is None for said, _ in pairs)
     different = sum(said != heard for said, heard in pairs)
