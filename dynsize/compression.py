@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,6 @@ NETWORKS = {  # network of a size → the run directory that it comes from
     "alone": "alone-{size}",
     "distilled": "distilled-{size}",
 }
-NUMBERS = ("float32", "int8")
 NOTE = (
     "cut: out of the supernet by Simple-Top-k; alone: trained alone; distilled: trained alone with "
     "the largest size alone as its teacher. All have seed {seed}. File: ONNX, with the features. "
@@ -69,16 +69,16 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
     scores: dict[str, Scores] = {}
     for split in config.test_splits:
         folders = {}
-        for name, file in exports.items():
-            of_split = output / "evaluation" / file.stem / split
-            folders[name] = evaluated(open_system(file, {}), split, of_split)
+        for file in exports:
+            of_split = output / "evaluation" / file.name / split
+            folders[file.name] = evaluated(open_system(file.path, {}), split, of_split)
         scores[split] = read_scores(folders, config, split)
     timings = timed(config, runs, exports)
     found = dict(
         seed=seed,
         hardware=timings["hardware"],
-        rows=rows_of(config, exports, scores, timings["milliseconds"]),
-        int8=int8_rows(config, scores),
+        rows=rows_of(exports, scores, timings["milliseconds"]),
+        int8=int8_rows(exports, scores),
         choice=timings["choice"],
     )
     text = text_of(found)
@@ -90,110 +90,100 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
 # Files and error rates.
 
 
-def stem_of(network: str, size: int, numbers: str) -> str:
-    """Return the name of a network's file without its ending. Example: `cut-8-int8`."""
-    suffix = "" if numbers == "float32" else f"-{numbers}"
-    return f"{network}-{size}{suffix}"
+class File(NamedTuple):
+    """An ONNX file of one size of a network."""
+
+    size: int
+    network: str
+    numbers: str  # float32 or int8
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its name without the ending. Example: `cut-8-int8`."""
+        return self.path.stem
 
 
-def networks_in(config: Config) -> list[tuple[int, str]]:
-    """Return the size and the network of each line of the tables, the largest size first."""
-    return list(product(reversed(config.sizes), NETWORKS))
+def exported(config: Config, trainings: dict[str, Config], runs: Path, output: Path) -> list[File]:
+    """Return two files, float32 and int8, for each size of each network, the largest size first.
 
-
-def exported(
-    config: Config, trainings: dict[str, Config], runs: Path, output: Path
-) -> dict[str, Path]:
-    """Return name → ONNX file of each size of each network; writes those that are missing."""
-    exports = {}
-    for size, network in networks_in(config):
+    Writes those that are missing.
+    """
+    exports = []
+    for size, network in product(reversed(config.sizes), NETWORKS):
         run = NETWORKS[network].format(size=size)
         if f"{runs.name}/{run}" in trainings:
-            exact, rounded = (stem_of(network, size, numbers) for numbers in NUMBERS)
-            exports[exact] = output / f"{exact}.onnx"
-            exports[rounded] = output / f"{rounded}.onnx"
-            if not exports[exact].exists():
-                loaded = checkpoint.load(runs / run)
-                export.export(loaded, size, exports[exact])
-            if not exports[rounded].exists():
-                export.quantize(exports[exact], exports[rounded])
+            exact = File(size, network, "float32", output / f"{network}-{size}.onnx")
+            rounded = File(size, network, "int8", output / f"{network}-{size}-int8.onnx")
+            if not exact.path.exists():
+                export.export(checkpoint.load(runs / run), size, exact.path)
+            if not rounded.path.exists():
+                export.quantize(exact.path, rounded.path)
+            exports += [exact, rounded]
     return exports
 
 
 def rows_of(
-    config: Config,
-    exports: dict[str, Path],
-    scores: dict[str, Scores],
-    milliseconds: dict[str, float],
+    exports: list[File], scores: dict[str, Scores], milliseconds: dict[str, float]
 ) -> list[dict]:
     """Return a row for each file: its error rates on each of the `splits`, and what it costs."""
     rows = []
-    for (size, network), numbers in product(networks_in(config), NUMBERS):
-        name = stem_of(network, size, numbers)
-        if name not in exports:
-            continue
-        row = dict(size=size, network=network, numbers=numbers, splits={})
+    for file in exports:
+        row = dict(size=file.size, network=file.network, numbers=file.numbers, splits={})
         for split, of_split in scores.items():
-            errors = of_split.errors[name, size]
+            errors = of_split.errors[file.name, file.size]
             rates = dict(measure=of_split.measure, interval=interval([errors]))
             row["splits"][split] = rates | {of_split.measure: mean_rate([errors])}
-        row["bytes"] = exports[name].stat().st_size
+        row["bytes"] = file.path.stat().st_size
         for cost in ("parameters", "macs"):
-            row[cost] = of_split.rows[name, size][cost]
-        row["milliseconds"] = milliseconds[name]
+            row[cost] = of_split.rows[file.name, file.size][cost]
+        row["milliseconds"] = milliseconds[file.name]
         rows.append(row)
     return rows
 
 
-def int8_rows(config: Config, scores: dict[str, Scores]) -> list[dict]:
+def int8_rows(exports: list[File], scores: dict[str, Scores]) -> list[dict]:
     """Return the difference of error rates between int8 and float32, for each split and network."""
     rows = []
     for split, of_split in scores.items():
-        for size, network in networks_in(config):
-            names = [stem_of(network, size, numbers) for numbers in NUMBERS]
-            if (names[0], size) in of_split.errors:
-                exact, rounded = ([of_split.errors[name, size]] for name in names)
-                row = dict(split=split, size=size, network=network, measure=of_split.measure)
-                rows.append(row | difference(rounded, exact))
+        for exact, rounded in zip(exports[::2], exports[1::2], strict=True):
+            size, network = exact.size, exact.network
+            errors = [of_split.errors[file.name, size] for file in (rounded, exact)]
+            row = dict(split=split, size=size, network=network, measure=of_split.measure)
+            rows.append(row | difference(errors[:1], errors[1:]))
     return rows
 
 
 # Times.
 
 
-def timed(config: Config, runs: Path, exports: dict[str, Path]) -> dict:
+def timed(config: Config, runs: Path, exports: list[File]) -> dict:
     """Return what `timings.json` beside the files holds; measures it where that is missing."""
-    path = next(iter(exports.values())).with_name("timings.json")
+    path = exports[0].path.with_name("timings.json")
     if not path.exists():
         torch.set_num_threads(1)  # ONNX files that are opened from now on have one too
+        audio = noise(config.sample_rate)
+        calls = {}
+        for file in exports:
+            calls[file.name] = partial(open_onnx(file.path).network, audio, file.size)
         found = dict(
             hardware=processor(torch.device("cpu")),
-            milliseconds=file_milliseconds(exports),
-            choice=choice_rows(config, runs / NETWORKS["cut"], exports),
+            milliseconds=in_turn(calls, ROUNDS),  # for 10 s of audio
+            choice=choice_rows(config, runs / NETWORKS["cut"], path.parent),
         )
         files.write_json(path, found)
     return read_json(path)
 
 
-def file_milliseconds(exports: dict[str, Path]) -> dict[str, float]:
-    """Return name → milliseconds that each ONNX file of one size takes for 10 s of audio."""
-    calls = {}
-    for name, path in exports.items():
-        file = open_onnx(path)
-        (size,) = file.facts.sizes
-        calls[name] = partial(file.network, noise(file.facts.config.sample_rate), size)
-    return in_turn(calls, ROUNDS)
-
-
-def choice_rows(config: Config, supernet: Path, exports: dict[str, Path]) -> list[dict]:
+def choice_rows(config: Config, supernet: Path, folder: Path) -> list[dict]:
     """Return what each size costs inside the supernet and cut out of it, as ONNX and in torch.
 
     Each row has the `milliseconds` for 10 s of audio and the bytes of the `weights`, [cut out,
     inside] each, and `after_change`: the time of the first utterance after another size ran,
-    divided by the time of the second.
+    divided by the time of the second. `folder`: has the ONNX files.
     """
     loaded = checkpoint.load(supernet)
-    path = next(iter(exports.values())).with_name("supernet.onnx")
+    path = folder / "supernet.onnx"
     if not path.exists():
         export.export(loaded, None, path)
     audio = noise(config.sample_rate)
@@ -201,8 +191,9 @@ def choice_rows(config: Config, supernet: Path, exports: dict[str, Path]) -> lis
     rows = []
     calls: dict[tuple[str, int, str], Callable[[], object]] = {}
     for size in reversed(config.sizes):
-        file = exports[stem_of("cut", size, "float32")]
-        for form, (single, cut_bytes) in forms_of(file, cut(loaded.model, size)).items():
+        subnet = cut(loaded.model, size)
+        file = folder / f"cut-{size}.onnx"
+        for form, (single, cut_bytes) in forms_of(file, subnet).items():
             shared, shared_bytes = inside[form]
             calls[form, size, "cut"] = partial(single, audio, size)
             calls[form, size, "inside"] = partial(shared, audio, size)
