@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import IO
@@ -135,15 +135,14 @@ def mean_of(records: list[dict]) -> dict:
     return line
 
 
-def read_metrics(run: Path) -> list[tuple[bytes, dict]]:
-    """Return the lines of metrics.jsonl and what each tells, without those that are damaged."""
+def read_metrics(run: Path) -> Iterator[tuple[bytes, dict]]:
+    """Yield the lines of metrics.jsonl and what each tells, without those that are damaged."""
     metrics = run / METRICS
-    if not metrics.exists():
-        return []
-    lines = metrics.read_bytes().splitlines(keepends=True)
-    records = [record_of(line) for line in lines]
-    pairs = zip(lines, records, strict=True)
-    return [(line, record) for line, record in pairs if record is not None]
+    content = metrics.read_bytes() if metrics.exists() else b""
+    for line in content.splitlines(keepends=True):
+        record = record_of(line)
+        if record is not None:
+            yield line, record
 
 
 def forget_after(run: Path, update: int) -> dict[int, int]:
@@ -151,14 +150,15 @@ def forget_after(run: Path, update: int) -> dict[int, int]:
 
     Returns update → errors on dev, of all sizes together, for each validation that stays.
     """
-    text = b""
+    kept = []
     dev_errors = {}
     for line, record in read_metrics(run):
         if record["update"] <= update:
-            text += line
+            kept.append(line)
             if "dev" in record:
                 by_size = record["dev"].values()
                 dev_errors[record["update"]] = sum(of_size["errors"] for of_size in by_size)
+    text = b"".join(kept)
     metrics = run / METRICS
     if metrics.exists() and metrics.stat().st_size > len(text):
         files.write(metrics, text)
