@@ -244,11 +244,11 @@ class Config:
     def __post_init__(self) -> None:
         settings = method_settings(self.preset, self.method)
         implied = {name: settings[name] for name in settings if getattr(self, name) is None}
-        if self.method == "none":  # one size
+        if self.method == "none":  # has one size
             implied["sizes"] = self.sizes[-1:]
-        if self.method == "layerdrop":  # whose sizes share one output
+        if self.method == "layerdrop":  # shares one output between its sizes
             implied["shared_output_layer"] = True
-        if self.method == "aux-loss":  # which drops no layer
+        if self.method == "aux-loss":  # drops no layer
             implied["stochastic_depth"] = 0.0
         for name, value in implied.items():
             object.__setattr__(self, name, value)
