@@ -29,7 +29,7 @@ from dynsize.subnet import (
     widened,
 )
 from dynsize.supernet import Supernet
-from dynsize.terminal import Parser, Progress, reported, signals
+from dynsize.terminal import Parser, Progress, reported, run_to_end
 from dynsize.training import Trainer
 
 RANKINGS = ("learned", "first", "random")
@@ -150,13 +150,7 @@ def train(trainer: Trainer) -> None:
     print(f"training   {trainer.config.method}, in {trainer.run}")
     progress = Progress(trainer.config, trainer.model, trainer.done)
     trainer.listeners.append(progress.log)
-    with signals(trainer.requests), progress.bar:
-        for record in trainer.updates():
-            progress.show(record)
-            if record["stop"]:
-                print(f"stopped and saved at update {trainer.done}; ", end="")
-                print(f"python train.py --resume {trainer.run} goes on", flush=True)
-                sys.exit(128 + trainer.requests.stop)
+    run_to_end(trainer.updates(), progress, trainer.requests, trainer.run)
 
 
 def learner(loaded: checkpoint.Checkpoint, options: argparse.Namespace, folder: Path) -> Trainer:

@@ -7,7 +7,6 @@ With --corpus: the preset small, for one to ten hours of speech, in about an hou
 
 import argparse
 import io
-import signal
 import sys
 import typing
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from dynsize.processes import hardware, use_threads
 from dynsize.run_directory import check_new, to_tensorboard
 from dynsize.study import next_training, plan, results
 from dynsize.subnet import layer_legend, parameters
-from dynsize.terminal import Parser, Progress, reported, signals
+from dynsize.terminal import Parser, Progress, reported, run_to_end
 from dynsize.text import counted
 from dynsize.training import Trainer
 
@@ -215,13 +214,7 @@ def train(trainer: Trainer, tensorboard: bool = False) -> None:
         trainer.listeners.append(to_tensorboard(trainer.run))
     progress = Progress(trainer.config, trainer.model, trainer.done)
     trainer.listeners.append(progress.log)
-    with signals(trainer.requests), progress.bar:
-        for record in trainer.updates():
-            progress.show(record)
-            if record["stop"]:
-                print(f"stopped and saved at update {trainer.done}; ", end="")
-                print(f"python train.py --resume {trainer.run} goes on", flush=True)
-                sys.exit(128 + (trainer.requests.stop or signal.SIGTERM))
+    run_to_end(trainer.updates(), progress, trainer.requests, trainer.run)
 
 
 def draw(folder: Path) -> None:

@@ -308,7 +308,7 @@ class Config:
         yield "block", len(set(self.block)) == len(self.block), "must have each kind once"
         ascending = list(self.sizes) == sorted(set(self.sizes))
         rule = f"must be ascending; the last: all {self.layers} layers of {self.blocks} blocks"
-        yield "sizes", ascending and self.layers in self.sizes[-1:], rule
+        yield "sizes", ascending and self.sizes[-1:] == (self.layers,), rule
         alone = self.method == "none"
         rule = f"must be 0 to {self.layers}, and needs --method none"
         yield "size", self.size <= self.layers and (self.size == 0 or alone), rule
@@ -349,12 +349,13 @@ def fault(setting: dataclasses.Field, value: object) -> str:
         return "must be " + " or ".join(choices)
     if least is None:
         return ""
-    highest = LARGEST if below is None else below  # not reached
-    if all(least <= n < highest and n <= (most or highest) for n in values):
-        return ""
     if most is not None:
-        return f"must be {least:g} to {most:g}"
-    return f"must be {least:g} or more and below {'2^31' if below is None else below}"
+        inside = all(least <= n <= most for n in values)
+        return "" if inside else f"must be {least:g} to {most:g}"
+    highest = LARGEST if below is None else below  # not reached
+    inside = all(least <= n < highest for n in values)
+    limit = "2^31" if below is None else below
+    return "" if inside else f"must be {least:g} or more and below {limit}"
 
 
 def shown(value: object) -> str:
@@ -467,7 +468,10 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
 
 
 def from_dict(values: dict) -> Config:
-    """Return the configuration of `dataclasses.asdict(config)`, in which lists become tuples."""
+    """Return the configuration of `dataclasses.asdict(config)`, in which lists become tuples.
+
+    A setting that is missing has its default. Raises TypeError for a name that is no setting.
+    """
     settings = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }

@@ -106,6 +106,7 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
     loaded = checkpoint.load(path)
     model = loaded.model
     config = dataclasses.replace(model.config, **changes)
+    # The network writes as the training's normaliser does, so `facts` keep that one.
     model.config = dataclasses.replace(config, normaliser=model.config.normaliser)
     return System(loaded.path, config, loaded)
 
@@ -120,9 +121,9 @@ def transcribe(
 ) -> tuple[dict[int, Texts], dict[str, str]]:
     """Return the texts of all examples by each size, and which audio can't be read: id → why.
 
-    A supernet decodes several examples at a time. Those that are longer than one window are
-    decoded one after the other, in windows, so memory hardly grows with their length. An ONNX file
-    decodes all so. `sizes`: largest first; in a supernet they share one forward. `title`: of the
+    A supernet decodes several examples at a time. Those that are longer than one window are decoded
+    one after the other, in windows, so memory hardly grows with their length. An ONNX file decodes
+    all so. `sizes`: largest first; in a supernet they share one forward. `title`: of the
     progress bar, which is shown where there is a terminal. `decoder`: gives what decodes the
     emissions of an output, by default this itself.
     """

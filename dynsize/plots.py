@@ -49,6 +49,7 @@ MARKS = {  # way to train → colour, marker and line; lightness differs too
     "layerdrop": ("#999999", "X", ":"),
     "distilled": ("#E69F00", "P", "--"),
 }
+OTHER_MARK = ("#CC79A7", "v", ":")  # of a way that has none above
 COSTS = {  # column of compression.json → label, unit
     "bytes": ("ONNX file", "B"),
     "milliseconds": ("time for 10 s of audio", "ms"),
@@ -277,7 +278,7 @@ def draw_masks(axes: Axes, sizes: Sequence[int], ranked: list[str], names: list[
 
 def style_of(way: str, hollow: bool) -> dict:
     """Return how the points of a way to train are drawn."""
-    colour, marker, line = MARKS[way]
+    colour, marker, line = MARKS.get(way, OTHER_MARK)
     face = "white" if hollow else colour
     return dict(color=colour, marker=marker, linestyle=line, markerfacecolor=face)
 

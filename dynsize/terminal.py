@@ -216,6 +216,23 @@ def dev_lines(record: dict, model: Supernet) -> str:
     return "\n".join(lines)
 
 
+def run_to_end(
+    updates: Iterator[dict], progress: Progress, requests: processes.Requests, run: Path
+) -> None:
+    """Train to the end, or to a signal, which saves and ends the process.
+
+    The exit code is then 128 + the signal's number. `updates`: of the trainer, whose directory is
+    `run`.
+    """
+    with signals(requests), progress.bar:
+        for record in updates:
+            progress.show(record)
+            if record["stop"]:
+                print(f"stopped and saved at update {record['update']}; ", end="")
+                print(f"python train.py --resume {run} goes on", flush=True)
+                sys.exit(128 + (requests.stop or signal.SIGTERM))  # 0: another process got it
+
+
 @contextmanager
 def signals(requests: processes.Requests) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it, by these requests.

@@ -66,7 +66,9 @@ class Trainer:
         self.dev_errors: dict[int, int] = {}  # update → errors on dev; the first process has all
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
-        if processes.total(torch.tensor(self.done)) != self.done * self.processes:
+        done = torch.zeros(self.processes, dtype=torch.int64)
+        done[processes.number()] = self.done
+        if len(set(processes.total(done).tolist())) > 1:
             raise processes.in_first(ValueError(f"{run}: processes read different checkpoints"))
         processes.start_alike(self.model)
         self.last_good = self.state.copy()  # after the last update that was not skipped

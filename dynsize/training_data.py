@@ -82,8 +82,8 @@ class TrainingData:
         while True:
             frames = self.begin_epoch(state["epoch"])
             plan = epoch_plan(frames, config, state["epoch"])
-            place = max(0, number - state["first"])
-            mine = plan[place :: processes.count()]
+            before = state["first"]  # batches of the earlier epochs
+            mine = plan[max(0, number - before) :: processes.count()]
             for masks, part in ((False, mine[:unmasked]), (True, mine[unmasked:])):
                 self.examples.masks = masks
                 if part:
@@ -103,7 +103,7 @@ class TrainingData:
         plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
         for batch in read_batches(self.examples, plan[:LARGEST]):
             if batch.utterances:
-                break
+                return batch
         return batch
 
     def note_unreadable(self, batch: Batch, run: Path) -> None:
