@@ -57,8 +57,9 @@ def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[by
     check_new(run, overwrite=True)
     run = run.resolve()
     sources = [Path(path) for path in (initial, config.teacher, config.layers_from) if path]
-    if any(run in (path.resolve(), path.parent.resolve()) for path in sources):
-        raise ValueError(f"{run}: has the network from which this training starts")
+    for path in sources:
+        if run in (path.resolve(), path.parent.resolve()):
+            raise ValueError(f"{run}: has {path}, from which this training starts")
     here = Path.cwd()
     if names_in(run) - FIRST and run in (here, *here.parents):
         raise ValueError(f"{run}: can't be renamed from inside: start in another directory")

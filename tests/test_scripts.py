@@ -219,7 +219,7 @@ REFUSED = [
     ("train.py --init-from run --run new --method none", "--method"),
     ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
     ("train.py --init-from run --run new --resume run", "--resume with --init-from"),
-    ("train.py --init-from run --run run --overwrite", "has checkpoint.pt, from which this train"),
+    ("train.py --init-from run --run run --overwrite", "has run/checkpoint.pt, from which this"),
     ("prune.py nowhere", "nowhere: can't be read"),
     ("prune.py run/config.json", "config.json.*not a checkpoint"),
     ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
