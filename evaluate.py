@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate split after split. Raises ValueError before anything is decoded, if it can."""
     system = opened(options.network, options)
     config = system.config
-    base = options.output or system.path.parent / "evaluation" / system.path.stem
+    base = options.output or system.evaluations
     splits = options.split or config.test_splits
     for split in splits:
         results = base / split / "results.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynsize import checkpoint, export, files
 from dynsize.config import Config
-from dynsize.evaluation import Scores, evaluated, open_system, read_scores
+from dynsize.evaluation import Scores, scores_of
 from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
 from dynsize.recogniser import LATENCY_SECONDS
@@ -66,13 +66,8 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
     seed = next(iter(trainings.values())).seed
     runs = folder / f"seed-{seed}"
     exports = exported(config, trainings, runs, output)
-    scores: dict[str, Scores] = {}
-    for split in config.test_splits:
-        folders = {}
-        for file in exports:
-            of_split = output / "evaluation" / file.name / split
-            folders[file.name] = evaluated(open_system(file.path, {}), split, of_split)
-        scores[split] = read_scores(folders, config, split)
+    paths = {file.name: file.path for file in exports}
+    scores = {split: scores_of(paths, config, split) for split in config.test_splits}
     timings = timed(config, runs, exports)
     found = dict(
         seed=seed,

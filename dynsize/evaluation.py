@@ -72,6 +72,11 @@ class System:
         return self.facts.sizes
 
     @property
+    def evaluations(self) -> Path:
+        """The directory of its evaluations, unless another one is asked for."""
+        return self.path.parent / "evaluation" / self.path.stem
+
+    @property
     def decoding(self) -> dict:
         """What decides about the results, beside the network and the split."""
         words = self.words
@@ -436,15 +441,14 @@ class Scores(NamedTuple):
     errors: dict[tuple[str, int], list[Errors]]  # (name, size) → errors of each utterance
 
 
-def evaluated(system: System, split: str, output: Path) -> Path:
-    """Return the folder with the evaluation of a split, which is made where it is missing.
+def evaluated(system: System, split: str, output: Path) -> dict:
+    """Return the report on a split that is in a folder; it is made where it is missing.
 
     Raises ValueError where one is there that was made in another way, or is damaged.
     """
     path = output / "results.json"
     if not path.exists():
-        evaluate(system, split, output)
-        return output
+        return evaluate(system, split, output)
     there = report.read_json(path)
     for name, now in system.decoding.items():
         before = there.get(name, now)
@@ -452,19 +456,23 @@ def evaluated(system: System, split: str, output: Path) -> Path:
             flag = f"--{name.replace('_', '-')}"
             what = f"was made with {flag} {before}, not {now}"
             raise ValueError(f"{path}: {what}; move its folder elsewhere")
-    return output
+    return there
 
 
-def read_scores(folders: dict[str, Path], config: Config, split: str) -> Scores:
-    """Return what evaluations of a split found. `folders`: where `evaluate` wrote each one.
+def scores_of(networks: dict[str, Path], config: Config, split: str) -> Scores:
+    """Return what evaluations of a split found, which are made where they are missing.
 
-    Counted are the utterances that all of them could read.
+    `networks`: name → run directory or ONNX file. Counted are the utterances that all of them could
+    read.
     """
-    files = {name: folder / "results.json" for name, folder in folders.items()}
-    reports = {name: report.read_json(file) for name, file in files.items()}
+    folders = {}
+    reports = {}
     unreadable = set()
-    for found in reports.values():
-        unreadable.update(found["left_out"].get(UNREADABLE, {}))
+    for name, path in networks.items():
+        system = open_system(path, {})
+        folders[name] = system.evaluations / split
+        reports[name] = evaluated(system, split, folders[name])
+        unreadable.update(reports[name]["left_out"].get(UNREADABLE, {}))
     corpus = read_corpus(config, [split])
     utterances = [u for u in corpus.utterances if u.id not in unreadable]
     blanks = writes_blanks(utterance.text for utterance in utterances)

@@ -85,25 +85,30 @@ def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
     return Scored(utterance, text, pairs, words, count_errors(said, heard))
 
 
-def scores(scored: Sequence[Scored]) -> dict:
-    """Return what a report says about the texts of one size."""
+def rates(scored: Sequence[Scored]) -> dict:
+    """Return the numbers and error rates of some utterances."""
     words = sum((s.words for s in scored), Errors())
     characters = sum((s.characters for s in scored), Errors())
+    return dict(utterances=len(scored), words=words.words, wer=words.rate, cer=characters.rate)
+
+
+def scores(scored: Sequence[Scored]) -> dict:
+    """Return what a report says about the texts of one size."""
+    words = [s.words for s in scored]
+    characters = [s.characters for s in scored]
     pairs = [pair for s in scored for pair in s.pairs]
     confusions = Counter((said, heard) for said, heard in pairs if said != heard)
-    counts = characters._asdict()
-    counts["number"] = counts.pop("words")
-    return dict(
-        wer=words.rate,
-        interval=interval([[s.words for s in scored]]),
-        **words._asdict(),
-        cer=characters.rate,
-        cer_interval=interval([[s.characters for s in scored]]),
-        characters=counts,
-        utterances=len(scored),
+    word_counts = sum(words, Errors())._asdict()
+    character_counts = sum(characters, Errors())._asdict()
+    character_counts["number"] = character_counts.pop("words")
+    more = dict(
+        interval=interval([words]),
+        cer_interval=interval([characters]),
+        characters=character_counts,
         speakers=by_speaker(scored),
         confusions=[[*pair, count] for pair, count in confusions.most_common(LISTED)],
     )
+    return rates(scored) | word_counts | more
 
 
 def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
@@ -112,17 +117,7 @@ def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
     for s in scored:
         groups.setdefault(s.utterance.speaker, []).append(s)
     groups.pop("", None)
-    rows = {}
-    for speaker, group in sorted(groups.items()):
-        words = sum((s.words for s in group), Errors())
-        characters = sum((s.characters for s in group), Errors())
-        rows[speaker] = dict(
-            utterances=len(group),
-            words=words.words,
-            wer=words.rate,
-            cer=characters.rate,
-        )
-    return rows
+    return {speaker: rates(group) for speaker, group in sorted(groups.items())}
 
 
 def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:

@@ -20,7 +20,7 @@ from statistics import fmean
 from dynsize import checkpoint, compression, files
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, shown, with_method
-from dynsize.evaluation import Scores, evaluated, open_system, read_scores
+from dynsize.evaluation import Scores, scores_of
 from dynsize.report import change, rate, table
 from dynsize.run_directory import check_new
 from dynsize.terminal import reported
@@ -153,16 +153,12 @@ def write_tables(config: Config, trainings: Trainings, folder: Path) -> str:
     rows, see `differences_of`).
     """
     seeds = seeds_of_ways(trainings, config)
+    runs = {name: folder / name for name in trainings}
     rates: dict[str, dict[str, list[dict]]] = {}
     differences: dict[str, list[dict]] = {}
     tables = []
     for split in config.test_splits:
-        folders = {}
-        for name in trainings:
-            system = open_system(folder / name, {})
-            output = folder / name / "evaluation" / system.path.stem / split
-            folders[name] = evaluated(system, split, output)
-        scores = read_scores(folders, config, split)
+        scores = scores_of(runs, config, split)
         rates[split] = {way: rates_of(way, seeds[way], scores, config) for way in seeds}
         differences[split] = differences_of(seeds, scores, config)
         tables.append(table_of(split, differences[split]))
