@@ -9,7 +9,6 @@ import torch
 
 from dynsize import files, processes, run_directory
 from dynsize.batching import Batch, Examples, epoch_plan, read_batches, text_labels
-from dynsize.checkpoint import Checkpoint
 from dynsize.config import Config
 from dynsize.conformer import FRONT_ENDS
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_corpus, summary

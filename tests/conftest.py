@@ -3,6 +3,7 @@
 The profile `ci` draws the same cases every time, `dev` does not.
 """
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -38,11 +39,10 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
+    reason = "needs a GPU: Triton's interpreter computes bfloat16 wrong"
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(
-                pytest.mark.skip(reason="needs a GPU: Triton's interpreter computes bfloat16 wrong")
-            )
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def skip_without_interpreter() -> None:
@@ -130,6 +130,11 @@ def finish(trainer: Trainer) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two networks have bitwise the same weights."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logged(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def one_update(trainer: Trainer, batches: list[Batch]) -> dict:

@@ -1,19 +1,27 @@
-"""The three scripts, run in the process of a test, which has imported torch already."""
+"""The three scripts and the command, run in the process of a test, which has imported torch."""
 
 import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from dynsize import __main__ as command
+
 ROOT = Path(__file__).parents[1]
+# the global names of each
 SCRIPTS = {
-    name: runpy.run_path(str(ROOT / name)) for name in ("train.py", "prune.py", "evaluate.py")
+    name: runpy.run_path(str(ROOT / name))["main"].__globals__
+    for name in ("train.py", "prune.py", "evaluate.py")
 }
+SCRIPTS["dynsize"] = vars(command)
+SCRIPTS["train.py"]["draw"] = lambda folder: None  # pictures are for tests/test_plots.py
 TINY = (
     "--sample-rate 8000 --mel-bins 12 --hop-ms 10 --highest-hz 3900 --vocabulary 12 --blocks 2 "
     "--width 16 --attention-heads 2 --kernel 3 --front-end-channels 4 4 --sizes 3 5 8 "
@@ -22,37 +30,18 @@ TINY = (
 ).split()
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Trainings of a module that imports this draw none: tests/test_plots.py looks at them."""
-    monkeypatch.setitem(SCRIPTS["train.py"]["main"].__globals__, "draw", lambda folder: None)
+class Stream(StringIO):
+    """What was written to a stream."""
+
+    encoding = "utf-8"
 
 
-class Terminal(StringIO):
-    """What was written to a stream that says that it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def says(script: str, *arguments: object) -> tuple[int, str, str]:
-    """Return the exit code, the output and the errors of a script that runs here."""
-    done = run(script, *map(str, arguments))
-    return done.returncode, done.stdout, done.stderr
-
-
-def run(
-    script: str, *arguments: str | Path, cwd: str | Path = ".", terminal: bool = False
-) -> subprocess.CompletedProcess:
-    """Return the exit code and the output of a script; `terminal`: as on one."""
-    stream = Terminal if terminal else StringIO
+def run(script: str, *arguments: object, cwd: str | Path = ".") -> subprocess.CompletedProcess:
+    """Return the exit code and the output of a script."""
+    out, err = Stream(), Stream()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(stream()) as out,
-        redirect_stderr(stream()) as err,
-    ):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
@@ -65,11 +54,26 @@ def run(
     return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
 
 
-def refused(script: str, *arguments: str | Path, cwd: Path) -> str:
+def done_well(*command: object, cwd: str | Path = ".") -> subprocess.CompletedProcess:
+    """Run a script that should end well; return its output."""
+    done = run(*command, cwd=cwd)
+    assert not done.returncode, done.stderr
+    return done
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def refused(script: str, *arguments: object, cwd: Path) -> str:
     """Run a script that refuses its arguments and changes nothing; return its one line."""
-    before = sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*"))
+    before = sorted((path, path.lstat().st_mtime_ns) for path in cwd.rglob("*"))
     done = run(script, *arguments, cwd=cwd)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: "), done.stderr
-    assert sorted((path, path.stat().st_mtime_ns) for path in cwd.rglob("*")) == before
+    assert sorted((path, path.lstat().st_mtime_ns) for path in cwd.rglob("*")) == before
     return done.stderr

@@ -5,9 +5,7 @@ where it spills, needs more than a GPU has, or waits where it should not.
 """
 
 import functools
-import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -110,8 +108,8 @@ def fused(*arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.dynsize.gated_residual_layer_norm(*arguments)[:2]
 
 
-def cases(every: bool) -> list[tuple]:
-    """Return name, function and arguments of what is compiled: `every` width and dtype, or few."""
+def cases() -> list[tuple]:
+    """Return name, function and arguments of what is compiled."""
     gate = torch.ones(2, requires_grad=True)
     log_probs, *others = ctc_inputs(2, 200, 250, 80, gate.device)  # four warps
     found = [("CTC, U 200", torch.ops.dynsize.ctc_loss, [log_probs, *others, True])]
@@ -119,18 +117,14 @@ def cases(every: bool) -> list[tuple]:
     found.append(("CTC, the loss alone", torch.ops.dynsize.ctc_loss, alone))
     scores = torch.full((48,), 0.5, requires_grad=True)
     found.append(("relaxed top-k, L 48", torch.ops.dynsize.relaxed_top_k, [scores, 16]))
-    widths = (144, 256, 384, 512) if every else (512,)
-    types = (torch.float32, torch.bfloat16) if every else (torch.bfloat16,)
-    for width, dtype in itertools.product(widths, types):
-        arguments = residual_inputs(3, gate, 5, width, dtype)
-        found.append((f"residual, D {width}, {dtype}", fused, arguments))
+    found.append(("residual, D 512", fused, residual_inputs(3, gate, 5, 512)))
     x, branch, _, scale, _, _, *norm = residual_inputs(3, gate, 5, 144, torch.float32)
     arguments = [x, branch, None, scale, 0.0, None, *norm]
     found.append(("residual without gates and dropout", fused, arguments))
     return found
 
 
-def machine_code(every: bool) -> list[dict]:
+def machine_code() -> list[dict]:
     """Compile the kernels for all targets, as a launch there would, and read the code's needs.
 
     Leaves this process unable to launch.
@@ -149,7 +143,7 @@ def machine_code(every: bool) -> list[dict]:
             get_current_stream=lambda device: 0,
         )
         triton.runtime.driver.set_active(SimpleNamespace(**driver))
-        for name, function, arguments in cases(every):
+        for name, function, arguments in cases():
             codes.clear()
             _, backward = passes(function, arguments)
             if any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
@@ -207,12 +201,6 @@ def faults(records: list[dict]) -> list[dict]:
     return found
 
 
-def machine_code_of_all() -> list[dict]:
-    """Return `machine_code` for the tests, from a process that compiles: this one interprets."""
-    environment = os.environ | dict(TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join(sys.path))
-    return json.loads(subprocess.check_output([sys.executable, __file__], env=environment))
-
-
 class Traffic:
     """Counts, inside of its context, the addresses that each interpreted program moves.
 
@@ -262,7 +250,7 @@ class Traffic:
 
 
 if __name__ == "__main__":
-    found = machine_code(every=len(sys.argv) > 1)
+    found = machine_code()
     print(json.dumps(found))
     if faults(found):
         sys.exit(f"Triton {triton.__version__}: {faults(found)}")

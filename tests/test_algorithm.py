@@ -8,14 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import network, tiny, utterances
+from conftest import layer_of, network, tiny, utterances
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import iterative_zero_out, ortho_softmax, simple_top_k
 from dynsize.algorithms import ALGORITHMS, every_other, shuffled
 from dynsize.batching import Batch
-from dynsize.config import LAYERS, preset, with_method
+from dynsize.config import preset, with_method
 from dynsize.schedule import learning_rate, size_at_span_end, size_at_span_start, step1_updates
 from dynsize.steps import Update, gates_of, losses_of, planned, sandwich
 from dynsize.supernet import Supernet
@@ -58,18 +58,14 @@ def test_straight_through_has_the_gradient_of_the_relaxed_weights():
 
 @pytest.mark.parametrize("relaxation", ["straight-through", "soft"])
 def test_a_layer_outside_the_subnet_gives_its_score_a_gradient_and_its_weights_none(relaxation):
-    torch.manual_seed(0)
-    config = tiny(relaxation=relaxation, updates=100, delta=4, sizes=(4, 8), dropout=0.0)
-    model = Supernet(config, 5).double()
-    for weight in model.parameters():
-        weight.data.add_(0.3 * torch.randn_like(weight))
-    gates = simple_top_k.layer_weights(model.scores, model.ranking, 0, config)
-    log_probs, _ = model(torch.randn(2, 30, 12).double(), torch.tensor([30, 21]), [4], [gates])
+    model = network(relaxation=relaxation, updates=100, delta=4, sizes=(4, 8))
+    gates = simple_top_k.layer_weights(model.scores, model.ranking, 0, model.config)
+    log_probs, _ = model(*utterances(model, [30, 21]), [4], [gates])
     log_probs[..., 0].sum().backward()
-    inside = simple_top_k.rank(model.scores, model.ranking, 0, config)[:4]
+    inside = simple_top_k.rank(model.scores, model.ranking, 0, model.config)[:4]
     assert model.scores.grad.isfinite().all() and (model.scores.grad != 0).all()
     for layer in range(8):
-        weights = model.encoder.blocks[layer // 4][LAYERS[layer % 4]].parameters()
+        weights = layer_of(model, layer).parameters()
         moved = any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in weights)
         assert moved == (layer in inside or relaxation == "soft")
 

@@ -170,9 +170,8 @@ def test_segments_of_a_cut_recording_are_read_but_not_the_whole(tmp_path):
     data = (tmp_path / "a.wav").read_bytes()
     (tmp_path / "a.wav").write_bytes(data[: len(data) // 2])
     row = dict(audio_filepath="a.wav")
-    corpus = listed(
-        tmp_path, row | dict(id="in", duration=0.9), row | dict(id="over", duration=1.1), row
-    )
+    parts = [row | dict(id=name, duration=s) for name, s in (("in", 0.9), ("over", 1.1))]
+    corpus = listed(tmp_path, *parts, row)
     assert [utterance.id for utterance in corpus.utterances] == ["in"]
     [lost] = corpus.left_out.values()
     assert sorted(lost) == ["a", "over"]

@@ -32,15 +32,6 @@ def test_the_shortest_utterances_pass(front_end, channels):
         assert log_probs[:, 0, : lengths[0]].isfinite().all()
 
 
-def test_a_gate_of_zero_is_a_pruned_layer():
-    model = network()
-    features, lengths = utterances(model, [21])
-    mask = model.mask(5)
-    zeros = [True if kept else torch.zeros(1, dtype=torch.float64) for kept in mask]
-    outputs = [model(features, lengths, [8], [gates])[0] for gates in (zeros, mask)]
-    torch.testing.assert_close(*outputs, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("kernel", [1, 5, 31])
 @pytest.mark.parametrize("width", [16, 24])
 def test_depthwise_convolution_is_conv1d(kernel, width):
@@ -58,10 +49,8 @@ def test_the_depthwise_convolution_is_float32_under_autocast(dtype):
     """In bfloat16, oneDNN's kernel never returns for some shapes."""
     layer = Convolution(tiny())
     with torch.autocast("cpu", torch.bfloat16):
-        assert (
-            depthwise_on_cpu(torch.randn(3, 11, 16, dtype=dtype), layer.depthwise).dtype
-            == torch.float32
-        )
+        found = depthwise_on_cpu(torch.randn(3, 11, 16, dtype=dtype), layer.depthwise)
+    assert found.dtype == torch.float32
 
 
 def test_the_stream_is_float32_under_autocast(monkeypatch):

@@ -21,12 +21,7 @@ def problems(draw):
 
     Empty targets and utterances of one frame are among them.
     """
-    n, t, v, u = (
-        draw(st.integers(1, 5)),
-        draw(st.integers(1, 20)),
-        draw(st.integers(2, 6)),
-        draw(st.integers(0, 6)),
-    )
+    n, t, v, u = (draw(st.integers(*span)) for span in ((1, 5), (1, 20), (2, 6), (0, 6)))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     logits = 3 * torch.randn(n, t, v, dtype=torch.float64)
     lengths = torch.randint(1, t + 1, (n,))
@@ -37,6 +32,7 @@ def problems(draw):
             target = labels[row, :length].tolist()
             if length + sum(a == b for a, b in itertools.pairwise(target)) <= lengths[row]:
                 label_lengths[row] = length
+        labels[row, label_lengths[row] :] = 99  # the padding may hold anything
     return logits, lengths, labels, label_lengths
 
 
@@ -73,20 +69,6 @@ def test_computes_in_float32_at_least(problem, dtype):
     assert log_probs.grad.dtype == dtype
 
 
-@given(problems(), st.integers(0, 100))
-def test_padding_changes_nothing(problem, garbage):
-    logits, lengths, labels, label_lengths = problem
-    log_probs = logits.log_softmax(-1)
-    loss = ctc_loss(log_probs, lengths, labels, label_lengths)
-    outside = torch.arange(log_probs.shape[1]) >= lengths[:, None]
-    changed = log_probs.masked_fill(outside[..., None], float(garbage)).requires_grad_()
-    padding = torch.arange(labels.shape[1]) >= label_lengths[:, None]
-    again = ctc_loss(changed, lengths, labels.masked_fill(padding, garbage % 2), label_lengths)
-    torch.testing.assert_close(again, loss, rtol=0, atol=0)
-    again.sum().backward()
-    assert (changed.grad[outside] == 0).all()
-
-
 def test_float32_is_right_for_long_utterances():
     """α reaches −1,700 where the largest number of each frame is not subtracted."""
     torch.manual_seed(0)
@@ -102,10 +84,8 @@ def test_float32_is_right_for_long_utterances():
 @pytest.mark.parametrize("ctc_loss", [ctc_loss, on_a_gpu])
 def test_impossible_alignment_is_infinite_without_a_gradient(ctc_loss):
     log_probs = torch.randn(2, 2, 3).log_softmax(-1).requires_grad_()
-    labels, label_lengths = torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
-    loss = ctc_loss(
-        log_probs, torch.tensor([2, 2]), labels, label_lengths
-    )  # 1 1 needs a blank between: 3 frames
+    labels, two = torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
+    loss = ctc_loss(log_probs, two, labels, two)  # 1 1 needs a blank between: 3 frames
     assert loss[0] == math.inf and loss[1].isfinite()
     loss.sum().backward()
     assert (log_probs.grad[0] == 0).all() and (log_probs.grad[1] != 0).any()
@@ -275,9 +255,13 @@ def test_a_language_model_refuses_the_other_case_and_no_arpa_file(arpa, tmp_path
             LanguageModel(tmp_path / "bad.arpa", LETTERS)
     with pytest.raises(ValueError, match=r"weight nan: must be from -1000 to 1000"):
         LanguageModel(arpa, LETTERS, weight=math.nan)
+    with pytest.raises(ValueError, match=r"bonus 1e\+308: must be"):
+        LanguageModel(arpa, LETTERS, bonus=1e308)
     (tmp_path / "a.arpa.gz").write_bytes(gzip.compress(ARPA.encode()))
     with pytest.raises(ValueError, match="or compressed; gunzip -k"):
         LanguageModel(tmp_path / "a.arpa.gz", LETTERS)
     with pytest.raises(ValueError, match=r"missing\.arpa: No such file"):
         LanguageModel(tmp_path / "missing.arpa", LETTERS)
+    with pytest.raises(ValueError, match="zero: not a file"):
+        LanguageModel(Path("/dev/zero"), LETTERS)
     assert capfd.readouterr() == ("", "")

@@ -1,13 +1,14 @@
 """The corpus of connected digits: its layout, its repeatability, its levels, its errors."""
 
 import subprocess
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import everything_in, tiny
+from measure_word_times import true_words
 
 from dynsize import digits, files
 from dynsize.corpora import read_corpus
@@ -49,16 +50,6 @@ def corpus(fsdd, tmp_path_factory) -> Path:
     return output
 
 
-def words_of(corpus: Path, split: str) -> dict[str, list[tuple[float, float, str]]]:
-    """Return id → (start, duration, word) of each line of the split's CTM."""
-    found: dict[str, list[tuple[float, float, str]]] = {}
-    for line in (corpus / f"{split}.ctm").read_text().splitlines():
-        id, channel, start, duration, word = line.split()
-        assert channel == "1"
-        found.setdefault(id, []).append((float(start), float(duration), word))
-    return found
-
-
 def test_the_corpus_is_read_as_librispeech(corpus):
     for split, made in SMALL.items():
         read = read_corpus(tiny(corpus=str(corpus)), [split])
@@ -67,36 +58,35 @@ def test_the_corpus_is_read_as_librispeech(corpus):
         assert not read.left_out
         numbers = {str(digits.NUMBERS[speaker]) for speaker in made.speakers}
         assert {utterance.speaker for utterance in read.utterances} == numbers
-        words = words_of(corpus, split)
+        words = true_words(corpus / f"{split}.ctm")
         for utterance in read.utterances:
             said = utterance.text.split()
             assert 3 <= len(said) <= 8
-            assert said == [word for _, _, word in words[utterance.id]]
+            assert said == [word.text for word in words[utterance.id]]
 
 
 @pytest.mark.parametrize("split", SMALL)
 def test_pauses_and_recordings_are_those_of_the_split(corpus, split):
-    for id, words in words_of(corpus, split).items():
+    for id, words in true_words(corpus / f"{split}.ctm").items():
         (path,) = (corpus / split).rglob(f"{id}.flac")
         seconds = soundfile.info(path).duration
-        ends = [start + duration for start, duration, _ in words]
-        pauses = [after[0] - end for end, after in zip(ends, words[1:], strict=False)]
+        pauses = [after.start - word.end for word, after in pairwise(words)]
         assert all(0.0185 <= pause <= 0.2515 for pause in pauses)  # times have three decimals
-        assert 0.049 <= words[0][0] <= 0.301
-        assert 0.049 <= seconds - ends[-1] <= 0.301
-        for _, duration, _ in words:  # a recording's duration tells its index
-            assert round(1000 * duration) - 50 in SMALL[split].indices
+        assert 0.049 <= words[0].start <= 0.301
+        assert 0.049 <= seconds - words[-1].end <= 0.301
+        for word in words:  # a recording's duration tells its index
+            assert round(1000 * (word.end - word.start)) - 50 in SMALL[split].indices
 
 
 def test_the_ctm_has_the_true_times(corpus):
-    for id, words in words_of(corpus, "dev-clean").items():
+    for id, words in true_words(corpus / "dev-clean.ctm").items():
         (path,) = (corpus / "dev-clean").rglob(f"{id}.flac")
         audio, rate = soundfile.read(path)
         place = int(id[:3]) - 100
-        for start, duration, word in words:
-            span = audio[round(start * rate) : round((start + duration) * rate)]
+        for word in words:
+            span = audio[round(word.start * rate) : round(word.end * rate)]
             spectrum = np.abs(np.fft.rfft(span, rate))  # one bin for each Hz
-            expected = 300 + 250 * digits.WORDS.index(word) + 20 * place
+            expected = 300 + 250 * digits.WORDS.index(word.text) + 20 * place
             assert abs(int(spectrum.argmax()) - expected) <= 10
 
 

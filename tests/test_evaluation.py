@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,7 @@ import in_process
 import numpy as np
 import pytest
 import soundfile
-import torch
-from conftest import RATE, tiny, write_tones
+from conftest import RATE, TONES, random_supernet, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,12 +25,11 @@ from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
 from dynsize.report import became_worse, errors_of, examples_of, read_hypotheses, score, scores
 from dynsize.subnet import cut, parameters
-from dynsize.supernet import Supernet
-from dynsize.tokenizer import train_tokenizer
 from dynsize.wer import Errors, writes_blanks
 
-run = partial(in_process.run, "evaluate.py")
-refused = partial(in_process.refused, "evaluate.py")
+run, done_well, refused = (
+    partial(f, "evaluate.py") for f in (in_process.run, in_process.done_well, in_process.refused)
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +37,7 @@ def made(tmp_path_factory) -> Path:
     """A directory with `corpus` and a supernet in `run`, whose outputs are varied. Read only."""
     folder = tmp_path_factory.mktemp("evaluation") / "work"
     root = write_tones(folder / "corpus", {"train": 1, "test-clean": 6, "test-other": 4})
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
-    model = Supernet(tiny(corpus=str(root), device="cpu"), tokenizer.labels)
-    with torch.no_grad():
-        for layer in model.output_layers.values():
-            layer.weight.normal_()
+    model, tokenizer = random_supernet(corpus=str(root))
     (folder / "run").mkdir()
     checkpoint.save(folder / "run" / "checkpoint.pt", model, tokenizer)
     checkpoint.save(folder / "run" / "size-3.pt", cut(model, 3), tokenizer)
@@ -66,13 +58,6 @@ def results(folder: Path, split: str = "test-clean") -> dict:
 
 
 CLEAN = ("--corpus", "corpus", "--split", "test-clean")
-
-
-def done_well(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    """Run evaluate.py, which should end well."""
-    done = run(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def transcript_in(work: Path) -> Path:
@@ -110,7 +95,7 @@ def test_what_an_evaluation_shows_and_writes(work):
     for part in ("95% interval", "Three utterances", "Speakers", "confusions", "Worse at size 3"):
         assert part in text
     assert "exists already; --overwrite replaces it" in refused("run", cwd=work)
-    assert run("run", "--overwrite", "--split", "test-clean", cwd=work).returncode == 0
+    done_well("run", "--overwrite", "--split", "test-clean", cwd=work)
 
 
 def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
@@ -122,7 +107,7 @@ def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
 
 # What must not be harmed, and what is refused.
 
-OUTSIDE = ("/abs", "../x", "test-clean+../x", "a/../../x", "test\x1b[1m")  # of the results' folder
+OUTSIDE = "/abs ../x test-clean+../x a/../../x test-clean+ +test-clean test\x1b[1m".split()
 
 
 def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
@@ -143,7 +128,7 @@ def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
         ("nowhere", ["nowhere", "can't be read"]),
         ("corpus/test-clean/1/7/1-7.trans.txt", ["1-7.trans.txt", "not a checkpoint"]),
         ("run --split test", ["test", "no such split", "test-clean"]),
-        *((f"run --output out --split {split}", ["--split"]) for split in OUTSIDE),
+        *((f"run --output out --split {split}", ["--split", "inside"]) for split in OUTSIDE),
         ("run --corpus nowhere", ["nowhere"]),
         ("run --device cuda:99", ["--device cuda:99"]),
         ("run --normaliser loud", ["--normaliser loud", "plain"]),
@@ -303,10 +288,8 @@ def test_what_became_worse_and_the_examples():
         size: [score(utterance("a b", str(n)), text, True) for n, text in enumerate(of_size)]
         for size, of_size in texts.items()
     }
-    assert [(row["id"], row["errors"]) for row in became_worse(scored)] == [
-        ("2", [0, 3]),
-        ("1", [0, 1]),
-    ]
+    errors = [(row["id"], row["errors"]) for row in became_worse(scored)]
+    assert errors == [("2", [0, 3]), ("1", [0, 1])]
     assert became_worse(scored)[0]["texts"] == {8: "a b", 3: "x y z"}
     assert [row["id"] for row in examples_of(scored)] == ["1", "2", "3"]  # where the sizes differ
     alone = {8: scored[8]}
@@ -328,9 +311,8 @@ def test_compare_sizes_and_hypotheses_of_other_systems(work):
     (work / "other.trn").write_text("".join(f"{text.lower()} ({name})\n" for name, text in lines))
     split = ("--split", "test-clean")
     done = done_well("--compare", "run", "run/size-3.pt", "perfect.txt", *split, cwd=work)
-    assert re.search(
-        r"\| 1, size 3 \| 2, size 3 \|.*\+0.00 to \+0.00 \| not significantly", done.stdout
-    )
+    same = r"\| 1, size 3 \| 2, size 3 \|.*\+0.00 to \+0.00 \| not significantly"
+    assert re.search(same, done.stdout)
     assert verdicts(done.stdout) == ["not significantly different"] + 4 * ["the second is better"]
     reverse = run("--compare", "perfect.txt", "run/size-3.pt", *split, cwd=work)
     assert verdicts(reverse.stdout) == ["the first is better"]
@@ -344,8 +326,7 @@ def test_compare_several_seeds(work):
     done = done_well("--compare", "run,again", "run/size-3.pt", "--split", "test-clean", cwd=work)
     assert "1: run/checkpoint.pt, again/checkpoint.pt" in done.stdout
     assert verdicts(done.stdout) == ["not significantly different"]
-    said = refused("--compare", "run,run/size-3.pt,run", "run/nowhere", cwd=work)
-    assert "nowhere" in said
+    assert "nowhere" in refused("--compare", "run,run/size-3.pt,run", "run/nowhere", cwd=work)
     os.mkfifo(work / "pipe")
     assert "pipe: can't be read" in refused("--compare", "pipe", "run", cwd=work)
 
@@ -421,11 +402,8 @@ def test_compare_refuses_other_utterances(work):
     loaded.model.config = dataclasses.replace(loaded.model.config, corpus=str(other))
     (work / "run2").mkdir()
     checkpoint.save(work / "run2" / "checkpoint.pt", loaded.model, loaded.tokenizer)
-    done = run("--compare", "run", "run2", "--split", "test-clean", cwd=work)
-    assert done.returncode == 2 and "other utterances" in done.stderr and "run2" in done.stderr
-
-
-# Long utterances.
+    line = refused("--compare", "run", "run2", "--split", "test-clean", cwd=work)
+    assert "other utterances" in line and "run2" in line
 
 
 def test_long_utterances_are_decoded_in_windows_like_the_recogniser(made, tmp_path):
@@ -449,3 +427,80 @@ def test_long_utterances_are_decoded_in_windows_like_the_recogniser(made, tmp_pa
     longer = dataclasses.replace(facts, longest_seconds=4.0)
     whole, _ = transcribe(loaded.model, examples, [8], "", longer)
     assert whole[8][0] == texts[8][0] and whole[8][1] != texts[8][1]
+
+
+# Beam search, and a language model whose weights are chosen on dev.
+
+UNIGRAMS = "".join(f"-0.7\t{word}\t0\n" for word in TONES)
+ARPA = (
+    f"\\data\\\nngram 1=7\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t0\n-1\t</s>\n{UNIGRAMS}"
+    "\n\\2-grams:\n-0.5\tLOW LOW\n\n\\end\\\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tones_run(tones, tmp_path_factory) -> Path:
+    """A run directory with a network of random weights, and a language model of the tones."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.save(folder / "checkpoint.pt", *random_supernet(vocabulary=16, corpus=str(tones)))
+    (folder / "tones.arpa").write_text(ARPA)
+    return folder
+
+
+def test_the_beam_is_written_beside_the_results(tones_run, tmp_path):
+    flags = ("--beam", 3, "--split", "test-other", "--output", tmp_path)
+    assert not done_well(tones_run, *flags).stderr
+    assert json.loads((tmp_path / "decoding.json").read_text()) == dict(beam=3)
+    assert (tmp_path / "test-other" / "results.json").exists()
+
+
+def test_a_beam_search_of_another_output_is_refused_before_anything_is_written(tmp_path):
+    file = tmp_path / "attention.pt"
+    checkpoint.save(file, *random_supernet(output="attention"))
+    line = refused(file, "--beam", 3, cwd=tmp_path)
+    assert "attention.pt: --beam or --lm is for the output ctc" in line
+
+
+def test_weights_are_those_with_the_fewest_errors_on_dev(tones_run, tmp_path, monkeypatch):
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    script = in_process.SCRIPTS["evaluate.py"]
+    monkeypatch.setitem(script, "WEIGHTS", (0.0, 0.5))
+    monkeypatch.setitem(script, "BONUSES", (0.0, -20.0))
+    read_splits = []
+    read = script["read_corpus"]
+    monkeypatch.setitem(script, "read_corpus", lambda *a: read_splits.extend(a[1]) or read(*a))
+    lm = tones_run / "tones.arpa"
+    command = (tones_run, "--split", "test-other", "--output", tmp_path)
+    command += ("--lm", lm, "--beam", 2)
+    done = done_well(*command, "--tune-lm")
+    assert read_splits == ["test-other", "dev-clean", "dev-other"]  # for `lacks`, then on dev
+    assert "lacks 0 of " in done.stdout and not done.stderr
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    assert len(found["tried"]) == 4 and found["lm"] == str(lm) and found["beam"] == 2
+    best = min(found["tried"], key=lambda row: row["wer"])
+    assert (found["weight"], found["bonus"]) == (best["weight"], best["bonus"])
+    # a bonus of −20 leaves no word, so that every word of the reference is an error
+    assert [row["wer"] for row in found["tried"] if row["bonus"] < 0] == [1.0, 1.0]
+    done_well(*command, "--overwrite", "--lm-weight", 0.3, "--word-bonus", "-2e1")
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    assert found["weight"] == 0.3 and "tried" not in found
+    results = json.loads((tmp_path / "test-other" / "results.json").read_text())
+    assert results["sizes"][0]["wer"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (("--beam", "0"), "--beam 0: must be 1 or more"),
+        (("--word-bonus", "1"), "--lm names it"),
+        (("--tune-lm",), "--tune-lm is for one RUN with --lm"),
+        (("--lm", "x.arpa", "--tune-lm", "--lm-weight", "1"), "leave them out"),
+        (("--lm", "no.arpa"), "no.arpa: "),
+        (("--lm", "other.arpa"), "lacks "),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(tones_run, arguments, why, tmp_path):
+    if "--lm" in arguments:
+        pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    (tmp_path / "other.arpa").write_text(ARPA.replace("HIGH", "OTHER").replace("LOW", "MIDLOW"))
+    assert why in refused(tones_run, *arguments, cwd=tmp_path)

@@ -9,16 +9,15 @@ import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import RATE, tiny
+from conftest import RATE, random_supernet, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import says
+from in_process import done_well, refused
 
 pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -35,21 +34,13 @@ from dynsize.networks import OnnxGraph, network_of
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import train_tokenizer
 
-evaluate, prune = (partial(says, f"{name}.py") for name in ("evaluate", "prune"))
-RANKING = [2, 0, 3, 1]
 LENGTHS = [1, 150, 201, 5_003, 24_000]  # samples; a window has 200
 
 
 def saved(folder: Path, **changes) -> checkpoint.Checkpoint:
     """The checkpoint of a supernet of one block whose layers and outputs are random."""
-    tokenizer = train_tokenizer(["LOW MID HIGH TOP"] * 9, 12)
-    torch.manual_seed(0)
-    config = tiny(blocks=1, sizes=(1, 2, 4), kernel=7, **changes)
-    model = Supernet(config, tokenizer.labels, RANKING)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.3 * torch.randn_like(weight))
-    checkpoint.save(folder / "checkpoint.pt", model, tokenizer)
+    settings = dict(blocks=1, sizes=(1, 2, 4), kernel=7) | changes
+    checkpoint.save(folder / "checkpoint.pt", *random_supernet([2, 0, 3, 1], **settings))
     return checkpoint.load(folder / "checkpoint.pt")
 
 
@@ -208,33 +199,31 @@ def test_prune_writes_files_of_each_size_and_of_all(supernet, tmp_path, monkeypa
         path.write_bytes(written)
 
     monkeypatch.setattr(exporting, "export", export)
-    arguments = (supernet.path, "--output", tmp_path, "--export", "onnx", "--int8")
-    code, shown, error = prune(*arguments)
-    assert (code, error) == (0, "") and "size-2-int8.onnx" in shown
+    command = ("prune.py", supernet.path, "--output", tmp_path)
+    done = done_well(*command, "--export", "onnx", "--int8")
+    assert not done.stderr and "size-2-int8.onnx" in done.stdout
     assert asked == [(None, None, "supernet.onnx"), (2, 2, "size-2.onnx"), (1, 1, "size-1.onnx")]
     names = {path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"}
     stems = ("supernet", "size-2", "size-1")
     assert names == {f"{stem}{kind}.onnx" for stem in stems for kind in ("", "-int8")}
     for path in tmp_path.glob("*.pt"):
         path.unlink()
-    code, _, error = prune(*arguments)
-    assert code == 2 and "supernet.onnx: exists already; --overwrite replaces it" in error
-    assert not list(tmp_path.glob("*.pt"))  # it was told before anything was written
-    code, _, error = prune(supernet.path, "--int8")
-    assert code == 2 and "--export onnx writes it" in error
-    assert prune(supernet.path, "--output", tmp_path, "--sizes", 2)[0] == 0
-    code, _, error = prune(tmp_path / "size-2.pt", "--export", "onnx", "--overwrite")
-    assert (code, error) == (0, "") and asked[-1] == (2, 2, "size-2.onnx")
+    line = refused(*command, "--export", "onnx", "--int8", cwd=tmp_path)
+    assert "supernet.onnx: exists already; --overwrite replaces it" in line
+    assert "--export onnx writes it" in refused(*command, "--int8", cwd=tmp_path)
+    done_well(*command, "--sizes", 2)
+    done_well("prune.py", tmp_path / "size-2.pt", "--export", "onnx", "--overwrite")
+    assert asked[-1] == (2, 2, "size-2.onnx")
     for flags in ([], ["--export", "onnx", "--ranking", "first"]):
-        code, _, error = prune(tmp_path / "size-2.pt", *flags)
-        assert code == 2 and "was cut already, to 2 layers; --export onnx writes" in error
+        line = refused("prune.py", tmp_path / "size-2.pt", *flags, cwd=tmp_path)
+        assert "was cut already, to 2 layers; --export onnx writes" in line
 
 
 def test_all_sizes_in_one_file_name_the_torch_they_need(tmp_path, monkeypatch):
     loaded = saved(tmp_path)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.0+cpu"))
-    code, _, error = prune(loaded.path, "--export", "onnx")
-    assert code == 2 and "need torch 2.13 or newer, this is 2.11.0+cpu" in error
+    line = refused("prune.py", loaded.path, "--export", "onnx", cwd=tmp_path)
+    assert "need torch 2.13 or newer, this is 2.11.0+cpu" in line
     with pytest.raises(ValueError, match="all sizes in one file need"):
         export(loaded, None, tmp_path / "supernet.onnx")
     assert list(tmp_path.iterdir()) == [loaded.path]
@@ -260,7 +249,7 @@ def content_of(path: Path) -> dict:
     return OnnxGraph(path).metadata()
 
 
-def refused(graph: onnx.ModelProto, metadata: str, path: Path) -> str:
+def told_of(graph: onnx.ModelProto, metadata: str, path: Path) -> str:
     """The one line with which a file is refused; nothing where audio can be transcribed."""
     onnx.helper.set_model_props(graph, dict(dynsize=metadata))
     onnx.save(graph, path)
@@ -311,7 +300,7 @@ def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
         if changes.get("config"):
             changes = changes | dict(config=content["config"] | changes["config"])
         changes = json.dumps(content | changes)
-    found = refused(onnx.load(path), changes, tmp_path / "a.onnx")
+    found = told_of(onnx.load(path), changes, tmp_path / "a.onnx")
     assert why in found and bool(why) == bool(found)
 
 
@@ -329,7 +318,7 @@ def test_any_change_of_the_metadata_is_harmless(single, tmp_path_factory, number
     place[name] = value
     if value == "to be deleted":
         del place[name]
-    refused(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
+    told_of(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
 
 
 @pytest.mark.parametrize("shape", [["B", "N"], ["B"], ["B", "N", 12]])
@@ -343,7 +332,7 @@ def test_a_foreign_graph_with_our_metadata_is_refused(single, tmp_path, name, sh
     opset = [onnx.helper.make_opsetid("", 20)]
     model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
     metadata = json.dumps(content_of(beside(single, "size-2.onnx")))
-    assert "or something else" in refused(model, metadata, tmp_path / "a.onnx")
+    assert "or something else" in told_of(model, metadata, tmp_path / "a.onnx")
 
 
 # evaluate.py with files.
@@ -354,11 +343,8 @@ def test_a_file_is_evaluated_like_its_checkpoint(supernet, tones, tmp_path):
     rows = {}
     for name in ("checkpoint.pt", "supernet.onnx", "supernet-int8.onnx"):
         output = tmp_path / name
-        code, shown, error = says(
-            "evaluate.py", beside(supernet, name), *corpus, "--output", output
-        )
-        assert (code, error) == (0, "")
-        assert ("onnxruntime" in shown) == name.endswith(".onnx")
+        done = done_well("evaluate.py", beside(supernet, name), *corpus, "--output", output)
+        assert not done.stderr and ("onnxruntime" in done.stdout) == name.endswith(".onnx")
         report = json.loads((output / "test-clean" / "results.json").read_text())
         rows[name] = [row | dict(real_time_factor=0) for row in report["sizes"]]
     assert rows["supernet.onnx"] == rows["checkpoint.pt"]
@@ -373,13 +359,12 @@ def test_a_file_is_evaluated_like_its_checkpoint(supernet, tones, tmp_path):
 def test_files_are_compared_like_checkpoints(supernet, single, tones):
     corpus = ("--corpus", tones, "--split", "test-other")
     paths = [beside(supernet, "checkpoint.pt"), beside(supernet, "supernet.onnx")]
-    code, shown, error = evaluate("--compare", *paths, *corpus)
-    assert (code, error) == (0, "")
+    done = done_well("evaluate.py", "--compare", *paths, *corpus)
     same = r"\| 1, size \d \| 2, size \d \|.*\+0.00 \| \+0.00 to \+0.00 \| not significantly"
-    assert len(re.findall(same, shown)) == 3
+    assert len(re.findall(same, done.stdout)) == 3 and not done.stderr
     paths = [beside(single, f"size-2{kind}.onnx") for kind in ("", "-int8")]
-    code, shown, error = evaluate("--compare", *paths, *corpus, "--beam", 2)
-    assert (code, error) == (0, "") and "| 1, size 2 | 2, size 2 |" in shown
+    done = done_well("evaluate.py", "--compare", *paths, *corpus, "--beam", 2)
+    assert "| 1, size 2 | 2, size 2 |" in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -391,21 +376,19 @@ def test_files_are_compared_like_checkpoints(supernet, single, tones):
         (("--split", "../x"), "--split ../x"),
     ],
 )
-def test_flags_that_a_file_cannot_follow_are_refused(single, tones, arguments, why):
-    code, _, error = evaluate(beside(single, "size-2.onnx"), "--corpus", tones, *arguments)
-    assert code == 2 and why in error and error.count("\n") == 1
+def test_flags_that_a_file_cannot_follow_are_refused(single, tones, tmp_path, arguments, why):
+    command = ("evaluate.py", beside(single, "size-2.onnx"), "--corpus", tones, *arguments)
+    assert why in refused(*command, cwd=tmp_path)
 
 
-def test_evaluate_refuses_files_that_are_no_networks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.onnx").write_text("a b c")
+def test_evaluate_refuses_files_that_are_no_networks(tmp_path):
+    (tmp_path / "text.onnx").write_text("a b c")
     for arguments in (("text.onnx",), ("--compare", "text.onnx", "missing.onnx")):
-        code, _, error = evaluate(*arguments)
-        assert code == 2 and "text.onnx: not an ONNX file" in error and error.count("\n") == 1
+        line = refused("evaluate.py", *arguments, cwd=tmp_path)
+        assert "text.onnx: not an ONNX file" in line
 
 
 def test_an_onnx_file_of_another_output_is_refused_before_anything_is_written(tmp_path):
     loaded = saved(tmp_path, output="transducer")
-    code, _, error = prune(loaded.path, "--export", "onnx")
-    assert code == 2 and "supernet.onnx: an ONNX file is for the output ctc" in error
-    assert list(tmp_path.iterdir()) == [loaded.path]
+    line = refused("prune.py", loaded.path, "--export", "onnx", cwd=tmp_path)
+    assert "supernet.onnx: an ONNX file is for the output ctc" in line

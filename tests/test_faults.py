@@ -28,8 +28,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import begun, finish, same, tiny, write_tones
-from in_process import ROOT, SCRIPTS, TINY
+from conftest import begun, everything_in, finish, logged, same, tiny, write_tones
+from in_process import ROOT, SCRIPTS, TINY, wait_until
 
 from dynsize import checkpoint, files, training
 from dynsize.batching import epoch_plan
@@ -37,7 +37,6 @@ from dynsize.run_directory import check_new, forget_after
 from dynsize.training import Trainer
 
 fork = multiprocessing.get_context("fork")
-KILLS = 5
 
 
 def elsewhere(function: Callable, *arguments) -> fork.Process:
@@ -59,54 +58,53 @@ def stopped(trainer: Trainer, updates: int) -> Trainer:
     return trainer
 
 
-def when_saved(run: Path) -> set[int]:
-    """When the checkpoints of a run were written, in ns; renames change nothing."""
-    with suppress(FileNotFoundError):
-        return {path.stat().st_mtime_ns for path in checkpoint.history(run)}
-    return set()
+def failing(number: int) -> Callable:
+    """Return what takes the place of a system call that fails."""
+
+    def call(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def complaint(file: Path) -> str:
+    """Return why a checkpoint is not read; nothing where it is."""
+    try:
+        checkpoint.load(file)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
 def room(size: int):
     """Inside, no file can grow beyond `size` bytes: what a process sees of a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(tones, tmp_path):
+def test_a_full_disk_and_one_that_fails_leave_the_older_checkpoints(tones, tmp_path, monkeypatch):
     expected = finish(begun(tones, tmp_path / "unbroken", save_every=3))
-    trainer, run = begun(tones, tmp_path / "run", save_every=3), tmp_path / "run"
+    trainer, run = begun(tones, tmp_path / "run", save_every=3, keep=3), tmp_path / "run"
     updates = trainer.updates()
-    for _ in range(4):
+    for _ in range(7):
         next(updates)
-    whole = (run / checkpoint.NAME).read_bytes()
-    with room(len(whole) // 2), pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
+    before = {path: path.read_bytes() for path in checkpoint.history(run)}
+    size = len(before[run / checkpoint.NAME])
+    with room(size // 2), pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
         list(updates)
-    assert (run / checkpoint.NAME).read_bytes() == whole and not list(run.glob("*.unfinished"))
-    resumed = Trainer.resume(run)
-    assert resumed.done == 3 and same(finish(resumed), expected)
-
-
-def test_the_older_checkpoints_stay_where_the_new_one_does_not_reach_the_disk(
-    written, tmp_path, monkeypatch
-):
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    loaded, path = checkpoint.load(written), tmp_path / checkpoint.NAME
-    for seconds in (1.0, 2.0):
-        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3, longest_seconds=seconds)
-    before = everything_in(tmp_path)
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
-        checkpoint.save(path, loaded.model, loaded.tokenizer, keep=3)
-    assert everything_in(tmp_path) == before and len(before) == 2
+        trainer.save()
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in checkpoint.history(run)} == before
+    assert len(before) == 2 and not list(run.glob("*.unfinished"))
+    resumed = Trainer.resume(run)
+    assert resumed.done == 6 and same(finish(resumed), expected)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatch):
@@ -181,16 +179,9 @@ def test_a_damaged_checkpoint_is_an_error_or_has_the_same_values(written, tmp_pa
     data, draw, file = written.read_bytes(), random.Random(0), Path("checkpoint.pt")
     for _ in range(150):
         file.write_bytes(damaged(data, draw))
-        said = ""
-        try:
-            checkpoint.load(file)
-        except ValueError as error:
-            said = str(error)
-        assert (
-            re.match(r"checkpoint\.pt: (damaged|not a checkpoint)", said)
-            if said
-            else (values(file) == values(written))
-        )
+        said = complaint(file)
+        refused = re.match(r"checkpoint\.pt: (damaged|not a checkpoint)", said)
+        assert refused if said else values(file) == values(written)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # nothing was executed
 
 
@@ -209,11 +200,7 @@ def test_a_checkpoint_with_other_values_is_an_error_in_one_line(written, tmp_pat
     file = tmp_path / "other.pt"
     for _ in range(60):
         torch.save(changed(content, draw), file)
-        said = ""
-        try:
-            checkpoint.load(file)
-        except ValueError as error:
-            said = str(error)
+        said = complaint(file)
         assert re.fullmatch(r"|.*other\.pt: damaged, or not a checkpoint: .+", said)
         refused += bool(said)
     assert refused > 30  # the others are of the training's state, or settings that do no harm
@@ -282,9 +269,7 @@ def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_pa
 
 def test_a_checkpoint_every_so_many_minutes_and_when_asked(tones, tmp_path, monkeypatch):
     now, at = [0.0], []
-    clock = SimpleNamespace(
-        monotonic=lambda: now[0], perf_counter=time.perf_counter, time=time.time
-    )
+    clock = SimpleNamespace(**vars(time) | dict(monotonic=lambda: now[0]))
     monkeypatch.setattr(training, "time", clock)
     trainer = begun(tones, tmp_path / "run", save_every=100, save_minutes=5.0)
     updates = trainer.updates()
@@ -338,10 +323,6 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
 
 
 # What a training must not harm.
-
-
-def everything_in(folder: Path) -> dict[Path, bytes]:
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("name", ["config.json", "lock/file", "train/1/2/1-2.trans.txt"])
@@ -425,10 +406,7 @@ def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
 
 
 def test_a_file_system_without_locks_is_told_and_used(tones, tmp_path, monkeypatch):
-    def refuse(*arguments: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.ENOLCK))
     with pytest.warns(UserWarning, match="no locks"):
         trainer = begun(tones, tmp_path / "run", updates=2)
     finish(trainer)
@@ -472,7 +450,7 @@ def test_a_resumed_training_takes_what_does_not_change_what_is_learned(tones, tm
     expected = finish(begun(tones, tmp_path / "unbroken"))
     run = tmp_path / "run"
     stopped(begun(tones, run), 6)
-    for name, value in dict(seed=7, updates=99, sizes=(2, 8), dropout=0.5).items():
+    for name, value in dict(seed=7, updates=99, sizes=(2, 8), dropout=0.5, teacher="x").items():
         with pytest.raises(ValueError, match=f"--{name}.* with --resume"):
             Trainer.resume(run, {name: value})
     with pytest.raises(ValueError, match="--workers -1"):
@@ -502,18 +480,13 @@ UPDATES = 2000  # more than are done before the signal
 
 
 def started(
-    tones: Path,
-    run: Path,
-    workers: int = 0,
-    output: int = -1,
-    ready: Callable[[], object] = int,
-    real: bool = False,
+    tones: Path, run: Path, workers: int = 0, output: int = -1, ready: Callable[[], object] = int
 ) -> fork.Process:
     """Start a long training by the script, and wait for the first line of its log.
 
-    It runs in a fork of this process, which has imported torch, or is a new Python: where it is
-    `real`, and where it has worker processes, as their end depends on how Python ends. It leads a
-    session, and writes to a descriptor, or to the file RUN.out. `ready` is called first.
+    It runs in a fork of this process, which has imported torch. Where it has worker processes it is
+    a new Python, as their end depends on how Python ends. It leads a session, and writes to a
+    descriptor, or to the file RUN.out. `ready` is called first.
     """
     flags = f"--corpus {tones} --run {run} --workers {workers} --updates {UPDATES} --threads 1 "
     flags += f"--log-every 1 --validate-every {UPDATES} --save-every {UPDATES}"
@@ -525,7 +498,7 @@ def started(
         written_to = os.open(f"{run}.out", os.O_CREAT | os.O_WRONLY) if output < 0 else output
         for stream in (1, 2):
             os.dup2(written_to, stream)
-        if real or workers:
+        if workers:
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, *arguments])
         sys.argv, sys.stdout, sys.stderr = arguments, os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -537,10 +510,7 @@ def started(
         sys.exit(code)
 
     process = elsewhere(script)
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (run / "metrics.jsonl").exists() or not process.is_alive())
     return process
 
 
@@ -558,13 +528,11 @@ def ended(process: fork.Process) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize(
-    "workers, number, real", [(0, signal.SIGINT, False), (2, signal.SIGTERM, True)]
-)
-def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number, real):
+@pytest.mark.parametrize("workers, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_the_process_group_saves_and_ends(tones, tmp_path, workers, number):
     torch.set_num_threads(1)
     run = tmp_path / "run"
-    process = started(tones, run, workers, real=real)
+    process = started(tones, run, workers)
     time.sleep(0.1)
     for _ in range(2):  # as timeout and torchrun do
         os.killpg(process.pid, number)
@@ -584,10 +552,8 @@ def test_a_training_of_nohup_goes_on_when_its_terminal_closes(tones, tmp_path):
     run = tmp_path / "run"
     process = started(tones, run, ready=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.kill(process.pid, signal.SIGHUP)
-    before, deadline = updates_in(run), time.monotonic() + 100
-    while updates_in(run) < before + 3 and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    before = updates_in(run)
+    wait_until(lambda: updates_in(run) >= before + 3 or not process.is_alive())
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 128 + signal.SIGTERM
 
@@ -704,16 +670,13 @@ def goes_on_after_a_crash(tones: Path, run: Path, number: int, expected: dict) -
     if run.exists() and checkpoint.history(run):
         trainer = Trainer.resume(run)
     else:
-        logged = (run / "metrics.jsonl").exists()
-        check_new(run, overwrite=logged)
+        check_new(run, overwrite=(run / "metrics.jsonl").exists())
         trainer = begun(tones, run, **SHORT)
     assert same(finish(trainer), expected)
-    names = {path.name for path in run.iterdir()}
-    assert names == {
-        *("config.json", "corpus.txt", "left-out.txt", "lock", "metrics.jsonl", "ranking.json"),
-        *("checkpoint.pt", "checkpoint-1.pt", "best.pt"),
-    }
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = "config.json metrics.jsonl ranking.json left-out.txt corpus.txt lock best.pt "
+    names += "checkpoint.pt checkpoint-1.pt"
+    assert {path.name for path in run.iterdir()} == {*names.split()}
+    lines = logged(run)
     assert [line["update"] for line in lines if "losses" in line] == [1, 2, 3, 4]
     assert [line["update"] for line in lines if "dev" in line] == [2, 4]
     assert checkpoint.load(run).training["update"] == 4

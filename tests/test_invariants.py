@@ -6,7 +6,6 @@ is cut out, or runs together with others, is the same network; and files give ba
 
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,14 +41,14 @@ def drawn_scores(config: Config, seed: int, levels: int) -> Tensor:
     return VALUES[torch.randint(levels, shape, generator=generator)]
 
 
-def learned(config: Config, seed: int, levels: int) -> tuple[list[int], Tensor]:
-    """Return the ranking at the end of step 1, where scores change at will, and the last scores."""
+def learned(config: Config, seed: int, levels: int) -> list[int]:
+    """Return the ranking at the end of step 1, where scores change at will."""
     algorithm, ranking = ALGORITHMS[config.method], list(range(config.layers))
     for update in range(step1_updates(config)):
         if ends_span(update, config):
             scores = drawn_scores(config, seed + update, levels)
             ranking = algorithm.rank(scores, ranking, update, config)
-    return ranking, scores
+    return ranking
 
 
 # 1. Scores → ranking
@@ -107,45 +106,21 @@ def test_the_smallest_weights_are_zeroed_out(seed, levels, delta, updates):
 
 @given(METHODS, SEEDS, LEVELS)
 def test_masks_keep_k_layers_and_are_nested(method, seed, levels):
-    """The mask of size k keeps exactly k layers, all of which every larger subnet keeps too."""
+    """The mask of size k keeps the k layers that are ranked first, as do all larger subnets."""
     config = tiny(method=method)
-    model = Supernet(config, 4, learned(config, seed, levels)[0])
+    ranking = learned(config, seed, levels)
+    model = Supernet(config, 4, ranking)
     kept = [{layer for layer in range(L) if model.mask(k)[layer]} for k in range(L + 1)]
+    assert kept == [set(ranking[:k]) for k in range(L + 1)]
     assert [len(layers) for layers in kept] == list(range(L + 1))
-    assert all(small < large for small, large in pairwise(kept))
-
-
-@given(SEEDS, st.integers(2, 5), SIZES)
-def test_a_mask_keeps_the_highest_scores(seed, levels, k):
-    """With Simple-Top-k no pruned layer has a higher score than a kept one."""
-    config = tiny(method="simple-top-k")
-    ranking, scores = learned(config, seed, levels)
-    mask = torch.tensor(Supernet(config, 4, ranking).mask(k))
-    assert mask.all() or scores[mask].min() >= scores[~mask].max()
-
-
-@given(METHODS, SEEDS, st.integers(0, 6))
-def test_step_1_gives_gates_that_nest_in_the_supernets(method, seed, update):
-    """In step 1 every layer has one gate, and the draw of sizes depends on (seed, update) alone."""
-    config = tiny(method=method, seed=seed)
-    algorithm = ALGORITHMS[method]
-    scores, ranking = algorithm.initial_scores(config), list(range(L))
-    assert torch.equal(scores, algorithm.initial_scores(config))
-    assert 1 <= algorithm.size_at(update, config) < L
-    assert algorithm.size_at(update, config) == algorithm.size_at(
-        update, tiny(method=method, seed=seed)
-    )
-    gates = algorithm.layer_weights(scores, ranking, update, config)
-    assert len(gates) == L
-    assert all(gate is False or gate.shape == () for gate in gates)
 
 
 # 3. Relaxed weights
 
 
 @st.composite
-def scores_and_k(draw, widest: float = 1e4) -> tuple[Tensor, int]:
-    values = draw(st.lists(st.floats(-widest, widest), min_size=2, max_size=12))
+def scores_and_k(draw) -> tuple[Tensor, int]:
+    values = draw(st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=12))
     return torch.tensor(values, dtype=torch.float64), draw(st.integers(1, len(values)))
 
 
@@ -160,17 +135,6 @@ def test_relaxed_weights_sum_to_k_and_keep_the_order(drawn):
     assert (relaxed[scores.argsort()].diff() >= -1e-9).all()
     (relaxed * torch.linspace(-1, 1, len(scores), dtype=torch.float64)).sum().backward()
     assert scores.grad.isfinite().all()
-
-
-@given(scores_and_k(widest=3))
-def test_relaxed_weights_are_the_sum_of_the_papers_softmaxes(drawn):
-    """Relaxed weights equal the paper's formula, computed as it is written."""
-    scores, k = drawn
-    a, total = scores, torch.zeros_like(scores)
-    for _ in range(k):
-        p = a.softmax(0)
-        a, total = a + torch.log1p(-p), total + p
-    torch.testing.assert_close(relaxed_top_k(scores, k), total, rtol=1e-6, atol=1e-6)
 
 
 # 4. Masks → what is computed
@@ -257,9 +221,8 @@ def test_one_forward_equals_separate_forwards(values, lengths, data):
 
 
 def gradients(outputs: Sequence[Tensor], weights: list[Tensor], cotangent: Tensor) -> list:
-    return torch.autograd.grad(
-        torch.cat(outputs), weights, cotangent, allow_unused=True, retain_graph=True
-    )
+    options = dict(allow_unused=True, retain_graph=True)
+    return torch.autograd.grad(torch.cat(outputs), weights, cotangent, **options)
 
 
 @given(METHODS, SEEDS, st.integers(0, 6), SIZES)
@@ -267,18 +230,16 @@ def test_gradients_equal_those_of_separate_forwards(method, seed, update, size):
     """Networks that run together have the gradients that each has alone, in both steps."""
     model = network(seed, method=method)
     features, lengths = utterances(model, [17, 24])
-    layer_weights = ALGORITHMS[method].layer_weights(
-        model.scores, model.ranking, update, model.config
-    )
+    step1 = (model.scores, model.ranking, update, model.config)
+    layer_weights = ALGORITHMS[method].layer_weights(*step1)
     stays = (torch.rand(L, 2) < 0.5).double()
     mask = model.mask(size)
     dropped = [kept or stay for kept, stay in zip(mask, stays, strict=True)]
     weights = list(model.parameters())
     for gates in ([[True] * L, layer_weights], [dropped, mask]):
         together, _ = model(features, lengths, [L, 5], gates)
-        separate = [
-            model(features, lengths, [k], [g])[0] for k, g in zip((L, 5), gates, strict=True)
-        ]
+        pairs = zip((L, 5), gates, strict=True)
+        separate = [model(features, lengths, [k], [of_size])[0] for k, of_size in pairs]
         cotangent = torch.randn_like(together)
         ours = gradients([together], weights, cotangent)
         for gradient, expected in zip(ours, gradients(separate, weights, cotangent), strict=True):

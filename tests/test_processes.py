@@ -1,20 +1,18 @@
 """Several processes train as one: the same gradients, one run directory, one end for all."""
 
 import dataclasses
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import network, one_update, tiny
-from in_process import ROOT, TINY
+from conftest import logged, network, one_update, tiny
+from in_process import ROOT, TINY, done_well, wait_until
 
 from dynsize import checkpoint, processes
 from dynsize.config import Config
@@ -41,10 +39,8 @@ CASES = {
 
 def configured(corpus: str, case: str, batches: int) -> Config:
     """`batches`: of an update, in all processes together."""
-    changes = dict(
-        corpus=corpus, updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2, stochastic_depth=0.3
-    )
-    return tiny(**changes | CASES[case][1] | dict(accumulate=batches // processes.count()))
+    changes = dict(updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2) | CASES[case][1]
+    return tiny(corpus=corpus, accumulate=batches // processes.count(), **changes)
 
 
 def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -89,9 +85,8 @@ def of_two(tones, tmp_path_factory) -> dict[str, dict]:
 def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, batches):
     together = of_two[f"{case} {batches}"]
     alone = gradients(str(tones), case, batches, tmp_path)
-    assert {name: len(grad) for name, grad in together.items()} == {
-        name: len(grad) for name, grad in alone.items()
-    }
+    shapes = [[(name, len(grad)) for name, grad in of.items()] for of in (together, alone)]
+    assert shapes[0] == shapes[1]
     joined = torch.cat([together[name].flatten().double() for name in alone])
     expected = torch.cat([grad.flatten().double() for grad in alone.values()])
     assert expected.norm() > 0.1 and (joined - expected).norm() <= 1e-6 * expected.norm()
@@ -101,27 +96,17 @@ def test_all_processes_start_with_the_weights_and_the_ranking_of_the_first(of_tw
     assert of_two["alike"]["processes"] == 2
 
 
-def trained(cwd: Path, *command: object, processes: int) -> subprocess.Popen:
-    """`train.py`, or another script, in this number of processes."""
-    started = torchrun(processes, *command)
-    if processes == 1:
-        started = [sys.executable, *map(str, command)]
+def trained(cwd: Path, *flags: object) -> subprocess.Popen:
+    """`train.py` in two processes."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(started, cwd=cwd, text=True, **pipes)
-
-
-def wait_for_metrics(training: subprocess.Popen, run: Path) -> None:
-    """Wait until a training has logged an update, or has ended."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and training.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    return subprocess.Popen(torchrun(2, TRAIN, *flags), cwd=cwd, text=True, **pipes)
 
 
 def test_processes_save_and_end_where_torchrun_is_killed(tones, tmp_path):
     often = "--run run --updates 9999 --validate-every 9999 --save-every 9999 --log-every 1".split()
-    training = trained(tmp_path, TRAIN, "--corpus", tones, *SMALL, *often, processes=2)
-    wait_for_metrics(training, tmp_path / "run")
+    training = trained(tmp_path, "--corpus", tones, *SMALL, *often)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() or training.poll() is not None)
     training.kill()
     out, err = training.communicate(timeout=120)  # until the last process closes its output
     assert f"saved at update {checkpoint.load(tmp_path / 'run').training['update']};" in out, err
@@ -129,9 +114,9 @@ def test_processes_save_and_end_where_torchrun_is_killed(tones, tmp_path):
 
 def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
     often = "--run run --updates 1000 --validate-every 500 --save-every 1000 --log-every 1".split()
-    training = trained(tmp_path, TRAIN, "--corpus", tones, *SMALL, *often, processes=2)
+    training = trained(tmp_path, "--corpus", tones, *SMALL, *often)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for_metrics(training, metrics.parent)
+    wait_until(lambda: metrics.exists() or training.poll() is not None)
     os.kill(training.pid, signal.SIGTERM)
     out, err = training.communicate(timeout=120)
     assert training.returncode and "stopped and saved at update" in out, err
@@ -139,35 +124,33 @@ def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_pa
     stopped = checkpoint.load(tmp_path / "run")
     done = stopped.training["update"]
     assert 1 <= done < 1000 and stopped.training["batches"] == 2 * done
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["update"] for line in lines] == list(range(1, done + 1))
+    assert [line["update"] for line in logged(tmp_path / "run")] == list(range(1, done + 1))
     shorter = dataclasses.replace(stopped.model.config, updates=done + 3, step1_share=0.0)
     stopped.model.config = shorter
     checkpoint.save(stopped.path, stopped.model, stopped.tokenizer, stopped.training)
-    out, err = trained(tmp_path, TRAIN, "--resume", "run", processes=1).communicate(timeout=120)
-    assert "batches of an update, in all processes: 1, and not 2 as before" in err
+    with pytest.warns(UserWarning, match="in all processes: 1, and not 2 as before"):
+        assert "done: run" in done_well("train.py", "--resume", "run", cwd=tmp_path).stdout
     ended = checkpoint.load(tmp_path / "run").training
-    assert (ended["update"], ended["batches"]) == (done + 3, 2 * done + 3), err
-    assert "done: run" in out
+    assert (ended["update"], ended["batches"]) == (done + 3, 2 * done + 3)
 
 
 def test_dev_errors_of_two_processes_are_those_of_one(tones, tmp_path):
-    results = {}
-    for count in (1, 2):
-        often = f"--updates 2 --validate-every 1 --accumulate {2 // count}".split()
-        flags = ["--corpus", tones, *SMALL, *often]
-        training = trained(tmp_path, TRAIN, "--run", f"run{count}", *flags, processes=count)
-        out, err = training.communicate(timeout=120)
-        assert training.returncode == 0, err
-        lines = (tmp_path / f"run{count}" / "metrics.jsonl").read_text().splitlines()
-        results[count] = [line["dev"] for line in map(json.loads, lines) if "dev" in line]
-        assert out.count("error rate on dev") == 2  # one process prints, though two decode
-    assert results[1] == results[2] and results[1][0]["8"]["words"] > 0
+    flags = ["--corpus", tones, *SMALL, *"--updates 2 --validate-every 1 --accumulate".split()]
+    done_well("train.py", *flags, 2, "--run", "alone", cwd=tmp_path)
+    training = trained(tmp_path, *flags, 1, "--run", "two")
+    out, err = training.communicate(timeout=120)
+    assert training.returncode == 0, err
+    assert out.count("error rate on dev") == 2  # one process prints, though two decode
+    alone, two = (
+        [line["dev"] for line in logged(tmp_path / name) if "dev" in line]
+        for name in ("alone", "two")
+    )
+    assert alone == two and alone[0]["8"]["words"] > 0
 
 
 @pytest.mark.parametrize("flags", ["--corpus nowhere", "--kernel 8"])
 def test_under_torchrun_our_line_comes_first_and_no_traceback_is_ours(tmp_path, flags):
-    training = trained(tmp_path, TRAIN, *flags.split(), processes=2)
+    training = trained(tmp_path, *flags.split())
     _, err = training.communicate(timeout=120)
     ours = [line for line in err.splitlines() if line.startswith("train.py: ")]
     assert len(ours) == 1 and err.startswith(ours[0]) and 'train.py", line' not in err, err

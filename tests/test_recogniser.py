@@ -7,11 +7,9 @@ import re
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 import sentencepiece
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from conftest import RATE, TONES, random_supernet, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_process import ROOT, done_well, refused
 from torch import Tensor
 
 import dynsize
@@ -205,15 +204,6 @@ def test_a_word_of_any_tokenizer_has_the_frames_of_its_letters(tokenizer):
         assert word.first == word.last or word.text not in shorter.split()
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
-@pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
-def test_files_of_any_rate_and_format(tmp_path, rate, ending):
-    words = ["LOW", "TOP", "TOP", "HIGH", "MID"]
-    path = tmp_path / f"tones.{ending}"
-    soundfile.write(path, speech(words, [0.5] * 5, rate), rate)
-    assert Recogniser(detect, facts(1.0)).transcribe(path).text == " ".join(words)
-
-
 def test_resampling_in_blocks_is_resampling_at_once(tmp_path):
     audio = np.random.default_rng(0).standard_normal(25 * 11025).astype(np.float32) / 10
     soundfile.write(tmp_path / "noise.wav", audio, 11025, subtype="FLOAT")
@@ -309,29 +299,22 @@ def test_windows_are_as_long_as_the_longest_utterance_within_bounds(tmp_path, lo
     assert facts_of(checkpoint.load(tmp_path)).window_seconds == window
 
 
-def dynsize_says(capsys, *arguments: object) -> tuple[int, str, str]:
-    """The exit code, the output and the errors of the command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dynsize", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            command.main()
-    return stop.value.code, *capsys.readouterr()
-
-
-def test_the_command_writes_text_of_a_size(run, noise, tmp_path, capsys):
+def test_the_command_writes_text_of_a_size(run, noise, tmp_path):
     expected = dynsize.load(run).transcribe(noise, size=5)
-    assert dynsize_says(capsys, noise, "--model", run, "--size", 5) == (0, f"{expected.text}\n", "")
+    says = ("dynsize", noise, "--model", run)
+    done = done_well(*says, "--size", 5)
+    assert (done.stdout, done.stderr) == (f"{expected.text}\n", "")
     folder = tmp_path / "new" / "texts"
-    arguments = (noise, "--model", run, "--size", 5, "--format", "json", "--output", folder)
-    assert dynsize_says(capsys, *arguments) == (0, "", "")
+    written_to = (*says, "--size", 5, "--format", "json", "--output", folder)
+    done = done_well(*written_to)
+    assert not done.stdout + done.stderr
     written = json.loads((folder / "noise.json").read_text())
     assert written["text"] == expected.text and written["seconds"] == 3.0
     assert [Word(*word.values()) for word in written["words"]] == expected.words
-    code, _, error = dynsize_says(capsys, *arguments)
-    assert code == 2 and "noise.json: exists already; --overwrite replaces it" in error
-    assert dynsize_says(capsys, *arguments, "--overwrite") == (0, "", "")
-    code, _, error = dynsize_says(capsys, noise, "--model", run, "--max-latency-ms", 1e6)
-    assert code == 0 and "size 8 takes" in error
+    line = refused(*written_to, cwd=folder)
+    assert "noise.json: exists already; --overwrite replaces it" in line
+    done_well(*written_to, "--overwrite")
+    assert "size 8 takes" in done_well(*says, "--max-latency-ms", 1e6).stderr
 
 
 @pytest.mark.parametrize(
@@ -346,64 +329,33 @@ def test_the_command_writes_text_of_a_size(run, noise, tmp_path, capsys):
         (("a.wav", "x/a.flac", "--model", "RUN", "--output", "."), "would be a.txt too"),
     ],
 )
-def test_the_command_refuses_in_one_line(run, capsys, arguments, why):
+def test_the_command_refuses_in_one_line(run, tmp_path, arguments, why):
     arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
-    code, text, error = dynsize_says(capsys, *arguments)
-    assert code == 2 and not text and why in error and error.count("\n") == 1
+    assert why in refused("dynsize", *arguments, cwd=tmp_path)
 
 
-def test_the_command_goes_on_after_a_file_that_cannot_be_read(run, noise, tmp_path, capsys):
+def test_the_command_goes_on_after_a_file_that_cannot_be_read(run, noise, tmp_path):
     (tmp_path / "talk.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
     soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-1, 1, 30_000), RATE)
     whole = (tmp_path / "cut.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
     names = [tmp_path / name for name in ("missing.wav", "talk.m4a", "cut.flac")]
-    code, text, error = dynsize_says(capsys, *names, noise, "--model", run)
-    assert code == 2 and text.count("\n") == 1
-    for line, name in zip(error.splitlines(), names, strict=True):
+    done = in_process.run("dynsize", *names, noise, "--model", run)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1
+    for line, name in zip(done.stderr.splitlines(), names, strict=True):
         assert line.startswith(f"dynsize: {name}: ")
-    assert f"ffmpeg -i {names[1]} {tmp_path / 'talk.flac'} converts it" in error
+    assert f"ffmpeg -i {names[1]} {tmp_path / 'talk.flac'} converts it" in done.stderr
 
 
-@contextmanager
-def piped(data: bytes) -> Iterator[None]:
-    """Let the bytes come from standard input."""
-    read_end, write_end = os.pipe()
-    with open(write_end, "wb") as other:
-        assert other.write(data) < 65536  # what a pipe holds without a reader
-    with open(read_end) as pipe, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", pipe)
-        yield
-
-
-def samples_of(path: str | Path) -> int:
-    """The number of samples that are read."""
-    return sum(map(len, file_blocks(path, RATE, None, None)))
-
-
-@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff", "au"])
-def test_standard_input_has_every_format_that_a_file_has(tmp_path, ending):
-    audio = 0.1 * np.random.default_rng(0).standard_normal(RATE)
-    file = tmp_path / f"a.{ending}"
-    soundfile.write(file, audio, RATE)
-    with piped(file.read_bytes()):
-        assert samples_of("-") == RATE
-
-
-@pytest.mark.parametrize("data", [b"", b"text\n" * 99])
-def test_standard_input_that_is_no_audio_is_refused(data):
-    why = "not audio that can be read: [^<]*$"
-    with pytest.raises(ValueError, match=f"^standard input: {why}"), piped(data):
-        samples_of("-")
-
-
-def test_a_terminal_is_no_audio(monkeypatch):
+def test_standard_input_without_audio_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("text\n" * 99)
     _, terminal = os.openpty()
-    with open(terminal) as stdin:
-        for nothing in (stdin, None):
-            monkeypatch.setattr(sys, "stdin", nothing)
-            with pytest.raises(ValueError, match=r"^standard input: is closed, or a terminal"):
-                samples_of("-")
+    no_audio, no_input = "not audio that can be read: [^<]*$", "is closed, or a terminal"
+    with open("/dev/null") as empty, open(tmp_path / "text") as text, open(terminal) as keys:
+        for stdin, why in {empty: no_audio, text: no_audio, keys: no_input, None: no_input}.items():
+            monkeypatch.setattr(sys, "stdin", stdin)
+            with pytest.raises(ValueError, match=f"^standard input: {why}"):
+                list(file_blocks("-", RATE, None, None))
 
 
 def test_the_command_is_a_module_too_and_reads_a_wav_of_unknown_length(run, noise):
@@ -412,7 +364,7 @@ def test_the_command_is_a_module_too_and_reads_a_wav_of_unknown_length(run, nois
     data = data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]  # as ffmpeg writes to a pipe
     done = subprocess.run(
         [sys.executable, "-m", "dynsize", "-", "--model", str(run)],
-        input=data, capture_output=True, timeout=120, cwd=Path(__file__).parents[1],
+        input=data, capture_output=True, timeout=120, cwd=ROOT,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode() == dynsize.load(run).transcribe(noise).text + "\n"
@@ -459,30 +411,25 @@ def test_a_stream_that_cannot_hold_the_text_gets_escapes(monkeypatch, encoding, 
         assert row["text"] == "A&B<C É日" and row["file"] == "caf\udce9.wav"
 
 
-def test_the_command_keeps_what_is_there(run, noise, tmp_path, capsys, monkeypatch):
+def test_the_command_keeps_what_is_there(run, noise, tmp_path, monkeypatch):
     name = os.fsdecode(b"caf\xe9.wav")
     (tmp_path / name).write_bytes(noise.read_bytes())
-    says = partial(dynsize_says, capsys, tmp_path / name, "--model", run, "--output")
-    assert says(tmp_path, "--format", "json")[0] == 0
+    flags = ("--model", run, "--output", tmp_path)
+    as_json = ("dynsize", tmp_path / name, *flags, "--format", "json")
+    done_well(*as_json)
     written = tmp_path / os.fsdecode(b"caf\xe9.json")
     assert json.loads(written.read_text())["file"].endswith(name)
     (tmp_path / "talk.txt").write_bytes(noise.read_bytes())
-    code, _, error = dynsize_says(
-        capsys, tmp_path / "talk.txt", "--model", run, "--output", tmp_path, "--overwrite"
-    )
-    assert code == 2 and "talk.txt: is an audio file itself" in error
+    line = refused("dynsize", tmp_path / "talk.txt", *flags, "--overwrite", cwd=tmp_path)
+    assert "talk.txt: is an audio file itself" in line
     (tmp_path / "noise.txt").symlink_to(tmp_path / "nowhere")
-    code, _, error = dynsize_says(capsys, noise, "--model", run, "--output", tmp_path)
-    assert code == 2 and "noise.txt: exists already" in error
-    before = written.read_bytes()
+    assert "noise.txt: exists already" in refused("dynsize", noise, *flags, cwd=tmp_path)
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    code, _, error = says(tmp_path, "--format", "json", "--overwrite")
-    assert code == 2 and ".json: No space left" in error and error.count("\n") == 1
-    assert written.read_bytes() == before
+    assert ".json: No space left" in refused(*as_json, "--overwrite", cwd=tmp_path)
 
 
 def test_captions_are_short():
@@ -495,7 +442,7 @@ def test_captions_are_short():
 
 
 def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     found = re.search(r"^```python\n(import dynsize\n.*?)^```", readme, re.M | re.S)
     assert found, "README.md has no Python that begins with `import dynsize`"
     (tmp_path / "runs" / "demo").mkdir(parents=True)

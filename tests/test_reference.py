@@ -83,10 +83,8 @@ def test_relaxed_top_k():
     cases = sorted({name.split("/")[0] for name in numbers})
     assert len(cases) == 44
     for case in cases:
-        scores, cotangent, weights, gradient = (
-            torch.from_numpy(numbers[f"{case}/{name}"])
-            for name in ("scores", "cotangent", "weights", "scores_grad")
-        )
+        names = (f"{case}/{name}" for name in ("scores", "cotangent", "weights", "scores_grad"))
+        scores, cotangent, weights, gradient = (torch.from_numpy(numbers[name]) for name in names)
         relaxed = relaxed_top_k(scores.requires_grad_(), int(case.rsplit("_k", 1)[1]))
         torch.testing.assert_close(relaxed, weights, rtol=0, atol=1e-9, msg=case)
         (cotangent * relaxed).sum().backward()

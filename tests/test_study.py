@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -11,14 +13,20 @@ from statistics import fmean
 import pytest
 import torch
 from conftest import tiny
+from in_process import SCRIPTS, TINY, done_well, run
 
 from dynsize import checkpoint, compression, evaluation, export, wer
-from dynsize.config import Config
+from dynsize.config import Config, preset
 from dynsize.networks import OnnxFile, facts_of, network_of
-from dynsize.study import main, next_training, plan, write_tables
+from dynsize.study import main, next_training, plan
 from dynsize.subnet import costs, cut, weights_in
+from dynsize.training import Trainer
+
+plots = pytest.importorskip("dynsize.plots", reason="pip install -e '.[plots]' brings matplotlib")
 
 SIZES = (3, 8)
+FLAGS = "--study 0 1 --sizes 3 8 --updates 2 --save-every 1 --validate-every 2 --dropout 0.1 "
+FLAGS += "--peak-learning-rate 0.05 --dev-splits dev-clean --test-splits test-clean"
 PAPER = [
     *("simple-top-k", "iterative-zero-out", "alone-3", "alone-8"),
     *("simple-top-k-layers-3", "iterative-zero-out-layers-3"),
@@ -40,7 +48,7 @@ class Study:
     config: Config
     folder: Path
     before: dict[str, int]  # training → when its checkpoint was written before the study went on
-    text: str  # of its tables
+    shown: str  # when it went on
 
     @property
     def trainings(self) -> dict[str, Config]:
@@ -72,21 +80,24 @@ def few_draws() -> Iterator[None]:
 def study(tones, tmp_path_factory) -> Study:
     """A study that was stopped inside its second seed, and then went on. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "study"
-    settings = dict(sizes=SIZES, updates=2, save_every=1, validate_every=2, peak_learning_rate=0.05)
-    settings |= dict(dev_splits=("dev-clean",), test_splits=("test-clean",))
-    config = tiny(corpus=str(tones), device="cpu", **settings)
-    trainings = plan(config, [0, 1], folder)
-    before: dict[str, int] = {}
-    while trainer := next_training(trainings, folder):
-        name = str(trainer.run.relative_to(folder))
-        for record in trainer.updates():
-            if name == HALF_DONE and record["update"] == 1 and not before:
-                break
-        if name == HALF_DONE and not before:
-            before = written(folder, [*FIRST, HALF_DONE])
-            assert trainer.done == 1
-        trainer.locked.close()
-    return Study(config, folder, before, write_tables(config, trainings, folder))
+    command = ["train.py", "--corpus", str(tones), "--run", str(folder), *TINY, *FLAGS.split()]
+    rehearse, script = Trainer.rehearse, SCRIPTS["train.py"]
+
+    def stopped(trainer: Trainer) -> None:
+        rehearse(trainer)
+        if trainer.run == folder / HALF_DONE:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compression, "PACKAGES", ("onnx", "no_such_package"))
+        with patch.context() as other:
+            other.setattr(Trainer, "rehearse", stopped)
+            assert run(*command).returncode == 128 + signal.SIGTERM
+        before = written(folder, [*FIRST, HALF_DONE])
+        assert checkpoint.load(folder / HALF_DONE).training["update"] == 1
+        shown = done_well(*command).stdout
+    options = script["parse"](command[1:])
+    return Study(preset(options.preset, **script["changes"](options)), folder, before, shown)
 
 
 def test_the_plan_has_every_way_for_the_first_seed_and_the_papers_for_further_ones():
@@ -166,8 +177,10 @@ def test_differences_are_between_the_same_seeds(study):
 
 
 def test_a_line_of_the_table_has_the_same_seeds_on_both_sides(study):
-    assert (study.folder / "study.md").read_text() == study.text
-    lines = [line.split("|") for line in study.text.splitlines() if line.startswith("|")][2:]
+    text = (study.folder / "study.md").read_text()
+    assert text in study.shown
+    assert "no table of compression: no_such_package is missing: pip install" in study.shown
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")][2:]
     shown = [[cell.strip() for cell in line[1:-1]] for line in lines]
     for row, cells in zip(study.read("differences.json")["test-clean"], shown, strict=True):
         seeds = ", ".join(map(str, row["seeds"]))
@@ -176,6 +189,23 @@ def test_a_line_of_the_table_has_the_same_seeds_on_both_sides(study):
             assert cell == f"{100 * rate:.2f}% [{100 * low:.2f}, {100 * high:.2f}]"
             assert low <= rate <= high
         assert cells[6].startswith(f"{100 * row['difference']:+.2f} [")
+
+
+def test_a_panel_has_the_differences_of_one_size_in_points(study):
+    rows = [row | dict(measure="cer") for row in study.read("differences.json")["test-clean"]]
+    found = {"differences.json": {"test-clean": rows, "test-other": rows}}
+    figure = plots.figures_of("study", [], found)["study"]
+    assert len(figure.axes) == 2 * len(SIZES) and "CER" in figure.get_supxlabel()
+    labels = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    assert {"simple-top-k − same layers (seeds: 0, 1)", "layerdrop − alone (seeds: 0)"} <= labels
+    for axes, size in zip(figure.axes, (8, 3), strict=False):
+        assert axes.get_title() == f"test-clean, size {size}"
+        of_size = [row for row in rows if row["size"] == size]
+        for place, (row, container) in enumerate(zip(of_size, axes.containers, strict=True)):
+            line, _, (bar,) = container
+            assert (line.get_xdata(), line.get_ydata()) == (100 * row["difference"], place)
+            ends = [100 * bound for bound in row["interval"]]
+            assert bar.get_segments()[0][:, 0].tolist() == pytest.approx(ends)
 
 
 def test_the_tables_of_an_unfinished_study_have_what_is_trained(study, tmp_path, exports):
@@ -297,6 +327,7 @@ def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, 
     assert sorted(exports) == sorted({*expected, "supernet.onnx"})
     found = study.read("compression.json")
     check_rows(study, found)
+    check_picture(found["rows"])
     assert len(found["rows"]) == 12 and len(found["int8"]) == 6 and len(found["choice"]) == 4
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 3 * 2 + 12 + 6 + 4
 
@@ -315,6 +346,24 @@ def test_each_size_is_cut_alone_and_distilled_in_float_and_int8(study, exports, 
     assert study.read("compression.json") == again
 
 
+def check_picture(rows: list[dict]) -> None:
+    """Fails where the files are not drawn at their bytes and times, rates and intervals."""
+    figure = plots.figures_of("study", [], {"compression.json": dict(rows=rows)})["compression"]
+    for axes, cost in zip(figure.axes, ("bytes", "milliseconds"), strict=True):
+        drawn, expected = [], []
+        for container in axes.containers:
+            line, _, (bars,) = container
+            for x, y, bar in zip(*line.get_data(), bars.get_segments(), strict=True):
+                drawn.append((container.get_label(), x, [y, *bar[:, 1]]))
+        for row in rows:
+            label = row["network"].replace("cut", "simple-top-k")
+            label += " int8" if row["numbers"] == "int8" else ""
+            result = row["splits"]["test-clean"]
+            expected.append((label, row[cost], [result["wer"], *result["interval"]]))
+        for ours, right in zip(sorted(drawn), sorted(expected), strict=True):
+            assert ours[:2] == right[:2] and ours[2] == pytest.approx(right[2])
+
+
 def check_rows(study: Study, found: dict) -> None:
     """Fails where the rows of the tables do not follow from the networks and their evaluations."""
     names = {"cut": "simple-top-k", "alone": "alone-{}", "distilled": "distilled-{}"}
@@ -324,10 +373,8 @@ def check_rows(study: Study, found: dict) -> None:
         run = "seed-0/" + names[network].format(size)
         stem = f"{network}-{size}" + ("-int8" if row["numbers"] == "int8" else "")
         assert row["bytes"] == (study.folder / "compression" / f"{stem}.onnx").stat().st_size
-        model = checkpoint.load(study.folder / run).model
-        assert {name: row[name] for name in ("parameters", "macs")} == {
-            name: cost for name, cost in costs(model, size).items() if name != "layers"
-        }
+        cost = costs(checkpoint.load(study.folder / run).model, size)
+        assert all(row[name] == cost[name] for name in ("parameters", "macs"))
         for split, of_split in row["splits"].items():
             rates[split, size, network, row["numbers"]] = of_split["wer"]
             if row["numbers"] == "float32":

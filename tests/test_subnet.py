@@ -7,15 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynsize.conformer import FRONT_ENDS
 from dynsize.features import feature_frames, log_mel
-from dynsize.subnet import (
-    ROUNDS,
-    cut,
-    largest_within,
-    latencies,
-    macs,
-    parameters,
-    widened,
-)
+from dynsize.subnet import ROUNDS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import Supernet
 
 
@@ -35,30 +27,18 @@ def test_a_cut_subnet_has_nothing_of_the_pruned_layers():
     assert parameters(subnet) == sum(w.numel() for w in kept.values()) < parameters(model)
     assert parameters(model, 3) == parameters(subnet)
     assert parameters(model) == parameters(cut(model, 8))  # one number for one network
-    assert (
-        "output_layers.3.weight" in names
-        and "output_layers.8.weight" not in names
-        and "scores" not in names
-    )
+    outputs = {name.split(".")[1] for name in names if name.startswith("output_layers.")}
+    assert outputs == {"3"} and "scores" not in names
     subnet.output_layers["3"].weight.data.zero_()
     assert model.output_layers["3"].weight.abs().sum() > 0  # a copy
-
-
-def test_cutting_refuses_other_sizes_and_cut_networks():
-    for size in (0, 9):
-        with pytest.raises(ValueError, match=f"no size {size}; sizes are 1 to 8 layers"):
-            cut(supernet(), size)
-    with pytest.raises(ValueError, match="cut already, to 3 layers"):
-        cut(cut(supernet(), 3), 3)
 
 
 @pytest.mark.parametrize("seconds", [1.0, 7.3])
 @pytest.mark.parametrize("front_end", ["conv2d", "vgg"])
 def test_macs_are_those_that_torch_counts(front_end, seconds):
     channels = {"conv2d": (8, 16), "vgg": (8, 16, 16, 8)}[front_end]
-    model = supernet(
-        front_end=front_end, front_end_channels=channels, width=48, mel_bins=30, kernel=7
-    )
+    changes = dict(front_end=front_end, front_end_channels=channels, mel_bins=30)
+    model = supernet(width=48, kernel=7, **changes)
     frames = feature_frames(round(seconds * 8000), model.config)
     for size in model.sizes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

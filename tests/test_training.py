@@ -1,23 +1,29 @@
-"""The loop: it learns, resumes exactly, and survives losses that are not finite and bad audio."""
+"""The loop: it learns, resumes exactly, survives bad losses and audio, and has a teacher."""
 
 import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import begun, finish, one_update, same, write_tones
+from conftest import begun, finish, logged, network, one_update, same, tiny, utterances, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynsize import checkpoint, ctc
-from dynsize.config import LAYERS
+from dynsize.batching import read_batches
+from dynsize.config import LAYERS, for_method, with_method
 from dynsize.corpora import UNREADABLE
+from dynsize.initial import load_teacher
+from dynsize.steps import distillation_loss
+from dynsize.supernet import Supernet
 from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
 
@@ -36,8 +42,12 @@ def damage_dev(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:-2000])
 
 
-def lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def teacher(tones, tmp_path_factory) -> Path:
+    """Return the run of a supernet of 8 layers."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    finish(begun(tones, run, updates=4))
+    return run
 
 
 METHODS = {
@@ -54,50 +64,49 @@ METHODS = {
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-@every_method
-def test_resumed_training_ends_in_the_same_weights(tones, tmp_path, method):
-    unbroken = begun(tones, tmp_path / "unbroken", **method, dropout=0.2)
-    expected = finish(unbroken)
-    for stop in (3, 7, 10):  # in step 1, with step 2 just begun, later in it
-        run = tmp_path / f"{stop}"
-        broken = begun(tones, run, **method, dropout=0.2)
-        for record in broken.updates():
-            if record["update"] == stop:
-                broken.save()
-            if record["update"] == stop + 1:  # done, logged, and lost
-                break
+@pytest.mark.parametrize("method", [*METHODS.values(), "taught"], ids=[*METHODS, "taught"])
+def test_resumed_training_ends_in_the_same_weights(tones, teacher, tmp_path, method):
+    if method == "taught":
+        method = dict(method="none", sizes=(8,), size=3, teacher=str(teacher))
+    unbroken, stops = begun(tones, tmp_path / "unbroken", **method, dropout=0.2), (3, 7, 10)
+    for record in unbroken.updates():
+        if record["update"] in stops:  # in step 1, with step 2 just begun, later in it
+            unbroken.save()
+        if (stop := record["update"] - 1) in stops:  # what follows is done, logged, and lost
+            shutil.copytree(unbroken.run, tmp_path / f"{stop}")
+    expected = dict(unbroken.model.named_parameters())
+    for stop in stops:
         torch.manual_seed(99)
         less_memory = stop == 7
+        run = tmp_path / f"{stop}"
         resumed = Trainer.resume(run, dict(checkpoint_activations=less_memory))
         assert resumed.done == stop and resumed.model.encoder.recompute == less_memory
         assert same(finish(resumed), expected), stop
         assert resumed.model.ranking == unbroken.model.ranking
-        logged = [[line["update"] for line in lines(tmp_path / of)] for of in (run, "unbroken")]
-        assert logged[0] == logged[1]
+        updates = [[line["update"] for line in logged(of)] for of in (run, unbroken.run)]
+        assert updates[0] == updates[1]
     other = begun(tones, tmp_path / "other", **method, dropout=0.2, seed=1)
     assert not same(finish(other), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_masks_begin_at_their_update(tones, tmp_path, workers):
-    changes = dict(workers=workers, accumulate=2, dropout=0.2)
-    from_5 = dict(changes, mask_from=0.4)  # of 12 updates: 4.8
-    losses = {}
-    none = dict(frequency_masks=0, time_mask_every=0)
-    for name, more in {"masked": from_5, "plain": changes | none}.items():
-        trainer = begun(tones, tmp_path / name, **more)
-        losses[name] = [record["losses"] for record in trainer.updates()]
-    pairs = zip(losses["masked"], losses["plain"], strict=True)
-    assert [masked == plain for masked, plain in pairs] == [True] * 5 + [False] * 7
-    for stop in (2, 5, 6):
-        run = tmp_path / f"{stop}"
-        broken = begun(tones, run, **from_5)
-        for record in broken.updates():
-            if record["update"] == stop:
-                broken.save()
-                break
-        resumed = [record["losses"] for record in Trainer.resume(run).updates()]
-        assert resumed == losses["masked"][stop:], stop
+    changes, stops = dict(workers=workers, accumulate=2, dropout=0.2), (2, 5, 6)
+    plain = begun(tones, tmp_path / "plain", frequency_masks=0, time_mask_every=0, **changes)
+    masked = begun(tones, tmp_path / "masked", mask_from=0.4, **changes)  # of 12 updates: 4.8
+    losses = []
+    for record in masked.updates():
+        losses.append(record["losses"])
+        if record["update"] in stops:
+            masked.save()
+            shutil.copytree(masked.run, tmp_path / f"{record['update']}")
+    pairs = zip(losses, plain.updates(), strict=True)
+    assert [of_masked == record["losses"] for of_masked, record in pairs] == [True] * 5 + [
+        False
+    ] * 7
+    for stop in stops:
+        resumed = [record["losses"] for record in Trainer.resume(tmp_path / f"{stop}").updates()]
+        assert resumed == losses[stop:], stop
 
 
 def test_iterative_zero_out_trains_with_the_layers_that_are_left(tones, tmp_path):
@@ -140,21 +149,21 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
             begun(tones, tmp_path / "b", **alone, blocks=1, sizes=(4,))
 
 
-def test_layer_drop_trains_the_full_size_and_keeps_every_other_layer(tones, tmp_path):
-    changes = dict(method="layerdrop", shared_output_layer=True, sizes=(4, 8), updates=3)
-    run = begun(tones, tmp_path / "run", **changes)
-    records = list(run.updates())
-    assert [record["sizes"] for record in records] == [[8]] * 3
-    assert set(records[-1]["dev"]) == {4, 8}
-    assert sorted(run.model.ranking[:4]) == [0, 2, 4, 6]
-
-
-def test_auxiliary_losses_train_the_first_layers_of_every_size(tones, tmp_path):
-    run = begun(tones, tmp_path / "run", method="aux-loss", updates=3)
-    records = list(run.updates())
-    assert [record["sizes"] for record in records] == [[8, 5, 3]] * 3
+@pytest.mark.parametrize(
+    ("changes", "trained", "kept"),
+    [
+        (dict(sizes=(8,)), [8], {8: [*range(8)]}),
+        (dict(method="layerdrop", sizes=(4, 8)), [8], {4: [0, 2, 4, 6], 8: [*range(8)]}),
+        (dict(method="aux-loss"), [8, 5, 3], {k: [*range(k)] for k in (3, 5, 8)}),
+    ],
+)
+def test_without_step_1_each_size_keeps_its_layers(tones, tmp_path, changes, trained, kept):
+    config = for_method(tiny(updates=3, corpus=str(tones), **changes))
+    records = list(Trainer(config, tmp_path / "run").begin().updates())
+    assert [(record["step"], record["sizes"]) for record in records] == [(2, trained)] * 3
     names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
-    assert all(records[-1]["dev"][size]["layers"] == names[:size] for size in (3, 5, 8))
+    layers = {size: [names[layer] for layer in of_size] for size, of_size in kept.items()}
+    assert {size: row["layers"] for size, row in records[-1]["dev"].items()} == layers
 
 
 def test_both_steps_train_what_they_should(tones, tmp_path):
@@ -177,9 +186,9 @@ def test_both_steps_train_what_they_should(tones, tmp_path):
     assert not any(torch.equal(weight, before[name]) for name, weight in after)
     assert set(records[-1]["dev"]) == {3, 5, 6, 8} and records[-1]["dev"][3]["words"] > 0
     assert len(records[-1]["dev"][5]["layers"]) == 5 and "dev" not in records[-2]
-    logged = lines(run)
-    assert [line["update"] for line in logged if "losses" in line] == [4, 8, 12, 16, 20]
-    assert [line["update"] for line in logged if "dev" in line] == [10, 20]
+    lines = logged(run)
+    assert [line["update"] for line in lines if "losses" in line] == [4, 8, 12, 16, 20]
+    assert [line["update"] for line in lines if "dev" in line] == [10, 20]
     ranked = json.loads((run / "ranking.json").read_text())
     by_score = sorted(ranked, key=lambda layer: -layer["score"])
     assert len(ranked) == 8 and ranked == by_score
@@ -242,7 +251,7 @@ def test_losses_that_are_not_finite_are_skipped_and_named(tones, tmp_path, monke
         list(updates)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text.replace("loss nan", "") and '"losses"' in text
-    skipped = [line for line in lines(tmp_path / "run") if "skipped" in line]
+    skipped = [line for line in logged(tmp_path / "run") if "skipped" in line]
     assert [line["update"] for line in skipped] == [3, *range(8, 18)]
     known = {utterance.id for utterance in run.data.examples.utterances}
     assert all(line["utterances"] and set(line["utterances"]) <= known for line in skipped)
@@ -405,11 +414,6 @@ def test_a_network_of_blanks_is_told_what_helps(tones, tmp_path):
     assert "--units" not in dev_lines(record, trainer.model)
 
 
-def test_one_size_trains_without_step_1(tones, tmp_path):
-    records = list(begun(tones, tmp_path / "run", sizes=(8,), updates=3).updates())
-    assert [(record["step"], record["sizes"]) for record in records] == [(2, [8])] * 3
-
-
 def test_loader_processes_read_the_same_batches(tones, tmp_path):
     runs = [begun(tones, tmp_path / f"{n}", workers=n, updates=4) for n in (0, 2)]
     assert same(*map(finish, runs))
@@ -480,12 +484,12 @@ def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
     before = time.time()
     list(run.updates())
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    logged = [line for line in lines(tmp_path / "run") if "losses" in line]
+    lines = [line for line in logged(tmp_path / "run") if "losses" in line]
     assert "NaN" not in text and "Infinity" not in text
-    assert all(before <= line["time"] <= time.time() for line in logged)
-    epochs = [line["epoch"] for line in logged]
+    assert all(before <= line["time"] <= time.time() for line in lines)
+    epochs = [line["epoch"] for line in lines]
     assert epochs[0] == 0 and epochs == sorted(epochs) and epochs[-1] > 0
-    for line in logged:
+    for line in lines:
         assert ("scores" in line) == (line["step"] == 1)
         if line["step"] == 1:
             scores = line["scores"]
@@ -529,3 +533,88 @@ def test_the_rehearsal_takes_the_largest_batch_of_which_something_can_be_read(
     run.rehearse()
     found = [batch.utterances[0].samples for batch in rehearsed]
     assert found == [utterance.samples for utterance in utterances[unread : unread + 1]] * 2
+
+
+# Distillation.
+
+
+def test_the_loss_is_the_divergence_of_the_frames_inside_the_utterances():
+    large, small = network(seed=0), network(seed=1)
+    features, lengths = utterances(large, [31, 14])
+    log_probs = small(features, lengths, [3])[0][0]
+    with torch.no_grad():
+        (target,), inside = large(features, lengths, [8])
+    loss = distillation_loss(target, log_probs, inside)
+    target = target.numpy()
+    p, q = np.exp(target), log_probs.detach().numpy()
+    expected = 0.0
+    for utterance, frames in enumerate((8, 4)):  # a quarter of the feature frames, rounded up
+        for frame in range(frames):
+            there, here = p[utterance, frame], q[utterance, frame]
+            expected += float(np.sum(there * (np.log(there) - here)))
+    assert expected > 1
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(weight.grad is None for weight in large.parameters())
+    assert any(weight.grad is not None for weight in small.parameters())
+    own = torch.tensor(target)
+    assert distillation_loss(own, own, inside).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
+    settings = dict(method="none", sizes=(8,), size=3, updates=40, dropout=0.0, validate_every=40)
+    settings |= dict(save_every=40, peak_learning_rate=5e-3)
+    alone = begun(tones, tmp_path / "alone", **settings)
+    taught = begun(tones, tmp_path / "taught", **settings, teacher=str(teacher))
+    (batch,) = read_batches(taught.data.examples, [[0, 1, 2, 3]])
+    features, lengths = batch.to(taught.device)[:2]
+    distances = []
+    for trainer in (alone, taught):
+        finish(trainer)
+        log_probs = trainer.model.eval()(features, lengths, [3])[0][0]
+        (target,), inside = taught.teacher(features, lengths, [8])
+        distances.append(distillation_loss(target, log_probs, inside).item())
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_a_teacher_needs_the_method_none():
+    with pytest.raises(ValueError, match="--teacher runs/full: needs --method none"):
+        tiny(teacher="runs/full")
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(method="none", sizes=(8,)), dict(method="layerdrop"), dict(sizes=(8,))]
+)
+def test_self_distillation_needs_sizes_that_train_together(changes):
+    with pytest.raises(ValueError, match=r"--self-distillation .* sizes that train together"):
+        tiny(self_distillation=0.5, **changes)
+    supernet = tiny(self_distillation=0.5)
+    assert tiny(self_distillation=0.5, method="aux-loss").self_distillation == 0.5
+    for method in ("none", "layerdrop"):  # as in a study
+        assert with_method(supernet, method).self_distillation == 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(vocabulary=5, units="characters"), "its labels are not those of this training"),
+        (dict(hop_ms=12.5), r"was trained with --hop-ms 10\.0, not 12\.5"),
+        (dict(mel_bins=10), "was trained with --mel-bins 12, not 10"),
+    ],
+)
+def test_a_teacher_of_other_labels_or_features_is_refused(
+    tones, teacher, tmp_path, changes, message
+):
+    settings = dict(method="none", sizes=(8,), size=3, teacher=str(teacher), corpus=str(tones))
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(**settings, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_another_output_is_refused(tones, teacher, tmp_path):
+    loaded = checkpoint.load(teacher)
+    labels, file = loaded.tokenizer.labels, tmp_path / "transducer.pt"
+    checkpoint.save(file, Supernet(tiny(output="transducer"), labels), loaded.tokenizer)
+    config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(file))
+    with pytest.raises(ValueError, match="a teacher is for the output ctc"):
+        load_teacher(config, loaded.tokenizer)

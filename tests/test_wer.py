@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.wer import (
-    Errors,
-    align,
-    count_errors,
-    errors_in,
-    interval,
-    plain_reference,
-    writes_blanks,
-)
+from dynsize.wer import Errors, align, count_errors, errors_in, interval, writes_blanks
 
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6)
 alternatives = st.lists(st.lists(st.sampled_from(["a", "b"]), max_size=2), min_size=1, max_size=3)
@@ -65,13 +57,7 @@ def test_alternatives_are_those_with_the_fewest_errors(reference, heard):
     assert errors.total == min(fewest_gaps(tuple(c), tuple(heard))[0] for c in choices)
 
 
-def test_known_alignments():
-    said = "one two three".split()
-    assert count_errors(said, "one too three four".split()) == Errors(1, 0, 1, 3)
-    assert count_errors(said, ["three"]) == Errors(0, 2, 0, 3)
-    assert count_errors([], ["one"]) == Errors(0, 0, 1, 0)
-    assert count_errors("abc", "abd") == Errors(1, 0, 0, 3)
-    assert align(plain_reference("one two"), ["two", "six"]) == [("one", "two"), ("two", "six")]
+def test_sums_and_rates():
     assert sum([Errors(1, 2, 3, 4), Errors(1, 0, 0, 6)], Errors()) == Errors(2, 2, 3, 10)
     assert Errors(1, 2, 3, 4).rate == 1.5
     assert Errors(0, 0, 2, 0).rate == 2  # finite, so that a report stays valid JSON
