@@ -88,6 +88,8 @@ class Recogniser:
         self.check_size(size)
         if channel is not None and not isinstance(channel, Integral):
             raise ValueError(f"channel {channel!r}: must be a whole number; 0 is the first")
+        if isinstance(language_model, str | Path):
+            raise ValueError(f"language_model {language_model}: Recogniser.language_model opens it")
         decoder = decoder_of(self.output(size), self.facts, beam, language_model)
         read = array_blocks if isinstance(audio, np.ndarray) else file_blocks
         rate = self.facts.config.sample_rate
@@ -121,8 +123,8 @@ class Recogniser:
 
     def check_size(self, size: int) -> None:
         """Raise ValueError for a size that the network lacks."""
-        if size not in self.sizes:
-            raise ValueError(f"size {size}: the sizes are {', '.join(map(str, self.sizes))}")
+        if not isinstance(size, Integral) or size not in self.sizes:
+            raise ValueError(f"size {size!r}: the sizes are {', '.join(map(str, self.sizes))}")
 
     def size_within(self, milliseconds: float) -> int:
         """Return the largest size that decodes 10 s of audio within `milliseconds` on this machine.

@@ -243,6 +243,8 @@ ZEROS = np.zeros(9, np.float32)
         (dict(audio="a.wav"), "a.wav: a file has a sample rate"),
         (dict(audio="missing.wav", sample_rate=None), "missing.wav: can't be read: No such file"),
         (dict(size=3), "size 3: the sizes are 1, 2"),
+        (dict(size=2.0), "size 2.0: the sizes are 1, 2"),
+        (dict(language_model="a.arpa"), "language_model a.arpa: Recogniser.language_model opens"),
         (dict(channel="0"), "channel '0': must be a whole number"),
         (dict(beam=2.5), "beam 2.5: must be a whole number"),
         (dict(beam=0), "beam 0: must be a whole number, 1 or more"),
