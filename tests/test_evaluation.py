@@ -424,7 +424,7 @@ def test_long_utterances_are_decoded_in_windows_like_the_recogniser(made, tmp_pa
         expected = [recogniser.transcribe(path, size=size).text for path in paths.values()]
         assert texts[size] == [*expected, None]
     assert list(unreadable) == ["missing"]
-    longer = dataclasses.replace(facts, longest_seconds=4.0)
+    longer = dataclasses.replace(facts, window_seconds=4.0)
     whole, _ = transcribe(loaded.model, examples, [8], "", longer)
     assert whole[8][0] == texts[8][0] and whole[8][1] != texts[8][1]
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynsize import checkpoint, ctc
 from dynsize.batching import read_batches
-from dynsize.config import LAYERS, for_method, with_method
+from dynsize.config import LAYERS, with_method
 from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher
 from dynsize.steps import distillation_loss
@@ -158,7 +158,7 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     ],
 )
 def test_without_step_1_each_size_keeps_its_layers(tones, tmp_path, changes, trained, kept):
-    config = for_method(tiny(updates=3, corpus=str(tones), **changes))
+    config = tiny(updates=3, corpus=str(tones), **changes)
     records = list(Trainer(config, tmp_path / "run").begin().updates())
     assert [(record["step"], record["sizes"]) for record in records] == [(2, trained)] * 3
     names = [f"{block}.{kind}" for block in (1, 2) for kind in LAYERS]
