@@ -334,7 +334,7 @@ def are_splits(names: tuple[str, ...]) -> bool:
         part.strip()
         and part.isprintable()
         and not os.path.isabs(part)
-        and ".." not in part.split("/")
+        and not {".", ".."} & set(part.split("/"))
         for part in parts
     )
 

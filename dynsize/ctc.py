@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from dynsize import kernels
 from dynsize.config import Config
-from dynsize.kernels.reference import torchs_ctc_loss
-
-BLANK = 0
+from dynsize.kernels.reference import BLANK, torchs_ctc_loss
 
 
 class Ctc(nn.Linear):

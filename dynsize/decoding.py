@@ -28,13 +28,13 @@ from dynsize.text import clean
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
 UNKNOWN = "<unk>"
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
-LARGEST = 1000  # of the weight and the bonus of a language model
+MOST_WEIGHT = 1000  # of the weight and the bonus of a language model
 LOG_ZERO = -99.0  # what ARPA files write for the logarithm of 0
 
 Emitted = list[tuple[int, int]]  # the labels of an utterance, each with its frame
 
 
-class Scored(NamedTuple):
+class ScoredWords(NamedTuple):
     """What a language model says of some words: their score, and its state after them."""
 
     score: float
@@ -49,8 +49,8 @@ class Prefix:
     label: int
     frame: int
     word: bytes = b""  # the unfinished word at its end, in UTF-8
-    finished: Scored | None = None  # the words before; None: there is no language model
-    ended: Scored | None = None  # all words, as if the unfinished one ended here
+    finished: ScoredWords | None = None  # the words before; None: there is no language model
+    ended: ScoredWords | None = None  # all words, as if the unfinished one ended here
 
 
 class BeamSearch:
@@ -256,8 +256,9 @@ class LanguageModel:
             what = "a language model needs flashlight-text: pip install 'dynsize[lm]'"
             raise ValueError(f"{path}: {what}") from error
         for name, value in dict(weight=weight, bonus=bonus).items():
-            if not (isinstance(value, Real) and abs(value) <= LARGEST):
-                raise ValueError(f"{path}: {name} {value}: must be from -{LARGEST} to {LARGEST}")
+            if not (isinstance(value, Real) and abs(value) <= MOST_WEIGHT):
+                limits = f"must be from -{MOST_WEIGHT} to {MOST_WEIGHT}"
+                raise ValueError(f"{path}: {name} {value}: {limits}")
         self.path, self.weight, self.bonus = path, weight, bonus
         self.scale = weight * math.log(10)  # ARPA files hold logarithms to base 10
         logs = dict(unigrams(path))  # word → log10 of its probability
@@ -279,11 +280,11 @@ class LanguageModel:
         except RuntimeError as error:  # with the place in KenLM's source, then what is wrong
             raise ValueError(f"{path}: {str(error).splitlines()[-1]}") from error
 
-    def start(self) -> Scored:
+    def start(self) -> ScoredWords:
         """Return the beginning of an utterance, which has no words."""
-        return Scored(0.0, self.model.start(False))
+        return ScoredWords(0.0, self.model.start(False))
 
-    def add(self, before: Scored, words: Iterable[bytes]) -> Scored:
+    def add(self, before: ScoredWords, words: Iterable[bytes]) -> ScoredWords:
         """Return what was scored with some more words, each in UTF-8; empty ones do not count."""
         score, state = before
         for word in filter(None, words):
@@ -292,9 +293,9 @@ class LanguageModel:
             if number == self.unknown:
                 log = max(log, self.least)
             score += self.scale * log + self.bonus
-        return Scored(score, state)
+        return ScoredWords(score, state)
 
-    def finish(self, before: Scored) -> float:
+    def finish(self, before: ScoredWords) -> float:
         """Return the score of a whole utterance, from that of its words."""
         _, log = self.model.finish(before.state)
         return before.score + self.scale * log

@@ -21,7 +21,7 @@ from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
 from dynsize.wer import Errors, writes_blanks
 
-LARGEST = 10  # batches of which one is tried for its memory
+MOST_TRIED = 10  # batches of which one is tried for its memory
 UNALIGNED = "too few frames for its labels"
 
 
@@ -100,7 +100,7 @@ class TrainingData:
         frames = self.begin_epoch(0)
         plan = epoch_plan(frames, self.config, 0)
         plan.sort(key=lambda batch: -len(batch) * max(frames[i] for i in batch))
-        for batch in read_batches(self.examples, plan[:LARGEST]):
+        for batch in read_batches(self.examples, plan[:MOST_TRIED]):
             if batch.utterances:
                 return batch
         return batch

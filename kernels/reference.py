@@ -148,7 +148,7 @@ def torchs_ctc_loss(
 
 
 @torchs_ctc_loss.register_fake
-def outputs(
+def losses_and_gradients(
     log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return tensors of the shapes and dtypes that `torchs_ctc_loss` returns."""
@@ -157,20 +157,20 @@ def outputs(
     return loss, log_probs.new_empty(log_probs.shape, dtype=dtype)
 
 
-def save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep_gradient(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the gradient of `torchs_ctc_loss` for the backward pass."""
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def backward(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+def scaled_gradient(ctx, loss_grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     """Return the gradient of the log-probabilities, (N, T, V)."""
     (grad,) = ctx.saved_tensors
     log_probs_grad = loss_grad[:, None, None] * grad
     return log_probs_grad.to(ctx.dtype), None, None, None
 
 
-torchs_ctc_loss.register_autograd(backward, setup_context=save)
+torchs_ctc_loss.register_autograd(scaled_gradient, setup_context=keep_gradient)
 
 
 def layer_seed(seed: Tensor, layer: int) -> Tensor:

@@ -107,7 +107,7 @@ def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
 
 # What must not be harmed, and what is refused.
 
-OUTSIDE = "/abs ../x test-clean+../x a/../../x test-clean+ +test-clean test\x1b[1m".split()
+OUTSIDE = "/abs . ../x test-clean+../x a/../../x test-clean+ +test-clean test\x1b[1m".split()
 
 
 def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):

@@ -119,7 +119,8 @@ def test_every_number_has_limits_and_none_is_not_finite():
 
 @pytest.mark.parametrize("name", ["train_splits", "dev_splits", "test_splits"])
 @pytest.mark.parametrize(
-    "value", [(), ("",), ("train+",), ("a", "+b"), ("../x",), ("a/../../b",), ("/x",), ("a\n",)]
+    "value",
+    [(), ("",), ("train+",), ("a", "+b"), ("../x",), (".",), ("a/../../b",), ("/x",), ("a\n",)],
 )
 def test_splits_without_a_name_or_outside_of_the_corpus_are_refused(name, value):
     flag = name.replace("_", "-")
