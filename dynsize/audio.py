@@ -76,7 +76,7 @@ def headers(paths: Iterable[str], corpus: Path) -> dict[str, Header | CorruptAud
     finally:
         found = {path: header for path, header in read.items() if isinstance(header, Header)}
         if any(kept.get(path) != header for path, header in found.items()):
-            files.keep(file, json.dumps(kept | found).encode())
+            files.keep(file.parent, file.name, json.dumps(kept | found).encode())
     return read
 
 

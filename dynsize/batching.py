@@ -97,19 +97,20 @@ def features_of(utterance: Utterance, config: Config, speed: float) -> Tensor:
 
     Raises CorruptAudio where the audio can't be read.
     """
-    path = cached_path(utterance, config, speed) if config.cache_features else None
-    if path and (data := files.kept(path)):
+    folder = Path(config.cache_features)
+    name = cached_name(utterance, config, speed) if config.cache_features else ""
+    if name and (data := files.kept(folder / name)):
         return torch.from_numpy(np.load(io.BytesIO(data)))
     computed = log_mel(read_audio(utterance, config.sample_rate, speed), config)
-    if path:
+    if name:
         data = io.BytesIO()
         np.save(data, computed.numpy())
-        files.keep(path, data.getvalue())
+        files.keep(folder, name, data.getvalue())
     return computed
 
 
-def cached_path(utterance: Utterance, config: Config, speed: float) -> Path:
-    """Return the file that keeps the features of an utterance as its audio is now."""
+def cached_name(utterance: Utterance, config: Config, speed: float) -> str:
+    """Return the name of the file that keeps the features of an utterance as its audio is now."""
     try:
         status = os.stat(utterance.path)
     except OSError as error:
@@ -120,7 +121,7 @@ def cached_path(utterance: Utterance, config: Config, speed: float) -> Path:
     stamp = (*span, status.st_size, status.st_mtime_ns)
     key = repr((features.VERSION, settings, stamp, speed))
     name = sha256(key.encode(errors="surrogateescape")).hexdigest()
-    return Path(config.cache_features, name[:2], name[2:])
+    return f"{name[:2]}/{name[2:]}"
 
 
 class Examples(Dataset):

@@ -6,6 +6,7 @@ its lists name. The length of the audio (`audio.py`), the checks and the spellin
 """
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ MOST_SHOWN = 60  # characters that are told with their counts
 class Utterance(NamedTuple):
     """One utterance: its words, and its span of one channel of an audio file."""
 
-    id: str  # one printable word, as files of hypotheses need it
+    id: str  # one printable word without parentheses, as files of hypotheses need it
     path: str
     text: str
     samples: int  # at the configuration's sample rate
@@ -89,7 +90,7 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
     for source, entries in listed:
         utterances: dict[str, Utterance | None] = {}  # by id, which two splits may both have
         for entry in entries:
-            id = printable("_".join(entry.id.split()))
+            id = printable(re.sub(r"[\s()]+", "_", entry.id.strip()))
             if id in utterances:
                 raise ValueError(f"{entry.where}: the utterance {id} is there twice")
             header = found[entry.path]

@@ -2,7 +2,8 @@
 
 `size-K.onnx` holds one size. `supernet.onnx` holds all of them and has the size as an input: each
 layer is in an `If` node, so weights are stored once and pruned layers do not run. The inputs are
-`audio`, `lengths` and, with all sizes, `size`; the outputs `log_probs` and `log_prob_lengths`.
+`audio`, `lengths` and, with all sizes, `size`; the outputs `log_probs` and `log_prob_lengths`. The
+opset is 20, which onnxruntime 1.17 and newer run.
 """
 
 import copy
@@ -85,6 +86,7 @@ def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:
         input_names=list(inputs),
         output_names=["log_probs", "log_prob_lengths"],
         dynamic_shapes=shapes,
+        opset_version=20,
         dynamo=True,
         verbose=False,
     )

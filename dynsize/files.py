@@ -108,17 +108,18 @@ def user_cache() -> Path:
         raise ValueError(f"{error} Set HOME, or XDG_CACHE_HOME to a directory") from error
 
 
-def keep(path: Path, data: bytes) -> None:
-    """Write a file for `kept`. Warns where that fails.
+def keep(folder: Path, name: str, data: bytes) -> None:
+    """Write a file for `kept`. Warns once for each folder where that fails.
 
     It is not forced to the disk: its checksum tells where a crash left less than all of it.
     """
+    path = folder / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, checksum(path, data) + data, sync=False)
     except OSError as error:
-        way = "; XDG_CACHE_HOME names another place" if path.parent == user_cache() else ""
-        what = f"{path}: can't be written, so it is not kept: {error.strerror}{way}"
+        way = "; XDG_CACHE_HOME names another place" if folder == user_cache() else ""
+        what = f"{folder}: nothing is kept there for later runs: {error.strerror}{way}"
         warnings.warn(what, stacklevel=2)
 
 

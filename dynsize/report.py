@@ -5,7 +5,6 @@ control a terminal.
 """
 
 import json
-import re
 import typing
 import unicodedata
 from collections import Counter
@@ -194,16 +193,11 @@ def write_evaluation(report: dict, scored: dict[int, list[Scored]], output: Path
     files.write_json(output / "results.json", report)
 
 
-def written_id(utterance: Utterance) -> str:
-    """Return an utterance's id as files have it: safe to show, _ for blanks and parentheses."""
-    return re.sub(r"[\s()]", "_", printable(utterance.id))
-
-
 def trn(texts: Sequence[str], scored: Sequence[Scored]) -> str:
     """Return sclite's format: a line `TEXT (ID)` for each utterance."""
     content = ""
     for text, s in zip(texts, scored, strict=True):
-        line = f"{printable(text)} ({written_id(s.utterance)})\n"
+        line = f"{printable(text)} ({s.utterance.id})\n"
         content += line.lstrip()
     return content
 
@@ -226,11 +220,11 @@ def read_hypotheses(path: Path, utterances: Sequence[Utterance], normaliser: str
         if name in found:
             raise ValueError(f"{where}: the utterance {name} is there twice")
         found[name] = clean(text, normaliser)
-    missing = [u.id for u in utterances if written_id(u) not in found]
+    missing = [utterance.id for utterance in utterances if utterance.id not in found]
     if missing:
         number = f"{len(missing)} of {len(utterances)} utterances"
         raise ValueError(f"{path}: has no line for {number}, the first is {missing[0]}")
-    return [found[written_id(utterance)] for utterance in utterances]
+    return [found[utterance.id] for utterance in utterances]
 
 
 def aligned(scored: Scored) -> str:
@@ -247,7 +241,7 @@ def aligned(scored: Scored) -> str:
         for title, cell in zip(shown, (said_shown, heard_shown, mark), strict=True):
             shown[title] += padded(cell, width) + " "
     rows = [title + line.rstrip() for title, line in shown.items()]
-    return "\n".join([written_id(scored.utterance), *rows]) + "\n"
+    return "\n".join([scored.utterance.id, *rows]) + "\n"
 
 
 def mark_of(said: str | None, heard: str | None) -> str:

@@ -186,7 +186,7 @@ def test_other_sample_rates_are_resampled(tmp_path):
     np.testing.assert_allclose(audio[500:-500], expected[500:-500], atol=1e-3)
 
 
-TWICE = '"id": "x y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
+TWICE = '"id": "x (y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}'
 
 
 @pytest.mark.parametrize(
@@ -622,8 +622,14 @@ def test_headers_are_read_once_and_again_when_a_file_changes(tmp_path, opened):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="not kept: Not a directory; XDG_CACHE_HOME names another"):
-        assert len(read(write_corpus(tmp_path / "corpus", "librispeech")).utterances) == 2
+    root = write_corpus(tmp_path / "corpus", "librispeech")
+    with pytest.warns(UserWarning, match="for later runs: Not a directory; XDG_CACHE_HOME names"):
+        assert len(read(root).utterances) == 2
+    config = tiny(corpus=str(root), cache_features=str(tmp_path / "file"))
+    kept = Examples(read_corpus(config, ["train"]).utterances, None, config, keep=False)
+    with pytest.warns(UserWarning, match="file: nothing is kept there for later runs: N") as told:
+        assert len(kept[0].features) == len(kept[1].features)
+    assert len({str(warning.message) for warning in told}) == 1  # Python shows it once
 
 
 def examples(root: Path, **changes) -> Examples:

@@ -334,12 +334,12 @@ def test_compare_several_seeds(work):
 texts = st.lists(st.text("ab( )/{}今", max_size=9).map(str.split).map(" ".join), max_size=5)
 
 
-@given(texts, st.sampled_from(["{}", "a b({})", "{}\x1b[1m"]), st.booleans())
-def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, form, trn):
-    utterances = [utterance("", form.format(number)) for number in range(len(found))]
+@given(texts, st.booleans())
+def test_hypotheses_are_read_as_they_were_written(tmp_path_factory, found, trn):
+    utterances = [utterance("", f"今-{number}") for number in range(len(found))]
     scored = [score(u, text, True) for u, text in zip(utterances, found, strict=True)]
     file = tmp_path_factory.mktemp("written") / ("hyp.trn" if trn else "hyp.txt")
-    lines = [f"{report.written_id(s.utterance)} {s.text}\n" for s in scored]
+    lines = [f"{s.utterance.id} {s.text}\n" for s in scored]
     content = report.trn(found, scored) if trn else "".join(lines)
     file.write_text(content, encoding="utf-8")
     assert read_hypotheses(file, utterances, "none") == found
