@@ -260,12 +260,15 @@ def started(loader: DataLoader) -> Iterator[Batch]:
     """
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in workers too, until they ignore them
     try:
         iterator = iter(loader)
     except OSError as error:  # too few processes are allowed; some may have been started
         kill(set(multiprocessing.active_children()) - others)
         what = f"--workers {loader.num_workers}: a worker process can't be started"
         raise ValueError(f"{what}: {error.strerror}; lower it") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     weakref.finalize(iterator, kill, set(multiprocessing.active_children()) - others)

@@ -369,6 +369,16 @@ def test_workers_that_could_not_send_their_batches_are_an_error(tones, few_open_
     assert len(list(read_batches(examples, [[0]]))) == 1
 
 
+def test_no_signal_reaches_a_worker_before_it_ignores_them(tones, monkeypatch):
+    def blocked() -> bool:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= set(batching.SIGNALS)
+
+    monkeypatch.setattr(batching, "ignore_signals", lambda worker: 1 / blocked())
+    examples = Examples(utterances_of(tones), None, tiny(workers=2), keep=False)
+    assert len(list(read_batches(examples, [[0]]))) == 1
+    assert not blocked()
+
+
 def test_workers_that_cannot_all_be_started_leave_none(tones, monkeypatch):
     fork, before, first = os.fork, set(multiprocessing.active_children()), []
 
