@@ -461,7 +461,8 @@ def part(streams: Sequence[int], by_network: Gates) -> list[int]:
     """Return the stream of each network after a layer with these gates.
 
     Two networks stay one stream where they were one and both have the gate True, or both False. The
-    values of a tensor lie on the device, so a tensor is taken to differ from any other gate.
+    values of a tensor lie on the device, so a tensor counts as different from any gate, even from
+    an equal tensor.
     """
     stream = 0
     parted = [stream]

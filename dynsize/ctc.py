@@ -88,9 +88,11 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, labels: Tensor, label_lengths: 
 
     Without labels it is minus the sum of the blank's log-probabilities. It is infinite, with a
     gradient of 0, where the labels and the blanks between repeated ones don't fit into the frames;
-    `batching.keep_usable` leaves such utterances out before a training. `log_probs`: (N, T, V) of
-    any float dtype; the loss is computed in float32, or in float64 if they are. `lengths`: (N,)
-    frames, 1 to T. `labels`: (N, U), padded with anything. `label_lengths`: (N,), 0 to U.
+    `training_data.keep_usable` leaves such utterances out before a training.
+
+    `log_probs`: (N, T, V) of any float dtype; the loss is computed in float32, or in float64 if
+    they are. `lengths`: (N,) frames, 1 to T. `labels`: (N, U), padded with anything.
+    `label_lengths`: (N,), 0 to U.
     """
     if kernels.triton_runs("ctc_loss", log_probs.device, log_probs.dtype):
         differentiate = torch.is_grad_enabled() and log_probs.requires_grad

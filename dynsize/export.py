@@ -1,9 +1,17 @@
 """ONNX files of a network, with the features inside: audio in, log-probabilities out.
 
 `size-K.onnx` holds one size. `supernet.onnx` holds all of them and has the size as an input: each
-layer is in an `If` node, so weights are stored once and pruned layers do not run. The inputs are
-`audio`, `lengths` and, with all sizes, `size`; the outputs `log_probs` and `log_prob_lengths`. The
-opset is 20, which onnxruntime 1.17 and newer run.
+layer is in an `If` node, so weights are stored once and pruned layers do not run. The opset is 20,
+which onnxruntime 1.17 and newer run.
+
+    audio             input, (B, samples) float32, padded, −1 to 1, at `sample_rate`
+    lengths           input, (B,) int64, the samples of each utterance
+    size              input, () int64, one of the trained sizes; only where there are all
+    log_probs         output, (B, T', V) float32; label 0 is the blank, label i the unit i
+    log_prob_lengths  output, (B,) int64, the frames of each utterance
+
+The metadata `dynsize` is JSON: the configuration (`config`, with `sample_rate`), the SentencePiece
+model in base64 (`tokenizer`), the longest window (`longest_seconds`), and what each size costs.
 """
 
 import copy

@@ -22,9 +22,9 @@ from torch import Tensor
 from dynsize.config import Config
 from dynsize.schedule import size_at_span_end, size_at_span_start
 
-# The target of an update's iteration: L − nᵢ, the layers left at its end. It is the size in the
-# log, and the subnet uses the output of this size. During the iteration the subnet still runs up to
-# Δ layers more, those that the iteration will zero out. The extra loss lowers the weights.
+# An iteration loses Δ layers. The size of its subnet counts the layers that are left at its end,
+# L − nᵢ: this is the size in the log, and the one whose output the subnet uses. Until then the
+# subnet also runs the layers that the iteration will zero out; the extra loss lowers their weights.
 size_at = size_at_span_end
 SPARSITY_LOSS = 5.0  # weight of the extra loss, the paper's
 

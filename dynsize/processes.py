@@ -13,12 +13,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dynsize import kernels
 from dynsize.config import Config
 from dynsize.supernet import Supernet, precision
+
+# torch.distributed.nn.functional is imported above, before there is a process group. Imported later,
+# as torch does, its default arguments hold the group, and gloo's threads can abort the process when
+# it ends.
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 FAILED = 2  # exit code of a process that can't go on

@@ -48,10 +48,10 @@ def size_at_span_start(update: int, config: Config) -> int:
     """Return the size at the start of the span in which an update lies.
 
     Step 1 consists of equal spans. The size drops by Δ from a span's start to its end, but never
-    below the smallest size. Simple-Top-k computes with the end's size in the whole span: this is k.
-    In Iterative-Zero-Out a span is an iteration: the subnet has the start's size in the whole span,
-    and the end's size is its target. With n spans in S updates, span j begins at update
-    ⌈j · S / n⌉, both from 0.
+    below the smallest size. Simple-Top-k's k is the size at the end, in the whole span. In
+    Iterative-Zero-Out a span is an iteration: its subnet runs the layers of the start, and the size
+    at the end is its target. With n spans in S updates, span j begins at update ⌈j · S / n⌉, both
+    from 0.
 
     Example: L = 8, Δ = 3, the smallest size 3, 10 updates of step 1.
 

@@ -80,7 +80,7 @@ class Trainer:
         return self.state["update"]
 
     def updates(self) -> Iterator[dict]:
-        """Train to the end, or to the first update that is read after a stop is asked for.
+        """Train to the end. Where a stop is asked for, the next update to be read is the last one.
 
         Yields what each update did, with the dev word error rates after a validation. A checkpoint
         comes before a validation, so that a kill in between loses nothing.

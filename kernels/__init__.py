@@ -6,8 +6,8 @@
 | `ctc_loss` with its gradient | `ctc.py` | `dynsize/ctc.py` |
 | `relaxed_top_k` of Simple-Top-k | `top_k.py` | `dynsize/simple_top_k.py` |
 
-A room with kernels registers its op with torch under the op's name, so that `torch.compile` takes
-it as one node. An op is called where `triton_runs` says so. The environment variable
+A module with kernels registers its op with torch under the op's name, so `torch.compile` takes it
+as one node. An op is called where `triton_runs` says so. The environment variable
 `DYNSIZE_KERNELS` decides that:
 
     torch     torch computes everything

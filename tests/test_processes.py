@@ -1,5 +1,6 @@
 """Several processes train as one: the same gradients, one run directory, one end for all."""
 
+import atexit
 import dataclasses
 import os
 import re
@@ -77,7 +78,14 @@ def of_two(tones, tmp_path_factory) -> dict[str, dict]:
     """Of two processes: case and number of batches → gradients of one update."""
     folder = tmp_path_factory.mktemp("two")
     subprocess.run(torchrun(2, __file__, tones, folder), check=True, timeout=300)
-    return torch.load(folder / "gradients.pt", weights_only=True)
+    threads = (folder / "threads").read_text()
+    return torch.load(folder / "gradients.pt", weights_only=True) | dict(threads=threads)
+
+
+def note_threads(file: Path) -> None:
+    """Write the names of the threads of this process."""
+    tasks = Path("/proc/self/task").iterdir()
+    file.write_text(" ".join((task / "comm").read_text().strip() for task in tasks))
 
 
 @pytest.mark.parametrize("batches", [2, 4])
@@ -94,6 +102,10 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
 
 def test_all_processes_start_with_the_weights_and_the_ranking_of_the_first(of_two):
     assert of_two["alike"]["processes"] == 2
+
+
+def test_no_thread_of_gloo_is_left_when_a_process_ends(of_two):
+    assert "python" in of_two["threads"] and "gloo" not in of_two["threads"]
 
 
 def trained(cwd: Path, *flags: object) -> subprocess.Popen:
@@ -159,6 +171,7 @@ def test_under_torchrun_our_line_comes_first_and_no_traceback_is_ours(tmp_path, 
 
 
 if __name__ == "__main__":
+    atexit.register(note_threads, Path(sys.argv[2]) / "threads")  # runs after the group is left
     processes.join()
     found = {
         f"{case} {n}": gradients(sys.argv[1], case, n, Path(sys.argv[2]))
