@@ -21,9 +21,9 @@ from dynsize import kernels
 from dynsize.config import Config
 from dynsize.supernet import Supernet, precision
 
-# torch.distributed.nn.functional is imported above, before there is a process group. Imported later,
-# as torch does, its default arguments hold the group, and gloo's threads can abort the process when
-# it ends.
+# torch.distributed.nn.functional is imported above, before there is a process group. Imported
+# later, as torch does, its default arguments hold the group, and gloo's threads can abort the
+# process when it ends.
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 FAILED = 2  # exit code of a process that can't go on
