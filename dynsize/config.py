@@ -18,7 +18,7 @@ KINDS = (*LAYERS, "ff")  # of prunable layers; `ff` is a feed-forward layer of s
 METHOD_DEFAULTS: dict[str, dict[str, typing.Any]] = {
     "simple-top-k": dict(delta=1, initial_score=0.5, score_rate=1.0),
     "iterative-zero-out": dict(delta=4, initial_score=10.0, score_rate=1.0),
-    "ortho-softmax": dict(delta=1, initial_score=0.0, score_rate=10.0),
+    "ortho-softmax": dict(delta=1, initial_score=0.0, score_rate=3.0),
 }
 NO_SCORES = dict(delta=1, initial_score=0.0, score_rate=1.0)  # of a method that learns none
 METHODS = (*METHOD_DEFAULTS, "none", "layerdrop", "aux-loss")

@@ -26,7 +26,7 @@ from dynsize.config import Config
 from dynsize.schedule import step1_updates
 
 NOISE = 1e-3  # standard deviation of the initial scores
-LAST_TEMPERATURE = 0.01  # τ in the last update of step 1; in the first one it is 1
+LAST_TEMPERATURE = 0.1  # τ in the last update of step 1; in the first one it is 1
 RISE = 0.5  # share of step 1 in which the weight of the extra loss grows from 0 to 1
 
 
@@ -86,7 +86,7 @@ def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
 
 
 def temperature(update: int, config: Config) -> float:
-    """Return τ, which is multiplied by one constant each update, from 1 to 0.01 in step 1."""
+    """Return τ, which is multiplied by one constant each update, from 1 to 0.1 in step 1."""
     last = max(1, step1_updates(config) - 1)
     done = min(1.0, update / last)
     return LAST_TEMPERATURE**done

@@ -162,7 +162,7 @@ def test_the_rows_of_ortho_softmax_separate_from_their_initial_values():
 def test_schedules_of_ortho_softmax():
     config = ortho(step1_share=0.5, updates=400)
     taus = [ortho_softmax.temperature(update, config) for update in range(200)]
-    assert taus[0] == 1 and taus[-1] == pytest.approx(0.01)
+    assert taus[0] == 1 and taus[-1] == pytest.approx(0.1)
     factors = [later / tau for tau, later in pairwise(taus)]
     assert factors == pytest.approx([0.01 ** (1 / 199)] * 199)
     weights = [ortho_softmax.extra_loss_weight(update, config) for update in range(200)]
