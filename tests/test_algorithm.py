@@ -164,7 +164,7 @@ def test_schedules_of_ortho_softmax():
     taus = [ortho_softmax.temperature(update, config) for update in range(200)]
     assert taus[0] == 1 and taus[-1] == pytest.approx(0.1)
     factors = [later / tau for tau, later in pairwise(taus)]
-    assert factors == pytest.approx([0.01 ** (1 / 199)] * 199)
+    assert factors == pytest.approx([0.1 ** (1 / 199)] * 199)
     weights = [ortho_softmax.extra_loss_weight(update, config) for update in range(200)]
     assert weights[0] == 0 and weights[50] == 0.5 and weights[100:] == [1.0] * 100
     sizes = Counter(ortho_softmax.size_at(update, config) for update in range(200))
