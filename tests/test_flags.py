@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import typing
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from conftest import write_tones
 from in_process import ROOT, TINY, done_well, refused, run
 
 from dynsize import checkpoint, config
-from dynsize.terminal import one_line, printable, reported
+from dynsize.terminal import printable, reported
 
 # Values that a flag of each type may be given, most of them impossible.
 VALUES = {
@@ -143,11 +142,6 @@ def test_printable_escapes_what_a_terminal_would_obey(text, shown):
     shown.encode("utf-8")
 
 
-def test_a_long_message_is_one_line():
-    line = one_line("a\n" * 10_000)
-    assert "\n" not in line and len(line) < 1010
-
-
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -155,6 +149,7 @@ def test_a_long_message_is_one_line():
         (OSError(28, "No space", "/x/y"), 2, "train.py: /x/y: No space"),
         (MemoryError(), 2, "train.py: out of memory"),
         (RuntimeError("can't allocate memory: 9 bytes\nmore"), 2, "can't allocate memory: 9 bytes"),
+        (RuntimeError("can't start new thread"), 2, "out of memory: can't start new thread"),
         (KeyboardInterrupt(), 130, "train.py: nothing to save"),
     ],
 )
@@ -199,12 +194,6 @@ def test_streams_that_are_closed_or_full_are_no_fault(monkeypatch):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"), reported("train.py", ""):
         raise RuntimeError("the shape is wrong")
-
-
-def test_warnings_show_no_line_of_the_source():
-    with reported("train.py", ""):
-        shown = warnings.formatwarning("read\nagain", UserWarning, "file.py", 7, "code")
-    assert shown == "train.py: warning: read again\n"
 
 
 @pytest.mark.parametrize(

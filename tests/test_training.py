@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import signal
-import time
 import weakref
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
-from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
 
 
@@ -403,17 +401,6 @@ def test_dev_is_scored_in_characters_where_a_language_writes_no_blanks(root, tmp
         assert result["words"] == text.count("低") + text.count("音")
 
 
-def test_a_network_of_blanks_is_told_what_helps(tones, tmp_path):
-    trainer = begun(tones, tmp_path / "run", updates=1)
-    with torch.no_grad():
-        for output in trainer.model.output_layers.values():
-            output.bias[0] = 100.0  # the blank's
-    record = dict(update=1, dev=trainer.validate())
-    assert "--units characters" in dev_lines(record, trainer.model)
-    record["dev"][8]["silent"] = False
-    assert "--units" not in dev_lines(record, trainer.model)
-
-
 def test_loader_processes_read_the_same_batches(tones, tmp_path):
     runs = [begun(tones, tmp_path / f"{n}", workers=n, updates=4) for n in (0, 2)]
     assert same(*map(finish, runs))
@@ -477,25 +464,6 @@ def test_an_update_waits_for_the_device_in_one_place_and_copies_the_batch_alone(
     assert made.counted == 0
     assert copies.counted == 5  # features, lengths, labels, label lengths, seeds
     assert len(run.optimizer.state) > 10
-
-
-def test_a_line_of_metrics_tells_time_epoch_scores_and_ranking(tones, tmp_path):
-    run = begun(tones, tmp_path / "run", log_every=2)
-    before = time.time()
-    list(run.updates())
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    lines = [line for line in logged(tmp_path / "run") if "losses" in line]
-    assert "NaN" not in text and "Infinity" not in text
-    assert all(before <= line["time"] <= time.time() for line in lines)
-    epochs = [line["epoch"] for line in lines]
-    assert epochs[0] == 0 and epochs == sorted(epochs) and epochs[-1] > 0
-    for line in lines:
-        assert ("scores" in line) == (line["step"] == 1)
-        if line["step"] == 1:
-            scores = line["scores"]
-            assert sorted(line["ranking"]) == list(range(8)) and len(scores) == 8
-            ranked = [scores[layer] for layer in line["ranking"]]
-            assert ranked == sorted(ranked, reverse=True)
 
 
 def test_the_rehearsal_takes_the_memory_of_the_optimizer_too(tones, tmp_path, monkeypatch):
