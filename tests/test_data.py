@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import batching, spoken
-from dynsize.batching import Example, Examples, batch_plan, collate, epoch_plan, read_batches
+from dynsize.batching import Example, Examples, batch_plan, epoch_plan, read_batches
 from dynsize.config import Config
 from dynsize.corpora import Corpus, Utterance, read_audio, read_corpus, summary
 from dynsize.features import feature_frames, log_mel, mel_filters, spec_augment
@@ -128,9 +128,7 @@ def test_what_is_drawn_for_an_utterance_is_its_own(tones):
     assert {len(example.features) for example in epochs} == expected
 
 
-def test_a_missing_corpus_and_another_encoding_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such directory"):
-        utterances_of(tmp_path / "nowhere")
+def test_another_encoding_is_named(tmp_path):
     file = write_tones(tmp_path, {"train": 2}) / "train/0/7/0-7.trans.txt"
     file.write_bytes(b"0-7-0000 \xff")
     with pytest.raises(ValueError, match=r"0-7\.trans\.txt:1: not UTF-8"):
@@ -149,12 +147,6 @@ def test_units_of_every_kind_spell_the_texts(kind, units):
         if kind == "characters":
             pieces = [tokenizer.pieces.id_to_piece(label) for label in labels]
             assert pieces == list("▁" + text.replace(" ", "▁"))
-
-
-def test_a_decoded_text_has_single_spaces():
-    tokenizer = train_tokenizer(["LOW MID"], 1, "characters")
-    low, space = tokenizer.encode("LOW"), tokenizer.encode("L")[:1]
-    assert tokenizer.decode([*space, *low, *space, *space, *low, *space]) == "LOW LOW"
 
 
 def write_model(path: Path, **settings) -> Path:
@@ -236,9 +228,7 @@ def test_features_in_memory_have_a_limit(tones, monkeypatch):
     assert sum(kept.nbytes for kept in examples.in_memory.values()) <= batching.MOST_KEPT
 
 
-def test_unknown_characters_are_named():
-    with pytest.raises(ValueError, match="'!' 'X', in 'LOW X!'"):
-        train_tokenizer(["LOW MID HIGH"], 20).encode("LOW X!")
+def test_empty_texts_have_no_units():
     with pytest.raises(ValueError, match="all empty"):
         train_tokenizer(["", ""], 20)
 
@@ -341,14 +331,6 @@ def test_speaking_ends_with_the_training_that_waits_for_it(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="process 1, which waits for it, has ended"):
         spoken.speak_corpus(tmp_path / "corpus", parent=1)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_batch_of_damaged_audio_alone_is_empty(tones):
-    examples = [Example(u, [1], torch.zeros(1, 12), 0, "damaged") for u in utterances_of(tones)[:2]]
-    batch = collate(examples)
-    assert batch.utterances == [] and len(batch.corrupt) == 2 and batch.padding == 0
-    assert batch.features.shape == (0, 1, 12) and batch.labels.shape == (0, 1)
-    assert [len(t) for t in (batch.lengths, batch.label_lengths, batch.seeds)] == [0, 0, 0]
 
 
 @pytest.fixture
