@@ -209,15 +209,6 @@ def test_texts_that_a_tokenizer_spells_otherwise_are_told(tones, tmp_path):
     assert f"spells {number} texts otherwise, {text!r} as {text.lower()!r}" in told
 
 
-def test_decoding_needs_no_labels(tones):
-    config, utterances = tiny(), utterances_of(tones)
-    examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=False)
-    assert examples[0].labels == [] and not examples[0].corrupt
-    examples.epoch = 0
-    with pytest.raises(ValueError, match=r"\.flac: the utterance 0-7-0000: characters unknown"):
-        examples[0]
-
-
 def test_features_in_memory_have_a_limit(tones, monkeypatch):
     config, utterances = tiny(), utterances_of(tones)
     examples = Examples(utterances, train_tokenizer(["x"], 1), config, keep=True)

@@ -104,25 +104,6 @@ def test_one_size_alone_is_drawn_by_itself(tones, tmp_path):
     assert [line.get_ydata().tolist() for line in (*losses.lines, *errors.lines)] == expected
 
 
-@pytest.mark.parametrize(
-    "name, old, new",
-    [
-        ("metrics.jsonl", '"losses": {', '"losses": 7, "x": {'),
-        ("metrics.jsonl", '"scores": [', '"scores": [[], '),
-        ("config.json", '"sizes": [', '"sizes": 7, "x": ['),
-        ("ranking.json", '"layer"', '"x"'),
-        ("ranking.json", "]", ""),
-    ],
-)
-def test_damaged_numbers_are_told_in_one_line(run, name, old, new):
-    text = (run / name).read_text()
-    assert old in text
-    (run / name).write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match="damaged: ") as caught:
-        figures_of(run)
-    assert str(caught.value).startswith(str(run)) and "\n" not in str(caught.value)
-
-
 def test_a_log_that_was_cut_off_is_drawn_as_far_as_it_is_whole(run):
     lines = [line for line in logged(run) if "losses" in line]
     lines.append(dict(update=25, skipped="loss nan, gradient norm 1.0", utterances=["1-2"]))

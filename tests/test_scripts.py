@@ -209,22 +209,13 @@ def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
     assert err.buffer.getvalue() == told
 
 
-@pytest.fixture
-def with_other_words(tmp_path) -> Path:
-    """A corpus of the same tones with other words, some of whose letters are new."""
-    root = write_tones(tmp_path / "words")
-    for path in root.rglob("*.txt"):
-        path.write_text(path.read_text().replace("LOW", "BASS").replace("TOP", "JAZZ"))
-    return root
-
-
 def encoders(first: Path, second: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The weights of two checkpoints' encoders."""
     models = [checkpoint.load(path).model for path in (first, second)]
     return tuple(list(model.encoder.parameters()) for model in models)
 
 
-def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words):
+def test_a_cut_size_is_trained_on_from_its_weights(work):
     done_well("prune.py", "run", "--sizes", "3", cwd=work)
     flags = "--init-from run/size-3.pt --updates 1 --peak-learning-rate 1e-9".split()
     done = done_well("train.py", *flags, "--run", "tuned", cwd=work)
@@ -237,7 +228,10 @@ def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words
     for name, weight in after.model.named_parameters():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
-    flags += ["--corpus", with_other_words, "--run", "other"]
+    with_new_letters = write_tones(work / "words")
+    for path in with_new_letters.rglob("*.txt"):
+        path.write_text(path.read_text().replace("LOW", "BASS").replace("TOP", "JAZZ"))
+    flags += ["--corpus", with_new_letters, "--run", "other"]
     line = refused("train.py", *flags, cwd=work)
     assert "unknown to the tokenizer" in line and "--vocabulary" in line
     done_well("train.py", *flags, "--vocabulary", "16", cwd=work)
