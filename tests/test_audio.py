@@ -111,9 +111,7 @@ NOTHING, MOST = bytes(4), b"\xff" * 4
         ("flac", b"fLaC", [(21, b"\xff"), (22, MOST)], True),  # 2**36 samples
     ],
 )
-def test_headers_that_do_not_know_the_length_are_not_believed(
-    tmp_path, ending, mark, changes, is_read
-):
+def test_headers_without_the_length_are_not_believed(tmp_path, ending, mark, changes, is_read):
     audio, path = loud_then_quiet(1.0), tmp_path / f"a.{ending}"
     soundfile.write(path, audio, RATE)
     data = bytearray(path.read_bytes())
@@ -134,9 +132,7 @@ def test_headers_that_do_not_know_the_length_are_not_believed(
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
 @pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\0" + bytes(256)])
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(
-    tmp_path, mode, rate, channels, tag
-):
+def test_an_mp3_without_its_length_is_read_to_its_end(tmp_path, mode, rate, channels, tag):
     audio, path = loud_then_quiet(4.0, rate, channels), tmp_path / "a.mp3"
     soundfile.write(path, audio, rate, bitrate_mode=mode, compression_level=0.5)
     data = path.read_bytes()

@@ -301,9 +301,7 @@ PARTS = st.sampled_from(["", "", "begin", "segment_start", "stop_time", "onset_s
     st.sampled_from([".json", ".jsonl", ".json.gz", ".jsonl.gz"]),
     st.sampled_from([None, 2]),
 )
-def test_spans_of_each_toolkit_are_right_or_refused_by_name(
-    talk, toolkit, times, shift, part, ending, indent
-):
+def test_spans_of_toolkits_are_right_or_refused(talk, toolkit, times, shift, part, ending, indent):
     """Two utterances, each (start, length or None) in s; `part`: a field that isn't read."""
     spans, rows, texts = {}, {}, dict(zip(["LOW", "MID"], times, strict=True))
     for text, (start, length) in texts.items():
@@ -540,9 +538,7 @@ def all_forms(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("form", [*CORPUS_KINDS, "array", "dictionary", "cuts", "gzip"])
 @settings(max_examples=225)
 @given(st.sampled_from(sorted(KALDI)), st.lists(edits, min_size=1, max_size=3), st.booleans())
-def test_mutated_lists_are_read_or_refused_with_file_and_line(
-    all_forms, form, name, edits, doubled
-):
+def test_mutated_lists_are_read_or_refused_by_line(all_forms, form, name, edits, doubled):
     file = all_forms[form]
     root = file.parents[len(Path(LISTS.get(form, "")).parts) - 1 if form in LISTS else 0]
     file = file.with_name(name) if form == "kaldi" else file

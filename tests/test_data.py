@@ -42,9 +42,8 @@ def test_log_mel_by_definition():
     waveform = np.random.default_rng(0).standard_normal(1000)
     window, hop = 200, 80
     frames = np.stack([waveform[i : i + window] for i in range(0, 801, hop)])
-    frames = (frames - frames.mean(1, keepdims=True)) * (
-        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
-    )
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    frames = (frames - frames.mean(1, keepdims=True)) * hann
     power = np.abs(np.fft.rfft(frames, 256)) ** 2
     mel = np.log(power @ mel_filters(config).double().numpy() + 1e-10)
     expected = (mel - mel.mean(0)) / np.sqrt(mel.var(0) + 1e-5)
@@ -153,9 +152,8 @@ def write_model(path: Path, **settings) -> Path:
     """Train a SentencePiece model as its users do."""
     model, texts = io.BytesIO(), ["low mid high top", "top low"]
     settings = dict(vocab_size=30, minloglevel=2, hard_vocab_limit=False) | settings
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, **settings
-    )
+    settings |= dict(sentence_iterator=iter(texts), model_writer=model)
+    sentencepiece.SentencePieceTrainer.train(**settings)
     path.write_bytes(model.getvalue())
     return path
 

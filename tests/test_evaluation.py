@@ -98,13 +98,6 @@ def test_what_an_evaluation_shows_and_writes(work):
     done_well("run", "--overwrite", "--split", "test-clean", cwd=work)
 
 
-def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
-    for network, name in (("run", "all"), ("run/size-3.pt", "cut")):
-        done_well(network, "--split", "test-clean", "--output", name, cwd=work)
-    shared, alone = results(work / "all")["sizes"][2], results(work / "cut")["sizes"][0]
-    assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
-
-
 # What must not be harmed, and what is refused.
 
 
