@@ -179,13 +179,10 @@ def test_a_sentencepiece_model_is_used_where_unit_0_is_free(tmp_path, settings):
             tokenizer.encode("low ☃")
 
 
-def test_a_sentencepiece_model_that_needs_unit_0_is_refused(tmp_path):
+def test_what_cannot_be_used_as_a_sentencepiece_model_is_refused(tmp_path):
     file = write_model(tmp_path / "own.model", unk_id=3, bos_id=-1, eos_id=-1)
     with pytest.raises(ValueError, match=r"own\.model: its unit 0 is .*--unk_id=0"):
         tokenizer_for([], tiny(tokenizer=str(file)))
-
-
-def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
     for data in (b"", b"noise" * 99):
         (tmp_path / "own.model").write_bytes(data)
         with pytest.raises(ValueError, match=r"own\.model: not a SentencePiece model"):

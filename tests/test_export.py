@@ -176,10 +176,9 @@ def test_a_file_with_other_results_is_refused_and_not_left(single, monkeypatch, 
     monkeypatch.setattr(
         exporting, "network_of", lambda model: lambda audio, size: right(model)(audio, size) + 2e-4
     )
-    monkeypatch.setattr(
-        exporting, "write_graph", lambda *arguments: arguments[-1].write_bytes(original)
-    )  # the export that the fixture made, which takes its time
+    # the export that the fixture made, which takes its time
     original = beside(single, "size-2.onnx").read_bytes()
+    monkeypatch.setattr(exporting, "write_graph", lambda *given: given[-1].write_bytes(original))
     with pytest.raises(ValueError, match="other results than the checkpoint's: size 2"):
         export(single, 2, tmp_path / "size-2.onnx")
     assert not list(tmp_path.iterdir())

@@ -134,11 +134,9 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatc
     assert resumed.done == 8 and same(finish(resumed), expected)
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
-    with (
-        pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="none that is whole"),
-    ):
-        checkpoint.load(run)
+    with pytest.warns(UserWarning, match="damaged"):
+        with pytest.raises(ValueError, match="none that is whole"):
+            checkpoint.load(run)
 
 
 @pytest.fixture(scope="module")
@@ -622,9 +620,8 @@ class CrashAt:
     def hear(self, event: str, arguments: tuple) -> None:
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and (
-            str(arguments[0]).startswith(self.folder)
-        ):
+        counted = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if event in counted and str(arguments[0]).startswith(self.folder):
             self.operation(lambda: None)
 
     def synced(self, descriptor: int) -> None:

@@ -6,8 +6,8 @@ from conftest import network, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynsize.conformer import FRONT_ENDS
-from dynsize.features import feature_frames
-from dynsize.subnet import cut, largest_within, macs, parameters, widened
+from dynsize.features import feature_frames, log_mel
+from dynsize.subnet import ROUNDS, cut, largest_within, latencies, macs, parameters, widened
 from dynsize.supernet import Supernet
 
 
@@ -48,10 +48,9 @@ def test_macs_are_those_that_torch_counts(front_end, seconds):
 
 
 def test_the_latency_budget_is_of_this_machine(monkeypatch):
-    def spent(networks: list, seconds: float) -> list[float]:
-        return [seconds * networks[0].size]
-
-    monkeypatch.setattr("dynsize.subnet.latencies", spent)
+    monkeypatch.setattr(
+        "dynsize.subnet.latencies", lambda networks, seconds: [seconds * networks[0].size]
+    )
     assert largest_within(supernet(), "max_latency_ms", 13.0, 2.0) == 6
 
 
@@ -75,3 +74,14 @@ def test_a_widened_model_computes_what_it_did_in_every_output_layer():
     assert (supernet_of.scores == config.initial_score).all() and supernet_of.sizes == (2, 5, 8)
     with pytest.raises(ValueError, match="was cut to 3 layers"):
         widened(cut(supernet(), 3), config)
+
+
+def test_latencies_are_from_samples_to_log_probabilities(monkeypatch):
+    """So that a size costs the same milliseconds here as in the recogniser."""
+    seen = []
+    monkeypatch.setattr(
+        "dynsize.subnet.log_mel", lambda x, config: seen.append(len(x)) or log_mel(x, config)
+    )
+    model = supernet()
+    latencies([model, cut(model, 3)], seconds=0.1)
+    assert seen == [model.config.sample_rate // 10] * 2 * (ROUNDS + 1)  # one to warm up
