@@ -186,18 +186,11 @@ def layer_of(model: Supernet, layer: int) -> torch.nn.Module:
 def computed_rows(model: Supernet, gates: list, batch: int = 2) -> list[int]:
     """The number of streams for which each of the L layers is computed in one forward."""
     rows = [0] * model.config.layers
+    for layer in range(len(rows)):
 
-    def count(layer: int):
-        def hook(module, inputs):
+        def count(module, inputs, layer=layer):
             rows[layer] += len(inputs[0]) // batch
 
-        return hook
-
-    hooks = [
-        layer_of(model, layer).register_forward_pre_hook(count(layer))
-        for layer in range(model.config.layers)
-    ]
-    model(*utterances(model, [9] * batch), [model.config.layers] * len(gates), gates)
-    for hook in hooks:
-        hook.remove()
+        layer_of(model, layer).register_forward_pre_hook(count)
+    model(*utterances(model, [9] * batch), [len(rows)] * len(gates), gates)
     return rows

@@ -32,12 +32,6 @@ def decoded(source, name: str = "") -> np.ndarray:
         return np.concatenate(list(file.blocks()))
 
 
-def untold(data: bytes) -> bytes:
-    """Return an MP3 without its first frame, which tells its length."""
-    assert b"Xing" in data[:60] or b"Info" in data[:60]
-    return data[data.index(data[:2], 100) :]
-
-
 def listed(root: Path, *rows: dict, **changes) -> Corpus:
     """Read a manifest with these rows."""
     (root / "train.jsonl").write_text("\n".join(json.dumps({"text": "A"} | row) for row in rows))
@@ -97,13 +91,6 @@ def test_what_can_be_decoded_is_read_and_what_is_missing_is_told(tmp_path, kind,
                 read_samples(str(path), (0, header.samples), RATE, 0)
 
 
-def patched(data: bytes, *changes: tuple[int, bytes]) -> bytes:
-    """Return the data with other bytes at some places."""
-    for place, new in changes:
-        data = data[:place] + new + data[place + len(new) :]
-    return data
-
-
 NOTHING, MOST = bytes(4), b"\xff" * 4
 
 
@@ -124,15 +111,14 @@ NOTHING, MOST = bytes(4), b"\xff" * 4
         ("flac", b"fLaC", [(21, b"\xff"), (22, MOST)], True),  # 2**36 samples
     ],
 )
-def test_headers_that_do_not_know_the_length_are_not_believed(
-    tmp_path, ending, mark, changes, is_read
-):
+def test_headers_without_the_length_are_not_believed(tmp_path, ending, mark, changes, is_read):
     audio, path = loud_then_quiet(1.0), tmp_path / f"a.{ending}"
     soundfile.write(path, audio, RATE)
-    data = path.read_bytes()
+    data = bytearray(path.read_bytes())
     start = data.index(mark)
-    changes = [(start + place, new) for place, new in changes]
-    path.write_bytes(patched(data, *changes))
+    for place, new in changes:
+        data[start + place : start + place + len(new)] = new
+    path.write_bytes(data)
     if is_read:
         [utterance] = listed(tmp_path, dict(audio_filepath=path.name)).utterances
         assert utterance.samples == len(decoded(path)) == len(audio)
@@ -146,12 +132,13 @@ def test_headers_that_do_not_know_the_length_are_not_believed(
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
 @pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\0" + bytes(256)])
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(
-    tmp_path, mode, rate, channels, tag
-):
+def test_an_mp3_without_its_length_is_read_to_its_end(tmp_path, mode, rate, channels, tag):
     audio, path = loud_then_quiet(4.0, rate, channels), tmp_path / "a.mp3"
     soundfile.write(path, audio, rate, bitrate_mode=mode, compression_level=0.5)
-    path.write_bytes(tag + untold(path.read_bytes()) + b"TAG" + bytes(125))
+    data = path.read_bytes()
+    assert b"Xing" in data[:60] or b"Info" in data[:60]
+    second = data.index(data[:2], 100)  # the first frame tells the length
+    path.write_bytes(tag + data[second:] + b"TAG" + bytes(125))
     if mode == "VARIABLE":
         assert soundfile.info(path).frames < 0.7 * len(audio)  # what libsndfile reads of it
     rows = [dict(audio_filepath="a.mp3", channel=channels - 1)]

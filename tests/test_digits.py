@@ -21,24 +21,20 @@ SMALL = {
 }
 
 
-def write_fsdd(folder: Path) -> None:
-    """Write recordings named as in FSDD, each digit of each speaker a tone of its frequency.
+@pytest.fixture(scope="module")
+def fsdd(tmp_path_factory) -> Path:
+    """A checkout of FSDD, each digit of each speaker a tone of its frequency. Not to be changed.
 
     A recording's duration, in ms, is 50 plus its index.
     """
-    folder.mkdir(parents=True)
+    checkout = tmp_path_factory.mktemp("fsdd")
+    (checkout / "recordings").mkdir()
     speakers = (*digits.SPEAKERS, digits.UNSEEN)
     for (place, speaker), digit, index in product(enumerate(speakers), range(10), range(50)):
         time = np.arange((50 + index) * 8) / digits.SAMPLE_RATE
         tone = 0.1 * np.sin(2 * np.pi * (300 + 250 * digit + 20 * place) * time)
-        soundfile.write(folder / f"{digit}_{speaker}_{index}.wav", tone, digits.SAMPLE_RATE)
-
-
-@pytest.fixture(scope="module")
-def fsdd(tmp_path_factory) -> Path:
-    """Return a checkout with all six speakers; tests must not change it."""
-    checkout = tmp_path_factory.mktemp("fsdd")
-    write_fsdd(checkout / "recordings")
+        path = checkout / "recordings" / f"{digit}_{speaker}_{index}.wav"
+        soundfile.write(path, tone, digits.SAMPLE_RATE)
     return checkout
 
 
@@ -125,19 +121,12 @@ def test_train_dev_and_test_share_no_recording():
     assert sorted(index for part in parts for index in part) == list(range(50))
 
 
-def test_another_directory_is_refused_with_one_line(tmp_path, capsys):
-    (tmp_path / "songs").mkdir()
-    with pytest.raises(SystemExit) as end:
-        digits.main([str(tmp_path / "songs"), str(tmp_path / "corpus")])
-    assert end.value.code == 2
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1
-    assert "0_george_0.wav: can't be read; FSDD_CHECKOUT must be a checkout" in shown
-    assert not (tmp_path / "corpus").exists()
-
-
-def test_an_output_that_is_not_empty_stays_as_it_is(fsdd, tmp_path):
+def test_what_is_no_checkout_is_refused_and_an_output_that_is_not_empty(fsdd, tmp_path, capsys):
     (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        digits.main([str(tmp_path), str(tmp_path / "corpus")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0_george_0.wav: can't be read; FSDD_CHECKOUT must be a checkout" in line
     with pytest.raises(ValueError, match="not an empty directory"):
         digits.join_corpus(fsdd, tmp_path, 0, SMALL)
     with pytest.raises(ValueError, match="not an empty directory"):

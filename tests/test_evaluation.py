@@ -98,16 +98,7 @@ def test_what_an_evaluation_shows_and_writes(work):
     done_well("run", "--overwrite", "--split", "test-clean", cwd=work)
 
 
-def test_a_cut_size_has_the_figures_that_it_has_in_the_supernet(work):
-    for network, name in (("run", "all"), ("run/size-3.pt", "cut")):
-        done_well(network, "--split", "test-clean", "--output", name, cwd=work)
-    shared, alone = results(work / "all")["sizes"][2], results(work / "cut")["sizes"][0]
-    assert alone | {"real_time_factor": 0} == shared | {"real_time_factor": 0}
-
-
 # What must not be harmed, and what is refused.
-
-OUTSIDE = "/abs . ../x test-clean+../x a/../../x test-clean+ +test-clean test\x1b[1m".split()
 
 
 def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
@@ -128,14 +119,12 @@ def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
         ("nowhere", ["nowhere", "can't be read"]),
         ("corpus/test-clean/1/7/1-7.trans.txt", ["1-7.trans.txt", "not a checkpoint"]),
         ("run --split test", ["test", "no such split", "test-clean"]),
-        *((f"run --output out --split {split}", ["--split", "inside"]) for split in OUTSIDE),
+        ("run --output out --split a/../../test\x1b[1m", ["--split", "inside"]),
         ("run --corpus nowhere", ["nowhere"]),
         ("run --device cuda:99", ["--device cuda:99"]),
         ("run --normaliser loud", ["--normaliser loud", "plain"]),
         ("run --batch-seconds nan", ["--batch-seconds nan"]),
-        ("run --precision double", ["--precision double"]),
         ("run --threads -1", ["--threads -1"]),
-        ("run --colour", ["--colour", "--help"]),
     ],
 )
 def test_bad_input(made, arguments, words):
@@ -201,15 +190,10 @@ def test_the_normaliser_changes_references_and_hypotheses_alike(work):
     assert results(work / "plain")["normaliser"] == "plain"
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "noise", "directory"])
-def test_audio_that_cannot_be_read_is_left_out_and_named(work, how):
+@pytest.mark.parametrize("left", [4000, 0])  # found when it is decoded; when it is listed
+def test_audio_that_cannot_be_read_is_left_out_and_named(work, left):
     victim = work / "corpus" / "test-clean" / "1" / "7" / "1-7-0001.flac"
-    damaged = dict(truncated=victim.read_bytes()[:4000], empty=b"", noise=b"noise" * 99)
-    victim.unlink()
-    if how == "directory":
-        victim.mkdir()
-    else:
-        victim.write_bytes(damaged[how])
+    victim.write_bytes(victim.read_bytes()[:left])
     done = done_well("run", *CLEAN, "--output", "out", cwd=work)
     assert "5 utterances" in done.stdout and "1 left out" in done.stdout
     assert "1-7-0001: not scored" in done.stderr and "1-7-0001.flac" in done.stderr
@@ -445,13 +429,6 @@ def tones_run(tones, tmp_path_factory) -> Path:
     checkpoint.save(folder / "checkpoint.pt", *random_supernet(vocabulary=16, corpus=str(tones)))
     (folder / "tones.arpa").write_text(ARPA)
     return folder
-
-
-def test_the_beam_is_written_beside_the_results(tones_run, tmp_path):
-    flags = ("--beam", 3, "--split", "test-other", "--output", tmp_path)
-    assert not done_well(tones_run, *flags).stderr
-    assert json.loads((tmp_path / "decoding.json").read_text()) == dict(beam=3)
-    assert (tmp_path / "test-other" / "results.json").exists()
 
 
 def test_a_beam_search_of_another_output_is_refused_before_anything_is_written(tmp_path):

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import RATE, random_supernet, tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from in_process import done_well, refused
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -178,10 +176,9 @@ def test_a_file_with_other_results_is_refused_and_not_left(single, monkeypatch, 
     monkeypatch.setattr(
         exporting, "network_of", lambda model: lambda audio, size: right(model)(audio, size) + 2e-4
     )
-    monkeypatch.setattr(
-        exporting, "write_graph", lambda *arguments: arguments[-1].write_bytes(original)
-    )  # the export that the fixture made, which takes its time
+    # the export that the fixture made, which takes its time
     original = beside(single, "size-2.onnx").read_bytes()
+    monkeypatch.setattr(exporting, "write_graph", lambda *given: given[-1].write_bytes(original))
     with pytest.raises(ValueError, match="other results than the checkpoint's: size 2"):
         export(single, 2, tmp_path / "size-2.onnx")
     assert not list(tmp_path.iterdir())
@@ -304,23 +301,6 @@ def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
     assert why in found and bool(why) == bool(found)
 
 
-ODD = st.sampled_from([0, -1, 10**30, 0.5, 1e300, math.inf, math.nan, "", "x", None, True, [], {}])
-
-
-@given(st.integers(0, 10**6), ODD | st.lists(ODD, max_size=3) | st.just("to be deleted"))
-@settings(max_examples=10)
-def test_any_change_of_the_metadata_is_harmless(single, tmp_path_factory, number, value):
-    path = beside(single, "size-2.onnx")
-    content = content_of(path)
-    places = [content, content["config"], content["costs"], content["costs"]["2"]]
-    places = [(place, name) for place in places for name in place]
-    place, name = places[number % len(places)]
-    place[name] = value
-    if value == "to be deleted":
-        del place[name]
-    told_of(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
-
-
 @pytest.mark.parametrize("shape", [["B", "N"], ["B"], ["B", "N", 12]])
 @pytest.mark.parametrize("name", ["audio", "x"])
 def test_a_foreign_graph_with_our_metadata_is_refused(single, tmp_path, name, shape):
@@ -373,19 +353,11 @@ def test_files_are_compared_like_checkpoints(supernet, single, tones):
         (("--device", "cuda"), "--device cuda is for checkpoints"),
         (("--precision", "bfloat16"), "--precision bfloat16 is for checkpoints"),
         (("--batch-seconds", "9"), "--batch-seconds 9.0 is for checkpoints"),
-        (("--split", "../x"), "--split ../x"),
     ],
 )
 def test_flags_that_a_file_cannot_follow_are_refused(single, tones, tmp_path, arguments, why):
     command = ("evaluate.py", beside(single, "size-2.onnx"), "--corpus", tones, *arguments)
     assert why in refused(*command, cwd=tmp_path)
-
-
-def test_evaluate_refuses_files_that_are_no_networks(tmp_path):
-    (tmp_path / "text.onnx").write_text("a b c")
-    for arguments in (("text.onnx",), ("--compare", "text.onnx", "missing.onnx")):
-        line = refused("evaluate.py", *arguments, cwd=tmp_path)
-        assert "text.onnx: not an ONNX file" in line
 
 
 def test_an_onnx_file_of_another_output_is_refused_before_anything_is_written(tmp_path):

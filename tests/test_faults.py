@@ -134,11 +134,9 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tones, tmp_path, monkeypatc
     assert resumed.done == 8 and same(finish(resumed), expected)
     for path in checkpoint.history(run):
         path.write_bytes(b"noise")
-    with (
-        pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="none that is whole"),
-    ):
-        checkpoint.load(run)
+    with pytest.warns(UserWarning, match="damaged"):
+        with pytest.raises(ValueError, match="none that is whole"):
+            checkpoint.load(run)
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +309,8 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
         return run(update, batches, *arguments, **named)
 
     monkeypatch.setattr(trainer, "add_gradients", full)
-    with pytest.raises(
-        ValueError,
-        match=r"largest batch.*--checkpoint-activations.*--batch-seconds 3 .*--accumulate",
-    ):
+    told = r"largest batch.*--checkpoint-activations.*--batch-seconds 3 .*--accumulate"
+    with pytest.raises(ValueError, match=told):
         next(trainer.updates())
     plans = [epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
     most = [max(len(batch) * max(frames[i] for i in batch) for batch in plan) for plan in plans]
@@ -349,9 +345,8 @@ def test_a_run_that_is_there_is_renamed_and_whole(tones, tmp_path, monkeypatch, 
     (run / "notes.txt").write_text("mine")
     first = everything_in(run)
     kept = run.resolve()
-    with pytest.raises(
-        ValueError, match=r"--resume .*run goes on .* --overwrite renames it, --run"
-    ):
+    told = "--resume .*run goes on .* --overwrite renames it, --run"
+    with pytest.raises(ValueError, match=told):
         check_new(run, overwrite=False)
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="start in another directory"):
@@ -440,9 +435,8 @@ def test_a_state_with_which_no_training_can_go_on_is_one_line(written, tones, tm
     state = content["training"] | changed if changed and isinstance(changed, dict) else changed
     config = content["config"] | dict(corpus=str(tones))
     torch.save(content | dict(training=state, config=config), tmp_path / checkpoint.NAME)
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.pt: (no training can go on|a checkpoint without)"
-    ):
+    told = r"checkpoint\.pt: (no training can go on|a checkpoint without)"
+    with pytest.raises(ValueError, match=told):
         Trainer.resume(tmp_path)
 
 
@@ -626,9 +620,8 @@ class CrashAt:
     def hear(self, event: str, arguments: tuple) -> None:
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and (
-            str(arguments[0]).startswith(self.folder)
-        ):
+        counted = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if event in counted and str(arguments[0]).startswith(self.folder):
             self.operation(lambda: None)
 
     def synced(self, descriptor: int) -> None:

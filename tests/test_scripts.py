@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 from contextlib import suppress
 from io import BytesIO, TextIOWrapper
-from multiprocessing.dummy import DummyProcess
 from pathlib import Path
 
 import pytest
@@ -136,12 +134,8 @@ def test_a_log_has_a_line_for_each_interval_and_a_terminal_a_bar(tones, tmp_path
 REFUSED = [
     ("train.py --corpus nowhere --run new", "nowhere: no such directory"),
     ("train.py --corpus CORPUS --run new --train-splits train-100", "train-100.*no such split"),
-    ("train.py --corpus CORPUS --run run", "run: exists already.*--overwrite"),
-    ("train.py --corpus CORPUS --run . --overwrite", "not a run directory"),
     ("train.py --run new --attention-heads 5", "--attention-heads 5.*width 96"),
     ("train.py --run new --sizes 7 13 21", "--sizes 7 13 21.*20"),
-    ("train.py --run new --updates many", "--updates.*many"),
-    ("train.py --preset big", "big.*librispeech"),
     ("train.py --resume nowhere", "nowhere"),
     ("train.py --run new --size 8", "--size 8.*--method none"),
     ("train.py --corpus= --run new", "--corpus ''.*a directory, or spoken"),
@@ -149,19 +143,16 @@ REFUSED = [
     ("train.py --init-from nowhere --run new", "nowhere: can't be read"),
     ("train.py --resume run --updates 9", "--updates 9 with --resume"),
     ("train.py --resume=run --study", "--study with --resume"),
-    ("train.py --resume run --preset demo", "--preset with --resume"),
     ("train.py --resume run --run other", "--run with --resume"),
+    ("train.py --resume run --preset demo", "--preset with --resume"),
     ("train.py --overwrite --resume=run", "--overwrite with --resume"),
     ("train.py --init-from run --run new --width 32", "--width.*run/checkpoint.pt"),
     ("train.py --init-from run --run new --method none", "--method"),
     ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
     ("train.py --init-from run --run new --resume run", "--resume with --init-from"),
-    ("train.py --init-from run --run run --overwrite", "has run/checkpoint.pt, from which this"),
     ("prune.py nowhere", "nowhere: can't be read"),
-    ("prune.py run/config.json", "config.json.*not a checkpoint"),
     ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
     ("prune.py run --sizes 0", "no size 0.*1 to 8 layers"),
-    ("prune.py run --max-params 10", "--max-params 10.*one layer has"),
     ("prune.py run --updates 9", "--updates.*--method"),
     ("prune.py run --method simple-top-k --ranking first", "--method.*ranking"),
     ("prune.py run --method simple-top-k --sizes 9 --output new", "--sizes.*8"),
@@ -173,18 +164,6 @@ def test_bad_input_is_one_line_and_changes_nothing(trained, tones, command, said
     script, *arguments = command.replace("CORPUS", str(tones)).split()
     line = refused(script, *arguments, cwd=trained)
     assert re.search(said, line), line
-
-
-def test_too_few_threads_are_one_line(tones, tmp_path, monkeypatch):
-    def second_fails(thread: threading.Thread) -> None:
-        if any(isinstance(other, DummyProcess) for other in threading.enumerate()):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", second_fails)
-    line = refused("train.py", "--corpus", tones, "--run", "run", *TINY, cwd=tmp_path)
-    assert line == "train.py: out of memory: can't start new thread\n"
 
 
 def test_the_preset_follows_from_the_corpus():
@@ -230,22 +209,13 @@ def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
     assert err.buffer.getvalue() == told
 
 
-@pytest.fixture
-def with_other_words(tmp_path) -> Path:
-    """A corpus of the same tones with other words, some of whose letters are new."""
-    root = write_tones(tmp_path / "words")
-    for path in root.rglob("*.txt"):
-        path.write_text(path.read_text().replace("LOW", "BASS").replace("TOP", "JAZZ"))
-    return root
-
-
 def encoders(first: Path, second: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The weights of two checkpoints' encoders."""
     models = [checkpoint.load(path).model for path in (first, second)]
     return tuple(list(model.encoder.parameters()) for model in models)
 
 
-def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words):
+def test_a_cut_size_is_trained_on_from_its_weights(work):
     done_well("prune.py", "run", "--sizes", "3", cwd=work)
     flags = "--init-from run/size-3.pt --updates 1 --peak-learning-rate 1e-9".split()
     done = done_well("train.py", *flags, "--run", "tuned", cwd=work)
@@ -258,7 +228,10 @@ def test_a_cut_size_is_trained_on_from_its_weights(work, tones, with_other_words
     for name, weight in after.model.named_parameters():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
-    flags += ["--corpus", with_other_words, "--run", "other"]
+    with_new_letters = write_tones(work / "words")
+    for path in with_new_letters.rglob("*.txt"):
+        path.write_text(path.read_text().replace("LOW", "BASS").replace("TOP", "JAZZ"))
+    flags += ["--corpus", with_new_letters, "--run", "other"]
     line = refused("train.py", *flags, cwd=work)
     assert "unknown to the tokenizer" in line and "--vocabulary" in line
     done_well("train.py", *flags, "--vocabulary", "16", cwd=work)
@@ -286,14 +259,6 @@ def test_prune_never_replaces_its_source(work):
     shutil.copy(source, work / "size-5.pt")
     said = refused("prune.py", "size-5.pt", "--sizes", "5", "--overwrite", cwd=work)
     assert "size-5.pt" in said and "supernet" in said
-
-
-def test_prune_hints_at_what_it_wrote(work):
-    for output in ([], ["--output", "cut"]):
-        *_, last = run("prune.py", "run", *output, cwd=work).stdout.splitlines()
-        command = last.partition(" measures")[0].split()
-        done = done_well("evaluate.py", *command[2:], "--split", "test-clean", cwd=work)
-        assert not done.stderr
 
 
 def test_a_full_disk_while_the_corpus_is_spoken_is_one_line(tmp_path, monkeypatch, capsys):
@@ -355,9 +320,7 @@ def called(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def sources(tmp_path) -> Path:
-    """A folder with our sources in `ours`, and those of the other package in `theirs`."""
+def test_both_packages_work_after_both_are_installed(tmp_path):
     for name in ("dynsize", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / "ours" / name, ignore=ignored)
@@ -365,19 +328,13 @@ def sources(tmp_path) -> Path:
     (tmp_path / "theirs" / "kernels").mkdir(parents=True)
     (tmp_path / "theirs" / "setup.py").write_text(THEIRS)
     (tmp_path / "theirs" / "kernels" / "__init__.py").write_text("WHOSE = 'theirs'\n")
-    return tmp_path
-
-
-@pytest.mark.parametrize("paths", [["./theirs", "./ours"], ["./theirs", "-e", "./ours"]])
-def test_both_packages_work_after_both_are_installed(sources, paths):
-    called(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=sources)
-    python = sources / "venv" / "bin" / "python"
-    (packages,) = (sources / "venv").glob("lib/python*/site-packages")
+    venv = tmp_path / "venv"
+    called(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    (packages,) = venv.glob("lib/python*/site-packages")
     (packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch, setuptools
-    flags = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", *flags]
-    called(*pip, *paths, cwd=sources)
-    whose, ours, file, other = called(python, "-c", LOOK, cwd=sources / "venv").split()
+    pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet"]
+    flags = ["--no-deps", "--no-build-isolation", "--no-index"]
+    called(*pip, *flags, "./theirs", "./ours", cwd=tmp_path)
+    whose, ours, *files = called(venv / "bin" / "python", "-c", LOOK, cwd=venv).split()
     assert (whose, ours) == ("theirs", "True")
-    home = sources / "ours" if "-e" in paths else sources / "venv"
-    assert Path(file).is_relative_to(home) and Path(other).is_relative_to(packages)
+    assert all(Path(file).is_relative_to(packages) for file in files) and len(files) == 2

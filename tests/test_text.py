@@ -101,9 +101,6 @@ def corpus_of(*texts: str) -> Corpus:
 def test_what_texts_hold_and_what_is_odd_in_them_is_told(texts, words):
     told = summary(corpus_of(*texts), tiny(corpus="here"), {})
     assert all(word in told for word in words), told
-
-
-def test_nothing_is_odd_in_plain_texts():
     assert "note" not in summary(corpus_of("IT'S LOW", "MID"), tiny(), {})
 
 
