@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import RATE, random_supernet, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_process import done_well, refused
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -299,6 +301,23 @@ def test_metadata_that_cannot_be_is_refused(single, tmp_path, changes, why):
         changes = json.dumps(content | changes)
     found = told_of(onnx.load(path), changes, tmp_path / "a.onnx")
     assert why in found and bool(why) == bool(found)
+
+
+ODD = st.sampled_from([0, -1, 10**30, 0.5, 1e300, math.inf, math.nan, "", "x", None, True, [], {}])
+
+
+@given(st.integers(0, 10**6), ODD | st.lists(ODD, max_size=3) | st.just("to be deleted"))
+@settings(max_examples=10)
+def test_any_change_of_the_metadata_is_harmless(single, tmp_path_factory, number, value):
+    path = beside(single, "size-2.onnx")
+    content = content_of(path)
+    places = [content, content["config"], content["costs"], content["costs"]["2"]]
+    places = [(place, name) for place in places for name in place]
+    place, name = places[number % len(places)]
+    place[name] = value
+    if value == "to be deleted":
+        del place[name]
+    told_of(onnx.load(path), json.dumps(content), tmp_path_factory.getbasetemp() / "any.onnx")
 
 
 @pytest.mark.parametrize("shape", [["B", "N"], ["B"], ["B", "N", 12]])
