@@ -26,6 +26,7 @@ from dynsize.supernet import Supernet, precision
 # process when it ends.
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # settings of glibc's malloc.h
 FAILED = 2  # exit code of a process that can't go on
 
 
@@ -164,6 +165,18 @@ def use_threads(number: int) -> None:
         raise ValueError(f"--threads {number}: must be 0 to {most}, the processors here")
     if number:
         torch.set_num_threads(number)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of tensors that it frees, where the C library is glibc.
+
+    By default glibc returns that of large tensors to the system, and the next ones get theirs page
+    by page. Without this an update took 1.04 to 1.07 times as long on two cores of an AMD EPYC.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_MAX, 0)  # no tensor gets pages of its own
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)  # bytes: the most that is kept
 
 
 def hardware(config: Config, device: torch.device) -> str:

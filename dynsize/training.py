@@ -323,6 +323,7 @@ class Trainer:
         The largest batch is tried for its memory. Before the first update dev is decoded, since its
         audio may be unreadable.
         """
+        processes.keep_freed_memory()
         validated = processes.total(torch.tensor(int(self.done in self.dev_errors)))
         if self.done > 0 and self.due(self.config.validate_every) and not validated:
             self.validate()

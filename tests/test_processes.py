@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -20,6 +21,16 @@ from dynsize.config import Config
 from dynsize.training import Trainer
 
 TRAIN = ROOT / "train.py"
+TAKE_MEMORY = """
+import resource, torch
+from dynsize.processes import keep_freed_memory
+keep_freed_memory()
+for tensor in range(23):
+    torch.ones(10**7)
+    if tensor == 2:
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+"""
 SMALL = [*TINY, "--batch-seconds", "2"]
 CASES = {
     "step 1": (0, dict()),
@@ -102,6 +113,12 @@ def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, 
 
 def test_all_processes_start_with_the_weights_and_the_ranking_of_the_first(of_two):
     assert of_two["alike"]["processes"] == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc is glibc's")
+def test_the_memory_of_a_freed_tensor_is_used_again():
+    faults = subprocess.check_output([sys.executable, "-c", TAKE_MEMORY], cwd=ROOT)
+    assert int(faults) < 100  # pages that the system gave to 20 tensors of 40 MB
 
 
 def test_no_thread_of_gloo_is_left_when_a_process_ends(of_two):
