@@ -54,6 +54,8 @@ COSTS = {  # column of compression.json → label, unit
     "bytes": ("ONNX file", "B"),
     "milliseconds": ("time for 10 s of audio", "ms"),
 }
+LINEAR = 5  # points: an axis of differences is linear up to here
+POINTS = (-20, -5, -2, 0, 2, 5, 20, 50)
 FILES = ("config.json", "ranking.json", "differences.json", "compression.json")
 
 Records = Sequence[dict]  # lines of metrics.jsonl, or rows of a table
@@ -361,13 +363,18 @@ def study_figure(differences: dict[str, list[dict]]) -> Figure:
             axes.set_title(f"{printable(split)}, size {size}")
             axes.axvline(0, color="black", linewidth=0.8)
             axes.grid(axis="x", color="0.9")
+            axes.set_xscale("symlog", linthresh=LINEAR)  # one large difference hides no small ones
+            axes.set_xticks(POINTS, map(str, POINTS))
         for row in of_split:
             line = compared.index(comparison(row))
             draw_difference(by_size[row["size"]], row, line)
     axes.set_yticks(range(len(compared)), compared)
     axes.set_ylim(len(compared) - 0.5, -0.5)
     measure = rows[0]["measure"].upper()
-    figure.supxlabel(f"difference of {measure} in percent points, with 95% interval; left: better")
+    scale = f"logarithmic beyond {LINEAR}"
+    figure.supxlabel(
+        f"difference of {measure} in percent points ({scale}), left: better; 95% interval"
+    )
     return figure
 
 
