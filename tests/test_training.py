@@ -23,6 +23,7 @@ from dynsize.corpora import UNREADABLE
 from dynsize.initial import load_teacher
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
+from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
 
 
@@ -560,3 +561,14 @@ def test_a_teacher_with_another_output_is_refused(tones, teacher, tmp_path):
     config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(file))
     with pytest.raises(ValueError, match="a teacher is for the output ctc"):
         load_teacher(config, loaded.tokenizer)
+
+
+def test_a_network_of_blanks_is_told_what_helps(tones, tmp_path):
+    trainer = begun(tones, tmp_path / "run", updates=1)
+    with torch.no_grad():
+        for output in trainer.model.output_layers.values():
+            output.bias[0] = 100.0  # the blank's
+    record = dict(update=1, dev=trainer.validate())
+    assert "--units characters" in dev_lines(record, trainer.model)
+    record["dev"][8]["silent"] = False
+    assert "--units" not in dev_lines(record, trainer.model)
