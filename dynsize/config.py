@@ -378,7 +378,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     # the subnets' losses, and no masks at first each make a network leave CTC's plateau of blanks
     # in fewer updates; it does at update 400 to 1,000. From update 3,600 on, masks keep so little
     # speech from being learned by heart, as dropout and speeds do from the beginning. A third of
-    # the updates leaves a sixth more word errors.
+    # the updates leaves a fifth more word errors.
     "small": dict(
         units="characters", hop_ms=10.0, speeds=(0.9, 1.0, 1.1), mask_from=0.12, dropout=0.1,
         subnet_loss=0.3,
