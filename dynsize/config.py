@@ -389,7 +389,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0,
         time_mask_frames=10, vocabulary=32, blocks=6, sizes=(1, 4, 24), dropout=0.1,
-        step1_share=0.4, subnet_loss=0.3, stochastic_depth=0.1,
+        step1_share=0.4, stochastic_depth=0.1,
         updates=4000, batch_seconds=25.0, peak_learning_rate=1.2e-3, validate_every=1000,
         precision="float32",  # on a CPU as fast as bfloat16 for this network, and alike everywhere
     ),
