@@ -175,7 +175,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_MAX, 0)  # no tensor gets pages of its own
+        libc.mallopt(MMAP_MAX, 0)  # large tensors come from the heap too, which stays
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)  # bytes: the most that is kept
 
 
