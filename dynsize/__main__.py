@@ -5,6 +5,7 @@ import codecs
 import html
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from dynsize import files
 from dynsize.processes import use_threads
 from dynsize.readers import in_list
 from dynsize.recogniser import Recogniser, Transcript, Word
+from dynsize.report import columns
 from dynsize.terminal import (
     Parser,
     add_decoding_flags,
@@ -33,7 +35,9 @@ EXAMPLES = """  dynsize talk.flac --model runs/demo
   dynsize calls/*.wav --model runs/demo --size 7 --format srt --output captions
   arecord -f S16_LE -r 16000 -d 5 | dynsize - --model runs/demo"""
 CAPTION_PAUSE = 1.0  # seconds without a word, after which a new caption begins
-CAPTION_CHARACTERS = 60  # at most, in one caption
+CAPTION_COLUMNS = 60  # at most, in one caption
+# 25 letters, which can be twice as wide, each with the marks and signs after it.
+PART = re.compile(r"\W*(?:\w\W*){1,25}|\W+")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -66,17 +70,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def captions(transcript: Transcript) -> list[Word]:
-    """Return the words joined to captions of at most 60 characters, without pauses of 1 s."""
+    """Return the words joined to captions of at most 60 columns, without pauses of 1 s."""
     joined: list[Word] = []
     for word in transcript.words:
+        first, *others = parts(word)
         if joined:
             last = joined[-1]
-            text = f"{last.text} {word.text}"
-            if len(text) <= CAPTION_CHARACTERS and word.start < last.end + CAPTION_PAUSE:
-                joined[-1] = Word(text, last.start, word.end)
-                continue
-        joined.append(word)
+            text = f"{last.text} {first.text}"
+            if columns(text) <= CAPTION_COLUMNS and first.start < last.end + CAPTION_PAUSE:
+                joined.pop()
+                first = Word(text, last.start, first.end)
+        joined += [first, *others]
     return joined
+
+
+def parts(word: Word) -> list[Word]:
+    """Return a word, in parts where it is longer than a caption.
+
+    Scripts without blanks have such words. Times inside a word are estimates: each part takes the
+    same.
+    """
+    if columns(word.text) <= CAPTION_COLUMNS:
+        return [word]
+    texts = PART.findall(word.text)
+    seconds = (word.end - word.start) / len(texts)
+    starts = [word.start + number * seconds for number in range(len(texts))]
+    return [Word(text, start, start + seconds) for text, start in zip(texts, starts, strict=True)]
 
 
 def span(caption: Word, point: str) -> str:

@@ -376,7 +376,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     # One to ten hours of speech in any language. Characters, shorter frames, 0.3 as the weight of
     # the subnets' losses, and no masks at first each make a network leave CTC's plateau of blanks
-    # in fewer updates; it does at update 400 to 1,000. From update 3,600 on, masks keep so little
+    # in fewer updates; it does at update 400 to 720. From update 3,600 on, masks keep so little
     # speech from being learned by heart, as dropout and speeds do from the beginning. A third of
     # the updates leaves a fifth more word errors.
     "small": dict(
@@ -385,7 +385,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
         updates=30_000, batch_seconds=16.0, peak_learning_rate=8e-4, warmup=0.03,
         validate_every=1000, precision="float32",
     ),
-    # Alone, each of these sizes makes more errors than the next larger one; 8 and 24 hardly differ.
+    # Alone, each of these sizes makes more errors on dev than the next larger one.
     "digits": dict(
         corpus="digits", sample_rate=8000, highest_hz=3800.0, window_ms=40.0, hop_ms=20.0,
         time_mask_frames=10, vocabulary=32, blocks=6, sizes=(1, 4, 24), dropout=0.1,

@@ -253,7 +253,7 @@ class LanguageModel:
             from flashlight.lib.text.decoder.kenlm import KenLM
             from flashlight.lib.text.dictionary import Dictionary
         except ImportError as error:
-            what = "a language model needs flashlight-text: pip install 'dynsize[lm]'"
+            what = "a language model needs flashlight-text: pip install -e '.[lm]'"
             raise ValueError(f"{path}: {what}") from error
         for name, value in dict(weight=weight, bonus=bonus).items():
             if not (isinstance(value, Real) and abs(value) <= MOST_WEIGHT):

@@ -20,15 +20,7 @@ from dynsize.config import Config
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import Ctc
 from dynsize.decoding import BeamDecoder, LanguageModel, decoder_of
-from dynsize.networks import (
-    Facts,
-    Network,
-    OnnxFile,
-    facts_of,
-    network_of,
-    open_onnx,
-    windowed,
-)
+from dynsize.networks import Facts, Network, OnnxFile, facts_of, network_of, open_onnx, windowed
 from dynsize.processes import device_of
 from dynsize.report import Texts, errors_of, read_hypotheses, score
 from dynsize.subnet import costs, cut

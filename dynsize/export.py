@@ -11,7 +11,8 @@ which onnxruntime 1.17 and newer run.
     log_prob_lengths  output, (B,) int64, the frames of each utterance
 
 The metadata `dynsize` is JSON: the configuration (`config`, with `sample_rate`), the SentencePiece
-model in base64 (`tokenizer`), the longest window (`longest_seconds`), and what each size costs.
+model in base64 (`tokenizer`), the duration of training's longest utterance (`longest_seconds`), and
+what each size costs. networks.py decodes longer audio in windows, and replaces digital silence.
 """
 
 import copy
@@ -73,7 +74,7 @@ def check_possible(loaded: Checkpoint, size: int | None, path: Path) -> None:
     require_ctc(loaded.model.config, f"{path}: an ONNX file")
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
-            install = "pip install 'dynsize[onnx]'"
+            install = "pip install -e '.[onnx]'"
             raise ValueError(f"{path}: exporting needs {package}: {install}")
     if size is None and torch.__version__ < TORCH:  # torch compares versions, not texts
         needs = f"all sizes in one file need torch {TORCH} or newer, this is {torch.__version__}"

@@ -134,7 +134,7 @@ class OnnxGraph:
         try:
             import onnxruntime
         except ImportError as error:
-            install = "pip install 'dynsize[onnx]'"
+            install = "pip install -e '.[onnx]'"
             raise ValueError(f"{path}: an ONNX file needs onnxruntime: {install}") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

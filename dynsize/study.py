@@ -139,7 +139,7 @@ def results(config: Config, trainings: Trainings, folder: Path) -> str:
     if config.output != "ctc":
         return f"{tables}\nno table of compression: ONNX files are for the output ctc\n"
     if package := compression.missing():
-        install = "pip install 'dynsize[onnx]'"
+        install = "pip install -e '.[onnx]'"
         return f"{tables}\nno table of compression: {package} is missing: {install}\n"
     return tables + "\n" + compression.compare_files(config, trainings, folder)
 

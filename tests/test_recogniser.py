@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import in_process
@@ -441,6 +442,16 @@ def test_captions_are_short():
     assert max(len(caption.text) for caption in captions) <= 60
     assert [caption.start for caption in captions] == [words[i].start for i in range(0, 50, 12)]
     assert [caption.end for caption in captions] == [words[i].end for i in (11, 23, 35, 47, 49)]
+
+
+def test_captions_of_a_script_without_blanks_are_short():
+    text = 20 * "ขึ้นรถ坐公交车。"
+    words = [Word("a", 0.0, 1.0), Word(text, 1.0, 41.0), Word("b", 41.0, 42.0)]
+    captions = command.captions(Transcript(words, 42.0))
+    assert "".join(caption.text for caption in captions) == f"a {text} b"
+    assert max(caption.end - caption.start for caption in captions) <= 8
+    for caption in captions:  # no mark is parted from its letter
+        assert unicodedata.category(caption.text[0])[0] != "M"
 
 
 def test_the_snippet_of_the_readme_runs(noise, tmp_path, monkeypatch, capsys):
