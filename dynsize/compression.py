@@ -19,9 +19,8 @@ from dynsize.config import Config
 from dynsize.evaluation import Scores, scores_of
 from dynsize.networks import Network, network_of, open_onnx
 from dynsize.processes import processor
-from dynsize.recogniser import LATENCY_SECONDS
 from dynsize.report import change, megabytes, millions, rate, read_json, table
-from dynsize.subnet import ROUNDS, cut, in_turn, weights_in
+from dynsize.subnet import ROUNDS, cut, in_turn, noise, weights_in
 from dynsize.supernet import Supernet
 from dynsize.wer import difference, interval, mean_rate
 
@@ -157,7 +156,7 @@ def timed(config: Config, runs: Path, exports: list[File]) -> dict:
     path = exports[0].path.with_name("timings.json")
     if not path.exists():
         torch.set_num_threads(1)  # ONNX files that are opened from now on have one too
-        audio = noise(config.sample_rate)
+        audio = noise(config)
         calls = {}
         for file in exports:
             calls[file.name] = partial(open_onnx(file.path).network, audio, file.size)
@@ -181,7 +180,7 @@ def choice_rows(config: Config, supernet: Path, folder: Path) -> list[dict]:
     path = folder / "supernet.onnx"
     if not path.exists():
         export.export(loaded, None, path)
-    audio = noise(config.sample_rate)
+    audio = noise(config)
     inside = forms_of(path, loaded.model)
     rows = []
     calls: dict[tuple[str, int, str], Callable[[], object]] = {}
@@ -208,12 +207,6 @@ def forms_of(file: Path, model: Supernet) -> dict[str, tuple[Network, int]]:
         "ONNX": (open_onnx(file).network, file.stat().st_size),
         "torch": (network_of(model), 4 * weights_in(model)),
     }
-
-
-def noise(sample_rate: int) -> Tensor:
-    """Return 10 s of noise, (samples,)."""
-    generator = torch.Generator().manual_seed(0)
-    return 0.1 * torch.randn(round(LATENCY_SECONDS * sample_rate), generator=generator)
 
 
 def after_change(network: Network, audio: Tensor, size: int, sizes: Sequence[int]) -> float:

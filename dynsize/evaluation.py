@@ -180,9 +180,8 @@ def in_batches(
     frames = examples.frames()
     chosen_frames = [frames[index] for index in chosen]
     most_frames = config.batch_seconds * 1000 / config.hop_ms
-    plan = []
-    for batch in batch_plan(chosen_frames, most_frames, config.batch_utterances):
-        plan.append([chosen[number] for number in batch])
+    batches = batch_plan(chosen_frames, most_frames, config.batch_utterances)
+    plan = [[chosen[number] for number in batch] for batch in batches]
     for indices, batch in zip(plan, read_batches(examples, plan), strict=True):
         unreadable.update(batch.corrupt)
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
@@ -190,10 +189,7 @@ def in_batches(
             features, lengths, *_ = batch.to(device)
             emissions, lengths = model(features, lengths, list(decoders))
             pairs = zip(decoders.items(), emissions, strict=True)
-            by_size = {}
-            for (size, decoder), of_size in pairs:
-                by_size[size] = decoder.decode(of_size, lengths)
-            yield read, by_size
+            yield read, {size: decoder.decode(x, lengths) for (size, decoder), x in pairs}
 
 
 def in_windows(

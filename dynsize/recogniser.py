@@ -17,14 +17,13 @@ from dynsize.audio import LOUDEST, opened
 from dynsize.ctc import Ctc
 from dynsize.decoding import LM_WEIGHT, LanguageModel, decoder_of
 from dynsize.networks import Facts, Network, facts_of, network_of, open_onnx, windowed
-from dynsize.subnet import in_turn
+from dynsize.subnet import TIMED_SECONDS, in_turn, noise
 from dynsize.supernet import Output
 
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_RATE = 1_000_000  # Hz, of audio
 BLOCK = 10  # seconds of audio that are read at once
-LATENCY_SECONDS = 10.0  # of the audio for which a size's latency is measured
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,12 @@ class Recogniser:
         if not within:
             least = min(self.latencies.values())
             told = f"the fastest size takes {least:.1f} ms on this machine"
-            raise ValueError(f"{milliseconds:g} ms for {LATENCY_SECONDS:g} s of audio: {told}")
+            raise ValueError(f"{milliseconds:g} ms for {TIMED_SECONDS:g} s of audio: {told}")
         return max(within)
 
     def latency(self, size: int) -> float:
         """Return the median milliseconds of seven runs on 10 s of noise, after one to warm up."""
-        generator = torch.Generator().manual_seed(0)
-        samples = round(LATENCY_SECONDS * self.facts.config.sample_rate)
-        audio = torch.randn(samples, generator=generator)
+        audio = noise(self.facts.config)
 
         @torch.inference_mode()
         def decode() -> None:

@@ -121,10 +121,8 @@ def by_speaker(scored: Sequence[Scored]) -> dict[str, dict]:
 
 def side_by_side(scored: dict[int, list[Scored]], number: int) -> dict:
     """Return an utterance's reference beside its texts by several sizes."""
-    texts = {}
-    for size, of_size in scored.items():
-        utterance = of_size[number].utterance
-        texts[size] = of_size[number].text
+    texts = {size: of_size[number].text for size, of_size in scored.items()}
+    utterance = next(iter(scored.values()))[number].utterance
     return dict(id=utterance.id, reference=utterance.text, texts=texts)
 
 

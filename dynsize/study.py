@@ -202,9 +202,7 @@ def rates_of(way: str, seeds: Sequence[int], scores: Scores, config: Config) -> 
         row = dict(size=size, measure=scores.measure)
         row[scores.measure] = mean_rate(errors)
         row["interval"] = interval(errors)
-        row["seeds"] = {}
-        for seed, of_seed in zip(seeds, errors, strict=True):
-            row["seeds"][seed] = mean_rate([of_seed])
+        row["seeds"] = {seed: mean_rate([of]) for seed, of in zip(seeds, errors, strict=True)}
         for cost in ("parameters", "macs"):
             row[cost] = round(fmean(scores.rows[run][cost] for run in runs))
         rates.append(row)

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import compress, product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynsize.config import Config
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
@@ -16,6 +16,7 @@ from dynsize.features import feature_frames, log_mel
 from dynsize.supernet import Supernet
 
 ROUNDS = 15  # in each of which everything that is timed runs once
+TIMED_SECONDS = 10.0  # of the audio on which a network is timed
 FRAMES_OF_A_LABEL = 4  # a guess: 6 labels a second with hops of 10 ms
 
 
@@ -172,7 +173,7 @@ def front_end_macs(front_end: nn.Module, frames: int, bins: int) -> int:
 
 
 @torch.inference_mode()
-def latencies(networks: Sequence[Supernet], seconds: float = 10.0) -> list[float]:
+def latencies(networks: Sequence[Supernet], seconds: float = TIMED_SECONDS) -> list[float]:
     """Return the milliseconds that each network takes for one utterance of `seconds`.
 
     The largest size of each network runs, all on one device. Measured on noise, from samples to
@@ -180,17 +181,23 @@ def latencies(networks: Sequence[Supernet], seconds: float = 10.0) -> list[float
     """
     config = networks[0].config
     device = next(networks[0].parameters()).device
-    noise = torch.randn(round(seconds * config.sample_rate))
+    audio = noise(config, seconds)
 
     def run(network: Supernet) -> None:
         size = network.sizes[-1]
-        features = log_mel(noise, config).to(device)  # (T, F)
+        features = log_mel(audio, config).to(device)  # (T, F)
         lengths = torch.tensor([len(features)], device=device)
         (emissions,), lengths = network(features[None], lengths, [size])
         network.output(size).decode(emissions, lengths)  # this waits for the device
 
     calls = {place: partial(run, network) for place, network in enumerate(networks)}
     return list(in_turn(calls).values())
+
+
+def noise(config: Config, seconds: float = TIMED_SECONDS) -> Tensor:
+    """Return noise, always the same, (samples,), on which a network is timed."""
+    generator = torch.Generator().manual_seed(0)
+    return 0.1 * torch.randn(round(seconds * config.sample_rate), generator=generator)
 
 
 def in_turn(calls: Mapping[Hashable, Callable[[], object]], rounds: int = ROUNDS) -> dict:

@@ -5,8 +5,8 @@ import unicodedata
 from collections.abc import Callable
 
 SHOWN = 80  # characters of a text that a message shows
-# Characters that nobody sees. Each of them would become a label. Persian and Indic scripts spell with
-# joiners; without them a recogniser writes these words as most people type them.
+# Characters that nobody sees. Each of them would become a label. (Persian and Indic scripts spell
+# with joiners; these words are written as most people type them, without.)
 INVISIBLE = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # controls that are not white space
     "\xad\u180e\u200b-\u200d\u2060-\u2064\ufeff"  # soft hyphen, joiners, other signs without width

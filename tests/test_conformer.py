@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import computed_rows, network, tiny, utterances
 
 from dynsize import conformer
-from dynsize.conformer import Convolution, depthwise_on_cpu, rotate
+from dynsize.conformer import Convolution, SelfAttention, depthwise_on_cpu, rotate
 
 
 def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
@@ -67,6 +67,15 @@ def test_the_stream_is_float32_under_autocast(monkeypatch):
     features, lengths = utterances(model, [40, 33])
     model(features.float(), lengths, [8, 3])
     assert set(streams) == {torch.float32} and set(branches) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_self_attention_sees_the_order_of_frames_by_rotary_positions_alone(rotary):
+    layer = SelfAttention(tiny(rotary=rotary))
+    x = torch.randn(1, 9, 16)
+    inside = torch.ones(1, 9, dtype=torch.bool)
+    backwards = layer(x.flip(1), inside).flip(1)
+    assert torch.allclose(backwards, layer(x, inside), atol=1e-6) != rotary
 
 
 def test_rotary_products_depend_on_the_distance_only():
