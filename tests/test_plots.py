@@ -113,6 +113,15 @@ def test_a_log_that_was_cut_off_is_drawn_as_far_as_it_is_whole(run):
     assert len(figures["training"].axes[0].lines[0].get_xdata()) == len(lines) - 1
 
 
+@pytest.mark.parametrize("odd", [dict(losses=7), dict(scores=[0.5])])
+def test_a_log_that_was_changed_by_hand_is_refused_by_name(run, odd):
+    first, *others = logged(run)
+    text = "".join(json.dumps(line) + "\n" for line in [first | odd, *others])
+    (run / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="run: damaged: its numbers are not as"):
+        figures_of(run)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.draw(tmp_path, tmp_path / "none")
