@@ -7,6 +7,7 @@ from conftest import computed_rows, network, tiny, utterances
 
 from dynsize import conformer
 from dynsize.conformer import Convolution, SelfAttention, depthwise_on_cpu, rotate
+from dynsize.supernet import Supernet
 
 
 def test_a_tensor_as_gate_parts_two_networks_after_the_layer():
@@ -67,6 +68,13 @@ def test_the_stream_is_float32_under_autocast(monkeypatch):
     features, lengths = utterances(model, [40, 33])
     model(features.float(), lengths, [8, 3])
     assert set(streams) == {torch.float32} and set(branches) == {torch.bfloat16}
+
+
+def test_the_layers_of_a_new_network_are_the_identity():
+    model = Supernet(tiny(), 5).double()
+    every, none = [True] * 8, [False] * 8
+    (all_layers, no_layer), _ = model.encoder(*utterances(model, [9, 7]), [every, none])
+    assert torch.equal(all_layers, no_layer)
 
 
 @pytest.mark.parametrize("rotary", [False, True])
