@@ -3,7 +3,7 @@
 
 RUN is a directory of train.py, a checkpoint, a size that prune.py cut, or an
 ONNX file, which runs on the CPU, one utterance at a time. The results are
-written to RUN/evaluation/CHECKPOINT/SPLIT (of an ONNX file: to its folder):
+written to evaluation/NAME/SPLIT beside the checkpoint or the ONNX file NAME:
 
   results.md, results.json   error rates with 95% intervals, costs, speakers,
                              confusions, and what became worse from the largest
@@ -189,8 +189,11 @@ def run(options: argparse.Namespace) -> None:
         if results.exists() and not options.overwrite:
             raise ValueError(f"{results}: exists already; --overwrite replaces it")
     print(f"device {computes(system)}\n")
-    if options.lm or options.beam:
-        write_decoding(system, options, base / "decoding.json")
+    if options.tune_lm:
+        tried = tune(system)
+        print(f"chosen: --lm-weight {system.words.weight:g} --word-bonus {system.words.bonus:g}\n")
+        base.mkdir(parents=True, exist_ok=True)
+        files.write_json(base / "tuning.json", dict(tuned_on=config.dev_splits, tried=tried))
     for split in splits:
         report = evaluate(system, split, base / split)
         show(report, base / split)
@@ -202,19 +205,6 @@ def computes(system: System) -> str:
     if isinstance(system.source, OnnxFile):
         return f"{device.type} {processor(device)}, float32, onnxruntime"
     return hardware(system.config, device)
-
-
-def write_decoding(system: System, options: argparse.Namespace, file: Path) -> None:
-    """Write how the splits are decoded, after choosing the weights if that was asked for."""
-    content: dict[str, object] = dict(beam=system.beam)
-    words = system.words
-    if options.tune_lm:
-        content |= dict(tuned_on=system.config.dev_splits, tried=tune(system))
-        print(f"chosen on dev: --lm-weight {words.weight:g} --word-bonus {words.bonus:g}\n")
-    if words:
-        content |= dict(lm=str(words.path), weight=words.weight, bonus=words.bonus)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, content)
 
 
 def tune(system: System) -> list[dict]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import dynsize
 from dynsize import checkpoint, export
 from dynsize.algorithms import ALGORITHMS, shuffled
-from dynsize.config import Config, with_method
+from dynsize.config import Config, flag_of, with_method
 from dynsize.processes import device_of, hardware, use_threads
 from dynsize.run_directory import check_new
 from dynsize.subnet import (
@@ -119,7 +119,7 @@ def contradiction(options: argparse.Namespace) -> str:
         return f"--updates {options.updates}: must be 0 or more"
     for name, limit in budgets.items():
         if not 0 < limit < math.inf:
-            return f"--{name.replace('_', '-')} {limit}: must be a number above 0"
+            return f"{flag_of(name)} {limit}: must be a number above 0"
     return ""
 
 
@@ -204,7 +204,7 @@ def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]
     model.to(device)
     print(f"device     {hardware(config, device)}")
     if model.size is None:
-        rank_layers(model, options)
+        override_ranking(model, options)
     elif options.ranking != "learned" or not options.export:
         what = f"was cut already, to {model.size} layers; --export onnx writes its ONNX file"
         raise ValueError(f"{loaded.path}: {what}")
@@ -221,7 +221,7 @@ def prune(options: argparse.Namespace, run: Path) -> list[checkpoint.Checkpoint]
     return [loaded, *subnets]
 
 
-def rank_layers(model: Supernet, options: argparse.Namespace) -> None:
+def override_ranking(model: Supernet, options: argparse.Namespace) -> None:
     """Give a supernet the ranking that the command line names: learned, in order, or random."""
     layers = model.config.layers
     if options.ranking == "first":

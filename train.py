@@ -64,6 +64,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--overwrite with --study: a study replaces nothing; name another --run")
     if parsed.study and hasattr(parsed, "seed"):
         parser.error("--seed with --study SEED: name the seeds once")
+    for name in ("method", "size", "teacher", "layers_from") if study else ():
+        if hasattr(parsed, name):
+            parser.error(
+                f"{configuration.flag_of(name)} with --study: a study trains with and without it"
+            )
     if parsed.tensorboard and not find_spec("tensorboard"):
         parser.error("--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     parsed.preset = parsed.preset or default
@@ -129,7 +134,7 @@ def add_settings(parser: Parser, defaults: configuration.Config) -> None:
             groups[section] = parser.add_argument_group(section)
         default = configuration.shown(getattr(defaults, field.name)) or "none"
         groups[section].add_argument(
-            "--" + field.name.replace("_", "-"),
+            configuration.flag_of(field.name),
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} ({default})".replace("%", "%%"),
             **flag_options(types[field.name], field.metadata["choices"]),

@@ -26,9 +26,9 @@ from dynsize.terminal import (
     check_decoding,
     lm_settings,
     one_line,
-    printable,
     reported,
 )
+from dynsize.text import printable
 
 DESCRIPTION = "Turns audio files into text with a trained network, at a size that can be chosen."
 EXAMPLES = """  dynsize talk.flac --model runs/demo

@@ -56,14 +56,14 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
     """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
 
     `trainings`: those that are at their end; networks that lack theirs are left out. Exports,
-    evaluates and times what FOLDER/compression lacks; where `timings.json` in it is
-    deleted, everything is timed again. Writes the rows of the tables to `compression.json`. Raises
+    evaluates what FOLDER/compression/seed-SEED lacks; all are timed again where one of them is not
+    in its `timings.json`. Writes the rows of the tables to `compression.json`. Raises
     ValueError where a package of the extra `onnx` is missing.
     """
-    output = folder / "compression"
-    output.mkdir(exist_ok=True)
     seed = next(iter(trainings.values())).seed
     runs = folder / f"seed-{seed}"
+    output = folder / "compression" / runs.name
+    output.mkdir(parents=True, exist_ok=True)
     exports = exported(config, trainings, runs, output)
     paths = {file.name: file.path for file in exports}
     scores = {split: scores_of(paths, config, split) for split in config.test_splits}
@@ -152,9 +152,10 @@ def int8_rows(exports: list[File], scores: dict[str, Scores]) -> list[dict]:
 
 
 def timed(config: Config, runs: Path, exports: list[File]) -> dict:
-    """Return what `timings.json` beside the files holds; measures it where that is missing."""
+    """Return what `timings.json` beside the files holds; measures it where a file is missing."""
     path = exports[0].path.with_name("timings.json")
-    if not path.exists():
+    names = {file.name for file in exports}
+    if not path.exists() or read_json(path)["milliseconds"].keys() != names:
         torch.set_num_threads(1)  # ONNX files that are opened from now on have one too
         audio = noise(config)
         calls = {}

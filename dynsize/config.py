@@ -261,8 +261,8 @@ class Config:
 
     def refuse(self, name: str, rule: str) -> typing.NoReturn:
         """Raise ValueError for the value of a setting that breaks a rule."""
-        flag, value = name.replace("_", "-"), shown(getattr(self, name))
-        raise ValueError(f"--{flag} {value or repr(value)}: {rule}")
+        value = shown(getattr(self, name))
+        raise ValueError(f"{flag_of(name)} {value or repr(value)}: {rule}")
 
     @property
     def layers(self) -> int:
@@ -452,6 +452,11 @@ def require_ctc(config: Config, what: str) -> None:
         raise ValueError(f"{what} is for the output ctc; this network's is {config.output}")
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting. Example: `--mel-bins` of `mel_bins`."""
+    return "--" + name.replace("_", "-")
+
+
 def with_changes(config: Config, changes: dict[str, object]) -> Config:
     """Return the settings of a training that is resumed with changes.
 
@@ -459,7 +464,7 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
     ValueError for those that change what is learned.
     """
     for name, value in changes.items():
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"{flag_of(name)} {value}"
         # A teacher may have moved, but none may come or go.
         same = name != "teacher" or bool(value) == bool(config.teacher)
         if name in marked("affects"):

@@ -1,8 +1,8 @@
 """The Conformer encoder: one forward for networks of several sizes. It knows gates, no algorithms.
 
 Each network of a forward is given by its gates, one for each of the L layers. Layers are numbered
-from the input, from 0: where a block has K layers, number K · block + i is the i-th one of the
-setting `block`. A gate multiplies the output of its layer and is one of:
+from the input, from 0: of blocks of four, layer i of a block has the number 4 · block + i. A gate
+multiplies the output of its layer and is one of:
 
     False    the layer is pruned: this network does not compute it
     True     the layer is kept
@@ -164,8 +164,7 @@ def depthwise_on_cpu(x: Tensor, depthwise: nn.Conv1d) -> Tensor:
     """
     x = x.to(depthwise.weight.dtype)
     x = x.transpose(1, 2)[:, :, None]  # (R', D, 1, T')
-    weight = depthwise.weight.flatten()  # so its gradient has its strides, as DDP wants
-    weight = weight.view(x.shape[1], 1, 1, -1)  # (D, 1, 1, K)
+    weight = depthwise.weight[:, :, None]  # (D, 1, 1, K)
     weight = weight.contiguous(memory_format=torch.channels_last)
     padding = (0, weight.shape[-1] // 2)
     with torch.autocast("cpu", enabled=False):
@@ -284,7 +283,7 @@ def initialise(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """Front-end and N blocks. Of the blocks' layers only those numbered in `layers` are made."""
+    """Front-end and N blocks, which have only the layers whose numbers are in `layers`."""
 
     def __init__(self, config: Config, layers: Sequence[int]) -> None:
         super().__init__()
@@ -418,8 +417,7 @@ class Stack:
         before = self.streams
         self.streams = part(before, by_network)
         # Of each stream from here on: its first network, the stream it comes from, its gate.
-        streams = range(self.streams[-1] + 1)
-        firsts = [self.streams.index(stream) for stream in streams]
+        firsts = [self.streams.index(stream) for stream in range(self.streams[-1] + 1)]
         sources = [before[network] for network in firsts]
         gates = [by_network[network] for network in firsts]
         kept = [gate for gate in gates if gate is not False]
@@ -429,10 +427,10 @@ class Stack:
         self.pending = Pending(branch, self.by_row(kept), scale, self.dropout, seed)
 
     @staticmethod
-    def repeated(x: Tensor, streams: Sequence[int]) -> Tensor:
-        """Return `x` with its streams in the order of `streams`, where one may occur twice."""
-        parts = x.chunk(streams[-1] + 1)  # (B, T', D) each
-        return torch.cat([parts[stream] for stream in streams])
+    def repeated(x: Tensor, sources: Sequence[int]) -> Tensor:
+        """Return `x` with its streams in the order of `sources`, where one may occur twice."""
+        parts = x.chunk(sources[-1] + 1)  # (B, T', D) each
+        return torch.cat([parts[source] for source in sources])
 
     def by_row(self, by_stream: Gates) -> Tensor | None:
         """Return the gates of several streams as those of their rows, (R',); None if all are 1."""

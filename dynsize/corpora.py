@@ -25,8 +25,7 @@ from dynsize.audio import CorruptAudio, Header, headers, read_samples
 from dynsize.config import Config
 from dynsize.readers import KINDS, Entry, Notes, contents
 from dynsize.spoken import spoken_corpus
-from dynsize.terminal import printable
-from dynsize.text import UNKNOWN_WORD, clean, counted, quoted
+from dynsize.text import UNKNOWN_WORD, clean, counted, printable, quoted
 from dynsize.wer import Reference
 
 OVERSHOOT = 0.5  # seconds that a segment may end after its file, where lists are rounded

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynsize import kernels
 from dynsize.config import Config
+from dynsize.conformer import padding_mask
 from dynsize.kernels.reference import BLANK, torchs_ctc_loss
 
 
@@ -132,18 +133,18 @@ class CtcLoss(torch.autograd.Function):
         states = 2 * labels.shape[1] + 1  # S
         extended = labels.new_full((utterances, states), BLANK)  # (N, S)
         extended[:, 1::2] = labels
-        outside = after(last_state, states)  # (N, S)
-        extended = extended.masked_fill(outside, BLANK)  # padding may hold anything
+        inside = padding_mask(last_state + 1, states)  # (N, S)
+        extended = extended.masked_fill(~inside, BLANK)  # padding may hold anything
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         by_frame = extended[:, None].expand(-1, frames, -1)  # (N, T, S)
         emitted = log_probs.to(dtype).gather(2, by_frame)  # (N, T, S)
-        emitted = emitted.masked_fill(outside[:, None], -torch.inf)
+        emitted = emitted.masked_fill(~inside[:, None], -torch.inf)
         alpha, beta, largest = forward_backward(emitted, extended, last_frame, last_state)
 
         # An alignment ends in the last label or in the blank after it.
         utterance = torch.arange(utterances, device=alpha.device)
         at_end = alpha[utterance, last_frame]  # (N, S)
-        before_end = ~after(last_state - 2, states)
+        before_end = padding_mask(last_state - 1, states)
         at_end = at_end.masked_fill(before_end, -torch.inf)
         subtracted = largest.cumsum(1)[utterance, last_frame]
         log_likelihood = at_end.logsumexp(1) + subtracted  # (N,)
@@ -151,10 +152,10 @@ class CtcLoss(torch.autograd.Function):
         # e(t, s) is in both α and β: take it out once; −inf − −inf would be NaN
         posterior = alpha + beta - emitted.clamp(min=-1e30)  # (N, T, S), in logarithms
         posterior = posterior.softmax(2)
-        padding = after(last_frame, frames)  # (N, T)
-        impossible = ~log_likelihood.isfinite()  # (N,)
-        nowhere = padding[:, :, None] | outside[:, None] | impossible[:, None, None]
-        posterior = posterior.masked_fill(nowhere, 0)
+        possible = log_likelihood.isfinite()[:, None]  # (N, 1)
+        frames_inside = padding_mask(lengths, frames) & possible  # (N, T)
+        somewhere = frames_inside[:, :, None] & inside[:, None]  # (N, T, S)
+        posterior = posterior.masked_fill(~somewhere, 0)
         ctx.save_for_backward(posterior, extended)
         ctx.vocabulary = vocabulary
         ctx.dtype = log_probs.dtype
@@ -169,12 +170,6 @@ class CtcLoss(torch.autograd.Function):
         occupied.scatter_add_(2, by_frame, posterior)  # (N, T, V)
         occupied *= -grad[:, None, None]
         return occupied.to(ctx.dtype), None, None, None
-
-
-def after(last: Tensor, size: int) -> Tensor:
-    """Return (N, size): True from the place after `last`, (N,), on."""
-    place = torch.arange(size, device=last.device)
-    return place > last[:, None]
 
 
 def flipped(x: Tensor, last: Tensor, dim: int) -> Tensor:
@@ -199,8 +194,8 @@ def forward_backward(
     """
     reverse = flipped(emitted, last_frame, dim=1)
     reverse = flipped(reverse, last_state, dim=2)
-    outside = after(last_state, extended.shape[1])  # (N, S)
-    reverse = reverse.masked_fill(outside[:, None], -torch.inf)
+    inside = padding_mask(last_state + 1, extended.shape[1])  # (N, S)
+    reverse = reverse.masked_fill(~inside[:, None], -torch.inf)
     reverse_extended = flipped(extended, last_state, dim=1)
     both = torch.cat([emitted, reverse])  # (2N, T, S)
     both_extended = torch.cat([extended, reverse_extended])  # (2N, S)

@@ -25,6 +25,7 @@ from dynsize.networks import Facts
 from dynsize.supernet import Output
 from dynsize.text import clean
 
+LN10 = math.log(10)  # ARPA files hold logarithms to base 10
 LM_WEIGHT = 0.5  # of the language model's scores beside the network's
 UNKNOWN = "<unk>"
 LEAST_SPELLED = 0.1  # share of a language model's words that the labels must be able to spell
@@ -260,7 +261,6 @@ class LanguageModel:
                 limits = f"must be from -{MOST_WEIGHT} to {MOST_WEIGHT}"
                 raise ValueError(f"{path}: {name} {value}: {limits}")
         self.path, self.weight, self.bonus = path, weight, bonus
-        self.scale = weight * math.log(10)  # ARPA files hold logarithms to base 10
         logs = dict(unigrams(path))  # word → log10 of its probability
         self.has_unknown = logs.pop(UNKNOWN, None) is not None
         possible = [log for log in logs.values() if log > LOG_ZERO]
@@ -292,13 +292,13 @@ class LanguageModel:
             state, log = self.model.score(state, number)
             if number == self.unknown:
                 log = max(log, self.least)
-            score += self.scale * log + self.bonus
+            score += self.weight * LN10 * log + self.bonus
         return ScoredWords(score, state)
 
     def finish(self, before: ScoredWords) -> float:
         """Return the score of a whole utterance, from that of its words."""
         _, log = self.model.finish(before.state)
-        return before.score + self.scale * log
+        return before.score + self.weight * LN10 * log
 
     def missing(self, texts: Iterable[str], most: float = 1.0) -> str:
         """Return a line that says how many of the texts' words the model lacks.

@@ -16,7 +16,7 @@ from dynsize import checkpoint, report
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, read_batches
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import Config
+from dynsize.config import Config, flag_of
 from dynsize.corpora import UNREADABLE, Corpus, Utterance, read_audio, read_corpus
 from dynsize.ctc import Ctc
 from dynsize.decoding import BeamDecoder, LanguageModel, decoder_of
@@ -66,7 +66,7 @@ class System:
     @property
     def evaluations(self) -> Path:
         """The directory of its evaluations, unless another one is asked for."""
-        return self.path.parent / "evaluation" / self.path.stem
+        return self.path.parent / "evaluation" / self.path.name.removesuffix(".pt")
 
     @property
     def decoding(self) -> dict:
@@ -96,7 +96,7 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
         file = open_onnx(path)
         for name, possible in ONNX_ONLY.items():
             if name in changes and changes[name] not in possible:
-                flag = f"--{name.replace('_', '-')} {changes[name]}"
+                flag = f"{flag_of(name)} {changes[name]}"
                 raise ValueError(f"{path}: {flag} is for checkpoints; {ONNX_RULE}")
         changes = changes | dict(device="cpu", precision="float32")
         return System(path, dataclasses.replace(file.facts.config, **changes), file)
@@ -121,8 +121,8 @@ def transcribe(
     A supernet decodes several examples at a time. Those that are longer than one window are decoded
     one after the other, in windows, so memory hardly grows with their length. An ONNX file decodes
     all so. `sizes`: largest first; in a supernet they share one forward. `title`: of the
-    progress bar, which is shown where there is a terminal. `decoder`: gives what decodes the
-    emissions of an output, by default this itself.
+    progress bar, which is shown where there is a terminal. `decoder`: output → what decodes
+    its emissions, by default the output itself.
     """
     outputs: dict[int, Output] = dict.fromkeys(sizes, Ctc)
     longest = 0.0  # samples decoded without windows
@@ -441,8 +441,7 @@ def evaluated(system: System, split: str, output: Path) -> dict:
     for name, now in system.decoding.items():
         before = there.get(name, now)
         if before != now:
-            flag = f"--{name.replace('_', '-')}"
-            what = f"was made with {flag} {before}, not {now}"
+            what = f"was made with {flag_of(name)} {before}, not {now}"
             raise ValueError(f"{path}: {what}; move its folder elsewhere")
     return there
 

@@ -13,7 +13,7 @@ import torch
 from dynsize import checkpoint
 from dynsize.algorithms import every_other
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import Config, marked, require_ctc, with_method
+from dynsize.config import Config, flag_of, marked, require_ctc, with_method
 from dynsize.corpora import read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
@@ -32,8 +32,8 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     loaded = checkpoint.load(path)
     for name in sorted(marked("weights")):
         if name in changes:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} with --init-from: it stays as {loaded.path} has it")
+            what = f"{flag_of(name)} with --init-from"
+            raise ValueError(f"{what}: it stays as {loaded.path} has it")
     old = loaded.model
     config = dataclasses.replace(old.config, **changes)
     if old.size is not None:
@@ -103,10 +103,8 @@ def load_teacher(config: Config, tokenizer: Tokenizer) -> Supernet:
     for name in marked("frames"):
         here, there = getattr(config, name), getattr(loaded.model.config, name)
         if here != there:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"--teacher {loaded.path}: was trained with {flag} {there}, not {here}"
-            )
+            what = f"was trained with {flag_of(name)} {there}, not {here}"
+            raise ValueError(f"--teacher {loaded.path}: {what}")
     return loaded.model
 
 

@@ -68,9 +68,6 @@ def rank(scores: Tensor, ranking: Sequence[int], update: int, config: Config) ->
     Of equal scores the lower layer comes first. Note: this waits for the device.
     """
     left = size_at_span_start(update, config)
-    survivors = ranking[:left]
-    zeroed_out = ranking[left:]
-    ordered = scores.detach().sort(descending=True, stable=True)
-    by_score = ordered.indices.tolist()
-    ranked = [layer for layer in by_score if layer in survivors]
-    return [*ranked, *zeroed_out]
+    score = scores.tolist()
+    survivors = sorted(ranking[:left], key=lambda layer: (-score[layer], layer))
+    return [*survivors, *ranking[left:]]

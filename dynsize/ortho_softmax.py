@@ -88,11 +88,10 @@ def first_rows(scores: Tensor, update: int, config: Config) -> Tensor:
 def temperature(update: int, config: Config) -> float:
     """Return τ, which is multiplied by one constant each update, from 1 to 0.1 in step 1."""
     last = max(1, step1_updates(config) - 1)
-    done = min(1.0, update / last)
-    return LAST_TEMPERATURE**done
+    return LAST_TEMPERATURE ** (update / last)
 
 
 def extra_loss_weight(update: int, config: Config) -> float:
     """Return the weight of the extra loss: it grows linearly from 0 to 1, then stays 1."""
     rise = RISE * step1_updates(config)
-    return min(1.0, update / max(1.0, rise))
+    return min(1.0, update / rise)

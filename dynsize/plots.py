@@ -23,7 +23,8 @@ from dynsize.config import Config, from_dict
 from dynsize.report import read_json
 from dynsize.run_directory import METRICS, read_metrics
 from dynsize.schedule import step1_updates
-from dynsize.terminal import printable, reported
+from dynsize.terminal import reported
+from dynsize.text import printable
 
 STYLE = {
     "font.size": 9,

@@ -15,8 +15,7 @@ from pathlib import Path
 from dynsize import files
 from dynsize.corpora import Utterance
 from dynsize.readers import lines
-from dynsize.terminal import printable
-from dynsize.text import clean, counted
+from dynsize.text import clean, counted, printable
 from dynsize.wer import (
     Errors,
     Pair,
@@ -369,8 +368,8 @@ def examples(rows: Sequence[dict], width: int = 0) -> str:
 
 def markdown(report: dict) -> str:
     """Return the report as Markdown."""
-    names = ("checkpoint", "corpus", "normaliser")
-    facts = [f"{name} {printable(report[name])}" for name in names]
+    names = ("checkpoint", "corpus", "normaliser", "beam", "lm", "lm_weight", "word_bonus")
+    facts = [f"{name} {printable(report[name])}" for name in names if report[name] is not None]
     sizes = [row["size"] for row in report["sizes"]]
     parts = [f"# {headline(report)}\n"]
     parts.append(", ".join(facts) + "\n")

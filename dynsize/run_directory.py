@@ -13,7 +13,7 @@ from typing import IO
 from dynsize import checkpoint, files
 from dynsize.config import Config
 from dynsize.supernet import Supernet
-from dynsize.terminal import printable
+from dynsize.text import printable
 
 LOCK = "lock"  # held by the training in a run directory
 CONFIG = "config.json"
@@ -46,10 +46,10 @@ def names_in(run: Path) -> set[str]:
     return {path.name for path in paths if path.suffix != ".unfinished"}
 
 
-def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[bytes]:
+def begin(run: Path, config: Config, summary: str, initial: Path | None) -> IO[bytes]:
     """Make the directory of a new training with its first files; return its lock, as `lock` does.
 
-    A training that is there already is renamed: nothing is deleted. `corpus`: the content of
+    A training that is there already is renamed: nothing is deleted. `summary`: the content of
     `corpus.txt`. `initial`: the checkpoint whose weights the training begins with. Raises
     ValueError where another training is at work there, and for a directory that is not a
     training's, or has what this training starts from.
@@ -75,7 +75,7 @@ def begin(run: Path, config: Config, corpus: str, initial: Path | None) -> IO[by
         locked = lock(run)
     files.clean(run)
     files.write(run / LEFT_OUT, b"")
-    files.write(run / "corpus.txt", (corpus + "\n").encode(errors="surrogateescape"))
+    files.write(run / "corpus.txt", (summary + "\n").encode(errors="surrogateescape"))
     write_config(run, config)
     return locked
 

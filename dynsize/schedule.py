@@ -25,7 +25,7 @@ def learning_rate(update: int, config: Config) -> float:
         (1.0, LAST_LEARNING_RATE),
     ]
     for (left, low), (right, high) in pairwise(corners):
-        if done <= right and left < right:
+        if done <= right:
             return low + (high - low) * (done - left) / (right - left)
     return LAST_LEARNING_RATE
 
@@ -61,16 +61,15 @@ def size_at_span_start(update: int, config: Config) -> int:
     """
     smallest, largest = config.sizes[0], config.sizes[-1]
     lost = largest - smallest
-    spans = max(1, math.ceil(lost / config.delta))
-    span = update * spans // max(1, step1_updates(config))
+    spans = math.ceil(lost / config.delta)
+    span = update * spans // step1_updates(config)
     return max(largest - config.delta * span, smallest)
 
 
 def size_at_span_end(update: int, config: Config) -> int:
     """Return the size at the end of the span in which an update lies.
 
-    This is Simple-Top-k's k in the whole span. It is Iterative-Zero-Out's target, which the subnet
-    reaches when layers are zeroed out, after the span's last update.
+    See `size_at_span_start`.
     """
     size = size_at_span_start(update, config) - config.delta
     return max(size, config.sizes[0])

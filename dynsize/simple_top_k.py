@@ -1,9 +1,9 @@
 """Simple-Top-k, the paper's first algorithm.
 
-In step 1 the subnet keeps the k layers of highest score (with `--relaxation soft` all, with relaxed
-weights). Step 1 consists of equal spans. k is L − Δ in the first span, L − 2Δ in the second, and so
-on, but never below the smallest size. The scores learn through the relaxed weights of
-`relaxed_top_k`.
+In step 1 the subnet keeps the k layers of highest score. With `--relaxation soft` it keeps all
+layers and multiplies each by its relaxed weight. Step 1 consists of equal spans. k is L − Δ in the
+first span, L − 2Δ in the second, and so on, but never below the smallest size. The scores learn
+through the relaxed weights of `relaxed_top_k`.
 """
 
 from collections.abc import Sequence

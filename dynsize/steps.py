@@ -110,9 +110,9 @@ def losses_of(
     """Return what a batch adds to an update's loss, (), and the loss of each network, (M,).
 
     Both are sums over the batch's utterances, divided by `label_count`: how many target labels the
-    update has, in all batches of all processes. The first is Σ weight · loss, with the divergences
-    of `distillation_loss` from a teacher, and with `self_distillation` of each subnet from the
-    supernet.
+    update has, in all batches of all processes. The first is Σ weight · loss. A teacher adds the
+    network's divergence from it, and `self_distillation` that of each subnet from the supernet,
+    see `distillation_loss`.
     """
     device = next(model.parameters()).device
     features, frames, targets, target_lengths, seeds = batch.to(device)

@@ -19,7 +19,7 @@ from statistics import fmean
 
 from dynsize import checkpoint, compression, files
 from dynsize.algorithms import ALGORITHMS
-from dynsize.config import Config, shown, with_method
+from dynsize.config import Config, flag_of, shown, with_method
 from dynsize.evaluation import Scores, scores_of
 from dynsize.report import change, rate, table
 from dynsize.run_directory import check_new
@@ -42,7 +42,7 @@ NOTE = (
     "or three seeds show less than the whole spread. Differences are in percent points, between "
     "the same size on the same utterances, with the same seeds on both sides. alone: each size "
     "trained alone, with the first layers. X-layers: trained alone, with the layers that the "
-    "supernet by X kept; at the largest size this is the network that alone is. Better, worse: the "
+    "supernet by X kept; at the largest size it is the same network as alone. Better, worse: the "
     "interval does not contain 0, as one of twenty does by chance. The others are not "
     "significantly different.\n"
 )
@@ -125,8 +125,8 @@ def other_settings(trained: Config, planned: Config) -> list[str]:
         if field.name in ("teacher", "layers_from") and there and here:
             same = Path(there).parts[-2:] == Path(here).parts[-2:]
         if not same:
-            flag = f"--{field.name.replace('_', '-')}"
-            found.append(f"{flag} {shown(there) or 'none'}, not {shown(here) or 'none'}")
+            values = f"{shown(there) or 'none'}, not {shown(here) or 'none'}"
+            found.append(f"{flag_of(field.name)} {values}")
     return found
 
 

@@ -10,7 +10,7 @@ from itertools import compress, product
 import torch
 from torch import Tensor, nn
 
-from dynsize.config import Config
+from dynsize.config import Config, flag_of
 from dynsize.conformer import Convolution, FeedForward, SelfAttention
 from dynsize.features import feature_frames, log_mel
 from dynsize.supernet import Supernet
@@ -84,8 +84,8 @@ def largest_within(model: Supernet, budget: str, limit: float, seconds: float) -
     sizes = range(1, model.config.layers + 1)
     size = bisect_right(sizes, limit, key=cost)
     if size == 0:
-        flag = budget.replace("_", "-")
-        raise ValueError(f"--{flag} {limit:g}: a subnet of one layer has {cost(1):,.10g} already")
+        what = f"a subnet of one layer has {cost(1):,.10g} already"
+        raise ValueError(f"{flag_of(budget)} {limit:g}: {what}")
     return size
 
 

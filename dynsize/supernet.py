@@ -117,10 +117,8 @@ class Supernet(nn.Module):
         """
         if self.config.shared_output_layer:
             return self.output_layers["shared"]
-        nearest = self.sizes[0]
-        for trained in self.sizes:  # ascending
-            if trained <= size:
-                nearest = trained
+        at_most = [trained for trained in self.sizes if trained <= size]
+        nearest = max(at_most, default=self.sizes[0])
         return self.output_layers[str(nearest)]
 
     def forward(

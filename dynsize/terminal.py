@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from dynsize import __version__, processes
 from dynsize.config import Config
 from dynsize.subnet import layer_map
 from dynsize.supernet import Supernet
+from dynsize.text import printable
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
 WIDEST = 80  # columns of the progress bar
@@ -26,17 +28,6 @@ LM_BEAM = 16  # prefixes, where a language model is given
 LONGEST = 1000  # characters of an error message
 SECOND_SIGNAL = 1.0  # seconds after which a second signal ends a training at once
 SHORTAGE = re.compile("memory|start new thread", re.IGNORECASE)  # in a RuntimeError
-# Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
-UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: object) -> str:
-    """Return the text with each character that a terminal or a list could misread as its escape.
-
-    Use it for ids, names, paths and texts that come from a corpus or a checkpoint. Example: a line
-    break becomes the two characters `\\n`. Letters of every language stay as they are.
-    """
-    return UNSAFE.sub(lambda match: repr(match[0])[1:-1], str(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +118,7 @@ def reported(prog: str, interrupted: str) -> Iterator[None]:
         forget_unwritable_output()
 
 
-def stop(code: int, message: str) -> None:
+def stop(code: int, message: str) -> NoReturn:
     """End the process with an exit code, after one line."""
     with suppress(OSError):  # the stream is full
         print(one_line(message), file=sys.stderr)
@@ -179,7 +170,7 @@ class Progress:
         self.bar.update(record["update"] - self.bar.n)
 
     def log(self, record: dict) -> None:
-        """Print a line of metrics.jsonl: of an interval where there is no bar, of a validation."""
+        """Print a validation; print the losses of an interval only where there is no bar."""
         update = record["update"]
         if "dev" in record:
             self.bar.write(dev_lines(record, self.model))
@@ -201,7 +192,7 @@ def losses_line(record: dict) -> str:
 
 
 def dev_lines(record: dict, model: Supernet) -> str:
-    """Return the lines of a validation: error rate and layers of each size, what helps silence."""
+    """Return the lines of a validation: sizes with their layers, advice where none says a word."""
     results = record["dev"]
     unit = "word" if all(r["measure"] == "wer" for r in results.values()) else "character"
     lines = [f"update {record['update']}, {unit} error rate on dev:"]
@@ -247,10 +238,10 @@ def signals(requests: processes.Requests) -> Iterator[None]:
     """
     first = math.inf  # when the first signal came
 
-    def save(number: int, frame: object) -> None:
+    def on_save(number: int, frame: object) -> None:
         requests.save = True
 
-    def stop(number: int, frame: object) -> None:
+    def on_stop(number: int, frame: object) -> None:
         nonlocal first
         if number == signal.SIGHUP:
             forget_closed_terminal()
@@ -260,9 +251,9 @@ def signals(requests: processes.Requests) -> Iterator[None]:
         elif time.monotonic() - first > SECOND_SIGNAL:
             raise SystemExit(128 + number)
 
-    handlers = {signal.SIGUSR1: save, signal.SIGINT: stop, signal.SIGTERM: stop}
+    handlers = {signal.SIGUSR1: on_save, signal.SIGINT: on_stop, signal.SIGTERM: on_stop}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        handlers[signal.SIGHUP] = stop
+        handlers[signal.SIGHUP] = on_stop
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

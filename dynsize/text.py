@@ -14,7 +14,18 @@ INVISIBLE = re.compile(
     "\ufe00-\ufe0f]"  # variation selectors
 )
 APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ`", "'"))  # as people and keyboards write them
+# Characters that end a line, move the cursor, reverse the direction of text, or can't be encoded.
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 UNKNOWN_WORD = re.compile(r"(?<!\S)<unk>(?!\S)", re.IGNORECASE)
+
+
+def printable(text: object) -> str:
+    """Return the text with each character that a terminal or a list could misread as its escape.
+
+    Use it for ids, names, paths and texts that come from a corpus or a checkpoint. Example: a line
+    break becomes the two characters `\\n`. Letters of every language stay as they are.
+    """
+    return UNSAFE.sub(lambda match: repr(match[0])[1:-1], str(text))
 
 
 def quoted(text: str) -> str:

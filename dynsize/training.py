@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ class Trainer:
         self, config: Config, run: Path, loaded: checkpoint.Checkpoint | None = None
     ) -> None:
         processes.use_gpu(config.device)
-        self.processes = processes.count()
         self.config = config
         self.run = run
         self.device = processes.device_of(config)
@@ -63,10 +62,11 @@ class Trainer:
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
         self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
         self.requests = processes.Requests()
+        self.locked: IO[bytes] | None = None  # open as long as the directory is ours
         self.dev_errors: dict[int, int] = {}  # update → errors on dev; the first process has all
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
-        done = torch.zeros(self.processes, dtype=torch.int64)
+        done = torch.zeros(processes.count(), dtype=torch.int64)
         done[processes.number()] = self.done
         if len(set(processes.total(done).tolist())) > 1:
             raise processes.in_first(ValueError(f"{run}: processes read different checkpoints"))
@@ -80,7 +80,7 @@ class Trainer:
         return self.state["update"]
 
     def updates(self) -> Iterator[dict]:
-        """Train to the end. Where a stop is asked for, the next update to be read is the last one.
+        """Train to the end; after a stop is asked for, until one more update is read and trained.
 
         Yields what each update did, with the dev word error rates after a validation. A checkpoint
         comes before a validation, so that a kill in between loses nothing.
@@ -92,21 +92,21 @@ class Trainer:
         stop = False
         while self.done < config.updates and not stop:
             start = time.perf_counter()
-            batches, labels, readers, record = self.read(loader)
+            batches, label_count, readers, record = self.read(loader)
             stop = record["stop"]
             update = steps.planned(model, self.done)
             rate = learning_rate(update.number, config)
             self.state["update"] += 1
-            self.state["batches"] += len(batches) * self.processes
+            self.state["batches"] += len(batches) * processes.count()
             sizes = list(update.loss_weights)
             record |= dict(update=self.done, step=update.step, sizes=sizes, learning_rate=rate)
 
             # Forward and backward: one pass of each for all networks of the update.
             fault = NOTHING_READ
             if readers:
-                losses = self.add_gradients(update, batches, labels, readers)
+                losses = self.add_gradients(update, batches, label_count, readers)
                 norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
-                # Here the CPU waits for the device; else it does for logged scores and a ranking.
+                # The CPU waits for the device here, and elsewhere only to log scores and to rank.
                 *losses, norm = torch.cat([losses, norm[None]]).tolist()
                 finite = math.isfinite(sum(losses) + norm)
                 fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"
@@ -170,7 +170,7 @@ class Trainer:
         ]
         # Sums over the processes, made on the CPU: nothing waits for the device.
         sums = processes.total(torch.tensor(here, dtype=torch.float64))
-        seconds, labels, readers, left_out, stop, failed = sums.tolist()
+        seconds, label_count, readers, left_out, stop, failed = sums.tolist()
         if failed:
             self.give_up(failure or SystemExit(processes.FAILED))
         if told := self.data.too_many(int(left_out)):
@@ -184,20 +184,21 @@ class Trainer:
             padding=fmean(batch.padding for batch in batches),
             stop=stop > 0,
         )
-        return batches, labels, readers, record
+        return batches, label_count, readers, record
 
     def add_gradients(
-        self, update: Update, batches: list[Batch], labels: float, readers: float
+        self, update: Update, batches: list[Batch], label_count: float, readers: float
     ) -> Tensor:
         """Compute the gradients of an update; return the loss of each network, (M,).
 
-        Both are of all batches of all processes. `labels`: how many target labels these have.
-        `readers`: how many processes have a batch; the others add nothing.
+        Gradients and losses are summed over all batches of all processes. `label_count`: how many
+        target labels these have. `readers`: how many processes have a batch; the others add
+        nothing.
         """
         losses = torch.zeros(len(update.loss_weights), device=self.device)
         batches = [batch for batch in batches if batch.utterances]
         for batch in batches:
-            loss, by_network = steps.losses_of(update, batch, labels, self.model, self.teacher)
+            loss, by_network = steps.losses_of(update, batch, label_count, self.model, self.teacher)
             if batch is batches[-1]:
                 loss = loss + steps.extra_loss(update, self.model) / readers
             loss.backward()
@@ -238,7 +239,7 @@ class Trainer:
         steps.rank_layers(self.model, self.done - 1)
         state = self.state | dict(optimizer=self.optimizer.state_dict())
         state["fingerprint"] = self.data.fingerprint
-        state["batches_of_an_update"] = self.processes * self.config.accumulate
+        state["batches_of_an_update"] = processes.count() * self.config.accumulate
         self.write(checkpoint.NAME, training=state, keep=self.config.keep)
         self.saved, self.saved_at = self.done, time.monotonic()
         self.requests.save = False
@@ -312,7 +313,7 @@ class Trainer:
             utterances = len(self.data.corpus.utterances)
             what = f"{self.config.corpus}: the ids or texts of its {utterances} utterances"
             warnings.warn(f"{what} are not those with which this training began", stacklevel=2)
-        now = self.processes * self.config.accumulate
+        now = processes.count() * self.config.accumulate
         if processes.is_first() and now != before:
             what = f"batches of an update, in all processes: {now}, and not {before} as before"
             warnings.warn(f"{what}: the result is not that of an unbroken training", stacklevel=2)
@@ -348,7 +349,7 @@ class Trainer:
             reserved = [torch.ones_like(weight) for weight in moments]
             for number in sorted({0, self.config.updates - 1}):
                 update = steps.planned(self.model, number)
-                self.add_gradients(update, [batch], labels=1, readers=readers)
+                self.add_gradients(update, [batch], label_count=1, readers=readers)
             del reserved
         except RuntimeError as error:
             if "memory" not in str(error):
@@ -364,11 +365,10 @@ class Trainer:
 
     # Where a corpus disappears, or audio is damaged:
     # 1. An utterance that can't be read is missing from its batch, named in left-out.txt, counted.
-    # 2. An update of which no process could read anything is skipped, as one whose losses or
-    #    gradient are not finite. Batches that worker processes have read before still train.
-    # 3. The training gives up after ten skipped updates in a row, where more than the share
-    #    `most_left_out` could not be read in an epoch, or where as much of dev can't be read,
-    #    whichever comes first.
+    # 2. An update is skipped where no process could read anything, or where a loss or the gradient
+    #    is not finite. Batches that worker processes have read before still train.
+    # 3. The training gives up after ten skipped updates in a row, or where more than the share
+    #    `most_left_out` of an epoch or of dev can't be read.
     # 4. It goes back to the last update that was not skipped, saves, and exits with 2.
     # With --workers 0, features that are in memory are not read again: the loss is noticed late.
 

@@ -231,7 +231,6 @@ def difference(first: list[list[Errors]], second: list[list[Errors]]) -> dict:
         difference=rates[0] - rates[1],
         interval=(low, high),
         verdict=verdict,
-        runs=[len(first), len(second)],
     )
 
 

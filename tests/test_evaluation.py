@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from dynsize import checkpoint, report
 from dynsize.batching import Examples
+from dynsize.config import Config
 from dynsize.corpora import Utterance, read_corpus
-from dynsize.evaluation import transcribe
+from dynsize.evaluation import System, transcribe
 from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
 from dynsize.report import became_worse, errors_of, examples_of, read_hypotheses, score, scores
@@ -62,6 +63,12 @@ CLEAN = ("--corpus", "corpus", "--split", "test-clean")
 
 def transcript_in(work: Path) -> Path:
     return work / "corpus" / "test-clean" / "1" / "7" / "1-7.trans.txt"
+
+
+def test_a_checkpoint_and_an_onnx_file_have_a_folder_each():
+    paths = [Path("run") / name for name in ("checkpoint.pt", "size-7.pt", "size-7.onnx")]
+    names = [System(path, Config()).evaluations.relative_to("run/evaluation") for path in paths]
+    assert list(map(str, names)) == ["checkpoint", "size-7", "size-7.onnx"]
 
 
 def test_what_an_evaluation_shows_and_writes(work):
@@ -441,28 +448,28 @@ def test_a_beam_search_of_another_output_is_refused_before_anything_is_written(t
 def test_weights_are_those_with_the_fewest_errors_on_dev(tones_run, tmp_path, monkeypatch):
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     script = in_process.SCRIPTS["evaluate.py"]
-    monkeypatch.setitem(script, "WEIGHTS", (0.0, 0.5))
-    monkeypatch.setitem(script, "BONUSES", (0.0, -20.0))
+    monkeypatch.setitem(script, "WEIGHTS", (0.0, 1.0))
+    monkeypatch.setitem(script, "BONUSES", (0.0, 3.0))
     read_splits = []
     read = script["read_corpus"]
     monkeypatch.setitem(script, "read_corpus", lambda *a: read_splits.extend(a[1]) or read(*a))
     lm = tones_run / "tones.arpa"
-    command = (tones_run, "--split", "test-other", "--output", tmp_path)
-    command += ("--lm", lm, "--beam", 2)
-    done = done_well(*command, "--tune-lm")
+    command = (tones_run, "--lm", lm, "--beam", 8, "--output", tmp_path)
+    done = done_well(*command, "--split", "test-other", "--tune-lm")
     assert read_splits == ["test-other", "dev-clean", "dev-other"]  # for `lacks`, then on dev
     assert "lacks 0 of " in done.stdout and not done.stderr
-    found = json.loads((tmp_path / "decoding.json").read_text())
-    assert len(found["tried"]) == 4 and found["lm"] == str(lm) and found["beam"] == 2
-    best = min(found["tried"], key=lambda row: row["wer"])
-    assert (found["weight"], found["bonus"]) == (best["weight"], best["bonus"])
-    # a bonus of −20 leaves no word, so that every word of the reference is an error
-    assert [row["wer"] for row in found["tried"] if row["bonus"] < 0] == [1.0, 1.0]
-    done_well(*command, "--overwrite", "--lm-weight", 0.3, "--word-bonus", "-2e1")
-    found = json.loads((tmp_path / "decoding.json").read_text())
-    assert found["weight"] == 0.3 and "tried" not in found
-    results = json.loads((tmp_path / "test-other" / "results.json").read_text())
-    assert results["sizes"][0]["wer"] == 1
+    tried = json.loads((tmp_path / "tuning.json").read_text())["tried"]
+    best = min(tried, key=lambda row: row["wer"])
+    found = json.loads((tmp_path / "test-other" / "results.json").read_text())
+    assert (found["lm_weight"], found["word_bonus"]) == (best["weight"], best["bonus"])
+    assert f"lm_weight {best['weight']}" in (tmp_path / "test-other" / "results.md").read_text()
+    dev = "dev-clean+dev-other"
+    for row in tried:  # each is what the flags give
+        flags = ("--lm-weight", row["weight"], "--word-bonus", row["bonus"], "--overwrite")
+        done_well(*command, "--split", dev, *flags)
+        results = json.loads((tmp_path / dev / "results.json").read_text())
+        assert results["sizes"][0]["wer"] == row["wer"]
+    assert len({row["wer"] for row in tried}) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from conftest import write_tones
 from in_process import ROOT, TINY, done_well, refused, run
 
 from dynsize import checkpoint, config
-from dynsize.terminal import printable, reported
+from dynsize.terminal import reported
+from dynsize.text import printable
 
 # Values that a flag of each type may be given, most of them impossible.
 VALUES = {

@@ -149,6 +149,7 @@ REFUSED = [
     ("train.py --init-from run --run new --width 32", "--width.*run/checkpoint.pt"),
     ("train.py --init-from run --run new --method none", "--method"),
     ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
+    ("train.py --study 0 --method none", "--method with --study"),
     ("train.py --init-from run --run new --resume run", "--resume with --init-from"),
     ("prune.py nowhere", "nowhere: can't be read"),
     ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
