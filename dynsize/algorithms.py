@@ -10,9 +10,11 @@ functions:
     rank(scores, ranking, update, config)            the layers, most important first
 
 `update` is the number of an update of step 1, from 0. The scores are (L,) or (L, L). `size_at` is
-below L. `ranking` is the result of the last `rank`, at first the layers in their order. The layers
-are ranked after the last update of each of the schedule's spans, and before a checkpoint and a
-validation. No function but `rank` waits for the device.
+below L and at least the smallest size; `schedule.size_at_span_end` can serve. A gate is `False`,
+which saves the layer's work, or a tensor, () or (B,); `extra_loss` is (). `ranking` is the result
+of the last `rank`, at first the layers in their order. The layers are ranked after the last update
+of each of the schedule's spans, and before a checkpoint and a validation. No function but `rank`
+waits for the device.
 """
 
 import random
