@@ -111,7 +111,7 @@ def flags_parser(preset: str) -> Parser:
         metavar="SEED",
         help="with the first seed (--seed) train by each algorithm and LayerDrop, and each size "
         "alone (with the first layers, and with those that the paper's two algorithms kept) and "
-        "distilled; with further seeds by the paper's two algorithms and each size "
+        "distilled; with further seeds the same by the paper's two algorithms and "
         f"alone. Writes tables and pictures to runs/study-{preset}; the same command goes on after "
         "a stop",
     )

@@ -228,7 +228,7 @@ class Config:
     setting = partial(described, "machine and log, which --resume may change", marks="resume")
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto", marks="resume evaluate")
     workers: int = setting(
-        0, "processes that read audio; 0: none, features stay in memory, 115 MB an hour", 0, 64
+        0, "processes that read audio; 0: none, features stay in memory, 30 to 170 MB an hour", 0, 64
     )
     checkpoint_activations: bool = setting(False, "save memory: compute layers twice, alike")
     log_every: int = setting(20, "updates between two lines of the log", 1)
@@ -376,7 +376,7 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
     # One to ten hours of speech in any language. Characters, shorter frames, 0.3 as the weight of
     # the subnets' losses, and no masks at first each make a network leave CTC's plateau of blanks
-    # in fewer updates; it does at update 400 to 720. From update 3,600 on, masks keep so little
+    # in fewer updates; it does at update 420 to 720. From update 3,600 on, masks keep so little
     # speech from being learned by heart, as dropout and speeds do from the beginning. A third of
     # the updates leaves a fifth more word errors.
     "small": dict(
