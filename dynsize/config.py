@@ -228,7 +228,7 @@ class Config:
     setting = partial(described, "machine and log, which --resume may change", marks="resume")
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto", marks="resume evaluate")
     workers: int = setting(
-        0, "processes that read audio; 0: none, features stay in memory, some 50 MB an hour", 0, 64
+        0, "processes that read audio; 0: none, features stay in memory, 30-170 MB an hour", 0, 64
     )
     checkpoint_activations: bool = setting(False, "save memory: compute layers twice, alike")
     log_every: int = setting(20, "updates between two lines of the log", 1)

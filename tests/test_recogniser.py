@@ -271,6 +271,15 @@ def test_the_size_within_a_latency_is_the_largest_that_is_fast_enough():
     assert Recogniser(detect, facts()).size_within(1e6) == 2
 
 
+def test_a_latency_is_that_of_the_windows_that_are_transcribed():
+    lengths = []
+    recogniser = Recogniser(lambda *a, **k: lengths.append(len(a[0])) or detect(*a, **k), facts())
+    recogniser.transcribe(np.ones(10 * RATE, np.float32), sample_rate=RATE)
+    windows, lengths[:] = lengths[:], []
+    recogniser.latency(1)
+    assert len(windows) > 1 and lengths == 8 * windows  # one run to warm up, seven that count
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run directory with the checkpoint of a supernet and one cut size. Not to be changed."""
