@@ -79,8 +79,7 @@ def test_the_layers_of_a_new_network_are_the_identity():
 @pytest.mark.parametrize("rotary", [False, True])
 def test_self_attention_sees_the_order_of_frames_by_rotary_positions_alone(rotary):
     layer = SelfAttention(tiny(rotary=rotary))
-    x = torch.randn(1, 9, 16)
-    inside = torch.ones(1, 9, dtype=torch.bool)
+    x, inside = torch.randn(1, 9, 16), torch.ones(1, 9, dtype=torch.bool)
     backwards = layer(x.flip(1), inside).flip(1)
     assert torch.allclose(backwards, layer(x, inside), atol=1e-6) != rotary
 
