@@ -36,7 +36,7 @@ RANKINGS = ("learned", "first", "random")
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
 EXAMPLES = """\
   python prune.py runs/demo                          a file for each size that was trained
-  python prune.py runs/demo --max-latency-ms 5       the largest size that takes at most 5 ms
+  python prune.py runs/demo --max-latency-ms 20      the largest size that takes at most 20 ms
   python prune.py runs/demo --export onnx --int8     ONNX files of each size and of all in one
   python prune.py runs/demo/size-7.pt --export onnx  the ONNX file of a size that was cut
   python prune.py runs/full --method simple-top-k    learn which layers of a full model to keep"""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a supernet, from which prune.py cuts subnets of several sizes.
 
-Without flags: the preset demo, on speech that espeak-ng makes, in three to ten minutes.
+Without flags: the preset demo, on speech that espeak-ng makes, in three to twenty minutes.
 With --corpus: the preset small, for one to ten hours of speech, in about an hour.
 """
 
