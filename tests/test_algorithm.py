@@ -265,6 +265,24 @@ def test_the_loss_of_an_update_is_the_weighted_sum_of_torchs_ctc_per_label():
     torch.testing.assert_close(ctc, torch.stack(by_size).detach())
     torch.testing.assert_close(loss, by_size[0] + 0.3 * by_size[1] + 0.2 * by_size[2])
 
+    def divergence(large: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+        pairs = zip(large, small, lengths, strict=True)
+        return sum((p[:n].exp() * (p[:n] - q[:n])).sum() for p, q, n in pairs) / 5
+
+    largest, *smaller = log_probs
+    teacher = network(seed=1)
+    (target,), _ = teacher(features, frames, [8])
+    taught, _ = losses_of(update, batch, 5, model, teacher)
+    torch.testing.assert_close(taught - loss, divergence(target, largest))
+    taught.backward(retain_graph=True)
+    assert all(weight.grad is None for weight in teacher.parameters())
+    model.config = tiny(stochastic_depth=0.0, self_distillation=0.5)
+    taught, _ = losses_of(update, batch, 5, model, None)
+    added = 0.5 * sum(divergence(largest, small) for small in smaller)
+    torch.testing.assert_close(taught - loss, added)
+    (grad,) = torch.autograd.grad(taught - loss, [model.output(8).weight])
+    assert grad.abs().max() < 1e-9  # the supernet is the teacher: nothing pulls it
+
 
 def test_stochastic_depth_drops_layers_outside_the_smallest_subnet():
     seeds = torch.randint(2**62, (3000,), generator=torch.Generator().manual_seed(0))
