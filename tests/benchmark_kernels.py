@@ -45,6 +45,9 @@ for needless in ("sentencepiece", "soundfile", "soxr", "tqdm"):  # imported, but
         sys.modules[needless] = stand_in
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
+if not importlib.util.find_spec("triton"):
+    sys.exit("benchmark_kernels.py: triton is missing: pip install triton")
+
 import kernel_counts
 import triton
 
