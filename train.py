@@ -66,9 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--seed with --study SEED: name the seeds once")
     for name in ("method", "size", "teacher", "layers_from") if study else ():
         if hasattr(parsed, name):
-            parser.error(
-                f"{configuration.flag_of(name)} with --study: a study trains with and without it"
-            )
+            parser.error(f"{configuration.flag_of(name)} with --study: a study chooses it")
     if parsed.tensorboard and not find_spec("tensorboard"):
         parser.error("--tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
     parsed.preset = parsed.preset or default

@@ -37,7 +37,7 @@ EXAMPLES = """  dynsize talk.flac --model runs/demo
 CAPTION_PAUSE = 1.0  # seconds without a word, after which a new caption begins
 CAPTION_COLUMNS = 60  # at most, in one caption
 # 25 letters, which can be twice as wide, each with the marks and signs after it.
-PART = re.compile(r"\W*(?:\w\W*){1,25}|\W+")
+CAPTION_PART = re.compile(r"\W*(?:\w\W*){1,25}|\W+")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -87,12 +87,12 @@ def captions(transcript: Transcript) -> list[Word]:
 def parts(word: Word) -> list[Word]:
     """Return a word, in parts where it is longer than a caption.
 
-    Scripts without blanks have such words. Times inside a word are estimates: each part takes the
-    same.
+    Scripts without blanks have such words. The parts share the time of the word equally, which is
+    an estimate.
     """
     if columns(word.text) <= CAPTION_COLUMNS:
         return [word]
-    texts = PART.findall(word.text)
+    texts = CAPTION_PART.findall(word.text)
     seconds = (word.end - word.start) / len(texts)
     starts = [word.start + number * seconds for number in range(len(texts))]
     return [Word(text, start, start + seconds) for text, start in zip(texts, starts, strict=True)]

@@ -55,10 +55,10 @@ def missing() -> str:
 def compare_files(config: Config, trainings: dict[str, Config], folder: Path) -> str:
     """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
 
-    `trainings`: those that are at their end; networks that lack theirs are left out. Exports,
-    evaluates what FOLDER/compression/seed-SEED lacks; all are timed again where one of them is not
-    in its `timings.json`. Writes the rows of the tables to `compression.json`. Raises
-    ValueError where a package of the extra `onnx` is missing.
+    `trainings`: those that are at their end; networks that lack theirs are left out. Exports and
+    evaluates what FOLDER/compression/seed-SEED lacks. Times all files again where its
+    `timings.json` lacks one. Writes the rows of the tables to `compression.json`. Raises ValueError
+    where a package of the extra `onnx` is missing.
     """
     seed = next(iter(trainings.values())).seed
     runs = folder / f"seed-{seed}"
@@ -152,7 +152,7 @@ def int8_rows(exports: list[File], scores: dict[str, Scores]) -> list[dict]:
 
 
 def timed(config: Config, runs: Path, exports: list[File]) -> dict:
-    """Return what `timings.json` beside the files holds; measures it where a file is missing."""
+    """Return what `timings.json` beside the files holds; time all again where it lacks a file."""
     path = exports[0].path.with_name("timings.json")
     names = {file.name for file in exports}
     if not path.exists() or read_json(path)["milliseconds"].keys() != names:
