@@ -2,7 +2,7 @@
 """Train a supernet, from which prune.py cuts subnets of several sizes.
 
 Without flags: the preset demo, on speech that espeak-ng makes, in three to twenty minutes.
-With --corpus: the preset small, for one to ten hours of speech, in about an hour.
+With --corpus: the preset small, for one to ten hours of speech, in an hour or two.
 """
 
 import argparse
@@ -39,16 +39,19 @@ EXAMPLES = """\
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the command line, in which only the settings that it names are attributes.
 
-    The defaults shown are those of the preset that it names, or else of `small` where it names a
-    corpus, of `demo` where it doesn't.
+    The defaults shown are those of the method and the preset that it names, or else of the preset
+    `small` where it names a corpus, of `demo` where it doesn't.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--corpus", nargs="?", default="spoken")
+    first.add_argument("--method", nargs="?", default=configuration.Config.method)
     named = first.parse_known_args(arguments)[0]
     default = "demo" if named.corpus == "spoken" else "small"
-    name = named.preset or default
-    parser = flags_parser(name if name in configuration.PRESETS else "demo")
+    try:
+        parser = flags_parser(configuration.preset(named.preset or default, method=named.method))
+    except ValueError:  # which the parser says better
+        parser = flags_parser(configuration.preset("demo"))
     parsed = parser.parse_args(arguments)
     study = parsed.study is not None
     other = {"--resume": parsed.resume, "--preset": parsed.preset, "--study": study}
@@ -73,13 +76,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def flags_parser(preset: str) -> Parser:
-    """Return the parser of all flags, whose help shows the defaults of a preset."""
+def flags_parser(defaults: configuration.Config) -> Parser:
+    """Return the parser of all flags, whose help shows these defaults."""
+    preset = defaults.preset
     parser = Parser("train.py", __doc__, EXAMPLES)
     parser.add_argument(
         "--preset",
         choices=list(configuration.PRESETS),
-        help=f"table of defaults (demo; small with --corpus); those below are of {preset}",
+        help="table of defaults (demo; small with --corpus); those below are of "
+        f"{preset} with --method {defaults.method}",
     )
     parser.add_argument("--run", type=Path, help=f"directory for the results (runs/{preset})")
     parser.add_argument(
@@ -118,7 +123,7 @@ def flags_parser(preset: str) -> Parser:
         action="store_true",
         help="write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard",
     )
-    add_settings(parser, configuration.preset(preset))
+    add_settings(parser, defaults)
     return parser
 
 

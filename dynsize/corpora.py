@@ -205,7 +205,7 @@ def summary(corpus: Corpus, config: Config, others: Mapping[str, Corpus | str]) 
     kinds = ", ".join(f"{split} ({kind})" for split, kind in corpus.kinds.items())
     rows = [f"{config.corpus}: {kinds}", *amounts(corpus, config)]
     rows.append(f"characters {with_counts(counts)}")
-    rows += [f"note: {remark}" for remark in remarks(corpus, counts)]
+    rows += [f"note: {remark}" for remark in remarks(corpus, counts, config)]
     for name, other in others.items():
         if isinstance(other, str):
             rows.append(f"note: {name} is not checked: {other}")
@@ -244,8 +244,11 @@ def amounts(corpus: Corpus, config: Config) -> Iterator[str]:
         yield f"left out: {len(names)} × {reason}, as {name}: {what}"
 
 
-def remarks(corpus: Corpus, counts: Counter[str]) -> Iterator[str]:
-    """Yield what is odd in the texts of a training corpus, whose characters are counted."""
+def remarks(corpus: Corpus, counts: Counter[str], config: Config) -> Iterator[str]:
+    """Yield what is odd in a training corpus, whose characters are counted."""
+    if slow := [one for one in corpus.utterances if one.rate < 2 * config.highest_hz]:
+        what = f"{counted(len(slow), 'utterance')} of {slow[0].rate} Hz, as {slow[0].id}"
+        yield f"{what}: nothing is above {slow[0].rate / 2:g} Hz; see --highest-hz, --sample-rate"
     capitals = only(counts, str.isupper)
     small = only(counts, str.islower)
     if capitals and small:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dynsize.config import Config
 
-# Cached features have this number. Whoever changes `log_mel` raises it, so they are made again.
+# Cached features have this number. Whoever changes `log_mel` raises it, so they are made again, and
+# changes `export.Features` too.
 VERSION = 1
 QUIETEST = 1e-10  # added to the mel energies before the logarithm: digital silence stays finite
 

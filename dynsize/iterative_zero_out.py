@@ -10,8 +10,8 @@ supernet computes all layers in every update.
 The ranking is all that has to be stored: the zeroed-out layers are its end, and how many they are
 follows from the update.
 
-The paper's values, Δ = 4 and scores that start at 10, are the `METHOD_DEFAULTS` of config.py; the
-presets for short trainings have others.
+The paper's values, Δ = 4 and scores that start at 10, are the `METHOD_DEFAULTS` of config.py; in
+the presets for short trainings the scores start lower, and learn faster.
 """
 
 from collections.abc import Sequence

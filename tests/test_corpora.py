@@ -156,6 +156,14 @@ def test_what_is_left_out_and_changed_is_told(tmp_path):
     assert what == "no transcript" and list(names) == ["bert-2"]
 
 
+def test_audio_of_a_rate_below_the_features_is_told(tmp_path):
+    corpus = read(write_tones(tmp_path, {"train": 2}))
+    told = "2 utterances of 8000 Hz, as {}: nothing is above 4000 Hz"
+    told = told.format(corpus.utterances[0].id)
+    assert told in summary(corpus, tiny(sample_rate=16000, highest_hz=4001.0), {})
+    assert "nothing is above" not in summary(corpus, tiny(sample_rate=16000, highest_hz=4000.0), {})
+
+
 def test_splits_are_joined(tmp_path):
     root = write_tones(tmp_path, {"train": 3, "dev-clean": 2})
     joined = read(root, "train+dev-clean").utterances

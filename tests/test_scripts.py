@@ -174,15 +174,17 @@ def test_the_preset_follows_from_the_corpus():
     assert parse(["--corpus", "mine", "--preset", "demo"]).preset == "demo"
 
 
+@pytest.mark.parametrize("method", config.METHODS)
 @pytest.mark.parametrize("preset", list(config.PRESETS))
-def test_help_tells_every_flag_with_its_default(preset, monkeypatch, capsys):
+def test_help_tells_every_flag_with_its_default(preset, method, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS["train.py"]["parse"](["--preset", preset, "--help"])
+        SCRIPTS["train.py"]["parse"](["--preset", preset, "--method", method, "--help"])
     assert not stop.value.code
     text = " ".join(capsys.readouterr().out.split())
+    defaults = config.preset(preset, method=method)
     for field in config.fields():
-        default = config.shown(getattr(config.preset(preset), field.name)) or "none"
+        default = config.shown(getattr(defaults, field.name)) or "none"
         flag = field.name.replace("_", "-")
         assert f"--{flag} " in text or f"--{flag}, --no-{flag} " in text
         assert all(choice in text for choice in field.metadata["choices"])

@@ -78,7 +78,8 @@ def flow(axes: Axes, place: int, came_from: Sequence[int], streams: Sequence[int
         pairs = zip(EXAMPLE_SIZES, streams, strict=True)
         served = [str(size) for size, of_size in pairs if of_size == stream]
         label = f"{'abc'[stream]} ({' '.join(served)})"
-        axes.text(place + 0.78, 0.08 - stream, label, ha="right", va="bottom", fontsize=8)
+        # before the stream parts, which is at place + 0.6
+        axes.text(place + 0.22, 0.08 - stream, label, va="bottom", fontsize=8)
 
 
 def steps_figure() -> Figure:
@@ -86,8 +87,8 @@ def steps_figure() -> Figure:
     layers = 48
     smallest = 12
     between = (24, 36)
-    updates = 120
-    end1 = 60
+    updates = 100
+    end1 = 63  # 9 spans of 7
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(0, end1, color=STEP1, zorder=0)
@@ -102,11 +103,12 @@ def steps_figure() -> Figure:
     axes.plot(np.arange(end1, updates) + 0.5, drawn, ".", color="black", markersize=4)
     text = dict(ha="center", va="bottom")
     axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
-    axes.text((end1 + updates) / 2, layers + 1, "supernet: loss 1 · CTC", **text)
+    middle = (end1 + updates) / 2
+    axes.text(middle, layers + 1, "supernet: loss 1 · CTC", **text)
     subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss w · CTC"
     axes.text(14, 15, subnet, **text)
-    axes.text(90, 37.5, "one size between, drawn at random: loss w · CTC", **text)
-    axes.text(90, smallest + 1, "smallest size: loss w · CTC", **text)
+    axes.text(middle, 37.5, "one size between,\ndrawn at random: loss w · CTC", **text)
+    axes.text(middle, smallest + 1, "smallest size: loss w · CTC", **text)
     axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
     axes.axvline(end1, color="black", linewidth=0.8, ymin=0.13)
     axes.set(
