@@ -117,8 +117,8 @@ class Supernet(nn.Module):
         """
         if self.config.shared_output_layer:
             return self.output_layers["shared"]
-        at_most = [trained for trained in self.sizes if trained <= size]
-        nearest = max(at_most, default=self.sizes[0])
+        at_most = [trained for trained in self.sizes if trained <= size]  # ascending
+        nearest = at_most[-1] if at_most else self.sizes[0]
         return self.output_layers[str(nearest)]
 
     def forward(
