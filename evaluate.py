@@ -39,10 +39,10 @@ from dynsize.corpora import UNREADABLE, read_corpus
 from dynsize.decoding import LanguageModel
 from dynsize.evaluation import (
     System,
-    alone,
     compare,
     decoded,
     evaluate,
+    network_of_size,
     open_system,
     sides_of,
 )
@@ -59,7 +59,7 @@ from dynsize.terminal import (
     reported,
 )
 from dynsize.text import counted
-from dynsize.wer import Errors, writes_blanks
+from dynsize.wer import Errors, measure_of
 
 EXAMPLES = """\
   python evaluate.py runs/demo
@@ -217,15 +217,14 @@ def tune(system: System) -> list[dict]:
     words = system.words
     corpus = read_corpus(config, config.dev_splits)
     utterances = corpus.utterances[:MOST_TUNED]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    measure = "wer" if blanks else "cer"
+    measure = measure_of(utterance.text for utterance in utterances)
     size = system.sizes[-1]
-    network = alone(system, size)
+    network = network_of_size(system, size)
     rows = []
     for words.weight, words.bonus in product(WEIGHTS, BONUSES):
         title = f"dev, weight {words.weight:g}, bonus {words.bonus:g}"
         texts, _ = decoded(system, network, size, utterances, title)
-        errors = sum(errors_of(utterances, texts, blanks), Errors())
+        errors = sum(errors_of(utterances, texts, measure), Errors())
         row = dict(weight=words.weight, bonus=words.bonus)
         rows.append(row | {measure: errors.rate})
     best = min(rows, key=lambda row: row[measure])

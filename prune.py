@@ -176,8 +176,7 @@ def learner_settings(old: Config, options: argparse.Namespace) -> Config:
     """
     smaller = options.sizes or (old.layers // 3, 2 * old.layers // 3)
     all_sizes = {*smaller, old.layers}
-    asked = old.updates // 3 if options.updates is None else options.updates
-    updates = max(1, asked)
+    updates = old.updates // 3 if options.updates is None else options.updates
     return with_method(
         old,
         options.method,
@@ -185,10 +184,7 @@ def learner_settings(old: Config, options: argparse.Namespace) -> Config:
         sizes=tuple(sorted(all_sizes)),
         layers_from="",
         teacher="",
-        updates=updates,
-        log_every=min(old.log_every, updates),
-        validate_every=min(old.validate_every, updates),
-        save_every=min(old.save_every, updates),
+        updates=max(1, updates),
     )
 
 

@@ -87,7 +87,7 @@ def captions(transcript: Transcript) -> list[Word]:
 def parts(word: Word) -> list[Word]:
     """Return a word, in parts where it is longer than a caption.
 
-    Scripts without blanks have such words. The parts share the time of the word equally, which is
+    Scripts without spaces have such words. The parts share the time of the word equally, which is
     an estimate.
     """
     if columns(word.text) <= CAPTION_COLUMNS:

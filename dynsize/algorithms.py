@@ -51,6 +51,5 @@ def every_other(layers: int, sizes: Sequence[int]) -> list[int]:
 
 def shuffled(layers: int, seed: int) -> list[int]:
     """Return a random ranking."""
-    ranking = list(range(layers))
     draw = random.Random(f"ranking {seed}")
-    return draw.sample(ranking, layers)
+    return draw.sample(range(layers), layers)

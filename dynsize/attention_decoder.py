@@ -268,10 +268,7 @@ class AttentionDecoder(nn.Module):
             done += len(part)
         return found
 
-    @staticmethod
-    def least_frames(labels: Sequence[int]) -> int:
-        """Return the frames that these labels need by CTC, which is trained too."""
-        return Ctc.least_frames(labels)
+    least_frames = staticmethod(Ctc.least_frames)  # CTC is trained too
 
     def macs(self, frames: int, labels: int) -> int:
         """Return the multiply-accumulates of greedy decoding; CTC takes no part in it."""

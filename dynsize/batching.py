@@ -40,14 +40,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 class Example:
     """An utterance with its labels, none outside of training, and its features, (T, F) float32.
 
-    Where the audio could not be read, `corrupt` tells why, and there is one frame of zeros.
+    Where the audio could not be read, `unreadable` tells why, and there is one frame of zeros.
     """
 
     utterance: Utterance
     labels: list[int]
     features: Tensor
     seed: int  # of dropout and stochastic depth, drawn by (seed, epoch, id)
-    corrupt: str = ""
+    unreadable: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Batch:
     labels: Tensor  # (B, U)
     label_lengths: Tensor  # (B,)
     seeds: Tensor  # (B,), of dropout and stochastic depth
-    corrupt: dict[str, str]  # id → why, of the batch's utterances that could not be read
+    unreadable: dict[str, str]  # id → why, of the batch's utterances that could not be read
 
     @property
     def padding(self) -> float:
@@ -192,7 +192,7 @@ class Examples(Dataset):
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Return the examples that could be read, padded, as one batch; it may have no utterance."""
-    good = [example for example in examples if not example.corrupt]
+    good = [example for example in examples if not example.unreadable]
     padded = good or examples[:1]  # gives a batch without utterances its other dimensions
     features = pad_sequence([e.features for e in padded], batch_first=True)[: len(good)]
     labels = [torch.LongTensor(e.labels) for e in padded]
@@ -200,9 +200,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     lengths = torch.LongTensor([len(e.features) for e in good])
     label_lengths = torch.LongTensor([len(e.labels) for e in good])
     seeds = torch.LongTensor([e.seed for e in good])
-    corrupt = {e.utterance.id: e.corrupt for e in examples if e.corrupt}
+    unreadable = {e.utterance.id: e.unreadable for e in examples if e.unreadable}
     utterances = [e.utterance for e in good]
-    return Batch(utterances, features, lengths, labels, label_lengths, seeds, corrupt)
+    return Batch(utterances, features, lengths, labels, label_lengths, seeds, unreadable)
 
 
 def read_batches(

@@ -6,7 +6,6 @@ recognise is one table. Another one has what choosing the size at run time costs
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,6 @@ from dynsize.subnet import ROUNDS, cut, in_turn, noise, weights_in
 from dynsize.supernet import Supernet
 from dynsize.wer import difference, interval, mean_rate
 
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
 NETWORKS = {  # network of a size → the run directory that it comes from
     "cut": "simple-top-k",
     "alone": "alone-{size}",
@@ -45,11 +43,6 @@ CHOICE_NOTE = (
     "timed in the same way. Weights: bytes of the ONNX file, or of the float32 weights in torch. "
     "First / second: times of the first and the second utterance after another size ran.\n"
 )
-
-
-def missing() -> str:
-    """Return the name of a package that is needed and not installed, or an empty text."""
-    return next((name for name in PACKAGES if not find_spec(name)), "")
 
 
 def compare_files(config: Config, trainings: dict[str, Config], folder: Path) -> str:

@@ -23,7 +23,7 @@ METHOD_DEFAULTS: dict[str, dict[str, typing.Any]] = {
 NO_SCORES = dict(delta=1, initial_score=0.0, score_rate=1.0)  # of a method that learns none
 METHODS = (*METHOD_DEFAULTS, "none", "layerdrop", "aux-loss")
 ONE_NETWORK = ("none", "layerdrop")  # methods of which an update trains one network
-LARGEST = 2**31  # every number is smaller
+LARGEST = 2**31  # every number without another limit is smaller
 CHANNELS = {"conv2d": 2, "vgg": 4}  # convolutions of each front-end
 
 
@@ -33,15 +33,15 @@ def described(
     help: str,
     least: float | None = None,
     most: float | None = None,
-    below: float | None = None,
+    below: float = LARGEST,
     choices: tuple[str, ...] = (),
     marks: str = "",
 ) -> typing.Any:
     """Return a field of `Config` with the words that `train.py --help` says about it.
 
-    A number, or each number of a tuple, is `least` or more, at most `most`, and below `below`, by
-    default 2^31. `choices`: the values that a text may have. `marks`, words between blanks, say
-    what depends on the setting, and who may change it:
+    A number, or each number of a tuple, is from `least` to `most`, or else from `least` to below
+    `below`. `choices`: the values that a text may have. `marks`, words between spaces, say what
+    depends on the setting, and who may change it:
 
         resume     --resume may change it: what is learned stays the same
         affects    --resume may change it: the result is not that of an unbroken training
@@ -352,9 +352,8 @@ def fault(setting: dataclasses.Field, value: object) -> str:
     if most is not None:
         inside = all(least <= n <= most for n in values)
         return "" if inside else f"must be {least:g} to {most:g}"
-    highest = LARGEST if below is None else below  # not reached
-    inside = all(least <= n < highest for n in values)
-    limit = "2^31" if below is None else below
+    inside = all(least <= n < below for n in values)
+    limit = "2^31" if below == LARGEST else below
     return "" if inside else f"must be {least:g} or more and below {limit}"
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dynsize.audio import CorruptAudio, Header, headers, read_samples
 from dynsize.config import Config
-from dynsize.readers import KINDS, Entry, Notes, contents
+from dynsize.readers import LAYOUTS, Entry, Notes, contents
 from dynsize.spoken import spoken_corpus
 from dynsize.text import UNKNOWN_WORD, clean, counted, printable, quoted
 from dynsize.wer import Reference
@@ -106,7 +106,7 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
 
 def recognise(root: Path, split: str, kind: str, flag: str) -> tuple[str, Path, Callable]:
     """Return the kind of a split, the file that shows it, and its reader."""
-    for name, pattern, reader in KINDS:
+    for name, pattern, reader in LAYOUTS:
         source = root / pattern.format(split)
         if kind in ("auto", name) and source.exists():
             return name, source, reader

@@ -239,7 +239,8 @@ class LanguageModel:
     `letters`: the characters that the network can write. `normaliser`: that of the training, by
     which the model's words are cleaned as transcripts are. A word that the model lacks scores at
     least a tenth of its rarest word's probability. Raises ValueError for a file that is no ARPA
-    file, and where its words cannot be written with the letters, as in the other case.
+    file, and where the letters spell hardly any of its words, for example because one is in
+    capitals and the other is not.
     """
 
     def __init__(

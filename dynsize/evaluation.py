@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
@@ -26,7 +26,7 @@ from dynsize.report import Texts, errors_of, read_hypotheses, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Output, Supernet
 from dynsize.text import NORMALISERS
-from dynsize.wer import Errors, difference, writes_blanks
+from dynsize.wer import Errors, difference, measure_of
 
 # What an ONNX file does, and the settings that say so.
 ONNX_RULE = "an ONNX file computes on the CPU, one utterance at a time"
@@ -108,6 +108,7 @@ def open_system(path: Path, changes: dict[str, object]) -> System:
     return System(loaded.path, config, loaded)
 
 
+@torch.inference_mode()
 def transcribe(
     network: Supernet | Network,
     examples: Examples,
@@ -134,33 +135,19 @@ def transcribe(
     short = [index for index, number in enumerate(samples) if number <= longest]
     long = [index for index, number in enumerate(samples) if number > longest]
     unreadable: dict[str, str] = {}
-    found: list[Iterable[Found]] = []
+    found = in_windows(network, examples.utterances, long, decoders, unreadable, facts)
     if short:
-        found.append(in_batches(network, examples, short, decoders, unreadable))
-    found.append(in_windows(network, examples.utterances, long, decoders, unreadable, facts))
-    spell = examples.tokenizer.decode
-    texts = texts_of(chain.from_iterable(found), len(examples), sizes, title, spell)
-    return texts, unreadable
-
-
-@torch.inference_mode()
-def texts_of(
-    found: Iterable[Found],
-    utterances: int,
-    sizes: Sequence[int],
-    title: str,
-    spell: Callable[[list[int]], str],
-) -> dict[int, Texts]:
-    """Return size → the text of each utterance. `spell`: gives the text of labels."""
-    texts: dict[int, Texts] = {size: [None] * utterances for size in sizes}
+        found = chain(in_batches(network, examples, short, decoders, unreadable), found)
+    texts: dict[int, Texts] = {size: [None] * len(examples) for size in sizes}
     bar_options = dict(unit="utt", leave=False, delay=1, disable=None)
-    with tqdm(total=utterances, desc=title, **bar_options) as bar:
+    with tqdm(total=len(examples), desc=title, **bar_options) as bar:
         for indices, by_size in found:
-            for size, decoded_texts in by_size.items():
-                for index, pairs in zip(indices, decoded_texts, strict=True):
-                    texts[size][index] = spell([label for label, _ in pairs])
+            for size, of_size in by_size.items():
+                for index, pairs in zip(indices, of_size, strict=True):
+                    labels = [label for label, _ in pairs]
+                    texts[size][index] = examples.tokenizer.decode(labels)
             bar.update(len(indices))
-    return texts
+    return texts, unreadable
 
 
 def in_batches(
@@ -183,7 +170,7 @@ def in_batches(
     batches = batch_plan(chosen_frames, most_frames, config.batch_utterances)
     plan = [[chosen[number] for number in batch] for batch in batches]
     for indices, batch in zip(plan, read_batches(examples, plan), strict=True):
-        unreadable.update(batch.corrupt)
+        unreadable.update(batch.unreadable)
         read = [i for i in indices if examples.utterances[i] in batch.utterances]
         if read:
             features, lengths, *_ = batch.to(device)
@@ -217,7 +204,7 @@ def in_windows(
         yield [index], by_size
 
 
-def alone(system: System, size: int) -> Supernet | Network:
+def network_of_size(system: System, size: int) -> Supernet | Network:
     """Return the network of one size: cut out of a supernet, or the one of an ONNX file."""
     if isinstance(system.source, OnnxFile):
         return system.source.network
@@ -260,10 +247,10 @@ def evaluate(system: System, split: str, output: Path) -> dict:
     texts, rows = decoded_by_size(system, corpus, split)
     utterances = corpus.utterances
     read = read_by_all(list(texts.values()), split)
-    blanks = writes_blanks(utterances[i].text for i in read)
+    measure = measure_of(utterances[i].text for i in read)
     scored = {}
     for size, of_size in texts.items():
-        scored[size] = [score(utterances[i], of_size[i], blanks) for i in read]
+        scored[size] = [score(utterances[i], of_size[i], measure) for i in read]
     audio_seconds = sum(utterances[i].samples for i in read) / config.sample_rate
     for size, row in rows.items():
         seconds = row.pop("seconds")
@@ -274,7 +261,7 @@ def evaluate(system: System, split: str, output: Path) -> dict:
         split=split,
         **system.decoding,
         device=str(device_of(config)),
-        measure="wer" if blanks else "cer",
+        measure=measure,
         utterances=len(read),
         audio_seconds=audio_seconds,
         left_out=corpus.left_out,
@@ -297,7 +284,7 @@ def decoded_by_size(
     rows: dict[int, dict] = {}
     shortest = min(corpus.utterances, key=lambda utterance: utterance.samples)
     for size in reversed(system.sizes):
-        network = alone(system, size)
+        network = network_of_size(system, size)
         decoded(system, network, size, [shortest], split)  # the first takes longer
         start = time.perf_counter()
         texts[size], unreadable = decoded(system, network, size, corpus.utterances, split)
@@ -387,13 +374,12 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
             texts[number, size] = runs
     read = read_by_all(list(chain.from_iterable(texts.values())), split)
     utterances = [corpus.utterances[i] for i in read]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
+    measure = measure_of(utterance.text for utterance in utterances)
     errors: dict[tuple[int, int], list[list[Errors]]] = {}
     for end, runs in texts.items():
         read_texts = [[of_run[i] for i in read] for of_run in runs]
-        errors[end] = [errors_of(utterances, of_run, blanks) for of_run in read_texts]
+        errors[end] = [errors_of(utterances, of_run, measure) for of_run in read_texts]
     unreadable = corpus.left_out.get(UNREADABLE, {})
-    measure = "wer" if blanks else "cer"
     shared = dict(measure=measure, utterances=len(read), left_out=len(unreadable))
     rows = []
     for a, b in combinations(range(len(sides)), 2):
@@ -424,7 +410,7 @@ def common_corpus(sides: Sequence[Sequence[System]], split: str) -> Corpus:
 class Scores(NamedTuple):
     """What evaluations of one split found, each by its name."""
 
-    measure: str  # wer, or cer where the language writes no blanks
+    measure: str  # wer, or cer where the language has no spaces between words
     rows: dict[tuple[str, int], dict]  # (name, size) → its row of results.json
     errors: dict[tuple[str, int], list[Errors]]  # (name, size) → errors of each utterance
 
@@ -462,13 +448,13 @@ def scores_of(networks: dict[str, Path], config: Config, split: str) -> Scores:
         unreadable.update(reports[name]["left_out"].get(UNREADABLE, {}))
     corpus = read_corpus(config, [split])
     utterances = [u for u in corpus.utterances if u.id not in unreadable]
-    blanks = writes_blanks(utterance.text for utterance in utterances)
-    scores = Scores("wer" if blanks else "cer", {}, {})
+    measure = measure_of(utterance.text for utterance in utterances)
+    scores = Scores(measure, {}, {})
     for name, found in reports.items():
         for row in found["sizes"]:
             size = row["size"]
             file = folders[name] / f"hyp-{size}.trn"
             texts = read_hypotheses(file, utterances, config.normaliser)
             scores.rows[name, size] = row
-            scores.errors[name, size] = errors_of(utterances, texts, blanks)
+            scores.errors[name, size] = errors_of(utterances, texts, measure)
     return scores

@@ -43,6 +43,7 @@ from dynsize.supernet import Supernet
 
 FLOOR = 1e-6  # added to the scaled mel energies in the graph
 TOLERANCE = 1e-4  # of log-probabilities, absolute; beside it their relative error in float32
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `onnx`
 TORCH = "2.13"  # the oldest that exports layers which don't always run
 BATCHES = ([4.0], [1.0, 0.4], [0.7, 0.02, 2.0, 0.3, 1.1])  # seconds of each utterance
 
@@ -72,13 +73,16 @@ def check_possible(loaded: Checkpoint, size: int | None, path: Path) -> None:
     Its output is not CTC, a package is missing, or torch is too old for all sizes.
     """
     require_ctc(loaded.model.config, f"{path}: an ONNX file")
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        if find_spec(package) is None:
-            install = "pip install -e '.[onnx]'"
-            raise ValueError(f"{path}: exporting needs {package}: {install}")
+    if package := missing():
+        raise ValueError(f"{path}: exporting needs {package}: pip install -e '.[onnx]'")
     if size is None and torch.__version__ < TORCH:  # torch compares versions, not texts
         needs = f"all sizes in one file need torch {TORCH} or newer, this is {torch.__version__}"
         raise ValueError(f"{path}: {needs}; prune.py RUN/size-K.pt --export onnx writes one size")
+
+
+def missing() -> str:
+    """Return the name of a package that is needed and not installed, or an empty text."""
+    return next((name for name in PACKAGES if not find_spec(name)), "")
 
 
 def write_graph(loaded: Checkpoint, choose: bool, path: Path) -> None:

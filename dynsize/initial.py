@@ -24,8 +24,8 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
 
     Its settings are the checkpoint's with `changes`. A network that was cut is trained as it is,
     by the method none. Scores and ranking of a supernet come along. So does the tokenizer, unless
-    `changes` asks for other units: then it is made from the new texts, and the outputs are new, as
-    they are where they are of another kind.
+    `changes` asks for other units: then it is made from the new texts. The outputs begin anew where
+    the tokenizer does, and where they are of another kind.
 
     Raises ValueError for changes of what the weights were trained for: features, network, layers.
     """

@@ -125,7 +125,7 @@ def training_figure(records: Records, name: str) -> Figure:
     logged = [record for record in records if record.get("losses")]
     validated = [record for record in records if record.get("dev")]
     trained = validated[0]["dev"] if validated else logged[0]["sizes"][:1]
-    styles = styles_of(sorted(map(int, trained), reverse=True))
+    styles = line_styles(sorted(map(int, trained), reverse=True))
     figure = Figure(figsize=(8.5, 7))
     panels = figure.subplots(3, sharex=True, height_ratios=[3, 3, 1.5])
     losses, errors, rate = panels
@@ -146,7 +146,7 @@ def training_figure(records: Records, name: str) -> Figure:
     return figure
 
 
-def styles_of(sizes: Sequence[int]) -> Styles:
+def line_styles(sizes: Sequence[int]) -> Styles:
     """Return size → how its lines are drawn: the smaller, the lighter, with other dashes.
 
     `sizes`: largest first.
@@ -279,7 +279,7 @@ def draw_masks(axes: Axes, sizes: Sequence[int], ranked: list[str], names: list[
 # A study.
 
 
-def style_of(way: str, hollow: bool) -> dict:
+def marker_style(way: str, hollow: bool) -> dict:
     """Return how the points of a way to train are drawn."""
     colour, marker, line = MARKS.get(way, OTHER_MARK)
     face = "white" if hollow else colour
@@ -339,7 +339,7 @@ def draw_files(axes: Axes, files: Records, split: str, cost: str, shift: float) 
     rates = [score[score["measure"]] for score in scores]
     intervals = column(scores, "interval")
     move = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    style = style_of(way, hollow) | dict(label=label, transform=axes.transData + move)
+    style = marker_style(way, hollow) | dict(label=label, transform=axes.transData + move)
     axes.errorbar(costs, rates, errors_around(rates, intervals), **style)
     for ends in np.transpose(intervals):  # what is moved does not count for the limits of the axes
         axes.update_datalim(np.column_stack([costs, ends]))
@@ -390,7 +390,7 @@ def draw_difference(axes: Axes, row: dict, line: int) -> None:
     """Draw a difference with its interval, in percent points, at the height `line`."""
     points = 100 * row["difference"]
     interval = 100 * np.array(row["interval"])
-    style = style_of(row["method"], hollow=row["baseline"] != "alone")
+    style = marker_style(row["method"], hollow=row["baseline"] != "alone")
     axes.errorbar(points, line, xerr=errors_around([points], [interval]), **style)
 
 

@@ -519,7 +519,7 @@ def contents(folder: Path | str) -> str:
     return f"in {folder}: {', '.join(names[:LISTED]) or 'nothing'}{more}"
 
 
-KINDS = (  # one of `CORPUS_KINDS`, what it is recognised by, reader; the first that is there
+LAYOUTS = (  # one of `CORPUS_KINDS`, what it is recognised by, reader; the first that is there
     ("stm", "{}/stm", stm),
     ("kaldi", "{}/wav.scp", kaldi),
     ("common-voice", "{}.tsv", common_voice),

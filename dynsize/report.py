@@ -25,7 +25,6 @@ from dynsize.wer import (
     errors_in,
     in_notation,
     interval,
-    plain_reference,
 )
 
 NOTHING = "(nothing)"  # beside a deleted or inserted word
@@ -40,7 +39,7 @@ Texts = list[str | None]  # of each utterance; None where its audio can't be rea
 
 @dataclass(frozen=True)
 class Scored:
-    """An utterance with a text. `pairs` aligns characters where a language writes no blanks."""
+    """An utterance with a text. `pairs` aligns words, or characters where these count."""
 
     utterance: Utterance
     text: str
@@ -50,35 +49,32 @@ class Scored:
 
 
 def reference_of(utterance: Utterance) -> Reference:
-    """Return what an utterance is scored against, with the alternatives of its corpus."""
-    return utterance.reference or plain_reference(utterance.text)
+    """Return what an utterance is scored against: its corpus's alternatives, or its words."""
+    return utterance.reference or [[[word]] for word in utterance.text.split()]
 
 
-def errors_of(utterances: Sequence[Utterance], texts: Texts, blanks: bool) -> list[Errors]:
+def errors_of(utterances: Sequence[Utterance], texts: Texts, measure: str) -> list[Errors]:
     """Return the errors that count, of each utterance that has a text.
 
-    They are in words, or in characters for a language that writes no `blanks`.
+    They are in words for the `measure` wer, in characters for cer.
     """
-    errors = []
-    for utterance, text in zip(utterances, texts, strict=True):
-        if text is not None:
-            scored = score(utterance, text, blanks)
-            errors.append(scored.words if blanks else scored.characters)
-    return errors
+    pairs = zip(utterances, texts, strict=True)
+    scored = (score(utterance, text, measure) for utterance, text in pairs if text is not None)
+    return [errors_in(s.pairs) for s in scored]
 
 
-def score(utterance: Utterance, text: str, blanks: bool) -> Scored:
+def score(utterance: Utterance, text: str, measure: str) -> Scored:
     """Return the errors of a text, in words and in characters.
 
     Of alternatives, those with the fewest word errors are also the ones for the characters.
-    Blanks count as characters if the language writes `blanks`.
+    The spaces between words count as characters, unless the `measure` is cer.
     """
     pairs = align(reference_of(utterance), text.split())
     words = errors_in(pairs)
-    blank = " " if blanks else ""
-    said = blank.join(word for word, _ in pairs if word is not None)
-    heard = blank.join(text.split())
-    if not blanks:
+    space = " " if measure == "wer" else ""
+    said = space.join(word for word, _ in pairs if word is not None)
+    heard = space.join(text.split())
+    if measure == "cer":
         pairs = align([[[character]] for character in said], heard)
     return Scored(utterance, text, pairs, words, count_errors(said, heard))
 
@@ -258,11 +254,9 @@ def columns(text: str) -> int:
 
 
 def padded(text: str, width: int, right: bool = False) -> str:
-    """Return a text with blanks up to a width in columns, before it if `right`."""
-    blanks = " " * (width - columns(text))
-    if right:
-        return blanks + text
-    return text + blanks
+    """Return a text with spaces up to a width in columns, before it if `right`."""
+    spaces = " " * (width - columns(text))
+    return spaces + text if right else text + spaces
 
 
 def table(rows: Sequence[dict[str, object]], text_columns: int = 0) -> str:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynsize.algorithms import ALGORITHMS
 from dynsize.batching import Batch
 from dynsize.config import Config
 from dynsize.conformer import Gates, padding_mask
@@ -43,8 +42,7 @@ def planned(model: Supernet, number: int) -> Update:
     config = model.config
     largest = model.sizes[-1]
     if in_step1(number, config):
-        algorithm = ALGORITHMS[config.method]
-        size = algorithm.size_at(number, config)
+        size = model.algorithm.size_at(number, config)
         return Update(number, 1, {largest: 1.0, size: config.subnet_loss})
     if config.method == "layerdrop":
         return Update(number, 2, {largest: 1.0})
@@ -72,9 +70,8 @@ def gates_of(update: Update, model: Supernet, seeds: Tensor) -> list[Gates]:
     """Return the L gates of each network, largest first, for utterances with these seeds, (B,)."""
     config = model.config
     if update.step == 1:
-        algorithm = ALGORITHMS[config.method]
         all_layers = model.mask(model.sizes[-1])
-        weights = algorithm.layer_weights(model.scores, model.ranking, update.number, config)
+        weights = model.algorithm.layer_weights(model.scores, model.ranking, update.number, config)
         return [all_layers, weights]
     if config.method == "layerdrop":
         drawn = layer_gates(seeds, model.sizes[-1], config.layer_drop)  # (L, B)
@@ -154,8 +151,7 @@ def extra_loss(update: Update, model: Supernet) -> Tensor | float:
     """Return the algorithm's extra loss, (); 0 in step 2."""
     if update.step == 2:
         return 0.0
-    algorithm = ALGORITHMS[model.config.method]
-    return algorithm.extra_loss(model.scores, model.ranking, update.number, model.config)
+    return model.algorithm.extra_loss(model.scores, model.ranking, update.number, model.config)
 
 
 def rank_layers(model: Supernet, number: int) -> None:
@@ -164,8 +160,7 @@ def rank_layers(model: Supernet, number: int) -> None:
     Note: this waits for the device.
     """
     if number >= 0 and in_step1(number, model.config):
-        algorithm = ALGORITHMS[model.config.method]
-        model.ranking = algorithm.rank(model.scores, model.ranking, number, model.config)
+        model.ranking = model.algorithm.rank(model.scores, model.ranking, number, model.config)
 
 
 def shown_scores(update: Update, model: Supernet) -> dict:
@@ -174,9 +169,8 @@ def shown_scores(update: Update, model: Supernet) -> dict:
     Where the scores are a matrix, the layer weights of the subnet are shown instead. Note: this
     waits for the device.
     """
-    algorithm = ALGORITHMS[model.config.method]
     scores = model.scores.detach().cpu()
     now = (scores, model.ranking, update.number, model.config)
-    shown = scores if scores.dim() == 1 else algorithm.layer_weights(*now)
+    shown = scores if scores.dim() == 1 else model.algorithm.layer_weights(*now)
     rounded = [round(float(score), 5) for score in shown]
-    return dict(scores=rounded, ranking=algorithm.rank(*now))
+    return dict(scores=rounded, ranking=model.algorithm.rank(*now))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from dynsize import checkpoint, compression, files
+from dynsize import checkpoint, compression, export, files
 from dynsize.algorithms import ALGORITHMS
 from dynsize.config import Config, flag_of, shown, with_method
 from dynsize.evaluation import Scores, scores_of
@@ -27,9 +27,14 @@ from dynsize.terminal import reported
 from dynsize.training import Trainer
 from dynsize.wer import difference, interval, mean_rate
 
-PAPER = ("simple-top-k", "iterative-zero-out")  # what further seeds train, beside each size alone
+PAPERS_METHODS = (
+    "simple-top-k",
+    "iterative-zero-out",
+)  # what further seeds train, beside each size alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
-SAME_LAYERS = {method: f"{method}-layers" for method in PAPER}  # alone, with the layers it kept
+SAME_LAYERS = {
+    method: f"{method}-layers" for method in PAPERS_METHODS
+}  # alone, with the layers it kept
 WAYS = ("alone", *SAME_LAYERS.values(), *SHARED, "distilled")
 COMPARED = [  # ways to train, and the one that each is compared with
     *((way, "alone") for way in (*SHARED, "distilled")),
@@ -51,11 +56,10 @@ NOTE = (
 def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
     """Return name → configuration of each training, in their order, all with the same updates.
 
-    With the first seed these are a supernet by each algorithm and by LayerDrop, each size alone,
-    with the first layers and with those that each of the paper's algorithms kept, and, of CTC, each
-    size with the largest size alone as its teacher. With each further seed, the same without
-    OrthoSoftmax, LayerDrop and teachers. At the largest size all layers are kept, so one
-    training alone serves for all choices of layers.
+    The first seed trains a supernet by each algorithm and by LayerDrop; each size alone, with the
+    first layers; each smaller size alone, with the layers that each of the paper's algorithms kept;
+    and, with CTC, each size with the largest size alone as its teacher. A further seed trains the
+    same without OrthoSoftmax, LayerDrop and teachers.
     """
     trainings: list[Config] = []
     first, *_ = seeds
@@ -64,9 +68,11 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
         runs = folder / f"seed-{seed}"
         of_seed = dataclasses.replace(config, seed=seed)
         alone = partial(with_method, of_seed, "none")
-        trainings += [with_method(of_seed, way) for way in (SHARED if seed == first else PAPER)]
+        trainings += [
+            with_method(of_seed, way) for way in (SHARED if seed == first else PAPERS_METHODS)
+        ]
         trainings += [alone(size=size) for size in config.sizes]
-        for method in PAPER:
+        for method in PAPERS_METHODS:
             supernet = str(runs / method)
             trainings += [alone(size=size, layers_from=supernet) for size in smaller]
         if seed == first and config.output == "ctc":  # what a teacher is for
@@ -138,7 +144,7 @@ def results(config: Config, trainings: Trainings, folder: Path) -> str:
     tables = write_tables(config, trainings, folder)
     if config.output != "ctc":
         return f"{tables}\nno table of compression: ONNX files are for the output ctc\n"
-    if package := compression.missing():
+    if package := export.missing():
         install = "pip install -e '.[onnx]'"
         return f"{tables}\nno table of compression: {package} is missing: {install}\n"
     return tables + "\n" + compression.compare_files(config, trainings, folder)
@@ -279,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with reported(parser.prog, "interrupted; the same command goes on"):
         folder = options.folder
         trainings = finished(folder)
-        supernets = [config for config in trainings.values() if config.method == PAPER[0]]
+        supernets = [config for config in trainings.values() if config.method == PAPERS_METHODS[0]]
         if not supernets:
-            raise ValueError(f"{folder}: no training seed-*/{PAPER[0]} is at its end")
+            raise ValueError(f"{folder}: no training seed-*/{PAPERS_METHODS[0]} is at its end")
         results(supernets[0], trainings, folder)
 
 

@@ -19,6 +19,7 @@ A subnet that was cut out of a supernet is a `Supernet` with fewer layers and on
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,12 @@ class Supernet(nn.Module):
             self.output_layers[name] = output
         self.scores = None
         if size is None and config.method in ALGORITHMS:
-            algorithm = ALGORITHMS[config.method]
-            self.scores = nn.Parameter(algorithm.initial_scores(config))
+            self.scores = nn.Parameter(self.algorithm.initial_scores(config))
+
+    @property
+    def algorithm(self) -> ModuleType:
+        """The algorithm that learns the ranking in step 1, see `algorithms.py`."""
+        return ALGORITHMS[self.config.method]
 
     def get_extra_state(self) -> list[int]:
         """Return the ranking, which is part of `state_dict`."""

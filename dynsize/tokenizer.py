@@ -24,7 +24,7 @@ class LabelledWord(NamedTuple):
 class Tokenizer:
     """A SentencePiece model, given as the bytes of its file.
 
-    `units`: V times what a label adds to a text, in UTF-8; the mark ▁ is a blank. A label adds a
+    `units`: V times what a label adds to a text, in UTF-8; the mark ▁ is a space. A label adds a
     word or a part of one, several words, or one byte of a character; CTC's blank adds nothing.
     """
 

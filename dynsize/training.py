@@ -22,7 +22,7 @@ from dynsize.config import Config, with_changes
 from dynsize.initial import load_teacher, new_network, optimizer_for
 from dynsize.schedule import ends_span, learning_rate
 from dynsize.steps import Update
-from dynsize.training_data import Dev, TrainingData
+from dynsize.training_data import Dev, TrainingData, too_many
 
 NOTHING_READ = "no utterance could be read"  # why an update is skipped
 MOST_SKIPPED = 10  # updates in a row that are skipped before the training gives up
@@ -36,7 +36,8 @@ class Trainer:
     writes checkpoints and the log. Each process notes what it could not read, and what it had read
     for an update that is skipped.
 
-    `loaded`: a checkpoint to go on from; one without a training's state gives the initial network.
+    `loaded`: a checkpoint. With a training's state, the training goes on from there; without one,
+    its network is the initial network.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Trainer:
         return self.state["update"]
 
     def updates(self) -> Iterator[dict]:
-        """Train to the end; after a stop is asked for, until one more update is read and trained.
+        """Train to the end, or to the update after the one in which a stop is asked for.
 
         Yields what each update did, with the dev word error rates after a validation. A checkpoint
         comes before a validation, so that a kill in between loses nothing.
@@ -146,8 +147,8 @@ class Trainer:
         """Read the batches of an update.
 
         Returns this process's batches; how many target labels all processes read; how many
-        processes read something; and what the log tells of it. Gives up where a worker process of
-        any process died, or where too many utterances can't be read.
+        processes read something; and what the log tells of it. Gives up where a process that reads
+        audio died, or where too many utterances can't be read.
         """
         batches: list[Batch] = []
         failure = None
@@ -173,7 +174,7 @@ class Trainer:
         seconds, label_count, readers, left_out, stop, failed = sums.tolist()
         if failed:
             self.give_up(failure or SystemExit(processes.FAILED))
-        if told := self.data.too_many(int(left_out)):
+        if told := too_many(int(left_out), self.data.corpus, "training", self.config):
             error = ValueError(f"{told}; {self.run / run_directory.LEFT_OUT} names them")
             self.give_up(processes.in_first(error))
         record = dict(

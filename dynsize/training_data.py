@@ -19,7 +19,7 @@ from dynsize.report import errors_of
 from dynsize.subnet import kept_names
 from dynsize.supernet import OUTPUTS, Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
-from dynsize.wer import Errors, writes_blanks
+from dynsize.wer import Errors, measure_of
 
 MOST_TRIED = 10  # batches of which one is tried for its memory
 UNALIGNED = "too few frames for its labels"
@@ -44,7 +44,7 @@ class TrainingData:
                     files.clean(Path(cache))
             self.corpus = read_corpus(config, config.train_splits, "--train-splits")
         self.left_out = 0  # utterances that this process could not read in this epoch
-        if told := self.too_many(0):
+        if told := too_many(0, self.corpus, "training", config):
             first = unlisted(self.corpus)[0]
             raise processes.in_first(ValueError(f"{told}; the first: {first}"))
         if tokenizer is None:
@@ -107,15 +107,8 @@ class TrainingData:
 
     def note_unreadable(self, batch: Batch, run: Path) -> None:
         """Name and count the utterances of a batch that could not be read."""
-        run_directory.note_left_out(run, {UNREADABLE: batch.corrupt})
-        self.left_out += len(batch.corrupt)
-
-    def too_many(self, left_out: int) -> str:
-        """Return a message where too many utterances can't be read, else ''.
-
-        `left_out`: those that could not be read in this epoch, by all processes.
-        """
-        return too_many(left_out, self.corpus, "training", self.config)
+        run_directory.note_left_out(run, {UNREADABLE: batch.unreadable})
+        self.left_out += len(batch.unreadable)
 
     @cached_property
     def summary(self) -> str:
@@ -151,7 +144,7 @@ class Dev:
         for why, names in self.corpus.left_out.items():
             data.corpus.left_out[f"{why} (dev)"] = names
         utterances = self.corpus.utterances
-        self.blanks = writes_blanks(utterance.text for utterance in utterances)
+        self.measure = measure_of(utterance.text for utterance in utterances)
         share = utterances[processes.number() :: processes.count()]
         self.examples = data.examples_of(share)
 
@@ -161,11 +154,10 @@ class Dev:
         `measure` is wer or cer: whether the errors are of words or of characters. The error rate
         stands under this name.
         """
-        measure = "wer" if self.blanks else "cer"
         results = {}
         for size, errors in self.errors(model).items():
-            results[size] = {measure: errors.rate} | dict(
-                measure=measure,
+            results[size] = {self.measure: errors.rate} | dict(
+                measure=self.measure,
                 errors=errors.total,
                 words=errors.words,
                 silent=errors.deletions == errors.words,  # all labels are blanks
@@ -176,7 +168,7 @@ class Dev:
     def errors(self, model: Supernet) -> dict[int, Errors]:
         """Decode dev, each process its share; return size → errors of all, largest first.
 
-        They are in words, or in characters where the language writes no blanks. Raises ValueError
+        They are in words, or in characters where the language has no spaces. Raises ValueError
         where more than the share `most_left_out` of the utterances can't be read.
         """
         sizes = list(reversed(model.sizes))
@@ -190,7 +182,7 @@ class Dev:
             raise processes.in_first(ValueError(f"{told}; the first: {reasons[0]}"))
         totals = {}
         for size in sizes:
-            of_each = errors_of(self.examples.utterances, texts[size], self.blanks)
+            of_each = errors_of(self.examples.utterances, texts[size], self.measure)
             counts = processes.total(torch.tensor(sum(of_each, Errors())))
             totals[size] = Errors(*counts.tolist())
         return totals

@@ -136,36 +136,13 @@ class Transducer(nn.Module):
     def decode(self, emissions: Tensor, lengths: Tensor) -> list[list[tuple[int, int]]]:
         """Return the labels of each utterance, each with the frame in which it is emitted.
 
+        In each frame the best label is emitted, until this is the blank or there are `MOST_LABELS`.
         `emissions`: (B, T', D). `lengths`: (B,) frames.
         """
-        beginning = lengths.new_full((len(emissions), CONTEXT_LABELS), BLANK)
-        found, _ = self.greedy(emissions, lengths, beginning)
-        return found
-
-    def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
-        """Return the same for one utterance, given by parts (T', D) that follow each other."""
         device = self.joiner.weight.device
-        context = torch.full((1, CONTEXT_LABELS), BLANK, device=device)
-        found = []
-        done = 0
-        for part in parts:
-            lengths = torch.tensor([len(part)])
-            emissions = part[None]
-            (of_part,), context = self.greedy(emissions, lengths, context)
-            found += [(label, done + frame) for label, frame in of_part]
-            done += len(part)
-        return found
-
-    def greedy(
-        self, emissions: Tensor, lengths: Tensor, context: Tensor
-    ) -> tuple[list[list[tuple[int, int]]], Tensor]:
-        """Return the labels with their frames as `decode`, and the last two labels, (B, 2).
-
-        In each frame the best label is emitted, until this is the blank or there are `MOST_LABELS`.
-        `context`: (B, 2) the two labels before the first frame.
-        """
-        emissions = emissions.to(context.device)
-        lengths = lengths.to(context.device)
+        emissions = emissions.to(device)
+        lengths = lengths.to(device)
+        context = lengths.new_full((len(emissions), CONTEXT_LABELS), BLANK)  # (B, 2)
         label_side = self.label_side(context)  # (B, D)
         frames = [0]
         emitted = [torch.full_like(lengths, BLANK)]  # (B,) in each of these frames
@@ -189,7 +166,13 @@ class Transducer(nn.Module):
         for of_utterance in by_utterance:
             pairs = zip(of_utterance, frames, strict=True)
             found.append([(label, frame) for label, frame in pairs if label != BLANK])
-        return found, context
+        return found
+
+    def decode_parts(self, parts: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """Return the same for one utterance, given by parts (T', D) that follow each other."""
+        emissions = torch.cat(list(parts))
+        (found,) = self.decode(emissions[None], torch.tensor([len(emissions)]))
+        return found
 
     @staticmethod
     def least_frames(labels: Sequence[int]) -> int:

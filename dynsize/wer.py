@@ -21,7 +21,8 @@ GAP = 1 << 21
 SUBSTITUTION = GAP * GAP
 INSERTION = SUBSTITUTION + GAP
 DELETION = SUBSTITUTION + GAP + 1
-NO_BLANKS = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()  # Unicode's names
+# Unicode's names of scripts that have no spaces between words.
+NO_SPACES = "CJK HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split()
 
 
 class Errors(NamedTuple):
@@ -45,11 +46,6 @@ class Errors(NamedTuple):
         return self.total / max(1, self.words)
 
 
-def plain_reference(text: str) -> Reference:
-    """Return the reference in which each word of a text is the only alternative."""
-    return [[[word]] for word in text.split()]
-
-
 def in_notation(reference: Reference) -> str:
     """Return a reference in sclite's notation.
 
@@ -70,9 +66,9 @@ def in_notation(reference: Reference) -> str:
 def align(reference: Reference, heard: Sequence[str]) -> list[Pair]:
     """Return the words of the reference beside those of a hypothesis, with the fewest errors.
 
-    A deleted word stands beside None, and None beside an inserted one. Of each slot it is the
-    alternative with the fewest errors; of alignments with equally many errors, one with the fewest
-    deletions and insertions. Takes 8 bytes of memory for each pair of words.
+    A deleted word stands beside None, and None beside an inserted one. Each slot takes the
+    alternative with the fewest errors. Among alignments with equally many errors, one with the
+    fewest deletions and insertions is taken. It needs 8 bytes of memory for each pair of words.
     """
     row, after = first_row_and_step(heard)
     table = []  # slot → alternative → rows: before its first word, then after each word
@@ -169,13 +165,13 @@ def count_errors(said: Sequence[str], heard: Sequence[str]) -> Errors:
     return Errors(errors - gaps, deletions, gaps - deletions, len(said))
 
 
-def writes_blanks(texts: Iterable[str]) -> bool:
-    """Return whether most letters are of scripts that write blanks between words."""
-    scripts = tuple(NO_BLANKS)
+def measure_of(texts: Iterable[str]) -> str:
+    """Return what counts: cer where most letters are of scripts without spaces, else wer."""
+    scripts = tuple(NO_SPACES)
     letters = [c for text in texts for c in text if c.isalpha()]
     names = [unicodedata.name(letter, "") for letter in letters]
     without = sum(name.startswith(scripts) for name in names)
-    return 2 * without <= len(letters)
+    return "cer" if 2 * without > len(letters) else "wer"
 
 
 def interval(*sides: Sequence[Sequence[Errors]]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """What plain torch computes where Triton does not, and all that is drawn for an utterance.
 
 `gated_residual_layer_norm` is the op's definition, against which the kernel is checked.
-`torchs_ctc_loss` takes the place of the kernel of CTC on a GPU.
+`torchs_ctc_loss` computes CTC on a GPU where the kernel doesn't run.
 
 An utterance has one seed in each epoch, an int64. Two things are drawn, by one convention:
 
@@ -48,7 +48,7 @@ def gated_residual_layer_norm(
     keep = None
     if dropout_p:
         _, frames, width = x.shape
-        keep = kept(seed, frames, width, dropout_p)
+        keep = dropout_mask(seed, frames, width, dropout_p)
     scale = scale / (1 - dropout_p)
     everywhere = gate is None and len(branch) == len(x)
     if everywhere and keep is None:
@@ -184,11 +184,11 @@ def layer_gates(seed: Tensor, layers: int, dropped: float) -> Tensor:
     Each utterance skips each layer with probability `dropped`, drawn from seed − 1, which no
     layer's dropout uses. Stochastic depth and LayerDrop are such gates. `seed`: (B,) int64.
     """
-    stays = kept(seed - 1, 1, layers, dropped)  # (B, 1, L)
+    stays = dropout_mask(seed - 1, 1, layers, dropped)  # (B, 1, L)
     return stays[:, 0].T.float()
 
 
-def kept(seed: Tensor, frames: int, width: int, dropout_p: float) -> Tensor:
+def dropout_mask(seed: Tensor, frames: int, width: int, dropout_p: float) -> Tensor:
     """Return what dropout keeps in the frames of each seed, (B,) int64, as (B, T, D) bool.
 
     Each of SplitMix64's words of 64 bits gives four draws of 16 bits. The draw of column d in

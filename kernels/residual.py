@@ -71,7 +71,7 @@ def gate_of(gate_ptr, row, branch_rows):
 
 @triton.jit
 def dropout(values, seed_ptr, utterance, frame, lowest, WIDTH: tl.constexpr):
-    """Return a tile's `values`, (TILE, COLUMNS), with 0 for what `reference.kept` drops.
+    """Return a tile's `values`, (TILE, COLUMNS), with 0 for what `reference.dropout_mask` drops.
 
     `frame`: (TILE, 1), their numbers.
     """
@@ -295,7 +295,6 @@ def launch_forward(
     `reference.gated_residual_layer_norm` describes the arguments.
     """
     results = outputs(x, branch, gate, scale, dropout_p, seed, weight, bias, rows, dtype, eps)
-    assert all(result.is_contiguous() for result in results)
     count, frames, width = x.shape
     columns, warps = shape_of(width)
     chunk = frames_of_program(count, frames, multiprocessors_of(x.device), FEWEST["forward"])
@@ -353,7 +352,6 @@ def launch_backward(
     gate_shares = None if branch is None else y.new_empty(branch_rows, chunks)
     shares = y.new_empty(rows * chunks, 2, width)
     results = (x_grad, branch_grad, gate_shares, shares)
-    assert all(result is None or result.is_contiguous() for result in results)
     with torch.cuda.device_of(y):
         backward_kernel[(count * chunks,)](
             *dense(y_grad, normed_grad, y, statistics, branch, gate, seed, weight),

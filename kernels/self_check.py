@@ -75,8 +75,7 @@ def residual_error(device: torch.device, dtype: torch.dtype, width: int) -> floa
     plain = [x, branch[:2], None, 0.5, 0.0, None, weight, bias, 6, dtype, 1e-5]
 
     def ours(*arguments) -> tuple[Tensor, Tensor]:
-        y, normed, _ = torch.ops.dynsize.gated_residual_layer_norm(*arguments)
-        return y, normed
+        return torch.ops.dynsize.gated_residual_layer_norm(*arguments)[:2]
 
     truth = reference.gated_residual_layer_norm
     return max(largest_error(ours, truth, gated), largest_error(ours, truth, plain))

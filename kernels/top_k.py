@@ -119,7 +119,6 @@ def launch_forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{layers} layers: at most {MOST_LAYERS}, or DYNSIZE_KERNELS=torch")
     assert 1 <= k <= layers and layers > 1
     relaxed, a = outputs(scores, k)
-    assert relaxed.is_contiguous() and a.is_contiguous()
     lanes = triton.next_power_of_2(layers)
     with torch.cuda.device_of(scores):
         forward_kernel[(1,)](scores.contiguous(), relaxed, a, layers, k, lanes, num_warps=1)
@@ -131,7 +130,6 @@ def launch_backward(a: Tensor, relaxed_grad: Tensor) -> Tensor:
     """Launch `backward_kernel`. `a`: (k, L). `relaxed_grad`: (L,). Return (L,) float32."""
     k, layers = a.shape
     grad = scores_grad(a, relaxed_grad)
-    assert a.is_contiguous() and grad.is_contiguous()
     lanes = triton.next_power_of_2(layers)
     with torch.cuda.device_of(a):
         backward_kernel[(1,)](a, relaxed_grad.contiguous(), grad, layers, k, lanes, num_warps=1)

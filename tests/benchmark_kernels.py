@@ -289,7 +289,7 @@ def batch_of(config: Config, utterances: int, frames: int, labels: int, seed: in
         label_lengths=torch.full((utterances,), labels),
         seeds=torch.arange(utterances) + 1000 * seed,
     )
-    return Batch([], corrupt={}, **{name: value.to(DEVICE) for name, value in tensors.items()})
+    return Batch([], unreadable={}, **{name: value.to(DEVICE) for name, value in tensors.items()})
 
 
 class Training:

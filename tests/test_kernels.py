@@ -134,7 +134,7 @@ def test_residual_is_the_formula(dtype, case):
     leaves = {name: laid_out(leaf, layout) for name, leaf in leaves.items()}
     seed = laid_out(seed, layout)
     frames, width = leaves["x"].shape[1:]
-    keep = reference.kept(seed, frames, width, p) if p else None
+    keep = reference.dropout_mask(seed, frames, width, p) if p else None
     shapes = [(len(leaves["x"]), frames, width), (rows, frames, width)]
     cotangents = [laid_out(torch.randn(shapes[i]).to(dtype), layout) for i in used]
 
@@ -209,7 +209,7 @@ def test_dropout_draws_from_splitmix64(at_a_time, monkeypatch):
     (grad,) = torch.autograd.grad(y.sum(), branch)
     assert torch.equal((y != 0).cpu(), right.repeat(2, 1, 1))
     assert torch.equal((grad != 0).cpu(), right.repeat(2, 1, 1))
-    assert torch.equal(reference.kept(seed, frames, width, p).cpu(), right)
+    assert torch.equal(reference.dropout_mask(seed, frames, width, p).cpu(), right)
 
 
 def test_layers_and_layer_gates_draw_from_different_seeds():
@@ -217,7 +217,9 @@ def test_layers_and_layer_gates_draw_from_different_seeds():
     seed = torch.tensor([3, 4])
     assert [kernels.layer_seed(seed, layer).tolist() for layer in range(2)] == [[3, 4], [4, 5]]
     gates = kernels.layer_gates(seed, 48, 0.3)
-    assert torch.equal(gates, reference.kept(torch.tensor([2, 3]), 1, 48, 0.3)[:, 0].T.float())
+    assert torch.equal(
+        gates, reference.dropout_mask(torch.tensor([2, 3]), 1, 48, 0.3)[:, 0].T.float()
+    )
     assert gates.dtype == torch.float32 and set(gates.unique().tolist()) == {0.0, 1.0}
 
 

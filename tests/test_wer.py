@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize.wer import Errors, align, count_errors, errors_in, interval, writes_blanks
+from dynsize.wer import Errors, align, count_errors, errors_in, interval, measure_of
 
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6)
 alternatives = st.lists(st.lists(st.sampled_from(["a", "b"]), max_size=2), min_size=1, max_size=3)
@@ -69,10 +69,10 @@ def test_characters_of_a_long_utterance_need_little_memory():
 
 
 def test_which_languages_write_blanks():
-    assert writes_blanks(["LOW HIGH", "für 2"]) and writes_blanks(["안녕하세요 여러분"])
-    assert writes_blanks([]) and writes_blanks(["42"])
-    assert not writes_blanks(["今天天气很好", "OK"]) and not writes_blanks(["สวัสดีครับ"])
-    assert not writes_blanks(["きょうはいい天気"])
+    spaced = [["LOW HIGH", "für 2"], ["안녕하세요 여러분"], [], ["42"]]
+    unspaced = [["今天天气很好", "OK"], ["สวัสดีครับ"], ["きょうはいい天気"]]
+    assert {measure_of(texts) for texts in spaced} == {"wer"}
+    assert {measure_of(texts) for texts in unspaced} == {"cer"}
 
 
 def test_paired_interval_is_that_of_the_differences():
