@@ -136,9 +136,11 @@ def opened(path: Path, options: argparse.Namespace) -> System:
     if options.lm:
         words = LanguageModel(options.lm, tokenizer.letters(), normaliser, **lm_settings(options))
         as_trained = dataclasses.replace(system.config, normaliser=normaliser)
+        # Of texts that are scored in another spelling it tells little what the model lacks.
+        most = MOST_UNKNOWN if system.config.normaliser == normaliser else 1.0
         for split in options.split or system.config.test_splits:
             utterances = read_corpus(as_trained, [split]).utterances
-            told = words.missing((u.text for u in utterances), MOST_UNKNOWN)
+            told = words.missing((u.text for u in utterances), most)
             print(f"language model, {split}: {told}")
     return dataclasses.replace(system, beam=beam_of(options), words=words)
 

@@ -72,8 +72,8 @@ def add_sizes(parser: Parser) -> None:
         "--max-latency-ms",
         type=float,
         metavar="MS",
-        help=f"{largest} that takes at most these milliseconds for --audio-seconds of noise here: "
-        "the median of 15 runs of each size that is tried, cut out",
+        help=f"{largest} that takes at most these milliseconds for --audio-seconds of noise here, "
+        "in one piece: the median of 15 runs of each size that is tried, cut out",
     )
     add(
         "--audio-seconds",
@@ -100,6 +100,7 @@ def add_export_and_learning(parser: Parser) -> None:
     add("--method", choices=list(ALGORITHMS), help=method)
     updates = "updates of both steps (a third of the model's training); 0: learn nothing"
     add("--updates", type=int, metavar="N", help=updates)
+    add("--corpus", metavar="DIRECTORY", help="where the corpus is (where it was in training)")
 
 
 def contradiction(options: argparse.Namespace) -> str:
@@ -109,8 +110,9 @@ def contradiction(options: argparse.Namespace) -> str:
         return "--method learns the layers of --sizes; cut by budget or ranking from its result"
     if options.int8 and not options.export:
         return "--int8 is a kind of file: --export onnx writes it"
-    if options.updates is not None and not options.method:
-        return "--updates says how long --method learns: name the method"
+    for name in ("updates", "corpus"):
+        if getattr(options, name) is not None and not options.method:
+            return f"--{name} says how --method learns: name the method"
     if not 0 < options.audio_seconds <= LONGEST_AUDIO:
         return (
             f"--audio-seconds {options.audio_seconds}: must be above 0 and at most {LONGEST_AUDIO}"
@@ -184,6 +186,7 @@ def learner_settings(old: Config, options: argparse.Namespace) -> Config:
         sizes=tuple(sorted(all_sizes)),
         layers_from="",
         teacher="",
+        corpus=options.corpus or old.corpus,
         updates=max(1, updates),
     )
 
@@ -340,12 +343,8 @@ def show_onnx(file: Path) -> None:
 def hint(networks: list[checkpoint.Checkpoint]) -> str:
     """Return the command that evaluates what was cut."""
     first, *subnets = networks
-    if first.model.size is not None:
-        return f"python evaluate.py {first.path} measures its word error rate"
-    folder = first.path.parent
-    if subnets and subnets[0].path.parent != folder:
-        return f"python evaluate.py {subnets[0].path} measures its word error rate"
-    return f"python evaluate.py {folder} measures the word error rates of all sizes"
+    network = subnets[0] if subnets else first
+    return f"python evaluate.py {network.path} measures its word error rate"
 
 
 def main() -> None:

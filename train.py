@@ -210,7 +210,7 @@ def describe(trainer: Trainer) -> None:
         f"{parameters(model):,} parameters, {trainer.data.tokenizer.labels} labels with the blank"
     )
     print(f"device     {hardware(config, trainer.device)}")
-    sizes = f"sizes {configuration.shown(config.sizes)}, {counted(config.updates, 'update')}"
+    sizes = f"sizes {configuration.shown(model.sizes)}, {counted(config.updates, 'update')}"
     print(f"training   {config.method}, {sizes}, in {trainer.run}")
     print(f"layers     {layer_legend(config)}", flush=True)
 
@@ -247,7 +247,10 @@ def main() -> None:
             return
         trainer = start(options)
         train(trainer, options.tensorboard)
-        print(f"done: {trainer.run}/{NAME}; python prune.py {trainer.run} cuts its subnets")
+        does = "prune.py {} cuts its subnets"
+        if len(trainer.model.sizes) == 1:
+            does = "evaluate.py {} measures its word error rate"
+        print(f"done: {trainer.run}/{NAME}; python {does.format(trainer.run)}")
         draw(trainer.run)
 
 

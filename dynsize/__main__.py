@@ -48,7 +48,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", type=int, help="in layers (the largest)")
     size.add_argument(
-        "--max-latency-ms", type=float, help="the largest size as fast as this for 10 s of audio"
+        "--max-latency-ms",
+        type=float,
+        help="the largest size as fast as this for 10 s of audio, in windows as it transcribes",
     )
     add(
         "--format",
@@ -62,6 +64,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_decoding_flags(parser)
     parsed = parser.parse_args(arguments)
     check_decoding(parser, parsed)
+    if parsed.max_latency_ms is not None and (beam_of(parsed) > 1 or parsed.lm):
+        parser.error("--max-latency-ms is without --beam and --lm, which take longer: name --size")
     if parsed.channel is not None and parsed.channel < 1:
         parser.error(f"--channel {parsed.channel}: the first channel is 1")
     if parsed.format in ("srt", "vtt") and len(parsed.audio) > 1 and not parsed.output:

@@ -4,6 +4,7 @@ Each network becomes an ONNX file in float32 and one in int8. What the files cos
 recognise is one table. Another one has what choosing the size at run time costs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -49,11 +50,12 @@ def compare_files(config: Config, trainings: dict[str, Config], folder: Path) ->
     """Return the tables of a study's networks in Markdown, and write them as `compression.md`.
 
     `trainings`: those that are at their end; networks that lack theirs are left out. Exports and
-    evaluates what FOLDER/compression/seed-SEED lacks. Times all files again where its
-    `timings.json` lacks one. Writes the rows of the tables to `compression.json`. Raises ValueError
+    evaluates what FOLDER/compression/seed-SEED lacks. Times all files again where one is newer than
+    its `timings.json`. Writes the rows of the tables to `compression.json`. Raises ValueError
     where a package of the extra `onnx` is missing.
     """
-    seed = next(iter(trainings.values())).seed
+    seeds = Counter(training.seed for training in trainings.values())
+    seed, _ = seeds.most_common(1)[0]  # which has the distilled networks, too
     runs = folder / f"seed-{seed}"
     output = folder / "compression" / runs.name
     output.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ class File(NamedTuple):
 def exported(config: Config, trainings: dict[str, Config], runs: Path, output: Path) -> list[File]:
     """Return two files, float32 and int8, for each size of each network, the largest size first.
 
-    Writes those that are missing.
+    Writes those that are missing or older than their network.
     """
     exports = []
     for size, network in product(reversed(config.sizes), NETWORKS):
@@ -102,9 +104,9 @@ def exported(config: Config, trainings: dict[str, Config], runs: Path, output: P
         if f"{runs.name}/{run}" in trainings:
             exact = File(size, network, "float32", output / f"{network}-{size}.onnx")
             rounded = File(size, network, "int8", output / f"{network}-{size}-int8.onnx")
-            if not exact.path.exists():
+            if not files.is_newer(exact.path, runs / run / checkpoint.NAME):
                 export.export(checkpoint.load(runs / run), size, exact.path)
-            if not rounded.path.exists():
+            if not files.is_newer(rounded.path, exact.path):
                 export.quantize(exact.path, rounded.path)
             exports += [exact, rounded]
     return exports
@@ -145,10 +147,9 @@ def int8_rows(exports: list[File], scores: dict[str, Scores]) -> list[dict]:
 
 
 def timed(config: Config, runs: Path, exports: list[File]) -> dict:
-    """Return what `timings.json` beside the files holds; time all again where it lacks a file."""
+    """Return what `timings.json` beside the files holds; time all again where a file is newer."""
     path = exports[0].path.with_name("timings.json")
-    names = {file.name for file in exports}
-    if not path.exists() or read_json(path)["milliseconds"].keys() != names:
+    if not all(files.is_newer(path, file.path) for file in exports):
         torch.set_num_threads(1)  # ONNX files that are opened from now on have one too
         audio = noise(config)
         calls = {}
@@ -172,7 +173,7 @@ def choice_rows(config: Config, supernet: Path, folder: Path) -> list[dict]:
     """
     loaded = checkpoint.load(supernet)
     path = folder / "supernet.onnx"
-    if not path.exists():
+    if not files.is_newer(path, loaded.path):
         export.export(loaded, None, path)
     audio = noise(config)
     inside = forms_of(path, loaded.model)

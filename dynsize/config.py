@@ -181,7 +181,9 @@ class Config:
     delta: int = setting(
         None, "layers by which the size falls in each span of step 1; by default the method's", 1
     )
-    initial_score: float = setting(None, "first score; by default the method's", -1000, 1000)
+    initial_score: float = setting(
+        None, "first score; by default the method's", -1000, 1000, marks="weights"
+    )
     score_rate: float = setting(
         None,
         "learning rate of the scores, as a multiple of the weights'; by default the method's",

@@ -67,7 +67,8 @@ def corpus_root(config: Config) -> Path:
 def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") -> Corpus:
     """Return the utterances of splits, each split sorted by id, and what was left out.
 
-    The split `A+B` is the splits A and B. `flag`: the one that names the splits, for messages.
+    The split `A+B` is the splits A and B. An id that an earlier split has, too, gets its split's
+    name before it. `flag`: the one that names the splits, for messages.
 
     Raises ValueError, with file and line, for no corpus, a missing or empty split, lines that don't
     follow their format, an utterance without a text, an id that a split has twice, missing audio,
@@ -77,23 +78,26 @@ def read_corpus(config: Config, splits: Sequence[str], flag: str = "--split") ->
     if not root.is_dir():
         raise ValueError(f"--corpus {root}: no such directory; it names a corpus, or is 'spoken'")
     corpus = Corpus()
-    listed: list[tuple[Path, list[Entry]]] = []
+    listed: list[tuple[str, Path, list[Entry]]] = []
     for split in "+".join(splits).split("+"):
         kind, source, reader = recognise(root, split, config.corpus_kind, flag)
         corpus.kinds[split] = kind
         options = dict(unit="utt", delay=2, leave=False, disable=None)
         entries = list(tqdm(reader(source, corpus), split, **options))
-        listed.append((source, entries))
-    paths = [entry.path for _, entries in listed for entry in entries]
+        listed.append((split, source, entries))
+    paths = [entry.path for *_, entries in listed for entry in entries]
     found = headers(paths, root)
-    for source, entries in listed:
-        utterances: dict[str, Utterance | None] = {}  # by id, which two splits may both have
+    seen: set[str] = set()
+    for split, source, entries in listed:
+        utterances: dict[str, Utterance | None] = {}  # by id
         for entry in entries:
             id = printable(re.sub(r"[\s()]+", "_", entry.id.strip()))
             if id in utterances:
                 raise ValueError(f"{entry.where}: the utterance {id} is there twice")
+            name = f"{split}-{id}" if id in seen else id
             header = found[entry.path]
-            utterances[id] = usable(entry._replace(id=id), header, corpus, config)
+            utterances[id] = usable(entry._replace(id=name), header, corpus, config)
+        seen.update(utterances)
         good = filter(None, utterances.values())
         corpus.utterances += sorted(good, key=attrgetter("id"))
         if not any(utterances.values()):

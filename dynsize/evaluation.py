@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dynsize import checkpoint, report
+from dynsize import checkpoint, files, report
 from dynsize.audio import CorruptAudio
 from dynsize.batching import Examples, batch_plan, read_batches
 from dynsize.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from dynsize.processes import device_of
 from dynsize.report import Texts, errors_of, read_hypotheses, score
 from dynsize.subnet import costs, cut
 from dynsize.supernet import Output, Supernet
-from dynsize.text import NORMALISERS
+from dynsize.text import clean
 from dynsize.wer import Errors, difference, measure_of
 
 # What an ONNX file does, and the settings that say so.
@@ -226,8 +226,8 @@ def decoded(
     facts = system.facts
     examples = Examples(utterances, facts.tokenizer, system.config, keep=False)
     texts, unreadable = transcribe(network, examples, [size], title, facts, system.decoder)
-    normalised = NORMALISERS[system.config.normaliser]
-    found = [None if text is None else normalised(text) for text in texts[size]]
+    normaliser = system.config.normaliser
+    found = [None if text is None else clean(text, normaliser) for text in texts[size]]
     return found, unreadable
 
 
@@ -337,19 +337,24 @@ def has_hypotheses(path: Path) -> bool:
         return file.read(2) != b"PK"  # a checkpoint is a zip file
 
 
-def texts_of_runs(systems: Sequence[System], corpus: Corpus, split: str) -> dict[int, list[Texts]]:
+def texts_of_runs(
+    systems: Sequence[System], corpus: Corpus, split: str, unreadable: set[str]
+) -> dict[int, list[Texts]]:
     """Return size → texts of each run of a side; a file of hypotheses has the size 0.
 
+    `unreadable`: ids that a file of hypotheses may lack, and to which the networks add theirs.
     Raises ValueError where the runs have no size in common.
     """
     runs = []
     for system in systems:
         if system.source is None:
             normaliser = system.config.normaliser
-            runs.append({0: read_hypotheses(system.path, corpus.utterances, normaliser)})
+            texts = {0: read_hypotheses(system.path, corpus.utterances, normaliser, unreadable)}
         else:
-            texts, _ = decoded_by_size(system, corpus, split)
-            runs.append(texts)
+            own = read_corpus(system.config, [split])  # with samples at its own rate
+            texts, _ = decoded_by_size(system, own, split)
+            unreadable.update(own.left_out.get(UNREADABLE, {}))
+        runs.append(texts)
     common = [size for size in runs[0] if all(size in run for run in runs)]
     if not common:
         names = ", ".join(str(system.path) for system in systems)
@@ -368,9 +373,11 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     utterances differ.
     """
     corpus = common_corpus(sides, split)
+    unreadable = set(corpus.left_out.get(UNREADABLE, {}))
     texts: dict[tuple[int, int], list[Texts]] = {}  # (side, size) → of each run
-    for number, systems in enumerate(sides):
-        for size, runs in texts_of_runs(systems, corpus, split).items():
+    # Networks first: they tell which audio can't be read.
+    for number, systems in sorted(enumerate(sides), key=lambda side: side[1][0].source is None):
+        for size, runs in texts_of_runs(systems, corpus, split, unreadable).items():
             texts[number, size] = runs
     read = read_by_all(list(chain.from_iterable(texts.values())), split)
     utterances = [corpus.utterances[i] for i in read]
@@ -379,7 +386,6 @@ def compare(sides: Sequence[Sequence[System]], split: str) -> list[dict]:
     for end, runs in texts.items():
         read_texts = [[of_run[i] for i in read] for of_run in runs]
         errors[end] = [errors_of(utterances, of_run, measure) for of_run in read_texts]
-    unreadable = corpus.left_out.get(UNREADABLE, {})
     shared = dict(measure=measure, utterances=len(read), left_out=len(unreadable))
     rows = []
     for a, b in combinations(range(len(sides)), 2):
@@ -416,12 +422,12 @@ class Scores(NamedTuple):
 
 
 def evaluated(system: System, split: str, output: Path) -> dict:
-    """Return the report on a split that is in a folder; it is made where it is missing.
+    """Return the report on a split that is in a folder; made where it is missing, or too old.
 
     Raises ValueError where one is there that was made in another way, or is damaged.
     """
     path = output / "results.json"
-    if not path.exists():
+    if not files.is_newer(path, system.path):
         return evaluate(system, split, output)
     there = report.read_json(path)
     for name, now in system.decoding.items():

@@ -54,6 +54,11 @@ def write(path: Path, data: bytes, sync: bool = True) -> None:
         unfinished.write_bytes(data)
 
 
+def is_newer(path: Path, source: Path) -> bool:
+    """Return whether a file is there, and was written after the one that it was made from."""
+    return path.exists() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8, see `write`."""
     write(path, text.encode())

@@ -13,7 +13,7 @@ import torch
 from dynsize import checkpoint
 from dynsize.algorithms import every_other
 from dynsize.checkpoint import Checkpoint
-from dynsize.config import Config, flag_of, marked, require_ctc, with_method
+from dynsize.config import Config, flag_of, marked, require_ctc, shown, with_method
 from dynsize.corpora import read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, tokenizer_for
@@ -35,36 +35,42 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
             what = f"{flag_of(name)} with --init-from"
             raise ValueError(f"{what}: it stays as {loaded.path} has it")
     old = loaded.model
-    config = dataclasses.replace(old.config, **changes)
+    config = old.config
     if old.size is not None:
         config = with_method(config, "none", size=old.size, layers_from="")
+    new_units = changes.keys() & marked("units")
+    other = dict(tokenizer="") if new_units else {}
+    config = dataclasses.replace(config, **other | changes)
     tokenizer = loaded.tokenizer
     weights = old.state_dict()
-    if changes.keys() & marked("units"):
+    if new_units:
         corpus = read_corpus(config, config.train_splits, "--train-splits")
         tokenizer = tokenizer_for((utterance.text for utterance in corpus.utterances), config)
-    if changes.keys() & marked("units") or config.output != old.config.output:
+    if new_units or config.output != old.config.output:
         for name in old.output_layers.state_dict():
             del weights[f"output_layers.{name}"]
     torch.manual_seed(config.seed)
     model = Supernet(config, tokenizer.labels, old.ranking, old.size)
     model.load_state_dict(model.state_dict() | weights)
+    if model.scores is not None and model.scores.dim() == 1:
+        # A zeroed-out layer still has the score it had then. The ranking is what was learned.
+        model.scores.data[model.ranking] = model.scores.data.sort(descending=True).values
     return dataclasses.replace(loaded, model=model, tokenizer=tokenizer, training=None)
 
 
 def new_network(config: Config, labels: int) -> Supernet:
     """Return the initial network of a training.
 
-    Raises ValueError where `layers_from` has another number of layers, and for a network that does
-    not fit into the memory.
+    Raises ValueError where `layers_from` has other layers, and for a network that does not fit into
+    the memory.
     """
     ranking = None
     if config.layers_from:
-        ranking = checkpoint.load(Path(config.layers_from)).model.ranking
-        if len(ranking) != config.layers:
-            raise ValueError(
-                f"{config.layers_from}: has {len(ranking)} layers, this network has {config.layers}"
-            )
+        model = checkpoint.load(Path(config.layers_from)).model
+        there, here = (f"{c.blocks} × {shown(c.block)}" for c in (model.config, config))
+        if there != here:
+            raise ValueError(f"{config.layers_from}: its layers are {there}, this network's {here}")
+        ranking = model.ranking
     if config.method == "layerdrop":
         ranking = every_other(config.layers, config.sizes)
     size = config.size if 0 < config.size < config.layers else None

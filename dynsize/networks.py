@@ -155,7 +155,7 @@ class OnnxGraph:
 
         `audio`: (B, samples) float32, padded. `lengths`: in samples.
         """
-        given = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size))
+        given = dict(audio=audio.numpy(), lengths=np.array(lengths), size=np.array(size, np.int64))
         return self.session.run(None, {name: given[name] for name in self.inputs})
 
 

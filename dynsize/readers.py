@@ -219,20 +219,20 @@ def manifest_row(file: Path, where: str, id: str, row: dict) -> Entry:
         raise TypeError("a path that is no string, or no path")
     path = path.replace("{data_root}", os.path.dirname(file))  # speechbrain's
     path = placed(file, encodable(path), where)
-    id = encodable(value_of(row, "id") or id)
+    id = encodable(value_of(row, "id", id))
     text = text_in(value_of(row, "text"), where)
-    speaker = encodable(value_of(row, "speaker") or "")
+    speaker = encodable(value_of(row, "speaker", ""))
     start, end, in_samples = part_of(row, where)
     channel = row.get("channel")
     return Entry(where, id, path, text, speaker, start, end, channel, in_samples=in_samples)
 
 
-def value_of(row: dict, field: str) -> object:
-    """Return the value of a field, whatever a toolkit calls it; None where it is missing."""
+def value_of(row: dict, field: str, missing: object = None) -> object:
+    """Return the value of a field, whatever a toolkit calls it, or `missing`."""
     for name in FIELDS[field]:
         if row.get(name) is not None:
             return row[name]
-    return None
+    return missing
 
 
 def part_of(row: dict, where: str) -> tuple[float, float | None, bool]:

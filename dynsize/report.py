@@ -8,7 +8,7 @@ import json
 import typing
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,11 +195,14 @@ def trn(texts: Sequence[str], scored: Sequence[Scored]) -> str:
     return content
 
 
-def read_hypotheses(path: Path, utterances: Sequence[Utterance], normaliser: str) -> Texts:
+def read_hypotheses(
+    path: Path, utterances: Sequence[Utterance], normaliser: str, may_lack: Set[str] = frozenset()
+) -> Texts:
     """Return the texts of utterances from lines `ID TEXT`, or `TEXT (ID)` in a .trn.
 
     They are cleaned as references are. Lines of other utterances are ignored. Raises ValueError
-    for a line without id, an id that is there twice, and an utterance without a line.
+    for a line without id, an id that is there twice, and an utterance without a line whose id is
+    not one of those that the file `may_lack`.
     """
     found: dict[str, str] = {}
     for where, line in lines(path):
@@ -213,11 +216,12 @@ def read_hypotheses(path: Path, utterances: Sequence[Utterance], normaliser: str
         if name in found:
             raise ValueError(f"{where}: the utterance {name} is there twice")
         found[name] = clean(text, normaliser)
-    missing = [utterance.id for utterance in utterances if utterance.id not in found]
+    ids = [utterance.id for utterance in utterances]
+    missing = [id for id in ids if id not in found and id not in may_lack]
     if missing:
         number = f"{len(missing)} of {len(utterances)} utterances"
         raise ValueError(f"{path}: has no line for {number}, the first is {missing[0]}")
-    return [found[utterance.id] for utterance in utterances]
+    return [found.get(id) for id in ids]
 
 
 def aligned(scored: Scored) -> str:

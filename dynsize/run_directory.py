@@ -46,13 +46,12 @@ def names_in(run: Path) -> set[str]:
     return {path.name for path in paths if path.suffix != ".unfinished"}
 
 
-def begin(run: Path, config: Config, summary: str, initial: Path | None) -> IO[bytes]:
-    """Make the directory of a new training with its first files; return its lock, as `lock` does.
+def begin(run: Path, config: Config, initial: Path | None) -> IO[bytes]:
+    """Make the directory of a new training; return its lock, as `lock` does.
 
-    A training that is there already is renamed: nothing is deleted. `summary`: the content of
-    `corpus.txt`. `initial`: the checkpoint whose weights the training begins with. Raises
-    ValueError where another training is at work there, and for a directory that is not a
-    training's, or has what this training starts from.
+    A training that is there already is renamed: nothing is deleted. `initial`: the checkpoint whose
+    weights the training begins with. Raises ValueError where another training is at work there,
+    and for a directory that is not a training's, or has what this training starts from.
     """
     check_new(run, overwrite=True)
     run = run.resolve()
@@ -75,14 +74,16 @@ def begin(run: Path, config: Config, summary: str, initial: Path | None) -> IO[b
         locked = lock(run)
     files.clean(run)
     files.write(run / LEFT_OUT, b"")
-    files.write(run / "corpus.txt", (summary + "\n").encode(errors="surrogateescape"))
-    write_config(run, config)
     return locked
 
 
-def write_config(run: Path, config: Config) -> None:
-    """Write the settings of a training."""
+def write_about(
+    run: Path, config: Config, summary: str, left_out: dict[str, dict[str, str]]
+) -> None:
+    """Write the settings of a training, and what it is trained on. `summary`: of the corpus."""
+    files.write(run / "corpus.txt", (summary + "\n").encode(errors="surrogateescape"))
     files.write_json(run / CONFIG, dataclasses.asdict(config))
+    note_left_out(run, left_out)
 
 
 def write_ranking(run: Path, model: Supernet) -> None:
@@ -146,10 +147,15 @@ def read_metrics(run: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, record
 
 
-def forget_after(run: Path, update: int) -> dict[int, int]:
+def errors_on_dev(results: dict) -> float:
+    """Return the sum of the error rates of all sizes; `results` is what `Dev.results` tells."""
+    return sum(of_size["errors"] / max(1, of_size["words"]) for of_size in results.values())
+
+
+def forget_after(run: Path, update: int) -> dict[int, float]:
     """Take from metrics.jsonl the lines from after an update, and lines that are damaged.
 
-    Returns update → errors on dev, of all sizes together, for each validation that stays.
+    Returns update → `errors_on_dev` for each validation that stays.
     """
     kept = []
     dev_errors = {}
@@ -157,8 +163,7 @@ def forget_after(run: Path, update: int) -> dict[int, int]:
         if record["update"] <= update:
             kept.append(line)
             if "dev" in record:
-                by_size = record["dev"].values()
-                dev_errors[record["update"]] = sum(of_size["errors"] for of_size in by_size)
+                dev_errors[record["update"]] = errors_on_dev(record["dev"])
     text = b"".join(kept)
     metrics = run / METRICS
     if metrics.exists() and metrics.stat().st_size > len(text):
@@ -170,7 +175,8 @@ def record_of(line: bytes) -> dict | None:
     """Return what a line of metrics.jsonl tells; None where it is damaged."""
     try:
         record = json.loads(line)
-        counts = [of_size["errors"] for of_size in record.get("dev", {}).values()]
+        by_size = record.get("dev", {}).values()
+        counts = [of_size[name] for of_size in by_size for name in ("errors", "words")]
         whole = all(isinstance(number, int) for number in [record["update"], *counts])
         return record if whole and line.endswith(b"\n") else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

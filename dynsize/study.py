@@ -159,6 +159,8 @@ def write_tables(config: Config, trainings: Trainings, folder: Path) -> str:
     rows, see `differences_of`).
     """
     seeds = seeds_of_ways(trainings, config)
+    if not any(way in seeds and baseline in seeds for way, baseline in COMPARED):
+        raise ValueError(f"{folder}: nothing to compare: no seed has all sizes alone yet")
     runs = {name: folder / name for name in trainings}
     rates: dict[str, dict[str, list[dict]]] = {}
     differences: dict[str, list[dict]] = {}

@@ -64,7 +64,7 @@ class Trainer:
         self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
         self.requests = processes.Requests()
         self.locked: IO[bytes] | None = None  # open as long as the directory is ours
-        self.dev_errors: dict[int, int] = {}  # update → errors on dev; the first process has all
+        self.dev_errors: dict[int, float] = {}  # update → errors on dev, see `errors_on_dev`
         if loaded and loaded.training is not None:
             self.restore(loaded.path, loaded.training)
         done = torch.zeros(processes.count(), dtype=torch.int64)
@@ -146,9 +146,9 @@ class Trainer:
     def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], float, float, dict]:
         """Read the batches of an update.
 
-        Returns this process's batches; how many target labels all processes read; how many
-        processes read something; and what the log tells of it. Gives up where a process that reads
-        audio died, or where too many utterances can't be read.
+        Returns this process's batches; how many target labels all processes read, 1 where they read
+        silence alone; how many processes read something; and what the log tells of it. Gives up
+        where a process that reads audio died, or where too many utterances can't be read.
         """
         batches: list[Batch] = []
         failure = None
@@ -185,7 +185,7 @@ class Trainer:
             padding=fmean(batch.padding for batch in batches),
             stop=stop > 0,
         )
-        return batches, label_count, readers, record
+        return batches, max(1.0, label_count), readers, record
 
     def add_gradients(
         self, update: Update, batches: list[Batch], label_count: float, readers: float
@@ -221,7 +221,7 @@ class Trainer:
             result = self.dev.results(self.model)
         except (ValueError, SystemExit) as error:  # too much can't be read, here or in the first
             self.give_up(error)
-        errors = sum(of_size["errors"] for of_size in result.values())
+        errors = run_directory.errors_on_dev(result)
         if errors < min(self.dev_errors.values(), default=math.inf):
             self.write("best.pt")
         self.dev_errors[self.done] = errors
@@ -264,9 +264,9 @@ class Trainer:
         """
         with processes.first_alone():
             if processes.is_first():
-                summary = self.data.summary
-                self.locked = run_directory.begin(self.run, self.config, summary, self.source)
-                run_directory.note_left_out(self.run, self.data.corpus.left_out)
+                about = self.config, self.data.summary, self.data.corpus.left_out
+                self.locked = run_directory.begin(self.run, self.config, self.source)
+                run_directory.write_about(self.run, *about)
         return self
 
     @classmethod
@@ -295,7 +295,8 @@ class Trainer:
                 files.clean(run)
                 # What an interrupted training did after its checkpoint is done again.
                 trainer.dev_errors = run_directory.forget_after(run, trainer.done)
-                run_directory.write_config(run, config)
+                data = trainer.data
+                run_directory.write_about(run, config, data.summary, data.corpus.left_out)
         return trainer
 
     def restore(self, path: Path, training: dict) -> None:

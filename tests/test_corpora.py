@@ -171,7 +171,15 @@ def test_splits_are_joined(tmp_path):
     shutil.rmtree(root / "dev-clean")
     shutil.copytree(root / "train", root / "dev-clean")  # as where one split adds noise to another
     ids = [u.id for u in read(root, "train").utterances]
-    assert [u.id for u in read(root, "train+dev-clean").utterances] == 2 * ids
+    renamed = [f"dev-clean-{id}" for id in ids]
+    assert [u.id for u in read(root, "train+dev-clean").utterances] == [*ids, *renamed]
+
+
+def test_an_id_or_a_speaker_may_be_0(tmp_path):
+    write_audio(tmp_path / "talk.wav")
+    write_manifest(tmp_path, [NEMO | dict(id=0, speaker=0), NEMO | dict(id=1, speaker=1)])
+    found = [(u.id, u.speaker) for u in read(tmp_path).utterances]
+    assert found == [("0", "0"), ("1", "1")]
 
 
 def test_other_sample_rates_are_resampled(tmp_path):

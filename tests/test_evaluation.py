@@ -17,7 +17,7 @@ from conftest import RATE, TONES, random_supernet, tiny, write_tones
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynsize import checkpoint, report
+from dynsize import checkpoint, evaluation, report
 from dynsize.batching import Examples
 from dynsize.config import Config
 from dynsize.corpora import Utterance, read_corpus
@@ -26,6 +26,7 @@ from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
 from dynsize.report import became_worse, errors_of, examples_of, read_hypotheses, score, scores
 from dynsize.subnet import cut, parameters
+from dynsize.text import clean
 from dynsize.wer import Errors, measure_of
 
 run, done_well, refused = (
@@ -384,6 +385,39 @@ def test_compare_leaves_out_what_one_of_them_cannot_read(work):
         victim.write_bytes(victim.read_bytes()[:size])
     done = done_well("--compare", "run", "run/size-3.pt", *CLEAN, cwd=work)
     assert "WER of the same 4 utterances (2 left out: audio that can't be read)" in done.stdout
+    lines = transcript_in(work).read_text().splitlines(keepends=True)
+    readable = [line for line in lines if line.split()[0] not in ("1-7-0001", "1-7-0002")]
+    (work / "readable.txt").write_text("".join(readable))
+    done = done_well("--compare", "readable.txt", "run/size-3.pt", *CLEAN, cwd=work)
+    assert "WER of the same 4 utterances (2 left out" in done.stdout
+    (work / "readable.txt").write_text("".join(readable[1:]))
+    assert "no line for 1 of 5" in refused("--compare", "run", "readable.txt", *CLEAN, cwd=work)
+
+
+def test_networks_of_other_sample_rates_are_compared_with_audio_of_their_own(work, monkeypatch):
+    loaded = checkpoint.load(work / "run")
+    config = dataclasses.replace(loaded.model.config, sample_rate=16000)
+    loaded.model.config = config
+    checkpoint.save(work / "finer.pt", loaded.model, loaded.tokenizer)
+    seen, right = [], evaluation.decoded_by_size
+
+    def decoded(system, corpus, split):
+        seen.append((system.config.sample_rate, sum(u.samples for u in corpus.utterances)))
+        return right(system, corpus, split)
+
+    monkeypatch.setattr(evaluation, "decoded_by_size", decoded)
+    done_well("--compare", "run/size-3.pt", "finer.pt", *CLEAN, cwd=work)
+    (low, few), (high, many) = seen
+    assert (low, high) == (8000, 16000) and many == 2 * few
+
+
+def test_hypotheses_are_spelled_as_references_are(made, monkeypatch):
+    changes = dict(normaliser="upper")
+    system = evaluation.open_system(made / "run", changes)
+    heard = "a\u0390b"  # a Greek letter that Python's upper case takes apart
+    monkeypatch.setattr(evaluation, "transcribe", lambda *_: ({3: [heard]}, {}))
+    (found,), _ = evaluation.decoded(system, None, 3, [], "")
+    assert found == clean(heard, "upper") != heard.upper()
 
 
 def test_compare_refuses_other_utterances(work):
@@ -487,3 +521,6 @@ def test_flags_that_cannot_be_are_refused(tones_run, arguments, why, tmp_path):
         pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     (tmp_path / "other.arpa").write_text(ARPA.replace("HIGH", "OTHER").replace("LOW", "MIDLOW"))
     assert why in refused(tones_run, *arguments, cwd=tmp_path)
+    if why == "lacks ":  # texts that are scored in another spelling tell nothing of the model
+        other = ("--normaliser", "lower", "--split", "test-clean", "--output", tmp_path)
+        assert why in done_well(tones_run, *arguments, *other, cwd=tmp_path).stdout

@@ -287,8 +287,8 @@ def test_the_best_network_is_kept(tones, tmp_path):
     for record in trainer.updates():
         weights[record["update"]] = {n: w.clone() for n, w in trainer.model.named_parameters()}
         if "dev" in record:
-            totals[record["update"]] = sum(result["errors"] for result in record["dev"].values())
-    assert len(set(totals.values())) > 1
+            totals[record["update"]] = sum(result["wer"] for result in record["dev"].values())
+    assert len(set(totals.values())) > 1 and trainer.dev_errors == pytest.approx(totals)
     best = min(totals, key=totals.get)
     loaded = checkpoint.load(run / "best.pt")
     assert same(dict(loaded.model.named_parameters()), weights[best])

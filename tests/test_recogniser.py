@@ -219,7 +219,7 @@ def test_channels_are_averaged_or_chosen(tmp_path):
     soundfile.write(tmp_path / "two.wav", both, RATE)
     recogniser = Recogniser(detect, facts())
     assert recogniser.transcribe(tmp_path / "two.wav", channel=0).text == "LOW"
-    assert recogniser.transcribe(both, sample_rate=RATE, channel=1).text == "TOP"
+    assert recogniser.transcribe(both, sample_rate=np.int16(RATE), channel=1).text == "TOP"
     with pytest.raises(ValueError, match=r"two\.wav: has no channel 2; it has 2"):
         recogniser.transcribe(tmp_path / "two.wav", channel=2)
     same = np.stack([speech(["MID"], [0.3])] * 2, 1)
@@ -337,6 +337,7 @@ def test_the_command_writes_text_of_a_size(run, noise, tmp_path):
         (("a.wav", "--model", "RUN", "--size", "4"), "size 4: the sizes are 3, 5, 8"),
         (("a.wav", "--model", "RUN", "--max-latency-ms", "0"), "the fastest size takes"),
         (("a.wav", "--model", "RUN", "--channel", "0"), "the first channel is 1"),
+        (("a.wav", "--model", "RUN", "--max-latency-ms", "9", "--beam", "4"), "name --size"),
         (("a.wav", "b.wav", "--model", "RUN", "--format", "srt"), "srt of several files needs"),
         (("a.wav", "x/a.flac", "--model", "RUN", "--output", "."), "would be a.txt too"),
     ],

@@ -88,8 +88,10 @@ def test_prune_learns_the_layers_of_a_full_model(work, method):
 
     shown = done_well(*flags("full --updates 0 --output nothing"), cwd=work).stdout
     assert "nothing was learned" in shown and "size  2  fc.. ....\n" in shown
-    done_well(*flags("full --sizes 3 5 --updates 6"), cwd=work)
+    (work / "moved").symlink_to(checkpoint.load(work / "full").model.config.corpus)
+    done_well(*flags("full --sizes 3 5 --updates 6 --corpus moved"), cwd=work)
     folder = work / "full" / method
+    assert checkpoint.load(folder).model.config.corpus == "moved"
     for name in ("checkpoint.pt", "size-3.pt", "size-5.pt", "metrics.jsonl"):
         assert (folder / name).is_file()
     pairs = zip(*encoders(work / "full", folder), strict=True)
@@ -147,6 +149,7 @@ REFUSED = [
     ("train.py --resume run --preset demo", "--preset with --resume"),
     ("train.py --overwrite --resume=run", "--overwrite with --resume"),
     ("train.py --init-from run --run new --width 32", "--width.*run/checkpoint.pt"),
+    ("train.py --init-from run --run new --initial-score 9", "--initial-score.*run/checkpoint.pt"),
     ("train.py --init-from run --run new --method none", "--method"),
     ("train.py --init-from run --run new --preset demo", "--preset with --init-from"),
     ("train.py --study 0 --method none", "--method with --study"),
@@ -155,6 +158,7 @@ REFUSED = [
     ("prune.py run --sizes 3 9", "no size 9.*1 to 8 layers"),
     ("prune.py run --sizes 0", "no size 0.*1 to 8 layers"),
     ("prune.py run --updates 9", "--updates.*--method"),
+    ("prune.py run --corpus CORPUS", "--corpus.*--method"),
     ("prune.py run --method simple-top-k --ranking first", "--method.*ranking"),
     ("prune.py run --method simple-top-k --sizes 9 --output new", "--sizes.*8"),
 ]
@@ -219,11 +223,13 @@ def encoders(first: Path, second: Path) -> tuple[list[torch.Tensor], list[torch.
 
 
 def test_a_cut_size_is_trained_on_from_its_weights(work):
-    done_well("prune.py", "run", "--sizes", "3", cwd=work)
+    done = done_well("prune.py", "run", "--sizes", "3", cwd=work)
+    assert done.stdout.endswith("python evaluate.py run/size-3.pt measures its word error rate\n")
     flags = "--init-from run/size-3.pt --updates 1 --peak-learning-rate 1e-9".split()
-    done = done_well("train.py", *flags, "--run", "tuned", cwd=work)
+    done = done_well("train.py", *flags, "--teacher", "run", "--run", "tuned", cwd=work)
     assert "weights    of run/size-3.pt" in done.stdout
-    assert re.search(r"^training   none, sizes 8, 1 update, in tuned$", done.stdout, re.M)
+    assert re.search(r"^training   none, sizes 3, 1 update, in tuned$", done.stdout, re.M)
+    assert "python evaluate.py tuned measures its word error rate" in done.stdout
     before, after = (checkpoint.load(work / path) for path in ("run/size-3.pt", "tuned"))
     assert after.model.sizes == (3,) and after.model.ranking == before.model.ranking
     assert after.tokenizer.model == before.tokenizer.model

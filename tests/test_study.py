@@ -18,7 +18,7 @@ from in_process import SCRIPTS, TINY, done_well, run
 from dynsize import checkpoint, compression, evaluation, export, wer
 from dynsize.config import Config, preset
 from dynsize.networks import OnnxFile, facts_of, network_of
-from dynsize.study import main, next_training, plan
+from dynsize.study import main, next_training, plan, write_tables
 from dynsize.subnet import costs, cut, weights_in
 from dynsize.training import Trainer
 
@@ -89,7 +89,7 @@ def study(tones, tmp_path_factory) -> Study:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compression, "PACKAGES", ("onnx", "no_such_package"))
+        patch.setattr(export, "PACKAGES", ("onnx", "no_such_package"))
         with patch.context() as other:
             other.setattr(Trainer, "rehearse", stopped)
             assert run(*command).returncode == 128 + signal.SIGTERM
@@ -264,6 +264,20 @@ def test_results_that_were_made_in_another_way_are_not_taken_over(study, tmp_pat
         evaluation.evaluated(system, "test-clean", tmp_path)
 
 
+def test_results_of_an_older_network_are_made_again(study, tmp_path):
+    system = evaluation.open_system(study.folder / "seed-0" / "alone-3", {})
+    (tmp_path / "results.json").write_text('{"kept": 1}')
+    assert evaluation.evaluated(system, "test-clean", tmp_path) == dict(kept=1)
+    os.utime(tmp_path / "results.json", ns=(0, system.path.stat().st_mtime_ns - 1))
+    assert evaluation.evaluated(system, "test-clean", tmp_path)["split"] == "test-clean"
+
+
+def test_a_study_that_has_nothing_to_compare_yet_says_so(study, tmp_path):
+    few = {name: study.trainings[name] for name in (*FIRST[:4], FIRST[5])}
+    with pytest.raises(ValueError, match="nothing to compare"):
+        write_tables(study.config, few, tmp_path)
+
+
 # Compression. A file of these tests is a checkpoint with the ending of an ONNX file, as a true
 # export takes seconds; tests/test_export.py has those.
 
@@ -296,7 +310,7 @@ def exports(monkeypatch) -> list[str]:
                 layer.weight.add_(torch.randn_like(layer.weight))
         checkpoint.save(to, loaded.model, loaded.tokenizer)
 
-    monkeypatch.setattr(compression, "missing", lambda: "")
+    monkeypatch.setattr(export, "missing", lambda: "")
     monkeypatch.setattr(export, "export", write)
     monkeypatch.setattr(export, "quantize", quantize)
     monkeypatch.setattr(evaluation, "open_onnx", opened)

@@ -1,5 +1,6 @@
 """The loop: it learns, resumes exactly, survives bad losses and audio, and has a teacher."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import begun, finish, logged, one_update, same, tiny, write_tones
+from conftest import begun, finish, logged, one_update, random_supernet, same, tiny, write_tones
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,8 @@ from dynsize import checkpoint, ctc
 from dynsize.batching import read_batches
 from dynsize.config import LAYERS, with_method
 from dynsize.corpora import UNREADABLE
-from dynsize.initial import load_teacher
+from dynsize.initial import beginning, load_teacher
+from dynsize.iterative_zero_out import rank
 from dynsize.steps import distillation_loss
 from dynsize.supernet import Supernet
 from dynsize.terminal import dev_lines
@@ -141,9 +143,35 @@ def test_one_size_is_trained_alone(tones, tmp_path, layers_from):
     kept = [[kind for kind in block if kind != "norm"] for block in loaded.encoder.blocks]
     assert kept == ([["ff1", "mhsa"], ["mhsa"]] if layers_from else [["ff1", "conv", "mhsa"], []])
     assert loaded.size == 3
-    if layers_from:
-        with pytest.raises(ValueError, match="has 8 layers, this network has 4"):
-            begun(tones, tmp_path / "b", **alone, blocks=1, sizes=(4,))
+    for other in (dict(blocks=1, sizes=(4,)), dict(blocks=4, block=("mhsa", "ff"), sizes=(8,))):
+        if layers_from:
+            with pytest.raises(ValueError, match=r"layers are 2 × ff1 conv mhsa ff2, this .* ×"):
+                begun(tones, tmp_path / "b", **alone, **other)
+
+
+def test_weights_come_along_with_what_was_learned_of_the_layers(tmp_path):
+    ranking = [5, 2, 0, 7, 1, 3, 6, 4]
+    model, tokenizer = random_supernet(ranking, method="iterative-zero-out", tokenizer="gone.model")
+    model.config = dataclasses.replace(model.config, corpus=str(write_tones(tmp_path / "corpus")))
+    checkpoint.save(tmp_path / "supernet.pt", model, tokenizer)
+    loaded = beginning(tmp_path / "supernet.pt", dict(vocabulary=20))  # not by gone.model
+    assert loaded.model.output_layers["8"].weight.shape[0] == loaded.tokenizer.labels
+    assert not torch.equal(loaded.model.scores, model.scores)  # those zeroed out have old scores
+    first = rank(loaded.model.scores, range(8), 0, loaded.model.config)
+    assert first == ranking and sorted(loaded.model.scores.tolist()) == sorted(
+        model.scores.tolist()
+    )
+
+
+def test_utterances_without_words_train_silence(root, tmp_path):
+    for file in (root / "train").rglob("*.trans.txt"):
+        lines = file.read_text().splitlines()
+        file.write_text("".join(f"{line.split()[0]}\n" for line in lines[:12]))
+        with open(file, "a") as rest:
+            rest.writelines(f"{line}\n" for line in lines[12:])
+    run = begun(root, tmp_path / "run", batch_utterances=1)
+    finish(run)
+    assert not any("skipped" in line for line in logged(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
