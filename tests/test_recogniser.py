@@ -219,7 +219,10 @@ def test_channels_are_averaged_or_chosen(tmp_path):
     soundfile.write(tmp_path / "two.wav", both, RATE)
     recogniser = Recogniser(detect, facts())
     assert recogniser.transcribe(tmp_path / "two.wav", channel=0).text == "LOW"
-    assert recogniser.transcribe(both, sample_rate=np.int16(RATE), channel=1).text == "TOP"
+    assert recogniser.transcribe(both, sample_rate=RATE, channel=1).text == "TOP"
+    triple = np.repeat(both, 3, axis=0)
+    expected = recogniser.transcribe(triple, sample_rate=3 * RATE)
+    assert recogniser.transcribe(triple, sample_rate=np.int16(3 * RATE)) == expected
     with pytest.raises(ValueError, match=r"two\.wav: has no channel 2; it has 2"):
         recogniser.transcribe(tmp_path / "two.wav", channel=2)
     same = np.stack([speech(["MID"], [0.3])] * 2, 1)
