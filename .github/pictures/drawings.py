@@ -105,8 +105,8 @@ def steps_figure() -> Figure:
     axes.text(end1 / 2, layers + 1, "supernet: loss 1 · CTC", **text)
     middle = (end1 + updates) / 2
     axes.text(middle, layers + 1, "supernet: loss 1 · CTC", **text)
-    subnet = "subnet of k layers\n(Simple-Top-k: k falls)\nloss w · CTC"
-    axes.text(14, 15, subnet, **text)
+    subnet = "subnet, whose size k falls:\nloss w · CTC"
+    axes.text(15, 17, subnet, **text)
     axes.text(middle, 37.5, "one size between,\ndrawn at random: loss w · CTC", **text)
     axes.text(middle, smallest + 1, "smallest size: loss w · CTC", **text)
     axes.text(end1, 3, "the layers are ranked, the masks are fixed", **text)
@@ -114,7 +114,7 @@ def steps_figure() -> Figure:
     axes.set(
         xlim=(0, updates),
         ylim=(0, layers + 6),
-        xlabel="update (w: 0.3 in the paper, 1 in the demo)",
+        xlabel="update (an example with four sizes; w: 0.3 in the paper, 1 in the demo)",
         xticks=[],
     )
     axes.set_ylabel("layers of the networks that train")
