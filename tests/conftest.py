@@ -1,12 +1,11 @@
-"""What tests share: a corpus of tones, networks, and hypothesis's profiles.
-
-The profile `ci` draws the same cases every time, `dev` does not.
-"""
+"""What tests share: a corpus of tones, networks, and hypothesis's profiles."""
 
 import json
 import os
 import random
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +24,7 @@ if not torch.cuda.is_available():  # read when triton is imported, so it comes f
 
 from dynsize.batching import Batch
 from dynsize.config import LAYERS, Config
+from dynsize.corpora import Corpus, read_corpus
 from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, train_tokenizer
 from dynsize.training import Trainer
@@ -46,10 +46,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def skip_without_interpreter() -> None:
-    """Skip a module of tests that interpret kernels, where this Triton can't do that.
-
-    Triton's interpreters before 3.7 fail with numpy 2.4 and newer.
-    """
+    """Skip a module of tests where Triton can't interpret: before 3.7, with numpy from 2.4 on."""
     import triton
 
     old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -115,6 +112,11 @@ def tiny(**changes) -> Config:
     return Config(**(values | changes))
 
 
+def read(root: Path, *splits: str, **changes) -> Corpus:
+    """Read a corpus, by default its training split."""
+    return read_corpus(tiny(corpus=str(root), **changes), splits or ["train"])
+
+
 def begun(corpus: Path, run: Path, **changes) -> Trainer:
     """A tiny training in its new run directory."""
     return Trainer(tiny(**changes | dict(corpus=str(corpus))), run).begin()
@@ -135,6 +137,17 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def logged(run: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def limited(what: int, most: int) -> Iterator[None]:
+    """Inside, this process has at most so much of a resource."""
+    limits = resource.getrlimit(what)
+    resource.setrlimit(what, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, limits)
 
 
 def one_update(trainer: Trainer, batches: list[Batch]) -> dict:

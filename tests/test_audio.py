@@ -11,11 +11,11 @@ from typing import IO
 import numpy as np
 import pytest
 import soundfile
-from conftest import RATE, tiny
+from conftest import RATE, read, tiny
 
 from dynsize.audio import ENDINGS, FORMATS, CorruptAudio, Header, header_of, opened, read_samples
 from dynsize.batching import features_of
-from dynsize.corpora import Corpus, read_audio, read_corpus
+from dynsize.corpora import Corpus, read_audio
 
 
 def loud_then_quiet(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
@@ -35,7 +35,7 @@ def decoded(source, name: str = "") -> np.ndarray:
 def listed(root: Path, *rows: dict, **changes) -> Corpus:
     """Read a manifest with these rows."""
     (root / "train.jsonl").write_text("\n".join(json.dumps({"text": "A"} | row) for row in rows))
-    return read_corpus(tiny(corpus=str(root), **changes), ["train"])
+    return read(root, **changes)
 
 
 def left_out(root: Path, *rows: dict) -> str:
@@ -139,8 +139,6 @@ def test_an_mp3_without_its_length_is_read_to_its_end(tmp_path, mode, rate, chan
     assert b"Xing" in data[:60] or b"Info" in data[:60]
     second = data.index(data[:2], 100)  # the first frame tells the length
     path.write_bytes(tag + data[second:] + b"TAG" + bytes(125))
-    if mode == "VARIABLE":
-        assert soundfile.info(path).frames < 0.7 * len(audio)  # what libsndfile reads of it
     rows = [dict(audio_filepath="a.mp3", channel=channels - 1)]
     rows.append(rows[0] | dict(offset=2.0, duration=0.5))
     whole, part = listed(tmp_path, *rows).utterances
@@ -181,8 +179,7 @@ def test_every_ending_is_found_in_any_case_and_layout(tmp_path, ending):
     (tmp_path / "stm/stm").mkdir()
     (tmp_path / "stm/stm/x.stm").write_text("talk 1 anna 0 0.5 A\n")
     (tmp_path / "tsv.tsv").write_text("path\tsentence\none.mp3\tA\n")
-    config = tiny(corpus=str(tmp_path))
-    utterances = read_corpus(config, ["train", "stm", "tsv"]).utterances
+    utterances = read(tmp_path, "train", "stm", "tsv").utterances
     assert [Path(u.path).relative_to(tmp_path).as_posix() for u in utterances] == names
     assert all(len(read_audio(u, RATE)) == u.samples for u in utterances)
 

@@ -55,7 +55,6 @@ def test_the_depthwise_convolution_is_float32_under_autocast(dtype):
 
 
 def test_the_stream_is_float32_under_autocast(monkeypatch):
-    """The sum of the layers' outputs never has fewer bits than float32, whatever the branches."""
     model = network(precision="bfloat16").float()
     streams, branches, op = [], [], conformer.gated_residual_layer_norm
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, tiny, write_tones
+from conftest import RATE, read, tiny, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,10 +89,6 @@ def write_corpus(root: Path, kind: str) -> Path:
     return root
 
 
-def read(root: Path, *splits: str, **changes):
-    return read_corpus(tiny(corpus=str(root), **changes), splits or ["train"])
-
-
 EXPECTED = {  # id, text, speaker, span in samples of the file, channel
     "librispeech": [
         ("1-2-0000", "LOW MID", "1", (0, 16000), 0),
@@ -158,8 +154,7 @@ def test_what_is_left_out_and_changed_is_told(tmp_path):
 
 def test_audio_of_a_rate_below_the_features_is_told(tmp_path):
     corpus = read(write_tones(tmp_path, {"train": 2}))
-    told = "2 utterances of 8000 Hz, as {}: nothing is above 4000 Hz"
-    told = told.format(corpus.utterances[0].id)
+    told = f"2 utterances of 8000 Hz, as {corpus.utterances[0].id}: nothing is above 4000 Hz"
     assert told in summary(corpus, tiny(sample_rate=16000, highest_hz=4001.0), {})
     assert "nothing is above" not in summary(corpus, tiny(sample_rate=16000, highest_hz=4000.0), {})
 
@@ -232,6 +227,7 @@ TWICE = '"id": "x (y"}\n{"audio_filepath": "talk.wav", "text": "A", "id": "x_y"}
         ("librispeech", "1-2-0001", "1-2-0000", ["1-2.trans.txt:2", "twice"]),
         ("librispeech", TRANSCRIPT, "\n", ["train: no utterances; in", "train: 1"]),
         ("librispeech", "1-2-0001", "/etc/passwd", ["1-2.trans.txt:2", "no audio"]),
+        ("librispeech", "LOW", "\udcff", ["1-2.trans.txt:1: not UTF-8"]),
     ],
 )
 def test_bad_lines_are_named(tmp_path, kind, old, new, words):
@@ -240,7 +236,7 @@ def test_bad_lines_are_named(tmp_path, kind, old, new, words):
     file = file(name or Path(LISTS[kind]).name)
     old = str(tmp_path / "corpus-elsewhere/more.wav") if old == "ABSOLUTE" else old
     assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new or "", 1))
+    file.write_text(file.read_text().replace(old, new or "", 1), errors="surrogateescape")
     if new is None:
         file.unlink()
     with pytest.raises(ValueError) as error:
@@ -285,14 +281,9 @@ def write_manifest(
 
 def cut(**changes) -> dict:
     """One of lhotse's cuts as its manifests hold it."""
-    recording = dict(
-        id="talk",
-        sources=[dict(type="file", channels=[0], source="talk.wav")],
-        sampling_rate=RATE,
-        num_samples=2 * RATE,
-        duration=2.0,
-        channel_ids=[0],
-    )
+    recording = dict(id="talk", sampling_rate=RATE, num_samples=2 * RATE, duration=2.0)
+    source = dict(type="file", channels=[0], source="talk.wav")
+    recording |= dict(channel_ids=[0], sources=[source])
     said = dict(id="talk-s", recording_id="talk", start=0.0, duration=1.0, channel=0, text="LOW")
     said |= dict(speaker="anna", language="English")
     whole = dict(id="talk-0", start=0.5, duration=1.0, channel=0, type="MonoCut")
@@ -301,8 +292,6 @@ def cut(**changes) -> dict:
 
 NEMO = dict(audio_filepath="talk.wav", text="LOW", duration=2.0)
 SPEECHBRAIN = {"u-1": dict(wav="{data_root}/talk.wav", length=2.0, words="LOW", spk_id="anna")}
-
-
 TOOLKITS = "nemo wenet speechbrain lhotse kaldi common-voice".split()
 EIGHTHS = st.integers(0, 24).map(lambda number: number / 8)  # of a second: whole samples
 PARTS = st.sampled_from(["", "", "begin", "segment_start", "stop_time", "onset_sec", "Offset"])
@@ -525,14 +514,11 @@ def test_the_notation_of_an_stm_reaches_the_utterance(tmp_path):
         read(tmp_path / "corpus")
 
 
-NASTY = (
-    rb"0 | { [ null -1 nan 1e999 ../../x /dev/zero / \ud800 \u0000 ;; <unk> 1 B inf true }".split()
-)
-NASTY += b'( ) 1_0 " \0 \xff \xed\xa0\x80 \xe2\x80\xa8 \xef\xbb\xbf \xd9\xa3'.split()
+NASTY = rb"0 | { [ null -1 nan 1e999 ../../x /dev/zero / \ud800 \u0000 ;; <unk> 1 B inf".split()
+NASTY += b'true } ( ) 1_0 " \0 \xff \xed\xa0\x80 \xe2\x80\xa8 \xef\xbb\xbf \xd9\xa3'.split()
 NASTY += [b"\n", b"\t", b" ", b"\r", b"\x1c", b" / ", b"{ a / b }", b"[" * 5000, b"9" * 400]
-edits = st.tuples(
-    st.integers(0, 400), st.integers(0, 30), st.sampled_from(NASTY) | st.binary(max_size=4)
-)
+inserted = st.sampled_from(NASTY) | st.binary(max_size=4)
+edits = st.tuples(st.integers(0, 400), st.integers(0, 30), inserted)
 
 
 @pytest.fixture(scope="module")
@@ -615,9 +601,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
 
 def examples(root: Path, **changes) -> Examples:
-    config = tiny(corpus=str(root), **changes)
     tokenizer = train_tokenizer(["LOW MID HIGH TOP"], 12)
-    return Examples(read_corpus(config, ["train"]).utterances, tokenizer, config, keep=False)
+    return Examples(read(root).utterances, tokenizer, tiny(**changes), keep=False)
 
 
 def test_features_are_kept_checked_and_made_again(tmp_path, monkeypatch):
@@ -668,12 +653,8 @@ def test_speeds_are_a_function_of_seed_epoch_and_utterance(tones):
     assert len(set(map(tuple, drawn))) == 3
     tone = read_audio(some.utterances[0], RATE, 1.1)
     assert abs(len(tone) - some.utterances[0].samples / 1.1) <= 1
-
-
-@pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, 3.0)])
-def test_impossible_speeds_are_refused(speeds):
     with pytest.raises(ValueError, match="--speeds"):
-        tiny(speeds=speeds)
+        tiny(speeds=())
 
 
 def test_a_training_tells_how_its_dev_and_test_splits_differ(tmp_path):

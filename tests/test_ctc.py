@@ -17,10 +17,7 @@ from dynsize.decoding import BeamSearch, LanguageModel
 
 @st.composite
 def problems(draw):
-    """Draws logits in float64, lengths, labels and label lengths that can be aligned.
-
-    Empty targets and utterances of one frame are among them.
-    """
+    """Draws logits in float64, lengths, labels and label lengths, even 0, that can be aligned."""
     n, t, v, u = (draw(st.integers(*span)) for span in ((1, 5), (1, 20), (2, 6), (0, 6)))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     logits = 3 * torch.randn(n, t, v, dtype=torch.float64)
@@ -195,17 +192,6 @@ def by_hand(words: list[str]) -> float:
         backed_off = back_off.get(before, 0.0) + unigrams.get(word, -1.1)
         total += bigrams.get((before, word), backed_off)
     return total
-
-
-@pytest.mark.parametrize("text", ["", "AB", "B", "AB B", "B AB", "AB AB B", "A B", "AB A A B"])
-def test_a_language_model_scores_as_by_hand(arpa, text):
-    model = LanguageModel(arpa, LETTERS, weight=0.7, bonus=0.25)
-    scored = model.start()
-    for word in text.split():
-        scored = model.add(scored, [word.encode(), b""])
-    total = model.finish(scored)
-    expected = 0.7 * math.log(10) * by_hand(text.split()) + 0.25 * len(text.split())
-    assert total == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("units", [UNITS, (b"", b"A ", b"B", b"B "), (b"", b" A B", b"B", b" ")])

@@ -23,10 +23,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def fsdd(tmp_path_factory) -> Path:
-    """A checkout of FSDD, each digit of each speaker a tone of its frequency. Not to be changed.
-
-    A recording's duration, in ms, is 50 plus its index.
-    """
+    """A checkout of FSDD, each digit of each speaker a tone of its frequency. Not to be changed."""
     checkout = tmp_path_factory.mktemp("fsdd")
     (checkout / "recordings").mkdir()
     speakers = (*digits.SPEAKERS, digits.UNSEEN)

@@ -13,14 +13,14 @@ import in_process
 import numpy as np
 import pytest
 import soundfile
-from conftest import RATE, TONES, random_supernet, tiny, write_tones
+from conftest import RATE, TONES, random_supernet, read, write_tones
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynsize import checkpoint, evaluation, report
 from dynsize.batching import Examples
 from dynsize.config import Config
-from dynsize.corpora import Utterance, read_corpus
+from dynsize.corpora import Utterance
 from dynsize.evaluation import System, transcribe
 from dynsize.networks import facts_of, network_of
 from dynsize.recogniser import Recogniser
@@ -106,9 +106,6 @@ def test_what_an_evaluation_shows_and_writes(work):
     done_well("run", "--overwrite", "--split", "test-clean", cwd=work)
 
 
-# What must not be harmed, and what is refused.
-
-
 def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):
     loaded = checkpoint.load(work / "run")
     object.__setattr__(loaded.model.config, "test_splits", ("../x",))
@@ -146,12 +143,10 @@ def kaldi_corpus(root: Path, words: dict[str, str], speakers: dict[str, str]) ->
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0).standard_normal(RATE // 2)
     soundfile.write(folder / "a.wav", 0.1 * noise, RATE)
-    audio = "".join(f"{name} {folder / 'a.wav'}\n" for name in words)
-    (folder / "wav.scp").write_text(audio, encoding="utf-8")
-    texts = "".join(f"{name} {text}\n" for name, text in words.items())
-    (folder / "text").write_text(texts, encoding="utf-8")
-    names = "".join(f"{name} {speaker}\n" for name, speaker in speakers.items())
-    (folder / "utt2spk").write_text(names, encoding="utf-8")
+    audio = dict.fromkeys(words, folder / "a.wav")
+    for name, values in {"wav.scp": audio, "text": words, "utt2spk": speakers}.items():
+        lines = "".join(f"{id} {value}\n" for id, value in values.items())
+        (folder / name).write_text(lines, encoding="utf-8")
     return root
 
 
@@ -164,9 +159,6 @@ def test_names_and_texts_reach_files_and_terminals_without_escape_sequences(work
     for text in [done.stdout, done.stderr, *(path.read_text() for path in written)]:
         assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert "one\\x1b[31m" in (work / "out" / "test" / "ref.trn").read_text()
-
-
-# What is scored.
 
 
 def test_references_need_no_labels_and_no_words(work):
@@ -267,6 +259,7 @@ def test_speakers_and_confusions():
         score(utterance("b c", "3", speaker="bob"), "c", "wer"),
     ]
     found = scores(scored)
+    assert [found[kind] for kind in ("substitutions", "deletions", "insertions")] == [2, 1, 1]
     assert found["speakers"] == {
         "ann": dict(utterances=2, words=5, wer=3 / 5, cer=pytest.approx(4 / 8)),
         "bob": dict(utterances=1, words=2, wer=1 / 2, cer=pytest.approx(2 / 3)),
@@ -287,9 +280,6 @@ def test_what_became_worse_and_the_examples():
     alone = {8: scored[8]}
     assert became_worse(alone) == [] and len(examples_of(alone)) == 3
     assert [row["id"] for row in examples_of({8: scored[8][:1]})] == ["0"]
-
-
-# Comparisons.
 
 
 def verdicts(text: str) -> list[str]:
@@ -349,8 +339,7 @@ def test_a_right_text_has_no_errors_however_its_letters_are_written(
     text = " ".join(["a", *words])  # not joiners alone, which are no text
     root = tmp_path_factory.mktemp("corpus")
     kaldi_corpus(root, {"rec_2": unicodedata.normalize(form, text)}, {})
-    config = tiny(corpus=str(root), normaliser=normaliser)
-    found = read_corpus(config, ["test"]).utterances
+    found = read(root, "test", normaliser=normaliser).utterances
     heard = unicodedata.normalize(other_form, text)
     if normaliser == "plain":  # which makes one apostrophe of all of them
         heard = re.sub("['\u2018\u2019\u02bc]", "\u2019", heard)

@@ -22,13 +22,13 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import begun, everything_in, finish, logged, same, tiny, write_tones
+from conftest import begun, everything_in, finish, limited, logged, same, tiny, write_tones
 from in_process import ROOT, SCRIPTS, TINY, wait_until
 
 from dynsize import checkpoint, files, training
@@ -76,27 +76,16 @@ def complaint(file: Path) -> str:
     return ""
 
 
-@contextmanager
-def room(size: int):
-    """Inside, no file can grow beyond `size` bytes: what a process sees of a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_full_disk_and_one_that_fails_leave_the_older_checkpoints(tones, tmp_path, monkeypatch):
     expected = finish(begun(tones, tmp_path / "unbroken", save_every=3))
     trainer, run = begun(tones, tmp_path / "run", save_every=3, keep=3), tmp_path / "run"
     updates = trainer.updates()
-    for _ in range(7):
-        next(updates)
+    list(itertools.islice(updates, 7))
     before = {path: path.read_bytes() for path in checkpoint.history(run)}
     size = len(before[run / checkpoint.NAME])
-    with room(size // 2), pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
-        list(updates)
+    with limited(resource.RLIMIT_FSIZE, size // 2):  # what a process sees of a full disk
+        with pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
+            list(updates)
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(OSError, match=r"untouched.*checkpoint\.pt"):
         trainer.save()
@@ -255,10 +244,7 @@ def test_a_run_goes_on_where_it_was_moved_and_when_the_clock_jumps(tones, tmp_pa
     expected = finish(begun(tones, tmp_path / "unbroken"))
     jumps = itertools.cycle([0.0, 4e9, 1.0, 2e9])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    trainer = begun(tones, tmp_path / "run", save_every=5)
-    for record in trainer.updates():
-        if record["update"] == 7:
-            break
+    stopped(begun(tones, tmp_path / "run", save_every=5), 7)
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere" / checkpoint.NAME, (4e9, 4e9))
     resumed = Trainer.resume(tmp_path / "elsewhere")
@@ -315,10 +301,6 @@ def test_too_little_memory_is_an_error_before_the_first_update(tones, tmp_path, 
     plans = [epoch_plan(frames, trainer.config, epoch) for epoch in range(3)]
     most = [max(len(batch) * max(frames[i] for i in batch) for batch in plan) for plan in plans]
     assert seen == [most[0]] * 2 and max(most) <= 1.2 * most[0]
-    assert all(weight.grad is None for weight in begun(tones, tmp_path / "b").model.parameters())
-
-
-# What a training must not harm.
 
 
 @pytest.mark.parametrize("name", ["config.json", "lock/file", "train/1/2/1-2.trans.txt"])
@@ -374,9 +356,6 @@ def test_a_training_never_replaces_what_it_starts_from(tones, tmp_path):
     assert everything_in(run) == before
 
 
-# Damage, and file systems.
-
-
 def test_damaged_lines_of_metrics_do_not_stop_a_resume(tones, tmp_path):
     run = tmp_path / "run"
     trainer = stopped(begun(tones, run, log_every=1), 7)
@@ -423,9 +402,6 @@ def test_what_dead_processes_left_unfinished_is_deleted(tones, tmp_path, monkeyp
     assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
 
 
-# Resuming with changes.
-
-
 @pytest.mark.parametrize(
     "changed",
     [dict(update=None), dict(batches="many"), dict(optimizer={}), dict(optimizer=[3]), dict(), [7]],
@@ -467,8 +443,6 @@ def test_a_resumed_training_tells_what_makes_its_result_another(tmp_path):
     with pytest.warns(UserWarning, match="corpus: the ids or texts of its 24 utterances"):
         Trainer.resume(run)
 
-
-# Signals and worker processes.
 
 UPDATES = 2000  # more than are done before the signal
 
@@ -598,9 +572,6 @@ def test_a_corpus_that_disappears_ends_a_training_with_workers(tones, tmp_path):
     process = started(corpus, tmp_path / "run", workers=2)
     shutil.rmtree(corpus)
     assert ended(process) == 2 and "--most-left-out" in (tmp_path / "run.out").read_text()
-
-
-# A crash at every file operation.
 
 
 class CrashAt:

@@ -140,7 +140,6 @@ def test_splits_without_a_name_or_outside_of_the_corpus_are_refused(name, value)
 )
 def test_printable_escapes_what_a_terminal_would_obey(text, shown):
     assert printable(text) == shown
-    shown.encode("utf-8")
 
 
 @pytest.mark.parametrize(

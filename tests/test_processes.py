@@ -18,7 +18,6 @@ from conftest import logged, network, one_update, tiny
 from in_process import ROOT, TINY, done_well, wait_until
 
 from dynsize import checkpoint, processes
-from dynsize.config import Config
 from dynsize.training import Trainer
 
 TRAIN = ROOT / "train.py"
@@ -50,16 +49,13 @@ CASES = {
 }
 
 
-def configured(corpus: str, case: str, batches: int) -> Config:
-    """`batches`: of an update, in all processes together."""
-    changes = dict(updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2) | CASES[case][1]
-    return tiny(corpus=corpus, accumulate=batches // processes.count(), **changes)
-
-
 def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, torch.Tensor]:
     """Return the gradients that the optimizer gets in one update; empty where it gets none."""
-    trainer = Trainer(configured(corpus, case, batches), folder)
-    trainer.state |= dict(update=CASES[case][0], batches=CASES[case][0])
+    update, settings = CASES[case]
+    settings = dict(updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2) | settings
+    settings |= dict(corpus=corpus, accumulate=batches // processes.count())
+    trainer = Trainer(tiny(**settings), folder)
+    trainer.state |= dict(update=update, batches=update)
     for weight in trainer.model.parameters():  # a new layer is the identity
         generator = torch.Generator().manual_seed(weight.numel())
         torch.nn.init.normal_(weight, std=0.1, generator=generator)

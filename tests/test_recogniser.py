@@ -72,9 +72,8 @@ def speech(words: list[str], pauses: list[float], rate: int = RATE) -> np.ndarra
     return (audio + 1e-4 * noise).astype(np.float32)
 
 
-sentences = st.lists(
-    st.tuples(st.sampled_from(WORDS), st.floats(0.15, 2.0)), min_size=1, max_size=12
-)
+words_and_pauses = st.tuples(st.sampled_from(WORDS), st.floats(0.15, 2.0))
+sentences = st.lists(words_and_pauses, min_size=1, max_size=12)
 
 
 @given(sentences, st.floats(0.3, 4.0), st.lists(st.integers(0, 9000), max_size=8))
@@ -386,9 +385,8 @@ def test_the_command_is_a_module_too_and_reads_a_wav_of_unknown_length(run, nois
     assert done.stdout.decode() == dynsize.load(run).transcribe(noise).text + "\n"
 
 
-TALK = Transcript(
-    [Word("ONE", 0.5, 0.9), Word("TWO", 0.9, 1.25), Word("THREE", 3661.0, 3661.5)], 3662.0
-)
+SAID = [Word("ONE", 0.5, 0.9), Word("TWO", 0.9, 1.25), Word("THREE", 3661.0, 3661.5)]
+TALK = Transcript(SAID, 3662.0)
 
 
 def test_formats():

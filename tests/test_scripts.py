@@ -217,7 +217,6 @@ def test_a_terminal_without_unicode_shows_escapes(tones, tmp_path, monkeypatch):
 
 
 def encoders(first: Path, second: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The weights of two checkpoints' encoders."""
     models = [checkpoint.load(path).model for path in (first, second)]
     return tuple(list(model.encoder.parameters()) for model in models)
 

@@ -114,9 +114,8 @@ def test_the_plan_has_every_way_for_the_first_seed_and_the_papers_for_further_on
         assert config.teacher == ("runs/study/seed-0/alone-8" if kind == "distilled" else "")
         source = f"runs/study/{seed}/{kind.removesuffix('-layers')}"
         assert config.layers_from == (source if kind.endswith("-layers") else "")
-    assert list(plan(tiny(sizes=SIZES), [1, 1], Path("x"))) == [
-        name.replace("seed-0", "seed-1") for name in FIRST
-    ]
+    again = plan(tiny(sizes=SIZES), [1, 1], Path("x"))
+    assert list(again) == [name.replace("seed-0", "seed-1") for name in FIRST]
 
 
 def test_a_study_of_two_seeds_goes_on_where_it_was_stopped(study):
@@ -131,13 +130,6 @@ def test_a_study_of_two_seeds_goes_on_where_it_was_stopped(study):
     assert "no table of compression: no_such_package is missing: pip install" in study.shown
 
 
-def run_of(way: str, size: int) -> str:
-    """The folder of the training that has a size by one way; at size 8 all layers are kept."""
-    if way in SHARED:
-        return way
-    return f"{way}-{size}" if (way == "distilled" or size == 3) else "alone-8"
-
-
 def test_rates_are_the_means_of_the_seeds(study):
     found = study.read("study.json")
     assert list(found) == ["test-clean"]
@@ -146,7 +138,8 @@ def test_rates_are_the_means_of_the_seeds(study):
         assert [row["size"] for row in rows] == [8, 3]
         seeds = ["0", "1"] if way in TWO_SEEDS else ["0"]
         for row in rows:
-            run = run_of(way, row["size"]) if way != "alone" else f"alone-{row['size']}"
+            run = way if way in SHARED else f"{way}-{row['size']}"
+            run = "alone-8" if run.endswith("layers-8") else run  # which keeps all layers
             rates = [study.rate(f"seed-{seed}/{run}", "test-clean", row["size"]) for seed in seeds]
             assert list(row["seeds"]) == seeds
             assert list(row["seeds"].values()) == pytest.approx(rates)

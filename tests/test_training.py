@@ -23,7 +23,6 @@ from dynsize.corpora import UNREADABLE
 from dynsize.initial import beginning, load_teacher
 from dynsize.iterative_zero_out import rank
 from dynsize.steps import distillation_loss
-from dynsize.supernet import Supernet
 from dynsize.terminal import dev_lines
 from dynsize.training import Trainer
 
@@ -61,7 +60,6 @@ METHODS = {
     "transducer": dict(output="transducer"),
     "attention, Transformer": dict(output="attention", block=("mhsa", "ff"), sizes=(2, 3, 4)),
 }
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 @pytest.mark.parametrize("method", [*METHODS.values(), "taught"], ids=[*METHODS, "taught"])
@@ -166,9 +164,7 @@ def test_weights_come_along_with_what_was_learned_of_the_layers(tmp_path):
 def test_utterances_without_words_train_silence(root, tmp_path):
     for file in (root / "train").rglob("*.trans.txt"):
         lines = file.read_text().splitlines()
-        file.write_text("".join(f"{line.split()[0]}\n" for line in lines[:12]))
-        with open(file, "a") as rest:
-            rest.writelines(f"{line}\n" for line in lines[12:])
+        file.write_text("\n".join([line.split()[0] for line in lines[:12]] + lines[12:]))
     run = begun(root, tmp_path / "run", batch_utterances=1)
     finish(run)
     assert not any("skipped" in line for line in logged(tmp_path / "run"))
@@ -343,8 +339,7 @@ def test_a_corpus_that_disappears_ends_the_training_with_its_last_good_weights(r
     changes = dict(updates=100, most_left_out=0.99, batch_seconds=2.0, save_every=100)
     run = begun(root, tmp_path / "run", validate_every=100, **changes)
     updates = run.updates()
-    for _ in range(3):
-        next(updates)
+    list(itertools.islice(updates, 3))
     (root / "train").rename(root / "elsewhere")
     run.data.examples.in_memory.clear()
     expected = snapshot(run)
@@ -444,7 +439,7 @@ class Made(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("update", [1, 30], ids=["step 1", "step 2"])
-@every_method
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_an_update_waits_once_and_copies_one_batch(tones, tmp_path, monkeypatch, update, method):
     """On the device `meta` a number that is read raises; here the one that is waited for is 1."""
     run = begun(tones, tmp_path / "run", updates=40, **method)
@@ -510,9 +505,6 @@ def test_the_largest_batch_that_can_be_read_is_rehearsed(root, tmp_path, monkeyp
     assert found == [utterance.samples for utterance in utterances[unread : unread + 1]] * 2
 
 
-# Distillation.
-
-
 def test_the_student_comes_closer_to_its_teacher(tones, teacher, tmp_path):
     settings = dict(method="none", sizes=(8,), size=3, updates=40, dropout=0.0, validate_every=40)
     settings |= dict(save_every=40, peak_learning_rate=5e-3)
@@ -558,13 +550,12 @@ def test_a_teacher_of_other_labels_or_features_is_refused(tones, teacher, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_with_another_output_is_refused(tones, teacher, tmp_path):
-    loaded = checkpoint.load(teacher)
-    labels, file = loaded.tokenizer.labels, tmp_path / "transducer.pt"
-    checkpoint.save(file, Supernet(tiny(output="transducer"), labels), loaded.tokenizer)
-    config = tiny(corpus=str(tones), method="none", sizes=(8,), size=3, teacher=str(file))
+def test_a_teacher_with_another_output_is_refused(tmp_path):
+    model, tokenizer = random_supernet(output="transducer")
+    checkpoint.save(tmp_path / "transducer.pt", model, tokenizer)
+    config = tiny(method="none", sizes=(8,), size=3, teacher=str(tmp_path / "transducer.pt"))
     with pytest.raises(ValueError, match="a teacher is for the output ctc"):
-        load_teacher(config, loaded.tokenizer)
+        load_teacher(config, tokenizer)
 
 
 def test_a_network_of_blanks_is_told_what_helps(tones, tmp_path):

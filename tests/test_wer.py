@@ -57,12 +57,6 @@ def test_alternatives_are_those_with_the_fewest_errors(reference, heard):
     assert errors.total == min(fewest_gaps(tuple(c), tuple(heard))[0] for c in choices)
 
 
-def test_sums_and_rates():
-    assert sum([Errors(1, 2, 3, 4), Errors(1, 0, 0, 6)], Errors()) == Errors(2, 2, 3, 10)
-    assert Errors(1, 2, 3, 4).rate == 1.5
-    assert Errors(0, 0, 2, 0).rate == 2  # finite, so that a report stays valid JSON
-
-
 def test_characters_of_a_long_utterance_need_little_memory():
     text = "abcdefghij" * 1500  # 20 minutes of speech; a table of all pairs would take 1.8 GB
     assert count_errors(text, text[:-3] + "xy") == Errors(2, 1, 0, 15000)
