@@ -206,8 +206,7 @@ def array_blocks(
         found = f"{samples} samples of {channels} channels"
         raise ValueError(f"audio must be (samples, channels); this array has {found}")
     audio = audio.astype(np.float32, copy=False)
-    sample_rate = int(sample_rate)  # of a narrow numpy integer the next product is another number
-    step = BLOCK * sample_rate
+    step = BLOCK * int(sample_rate)  # a narrow numpy integer has no room for the product
     parts = (audio[i : i + step] for i in range(0, len(audio), step))
     yield from resampled(parts, sample_rate, to_rate, channel, "the array")
 
