@@ -161,6 +161,17 @@ def test_weights_come_along_with_what_was_learned_of_the_layers(tmp_path):
     )
 
 
+def test_what_a_changed_corpus_lacks_is_noted_where_a_training_goes_on(root, tmp_path):
+    run = begun(root, tmp_path / "run", updates=1)
+    finish(run)
+    run.locked.close()
+    next((root / "train").rglob("*0003.flac")).write_bytes(b"")
+    with pytest.warns(UserWarning, match="not those with which this training began"):
+        Trainer.resume(tmp_path / "run")
+    assert "0-7-0003\t" in (tmp_path / "run" / "left-out.txt").read_text()
+    assert "23 utterances" in (tmp_path / "run" / "corpus.txt").read_text()
+
+
 def test_utterances_without_words_train_silence(root, tmp_path):
     for file in (root / "train").rglob("*.trans.txt"):
         lines = file.read_text().splitlines()
