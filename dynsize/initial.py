@@ -39,8 +39,8 @@ def beginning(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     if old.size is not None:
         config = with_method(config, "none", size=old.size, layers_from="")
     new_units = changes.keys() & marked("units")
-    other = dict(tokenizer="") if new_units else {}
-    config = dataclasses.replace(config, **other | changes)
+    unnamed = dict(tokenizer="") if new_units else {}  # the file of the old tokenizer
+    config = dataclasses.replace(config, **unnamed | changes)
     tokenizer = loaded.tokenizer
     weights = old.state_dict()
     if new_units:

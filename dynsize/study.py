@@ -27,14 +27,9 @@ from dynsize.terminal import reported
 from dynsize.training import Trainer
 from dynsize.wer import difference, interval, mean_rate
 
-PAPERS_METHODS = (
-    "simple-top-k",
-    "iterative-zero-out",
-)  # what further seeds train, beside each size alone
+PAPERS = ("simple-top-k", "iterative-zero-out")  # further seeds train these, and sizes alone
 SHARED = (*ALGORITHMS, "layerdrop")  # the methods whose sizes share their weights
-SAME_LAYERS = {
-    method: f"{method}-layers" for method in PAPERS_METHODS
-}  # alone, with the layers it kept
+SAME_LAYERS = {method: f"{method}-layers" for method in PAPERS}  # alone, with the layers it kept
 WAYS = ("alone", *SAME_LAYERS.values(), *SHARED, "distilled")
 COMPARED = [  # ways to train, and the one that each is compared with
     *((way, "alone") for way in (*SHARED, "distilled")),
@@ -68,11 +63,9 @@ def plan(config: Config, seeds: Sequence[int], folder: Path) -> Trainings:
         runs = folder / f"seed-{seed}"
         of_seed = dataclasses.replace(config, seed=seed)
         alone = partial(with_method, of_seed, "none")
-        trainings += [
-            with_method(of_seed, way) for way in (SHARED if seed == first else PAPERS_METHODS)
-        ]
+        trainings += [with_method(of_seed, way) for way in (SHARED if seed == first else PAPERS)]
         trainings += [alone(size=size) for size in config.sizes]
-        for method in PAPERS_METHODS:
+        for method in PAPERS:
             supernet = str(runs / method)
             trainings += [alone(size=size, layers_from=supernet) for size in smaller]
         if seed == first and config.output == "ctc":  # what a teacher is for
@@ -287,9 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with reported(parser.prog, "interrupted; the same command goes on"):
         folder = options.folder
         trainings = finished(folder)
-        supernets = [config for config in trainings.values() if config.method == PAPERS_METHODS[0]]
+        supernets = [config for config in trainings.values() if config.method == PAPERS[0]]
         if not supernets:
-            raise ValueError(f"{folder}: no training seed-*/{PAPERS_METHODS[0]} is at its end")
+            raise ValueError(f"{folder}: no training seed-*/{PAPERS[0]} is at its end")
         results(supernets[0], trainings, folder)
 
 

@@ -156,9 +156,8 @@ def test_weights_come_along_with_what_was_learned_of_the_layers(tmp_path):
     assert loaded.model.output_layers["8"].weight.shape[0] == loaded.tokenizer.labels
     assert not torch.equal(loaded.model.scores, model.scores)  # those zeroed out have old scores
     first = rank(loaded.model.scores, range(8), 0, loaded.model.config)
-    assert first == ranking and sorted(loaded.model.scores.tolist()) == sorted(
-        model.scores.tolist()
-    )
+    assert first == ranking
+    assert sorted(loaded.model.scores.tolist()) == sorted(model.scores.tolist())
 
 
 def test_what_a_changed_corpus_lacks_is_noted_where_a_training_goes_on(root, tmp_path):
