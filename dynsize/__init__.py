@@ -56,6 +56,22 @@ Results
 
 Beside them, `dynsize.kernels` has Triton kernels of three ops for a GPU. Their definitions in torch
 are in `kernels/reference.py`, `ctc` and `simple_top_k`.
+
+Where a detail is
+
+    which checkpoint is used where one is damaged               checkpoint
+    signals; threads, GPUs and processes                        terminal.signals; processes
+    what is skipped and what ends a training                    training, above `skip`; corpora
+    empty transcripts, which train silence                      batching
+    features have mean 0 and variance 1 in each utterance       features; a copy for ONNX: export
+    of several channels, which one is taken                     audio, corpora
+    NFC, invisible signs, normalisers                           text
+    word and character errors, intervals, sclite's alternatives wer
+    the output of a size that was not trained                   supernet.Supernet.output
+    the largest size within a budget                            subnet
+    long audio; word times; captions                            networks.windowed; recogniser;
+                                                                __main__
+    what an ONNX file takes and gives, and its checksum         export, networks
 """
 
 import os

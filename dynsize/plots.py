@@ -15,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -195,7 +194,7 @@ def draw_errors(axes: Axes, validated: Records, styles: Styles) -> None:
 
 
 def layers_figure(records: Records, config: Config, ranked: list[str], name: str) -> Figure:
-    """Draw the layer scores of step 1 as shade, k as a line, and the final masks beside it.
+    """Draw the layer scores of step 1 as shade, k above them, and the final masks beside them.
 
     `ranked`: the names of the layers as ranking.json has them, most important first. The picture
     has a row for each layer; the layers of one kind are together, block 1 on top.
@@ -203,13 +202,16 @@ def layers_figure(records: Records, config: Config, ranked: list[str], name: str
     numbers = np.arange(config.layers).reshape(config.blocks, -1)
     rows = numbers.T.flatten()  # one kind of layers after the other
     names = [config.layer_names[layer] for layer in rows]
-    figure = Figure(figsize=(8.5, 1.9 + 0.13 * len(rows)))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 1])
+    height = 1.8 + 0.13 * len(rows)
+    figure = Figure(figsize=(8.5, 1 + height))
+    ratios = dict(width_ratios=[5, 1], height_ratios=[1, height])
+    (above, corner), (left, right) = figure.subplots(2, 2, sharex="col", sharey="row", **ratios)
+    corner.remove()
     what = "the layers over step 1, and what each size keeps"
     figure.suptitle(f"{config.method}: {what} ({name})")
     scored = scored_records(records, config, ranked)
     draw_scores(left, scored, rows)
-    draw_k(left.twinx(), scored)
+    draw_k(above, scored)
     draw_masks(right, config.sizes, ranked, names)
     left.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=6)
     left.invert_yaxis()
@@ -257,12 +259,9 @@ def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
 def draw_k(axes: Axes, scored: Records) -> None:
     """Draw the size of the subnet that trains in step 1, over the updates."""
     sizes = [record["sizes"][-1] for record in scored]
-    outline = withStroke(linewidth=4, foreground="black")
-    style = dict(color=K_COLOUR, linewidth=2, path_effects=[outline])
-    axes.step(column(scored, "update"), sizes, **style)
-    axes.set(ylabel="line: k, size in step 1", ylim=(0, None))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines["right"].set_visible(True)
+    axes.step([0, *column(scored, "update")], [sizes[0], *sizes], color=K_COLOUR, linewidth=2)
+    axes.set(ylabel="subnet's\nsize k", ylim=(0, None))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
 def draw_masks(axes: Axes, sizes: Sequence[int], ranked: list[str], names: list[str]) -> None:

@@ -58,7 +58,7 @@ def test_a_run_becomes_two_pictures_as_png_and_svg(run):
 
 def test_scores_k_and_masks_of_the_layers(trained):
     ranking = [row["layer"] for row in json.loads((trained / "ranking.json").read_text())]
-    left, masks, _, k = figures_of(trained)["layers"].axes
+    k, left, masks, _ = figures_of(trained)["layers"].axes
     rows = [f"{block}.{kind}" for kind in LAYERS for block in (1, 2)]
     assert [label.get_text() for label in left.get_yticklabels()] == rows
     kept = masks.collections[0].get_array()
@@ -75,7 +75,9 @@ def test_scores_k_and_masks_of_the_layers(trained):
             seen = shades[row, line]
             assert (seen is np.ma.masked) == (layer not in best)
             assert layer not in best or seen == record["scores"][layer]
-    assert k.lines[0].get_ydata().tolist() == [record["sizes"][1] for record in records]
+    sizes = [record["sizes"][1] for record in records]
+    assert k.lines[0].get_xdata().tolist() == [0, *(record["update"] for record in records)]
+    assert k.lines[0].get_ydata().tolist() == [sizes[0], *sizes]
 
 
 def test_losses_and_rates_are_those_of_the_log(trained):
