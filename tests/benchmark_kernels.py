@@ -81,7 +81,7 @@ if not GPU:  # the interpreter takes milliseconds for a step of a program
     network |= dict(front_end_channels=(2, 2, 2, 2), precision="float32")
     SHAPES = SimpleNamespace(
         widths=(16,), labels=(3,), top_k=(4,), timed_widths=(16,), timed_labels=(3,),
-        utterances=2, frames=16, vocabulary=7, network=network, updates=2, shown=1,
+        utterances=1, frames=16, vocabulary=7, network=network, updates=2, shown=1,
     )  # fmt: skip
 FAULTS: list[str] = []  # of the part that runs
 

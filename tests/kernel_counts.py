@@ -1,7 +1,8 @@
 """What can be counted of the kernels without a GPU: machine code, and the bytes that programs move.
 
-As a script, compiles the kernels for GPUs, prints what their machine code needs, as JSON, and fails
-where it spills, needs more than a GPU has, or waits where it should not.
+As a script, compiles the kernels for GPUs, those of TARGETS or the ones named, prints what their
+machine code needs, as JSON, and fails where it spills, needs more than a GPU has, or waits where it
+should not.
 """
 
 import functools
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,8 +125,8 @@ def cases() -> list[tuple]:
     return found
 
 
-def machine_code() -> list[dict]:
-    """Compile the kernels for all targets, as a launch there would, and read the code's needs.
+def machine_code(targets: Iterable[str]) -> list[dict]:
+    """Compile the kernels for these targets, as a launch there would, and read the code's needs.
 
     Leaves this process unable to launch.
     """
@@ -136,7 +137,8 @@ def machine_code() -> list[dict]:
 
     JITFunction.run = compiled
     residual.INTERPRETED = 1  # compile what a GPU runs, from tensors on a CPU
-    for device, (target, (gpu, _)) in enumerate(TARGETS.items()):
+    for device, target in enumerate(targets):
+        gpu, _ = TARGETS[target]
         driver = dict(
             get_current_target=lambda gpu=gpu: gpu,
             get_current_device=lambda device=device: device,
@@ -250,7 +252,7 @@ class Traffic:
 
 
 if __name__ == "__main__":
-    found = machine_code()
+    found = machine_code(sys.argv[1:] or TARGETS)
     print(json.dumps(found))
     if faults(found):
         sys.exit(f"Triton {triton.__version__}: {faults(found)}")
