@@ -59,12 +59,14 @@ are in `kernels/reference.py`, `ctc` and `simple_top_k`.
 
 Where a detail is
 
-    which checkpoint is used where one is damaged               checkpoint
+    which checkpoint is used where one is damaged; why loading
+    one runs no code of its author                              checkpoint
     signals; threads, GPUs and processes                        terminal.signals; processes
     what is skipped and what ends a training                    training, above `skip`; corpora
-    empty transcripts, which train silence                      batching
+    empty transcripts, which train silence                      corpora.remarks, ctc.ctc_loss
+    dropout, the same for all sizes of an utterance             conformer.Encoder.forward
     features have mean 0 and variance 1 in each utterance       features; a copy for ONNX: export
-    of several channels, which one is taken                     audio, corpora
+    of several channels, which one is taken                     corpora (trains), recogniser
     NFC, invisible signs, normalisers                           text
     word and character errors, intervals, sclite's alternatives wer
     the output of a size that was not trained                   supernet.Supernet.output

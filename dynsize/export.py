@@ -12,7 +12,13 @@ which onnxruntime 1.17 and newer run.
 
 The metadata `dynsize` is JSON: the configuration (`config`, with `sample_rate`), the SentencePiece
 model in base64 (`tokenizer`), the duration of training's longest utterance (`longest_seconds`), and
-what each size costs. networks.py decodes longer audio in windows, and replaces digital silence.
+what each size costs.
+
+Without dynsize, text is made like this: resample to `sample_rate`, take the likeliest label of each
+frame, join equal neighbours, remove the blank, and let SentencePiece make text of the labels minus
+one. For audio longer than training's do it in windows, with a sixth of a window on each side as
+context whose frames are dropped, as `networks.windowed` does, which also puts faint noise in the
+place of digital silence.
 """
 
 import copy

@@ -12,7 +12,8 @@ An output turns an encoder's frames into text. It is a module for one size, made
     least_frames(labels)           the frames that a text of these labels needs
     macs(frames, labels)           multiply-accumulates of decoding
 
-The encoder and the algorithms know nothing of outputs.
+Its name stands in `OUTPUTS` and among the choices of `output` in config.py. The encoder and the
+algorithms know nothing of outputs.
 
 A subnet that was cut out of a supernet is a `Supernet` with fewer layers and one output.
 """
