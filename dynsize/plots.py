@@ -215,6 +215,7 @@ def layers_figure(records: Records, config: Config, ranked: list[str], name: str
     draw_masks(right, config.sizes, ranked, names)
     left.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=6)
     left.invert_yaxis()
+    left.set_xlabel(f"update (logged every {config.log_every})")
     for border in range(config.blocks, len(rows), config.blocks):
         left.axhline(border, color="black")
         right.axhline(border, color="black")
@@ -251,7 +252,6 @@ def draw_scores(axes: Axes, scored: Records, rows: np.ndarray) -> None:
     edges = [0, *column(scored, "update")]
     heights = np.arange(len(rows) + 1)
     shade = axes.pcolormesh(edges, heights, shades, cmap="copper_r", rasterized=True)
-    axes.set_xlabel("update")
     label = "score of each of the k best layers; the others are white"
     axes.figure.colorbar(shade, ax=axes, location="bottom", aspect=50, label=label)
 
