@@ -66,8 +66,8 @@ def add_sizes(parser: Parser) -> None:
     add = parser.add_argument_group(title).add_argument
     add("--sizes", type=int, nargs="+", default=[], metavar="K", help="numbers of layers")
     largest = "the largest size, trained or not,"
-    add("--max-params", type=int, metavar="N", help=f"{largest} within this many weights")
-    add("--max-macs", type=int, metavar="N", help=f"{largest} within these MACs for 1 s of audio")
+    add("--max-params", type=float, metavar="N", help=f"{largest} within this many weights")
+    add("--max-macs", type=float, metavar="N", help=f"{largest} within these MACs for 1 s of audio")
     add(
         "--max-latency-ms",
         type=float,

@@ -71,7 +71,7 @@ def test_prune_by_budget_and_by_other_rankings(work):
         return done_well("prune.py", "run", *flags.split(), cwd=work)
 
     most = parameters(cut(checkpoint.load(work / "run").model, 4))
-    done = pruned(f"--max-params {most} --max-macs 10000000")
+    done = pruned(f"--max-params {most} --max-macs 10e6")
     assert re.search(rf"^size 4 +4 +{most:,} ", done.stdout, re.M)
     assert "size 4 was never trained; the nearest: 3 and 5" in done.stderr
     assert "size  3  fcm. ....\n" in pruned("--sizes 3 --ranking first").stdout
