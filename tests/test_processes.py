@@ -50,7 +50,10 @@ CASES = {
 
 
 def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the gradients that the optimizer gets in one update; empty where it gets none."""
+    """Return the gradients that the optimizer gets in one update, empty where it gets none.
+
+    Beside them, as `losses`, those of the log.
+    """
     update, settings = CASES[case]
     settings = dict(updates=20, batch_seconds=2.0, clip=0.0, dropout=0.2) | settings
     settings |= dict(corpus=corpus, accumulate=batches // processes.count())
@@ -72,8 +75,8 @@ def gradients(corpus: str, case: str, batches: int, folder: Path) -> dict[str, t
         if "reads nothing" in case and number % 2:
             no_labels = batch.label_lengths[:0]
             taken[place] = dataclasses.replace(batch, utterances=[], label_lengths=no_labels)
-    one_update(trainer, taken)
-    return seen
+    record = one_update(trainer, taken)
+    return seen | dict(losses=torch.tensor(list(record["losses"].values())))
 
 
 def torchrun(count: int, *command: object) -> list[str]:
@@ -104,6 +107,7 @@ def note_threads(file: Path) -> None:
 def test_two_processes_have_the_gradients_of_one(tones, of_two, tmp_path, case, batches):
     together = of_two[f"{case} {batches}"]
     alone = gradients(str(tones), case, batches, tmp_path)
+    torch.testing.assert_close(together.pop("losses"), alone.pop("losses"), rtol=1e-6, atol=0)
     shapes = [[(name, len(grad)) for name, grad in of.items()] for of in (together, alone)]
     assert shapes[0] == shapes[1]
     joined = torch.cat([together[name].flatten().double() for name in alone])
