@@ -375,11 +375,10 @@ PAPER = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "demo": dict(),
-    # One to ten hours of speech in any language. Characters, shorter frames, 0.3 as the weight of
-    # the subnets' losses, and no masks at first each make a network leave CTC's plateau of blanks
-    # in fewer updates; it does at update 420 to 720. From update 3,600 on, masks keep so little
-    # speech from being learned by heart, as dropout and speeds do from the beginning. A third of
-    # the updates leaves a fifth more word errors.
+    # One to ten hours of speech in any language. Characters, shorter frames and no masks at first
+    # each make a network leave CTC's plateau of blanks in fewer updates; it does at update 420 to
+    # 720. From update 3,600 on, masks keep so little speech from being learned by heart, as dropout
+    # and speeds do from the beginning. A third of the updates leaves a fifth more word errors.
     "small": dict(
         units="characters", hop_ms=10.0, speeds=(0.9, 1.0, 1.1), mask_from=0.12, dropout=0.1,
         subnet_loss=0.3,
