@@ -66,14 +66,18 @@ Where a detail is
     empty transcripts, which train silence                      corpora.remarks, ctc.ctc_loss
     dropout, the same for all sizes of an utterance             conformer.Encoder.forward
     features have mean 0 and variance 1 in each utterance       features; a copy for ONNX: export
-    of several channels, which one is taken                     corpora (trains), recogniser
+    of several channels, which one is taken; samples that are
+    no numbers; empty audio, which has no words                 corpora (trains), recogniser
     NFC, invisible signs, normalisers                           text
     word and character errors, intervals, sclite's alternatives wer
     the output of a size that was not trained                   supernet.Supernet.output
     the largest size within a budget                            subnet
     long audio; word times; captions                            networks.windowed; recogniser;
                                                                 __main__
-    what an ONNX file takes and gives, and its checksum         export, networks
+    what an ONNX file takes and gives, its checksum, and what
+    is compared before it appears                               export, networks
+    tests                                                       tests/test_MODULE.py; safety is in
+                                                                test_faults, flags in test_flags
 """
 
 import os
