@@ -66,8 +66,8 @@ Where a detail is
     empty transcripts, which train silence                      corpora.remarks, ctc.ctc_loss
     dropout, the same for all sizes of an utterance             conformer.Encoder.forward
     features have mean 0 and variance 1 in each utterance       features; a copy for ONNX: export
-    of several channels, which one is taken; samples that are
-    no numbers; empty audio, which has no words                 corpora (trains), recogniser
+    of several channels, which one is taken                     corpora to train; recogniser
+    samples that are no numbers; empty audio has no words       audio to train; recogniser
     NFC, invisible signs, normalisers                           text
     word and character errors, intervals, sclite's alternatives wer
     the output of a size that was not trained                   supernet.Supernet.output
@@ -76,8 +76,8 @@ Where a detail is
                                                                 __main__
     what an ONNX file takes and gives, its checksum, and what
     is compared before it appears                               export, networks
-    tests                                                       tests/test_MODULE.py; safety is in
-                                                                test_faults, flags in test_flags
+    tests of safety; of flags; of all three scripts             tests/test_faults.py; test_flags.py;
+                                                                test_scripts.py
 """
 
 import os

@@ -344,7 +344,7 @@ def update_cost(mode: str, config: Config, number: int, compiled: bool) -> list[
         losses_of = torch.compile(losses_of, fullgraph=True, dynamic=False)
     training = Training(config, losses_of)
     call = functools.partial(training.update, number)
-    if not GPU:  # `losses` trains such updates; of this one the interpreter makes many events
+    if not GPU:  # of an update the interpreter makes many events, and `losses` trains some
         profiled(training.optimizer.zero_grad)
         return ["–"] * 4
     for _ in range(3):

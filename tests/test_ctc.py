@@ -95,8 +95,10 @@ def test_greedy_joins_repeats_then_removes_blanks(seed, rows, frames):
     texts = Ctc.decode(log_probs, lengths)
     for text, of_row, length in zip(texts, log_probs, lengths.tolist(), strict=True):
         path = [frame.index(max(frame)) for frame in of_row[:length].tolist()]
-        begun = [t for t in range(length) if path[t] not in (0, *path[t - 1 : t])]
-        assert text == [(path[t], t) for t in begun]  # each with its first frame
+        steps = enumerate(itertools.pairwise([0, *path]))  # frame, (label before, label)
+        assert text == [
+            (label, frame) for frame, (before, label) in steps if label not in (0, before)
+        ]
         assert Ctc.decode_parts([of_row[:1], of_row[1:length]]) == text
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def test_machine_code_spills_nothing_and_fits():
-    """For two targets; `.ci/run` compiles for all."""
+    """For the two GPUs that give a program the least shared memory; `.ci/run` compiles for all."""
     targets = ["sm75", "gfx942"]
     command = [sys.executable, kernel_counts.__file__, *targets]  # it compiles, this one interprets
     environment = os.environ | dict(TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join(sys.path))
