@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Cut a checkpoint for each size out of a trained supernet, and show what each size costs.
+"""Cut a checkpoint for each smaller size out of a trained supernet, and show what each costs.
 
 With --method, first learn which layers to keep of a full-size model that was trained alone.
 """
@@ -35,9 +35,9 @@ from dynsize.training import Trainer
 RANKINGS = ("learned", "first", "random")
 LONGEST_AUDIO = 600  # seconds of audio for which milliseconds are measured
 EXAMPLES = """\
-  python prune.py runs/demo                          a file for each size that was trained
+  python prune.py runs/demo                          a file for each size but the largest
   python prune.py runs/demo --max-latency-ms 20      the largest size that takes at most 20 ms
-  python prune.py runs/demo --export onnx --int8     ONNX files of each size and of all in one
+  python prune.py runs/demo --export onnx --int8     ONNX files of these, and of all in one
   python prune.py runs/demo/size-7.pt --export onnx  the ONNX file of a size that was cut
   python prune.py runs/full --method simple-top-k    learn which layers of a full model to keep"""
 
@@ -320,16 +320,20 @@ def show(networks: list[checkpoint.Checkpoint], seconds: float) -> None:
 
 
 def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -> None:
-    """Write the ONNX files of each network, and print what each size costs."""
+    """Write the ONNX files of each network, then print what each size costs."""
     first, *subnets = networks
     paths = onnx_paths(first, [subnet.path for subnet in subnets], options)
-    print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
+    written = []
     for path, loaded in zip(paths, networks, strict=True):
+        print(f"{'export':10} {path}", flush=True)  # each takes seconds to a minute
         export.export(loaded, loaded.model.size, path)
-        show_onnx(path)
+        written.append(path)
         if options.int8:
             export.quantize(path, int8_path(path))
-            show_onnx(int8_path(path))
+            written.append(int8_path(path))
+    print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
+    for file in written:
+        show_onnx(file)
 
 
 def show_onnx(file: Path) -> None:
@@ -348,7 +352,7 @@ def hint(networks: list[checkpoint.Checkpoint]) -> str:
 
 
 def main() -> None:
-    with reported("prune.py", "interrupted; files that were written are whole"):
+    with reported("prune.py", "interrupted; files are whole, those not reached are as before"):
         options = parse(sys.argv[1:])
         use_threads(options.threads)
         run = learn(options) if options.method else options.supernet

@@ -2,7 +2,7 @@
 """Train a supernet, from which prune.py cuts subnets of several sizes.
 
 Without flags: the preset demo, on speech that espeak-ng makes, in three to twenty minutes.
-With --corpus: the preset small, for one to ten hours of speech, in an hour or two.
+With --corpus: the preset small, for one to ten hours of speech, in one to three hours.
 """
 
 import argparse

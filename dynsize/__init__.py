@@ -19,7 +19,7 @@ Training
     steps               one update: which networks, with which gates and loss weights; the losses
     training            the loop: read, forward and backward, step, log, validate, save, resume
     training_data       what is trained on, and the dev splits
-    initial             where the weights begin: new ones, another run's, a teacher's
+    initial             where the weights begin: new ones, another run's; teacher; optimizer
 
 From audio to batches
     corpora             a corpus as utterances, what is left out of it, and what it looks like
@@ -28,7 +28,7 @@ From audio to batches
     text                one spelling for the same text; normalisers
     tokenizer           SentencePiece units as labels, and the text of labels
     features            log-mel features and SpecAugment
-    batching            which utterances share a batch, and worker processes that read them
+    batching            which utterances share a batch, their speeds and masks; worker processes
     spoken, digits      two corpora that anyone can make
 
 What keeps a training safe
@@ -71,7 +71,7 @@ Where a detail is
     NFC, invisible signs, normalisers                           text
     word and character errors, intervals, sclite's alternatives wer
     the output of a size that was not trained                   supernet.Supernet.output
-    the largest size within a budget                            subnet
+    the largest size within a budget                            subnet for prune.py; recogniser
     long audio; word times; captions                            networks.windowed; recogniser;
                                                                 __main__
     what an ONNX file takes and gives, its checksum, and what

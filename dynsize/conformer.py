@@ -181,7 +181,9 @@ LAYER_KINDS = {
 }
 
 
-# The front-ends, which lower the frame rate by a factor of 4.
+# The front-ends, which lower the frame rate by a factor of 4. A new one is one more class, with its
+# name in `FRONT_ENDS` below and in `config.CHANNELS`. `subnet.front_end_macs`,
+# `networks.SUBSAMPLING` and `export.Features` know what these have in common.
 
 
 class Conv2dFrontEnd(nn.Module):

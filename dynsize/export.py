@@ -15,10 +15,10 @@ model in base64 (`tokenizer`), the duration of training's longest utterance (`lo
 what each size costs.
 
 Without dynsize, text is made like this: resample to `sample_rate`, take the likeliest label of each
-frame, join equal neighbours, remove the blank, and let SentencePiece make text of the labels minus
-one. For audio longer than training's do it in windows, with a sixth of a window on each side as
-context whose frames are dropped, as `networks.windowed` does, which also puts faint noise in the
-place of digital silence.
+of the utterance's frames, join equal neighbours, remove the blank, and let SentencePiece decode the
+labels, which are its ids. For audio longer than training's do it in windows, with a sixth of a
+window on each side as context whose frames are dropped, as `networks.windowed` does, which also
+puts faint noise in the place of digital silence.
 """
 
 import copy
@@ -68,7 +68,7 @@ def export(loaded: Checkpoint, size: int | None, path: Path) -> None:
     model.config = dataclasses.replace(model.config, precision="float32")
     loaded = dataclasses.replace(loaded, model=model)
     with files.whole(path) as unfinished:
-        with without_logging():
+        with without_logging(), torch.no_grad():  # the exporter would trace gradients, too
             write_graph(loaded, size is None, unfinished)
         check_results(unfinished, model)
 
@@ -186,7 +186,7 @@ def quantize(path: Path, to: Path) -> None:
 
     Products of activations with weights are int8: activations are quantized as they come (dynamic
     quantization), weights with a scale for each column. The features, the convolutions, and the
-    products of two activations stay float.
+    products of two activations stay float. What it gives is compared with nothing here.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

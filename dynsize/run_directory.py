@@ -97,7 +97,8 @@ def write_ranking(run: Path, model: Supernet) -> None:
 def lock(run: Path) -> IO[bytes]:
     """Keep other trainings out of a directory until the returned file is closed.
 
-    Raises ValueError where another one is in it. Warns where the file system has no locks.
+    Raises ValueError where another one is in it. Warns where the file system has no locks. The
+    lock ends with its process, though its file stays.
     """
     path = run / LOCK
     file = open(path, "ab")  # noqa: SIM115 (closed, it would be free)

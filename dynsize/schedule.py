@@ -14,7 +14,8 @@ LAST_LEARNING_RATE = 1e-8
 def learning_rate(update: int, config: Config) -> float:
     """Return the learning rate of an update.
 
-    It is linear from peak / 100 to the peak, back to peak / 100, then to 1e-8.
+    It is linear from peak / 100 to the peak, back to peak / 100, then to 1e-8, in one curve over
+    both steps.
     """
     peak = config.peak_learning_rate
     done = (update + 1) / config.updates

@@ -29,7 +29,8 @@ def layer_weights(
     """Return the L gates of the subnet in an update of step 1, each ().
 
     `scores`: (L,). `straight-through`: the gates are 1 for the k layers of highest score and 0
-    for the others, and have the gradient of the relaxed weights. `soft`: the relaxed weights.
+    for the others, and have the gradient of the relaxed weights. So from the subnet's loss a layer
+    with the gate 0 learns nothing, but its score does. `soft`: the relaxed weights.
     """
     k = size_at(update, config)
     relaxed = relaxed_top_k(scores, k)  # (L,)

@@ -9,7 +9,8 @@ only Iterative-Zero-Out saves the layers that it has zeroed out. There is no sto
 Step 2 trains the largest size, the smallest one and a random size between, each with the binary
 mask that the ranking gives it: the sandwich rule. The largest has stochastic depth.
 
-LayerDrop trains one network, the largest, of which each utterance skips random layers.
+Two baselines have no step 1. LayerDrop trains one network, the largest, of which each utterance
+skips random layers. Aux-loss is step 2 with the layers in their order as the ranking.
 """
 
 import random

@@ -200,7 +200,7 @@ class Trainer:
         batches = [batch for batch in batches if batch.utterances]
         for batch in batches:
             loss, by_network = steps.losses_of(update, batch, label_count, self.model, self.teacher)
-            if batch is batches[-1]:
+            if batch is batches[-1]:  # once in each process that has a batch: in all, once
                 loss = loss + steps.extra_loss(update, self.model) / readers
             loss.backward()
             losses += by_network

@@ -1,12 +1,13 @@
 """ONNX files against the checkpoint's network, which computes its features by FFT."""
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import random
 import re
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 import onnx
+import onnxruntime
+import sentencepiece
 
 import dynsize
 from dynsize import checkpoint
@@ -129,6 +132,21 @@ def test_the_recogniser_takes_a_file_as_it_takes_a_checkpoint(supernet, single):
     one = dynsize.load(beside(single, "size-2.onnx"))
     assert (file.sizes, one.sizes) == ((1, 2, 4), (2,))
     assert one.facts.tokenizer.units == dynsize.load(single.path).facts.tokenizer.units
+
+
+def test_text_is_made_without_dynsize(supernet):
+    """As `export` tells: the likeliest label of each frame, and SentencePiece."""
+    session = onnxruntime.InferenceSession(beside(supernet, "supernet.onnx"))
+    content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
+    pieces = sentencepiece.SentencePieceProcessor()
+    pieces.load_from_serialized_proto(b64decode(content["tokenizer"]))
+    audio = 0.1 * np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
+    inputs = dict(audio=audio[None], lengths=np.array([RATE]), size=np.array(4))
+    log_probs, frames = session.run(None, inputs)
+    best = log_probs[0, : frames[0]].argmax(-1)
+    labels = [int(label) for label, _ in itertools.groupby(best) if label != 0]
+    expected = dynsize.load(supernet.path).transcribe(audio, sample_rate=RATE, size=4).text
+    assert pieces.decode(labels) == expected != ""
 
 
 def test_weights_are_stored_once_where_an_optional_layer_is_computed(supernet):
