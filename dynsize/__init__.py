@@ -41,7 +41,7 @@ What keeps a training safe
 Deployment
     subnet              cutting a size out of a supernet; parameters, MACs, milliseconds
     export              ONNX files of one size, or of all sizes in one
-    networks            a network of one size as a function, from a checkpoint or an ONNX file
+    networks            checkpoint or ONNX file as a function of audio and size; windows
     decoding            prefix beam search, and a language model of words
     recogniser          text, with the time of each word, from audio of any length
     __main__            the command `dynsize`
@@ -62,10 +62,12 @@ Where a detail is
     which checkpoint is used where one is damaged; why loading
     one runs no code of its author                              checkpoint
     signals; threads, GPUs and processes                        terminal.signals; processes
+    float32 or bfloat16                                         supernet.precision
     what is skipped and what ends a training                    training, above `skip`; corpora
     empty transcripts, which train silence                      corpora.remarks, ctc.ctc_loss
     dropout, the same for all sizes of an utterance             conformer.Encoder.forward
-    features have mean 0 and variance 1 in each utterance       features; a copy for ONNX: export
+    features have mean 0 and variance 1 in each utterance,
+    or window of a long one                                     features; a copy for ONNX: export
     of several channels, which one is taken                     corpora to train; recogniser
     samples that are no numbers; empty audio has no words       audio to train; recogniser
     NFC, invisible signs, normalisers                           text

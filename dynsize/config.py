@@ -60,7 +60,8 @@ class Config:
     """All that decides a training.
 
     The defaults are the preset `demo`; `PRESETS` lists what the others change. `marks`: see
-    `described`.
+    `described`. A new setting needs only its line: train.py makes its flag, a checkpoint without it
+    has its default, and an ONNX file without it must be exported anew.
     """
 
     setting = partial(described, "corpus")

@@ -18,8 +18,9 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield another name; the file or directory that is written there then becomes `path`.
 
     After an interruption at any time `path` is the old one or the new one; `sync`: after a power
-    failure too. The other name is PATH.HOST.PID.unfinished, so that two processes can write the
-    same path. Raises OSError, with `path`, where it can't be written. The old one stays then.
+    failure too, except of a directory. The other name is PATH.HOST.PID.unfinished, so that two
+    processes can write the same path. Raises OSError, with `path`, where it can't be written. The
+    old one stays then.
     """
     unfinished = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.unfinished")
     try:

@@ -73,11 +73,18 @@ def is_first() -> bool:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes."""
+    """Return the sum of a tensor over all processes.
+
+    Raises ConnectionError where another process is gone. (NCCL ends this one itself.)
+    """
     if count() == 1:
         return tensor
     tensor = tensor.clone()
-    dist.all_reduce(tensor)
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        what = "another process of this training ended; --resume goes on from the last update"
+        raise ConnectionError(what) from error
     return tensor
 
 

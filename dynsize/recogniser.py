@@ -23,7 +23,7 @@ from dynsize.supernet import Output
 LEAD = 0.1  # seconds by which a word starts before its first label's frame
 TAIL = 0.2  # seconds by which a word ends after its last label's frame
 MOST_RATE = 1_000_000  # Hz, of audio
-BLOCK = 10  # seconds of audio that are read at once
+BLOCK = 10  # seconds of an array that are taken at once
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,10 @@ def run_to_end(
 def signals(requests: processes.Requests) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP stop a training, and SIGUSR1 save it, by these requests.
 
-    The update that runs is finished, and one more is trained: processes tell each other of a
-    signal when they read an update, so all of them end after the same one. A validation that
-    runs is finished first. The script then exits with 128 + the signal's number.
+    The update that runs is finished, and one more is trained: processes tell each other of a stop
+    when they read an update, so all of them end after the same one. A validation that runs is
+    finished first. The script then exits with 128 + the signal's number. SIGUSR1 is for the first
+    process, which saves.
 
     A second signal within a second is ignored, as schedulers may send two. A later one ends the
     process without saving. Worker processes ignore signals and are killed at the end. SIGHUP stays

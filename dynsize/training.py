@@ -61,7 +61,7 @@ class Trainer:
         # `batches`: how many were taken since the training began. `first`: how many batches the
         # epochs before this one have. `skipped`: updates in a row, the last ones.
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
-        self.listeners: list[Callable[[dict], None]] = []  # each gets every line that is logged
+        self.listeners: list[Callable[[dict], None]] = []  # each gets the lines of the log
         self.requests = processes.Requests()
         self.locked: IO[bytes] | None = None  # open as long as the directory is ours
         self.dev_errors: dict[int, float] = {}  # update → errors on dev, see `errors_on_dev`
@@ -91,57 +91,62 @@ class Trainer:
         loader = self.data.batches(self.state, pin=self.device.type == "cuda")
         logged: list[dict] = []
         stop = False
-        while self.done < config.updates and not stop:
-            start = time.perf_counter()
-            batches, label_count, readers, record = self.read(loader)
-            stop = record["stop"]
-            update = steps.planned(model, self.done)
-            rate = learning_rate(update.number, config)
-            self.state["update"] += 1
-            self.state["batches"] += len(batches) * processes.count()
-            sizes = list(update.loss_weights)
-            record |= dict(update=self.done, step=update.step, sizes=sizes, learning_rate=rate)
+        try:
+            while self.done < config.updates and not stop:
+                start = time.perf_counter()
+                batches, label_count, readers, record = self.read(loader)
+                stop = record["stop"]
+                update = steps.planned(model, self.done)
+                rate = learning_rate(update.number, config)
+                self.state["update"] += 1
+                self.state["batches"] += len(batches) * processes.count()
+                sizes = list(update.loss_weights)
+                record |= dict(update=self.done, step=update.step, sizes=sizes, learning_rate=rate)
 
-            # Forward and backward: one pass of each for all networks of the update.
-            fault = NOTHING_READ
-            if readers:
-                losses = self.add_gradients(update, batches, label_count, readers)
-                norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
-                # The CPU waits for the device here, and elsewhere only to log scores and to rank.
-                *losses, norm = torch.cat([losses, norm[None]]).tolist()
-                finite = math.isfinite(sum(losses) + norm)
-                fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"
+                # Forward and backward: one pass of each for all networks of the update.
+                fault = NOTHING_READ
+                if readers:
+                    losses = self.add_gradients(update, batches, label_count, readers)
+                    norm = clip_grad_norm_(model.parameters(), config.clip or math.inf)
+                    # The CPU waits for the device here, and elsewhere only to log scores, to rank,
+                    # and where torch computes the CTC loss on a GPU.
+                    *losses, norm = torch.cat([losses, norm[None]]).tolist()
+                    finite = math.isfinite(sum(losses) + norm)
+                    fault = "" if finite else f"loss {sum(losses)}, gradient norm {norm}"
 
-            # Step, or skip: weights and optimizer then stay as they are.
-            if fault:
-                self.skip(batches, fault)
-            else:
-                record["losses"] = dict(zip(sizes, losses, strict=True))
-                record["gradient_norm"] = norm
-                if update.step == 1 and self.due(config.log_every):
-                    record |= steps.shown_scores(update, model)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["factor"]
-                optimizer.step()
-                self.state["skipped"] = 0
-                self.last_good = self.state.copy()
-            optimizer.zero_grad()
-            if update.step == 1 and ends_span(update.number, config):
-                steps.rank_layers(model, update.number)  # the next update may depend on the ranking
+                # Step, or skip: weights and optimizer then stay as they are.
+                if fault:
+                    self.skip(batches, fault)
+                else:
+                    record["losses"] = dict(zip(sizes, losses, strict=True))
+                    record["gradient_norm"] = norm
+                    if update.step == 1 and self.due(config.log_every):
+                        record |= steps.shown_scores(update, model)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group["factor"]
+                    optimizer.step()
+                    self.state["skipped"] = 0
+                    self.last_good = self.state.copy()
+                optimizer.zero_grad()
+                if update.step == 1 and ends_span(update.number, config):
+                    # The next update may depend on the ranking.
+                    steps.rank_layers(model, update.number)
 
-            # Log, save, validate.
-            record["seconds"] = time.perf_counter() - start
-            logged.append(record)
-            if self.due(config.log_every):
-                self.log(run_directory.mean_of(logged))
-                logged = []
-            late = time.monotonic() - self.saved_at > 60 * config.save_minutes
-            due = self.due(config.save_every) or self.due(config.validate_every)
-            if due or late or self.requests.save or stop:
-                self.save()
-            if self.due(config.validate_every) and not stop:
-                record["dev"] = self.validate()
-            yield record
+                # Log, save, validate.
+                record["seconds"] = time.perf_counter() - start
+                logged.append(record)
+                if self.due(config.log_every):
+                    self.log(run_directory.mean_of(logged))
+                    logged = []
+                late = time.monotonic() - self.saved_at > 60 * config.save_minutes
+                due = self.due(config.save_every) or self.due(config.validate_every)
+                if due or late or self.requests.save or stop:
+                    self.save()
+                if self.due(config.validate_every) and not stop:
+                    record["dev"] = self.validate()
+                yield record
+        except ConnectionError as error:  # another process is gone, or who reads the output
+            self.give_up(error)
 
     def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], float, float, dict]:
         """Read the batches of an update.

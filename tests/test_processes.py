@@ -136,14 +136,21 @@ def trained(cwd: Path, *flags: object) -> subprocess.Popen:
     return subprocess.Popen(torchrun(2, TRAIN, *flags), cwd=cwd, text=True, **pipes)
 
 
-def test_processes_save_and_end_where_torchrun_is_killed(tones, tmp_path):
+@pytest.mark.parametrize("which", ["torchrun", "the second"])
+def test_processes_save_and_end_where_one_is_killed(tones, tmp_path, which):
     often = "--run run --updates 9999 --validate-every 9999 --save-every 9999 --log-every 1".split()
     training = trained(tmp_path, "--corpus", tones, *SMALL, *often)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() or training.poll() is not None)
-    training.kill()
+    children = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+    os.kill(training.pid if which == "torchrun" else max(map(int, children)), signal.SIGKILL)
     out, err = training.communicate(timeout=120)  # until the last process closes its output
-    assert f"saved at update {checkpoint.load(tmp_path / 'run').training['update']};" in out, err
+    done = checkpoint.load(tmp_path / "run").training["update"]
+    if which == "torchrun":
+        assert f"saved at update {done};" in out, err
+    else:
+        assert done == logged(tmp_path / "run")[-1]["update"] and 'train.py", line' not in err
+        assert "train.py: another process of this training ended" in err, err
 
 
 def test_two_processes_train_one_run_and_another_number_resumes_it(tones, tmp_path):
