@@ -329,6 +329,7 @@ def deploy(networks: list[checkpoint.Checkpoint], options: argparse.Namespace) -
         export.export(loaded, loaded.model.size, path)
         written.append(path)
         if options.int8:
+            print(f"{'export':10} {int8_path(path)}", flush=True)
             export.quantize(path, int8_path(path))
             written.append(int8_path(path))
     print(f"{'ONNX':9} layers {'file bytes':>12} {'ms for 10 s':>12}  file")
@@ -352,7 +353,7 @@ def hint(networks: list[checkpoint.Checkpoint]) -> str:
 
 
 def main() -> None:
-    with reported("prune.py", "interrupted; files are whole, those not reached are as before"):
+    with reported("prune.py", "interrupted; every file is whole, old or new"):
         options = parse(sys.argv[1:])
         use_threads(options.threads)
         run = learn(options) if options.method else options.supernet

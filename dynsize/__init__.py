@@ -9,7 +9,7 @@ The network and the paper's algorithms
     iterative_zero_out  learns it by zeroing out the layers of smallest weight, a few at a time
     ortho_softmax       learns it by a distribution over the layers for each place of the ranking
     algorithms          the table of these three, and the rankings of the baselines
-    schedule            step 1's spans and their sizes, as functions of the update's number
+    schedule            the spans of step 1, their sizes, the learning rate: functions of the update
     ctc                 the output of the paper: the loss with its gradient, greedy decoding
     transducer          another output: a joiner of frames and labels, its loss, greedy decoding
     attention_decoder   another output: a decoder that attends to the frames, with CTC beside it

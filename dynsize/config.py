@@ -107,7 +107,7 @@ class Config:
     hop_ms: float = setting(12.5, "step from one feature frame to the next, in ms", 1, 1000)
 
     setting = partial(described, "SpecAugment")
-    frequency_masks: int = setting(2, "most frequency masks of an utterance", 0, 1000)
+    frequency_masks: int = setting(2, "frequency masks of an utterance: 2 to this many", 0, 1000)
     frequency_mask_bins: int = setting(8, "widest frequency mask, in mel bins", 0)
     time_mask_every: int = setting(50, "time masks: 2 or up to one in this many frames; 0: none", 0)
     time_mask_frames: int = setting(20, "widest time mask, in feature frames", 0)
@@ -462,7 +462,7 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
     """Return the settings of a training that is resumed with changes.
 
     Warns of those with which the result is not that of an unbroken training, and raises
-    ValueError for those that change what is learned.
+    ValueError for those that change what is learned. A teacher's weights are not compared.
     """
     for name, value in changes.items():
         flag = f"{flag_of(name)} {value}"

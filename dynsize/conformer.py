@@ -181,9 +181,9 @@ LAYER_KINDS = {
 }
 
 
-# The front-ends, which lower the frame rate by a factor of 4. A new one is one more class, with its
-# name in `FRONT_ENDS` below and in `config.CHANNELS`. `subnet.front_end_macs`,
-# `networks.SUBSAMPLING` and `export.Features` know what these have in common.
+# The front-ends, which lower the frame rate by a factor of 4 (`networks.SUBSAMPLING`). A new one is
+# one more class, with its name in `FRONT_ENDS` below and in `config.CHANNELS`. `subnet` counts the
+# MACs of `convolutions` and `project`; `export.Features` gives it four frames or more.
 
 
 class Conv2dFrontEnd(nn.Module):

@@ -186,7 +186,7 @@ def quantize(path: Path, to: Path) -> None:
 
     Products of activations with weights are int8: activations are quantized as they come (dynamic
     quantization), weights with a scale for each column. The features, the convolutions, and the
-    products of two activations stay float. What it gives is compared with nothing here.
+    products of two activations stay float. Its results are not checked here.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -98,10 +98,9 @@ def spec_augment(features: Tensor, config: Config, draw: random.Random) -> Tenso
 
 
 def zero_bands(features: Tensor, axis: int, most: int, widest: int, draw: random.Random) -> None:
-    """Set up to `most` bands of `features`, each at most `widest` wide along `axis`, to 0."""
+    """Set two to `most` bands of `features`, each at most `widest` wide along `axis`, to 0."""
     size = features.shape[axis]
-    least = min(2, most)
-    number = draw.randint(least, most)
+    number = draw.randint(min(2, most), most)
     for _ in range(number):
         width = draw.randint(0, min(widest, size))
         start = draw.randint(0, size - width)

@@ -75,7 +75,7 @@ def is_first() -> bool:
 def total(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes.
 
-    Raises ConnectionError where another process is gone. (NCCL ends this one itself.)
+    Raises ConnectionError where another process ended. (For a tensor on a GPU NCCL decides.)
     """
     if count() == 1:
         return tensor
@@ -83,8 +83,9 @@ def total(tensor: Tensor) -> Tensor:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        what = "another process of this training ended; --resume goes on from the last update"
-        raise ConnectionError(what) from error
+        if tensor.is_cuda:
+            raise
+        raise ConnectionError("another process ended, or did not answer") from error
     return tensor
 
 

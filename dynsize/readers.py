@@ -1,6 +1,7 @@
 """The readers of the five kinds of corpora, and of what lists hold: lines, paths, times, JSON.
 
-Each reader yields an `Entry` for each utterance that the lists of one split name.
+Each reader yields an `Entry` for each utterance that the lists of one split name. A new kind is one
+more reader, its line in `LAYOUTS` at the end, and its name in `config.CORPUS_KINDS`.
 """
 
 import gzip

@@ -48,8 +48,9 @@ class Recogniser:
 
     `output`: gives the output of a size, by default CTC's.
 
-    Several threads may share one: `transcribe` changes nothing in it or in a `language_model`. Call
-    `size_within` before they start, since it measures times.
+    It computes on the CPU, with as many threads as torch has (an ONNX file keeps the number that
+    torch had when it was loaded). Several threads may share one: `transcribe` changes nothing in it
+    or in a `language_model`. Call `size_within` before they start, since it measures times.
     """
 
     def __init__(

@@ -145,8 +145,8 @@ class Trainer:
                 if self.due(config.validate_every) and not stop:
                     record["dev"] = self.validate()
                 yield record
-        except ConnectionError as error:  # another process is gone, or who reads the output
-            self.give_up(error)
+        except ConnectionError as error:  # another process, or the reader of the output, is gone
+            self.give_up(processes.in_first(error))
 
     def read(self, loader: Iterator[Batch]) -> tuple[list[Batch], float, float, dict]:
         """Read the batches of an update.
