@@ -104,6 +104,7 @@ def flags_parser(defaults: configuration.Config) -> Parser:
         metavar="CHECKPOINT",
         help="begin a new training with the weights of a run, a checkpoint or a size-K.pt, whose "
         "settings it has except for those that flags change; features, network and layers stay. "
+        "A supernet learns its scores on in another step 1, unless --step1-share is 0. "
         "The tokenizer stays too, unless --tokenizer, --units or --vocabulary is named: then the "
         "outputs begin anew, as with another --output",
     )

@@ -12,9 +12,10 @@ functions:
 `update` is the number of an update of step 1, from 0. The scores are (L,) or (L, L). `size_at` is
 below L and at least the smallest size; `schedule.size_at_span_end` can serve. A gate is `False`,
 which saves the layer's work, or a tensor, () or (B,); `extra_loss` is (). `ranking` is the result
-of the last `rank`, at first the layers in their order. The layers are ranked after the last update
-of each of the schedule's spans, and before a checkpoint and a validation. The log shows what `rank`
-gives, so none of the functions keeps anything. None but `rank` waits for the device.
+of the last `rank`, at first the layers in their order, or that of `--init-from`. The layers are
+ranked after the last update of each of the schedule's spans, and before a checkpoint and a
+validation. The log shows what `rank` gives, so none of the functions keeps anything. None but
+`rank` waits for the device.
 """
 
 import random

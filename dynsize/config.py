@@ -465,6 +465,8 @@ def with_changes(config: Config, changes: dict[str, object]) -> Config:
     ValueError for those that change what is learned. A teacher's weights are not compared.
     """
     for name, value in changes.items():
+        if value == getattr(config, name):
+            continue
         flag = f"{flag_of(name)} {value}"
         # A teacher may have moved, but none may come or go.
         same = name != "teacher" or bool(value) == bool(config.teacher)

@@ -255,7 +255,7 @@ class LanguageModel:
             from flashlight.lib.text.decoder.kenlm import KenLM
             from flashlight.lib.text.dictionary import Dictionary
         except ImportError as error:
-            what = "a language model needs flashlight-text: pip install -e '.[lm]'"
+            what = "needs flashlight-text, on Python up to 3.12: pip install -e '.[lm]'"
             raise ValueError(f"{path}: {what}") from error
         for name, value in dict(weight=weight, bonus=bonus).items():
             if not (isinstance(value, Real) and abs(value) <= MOST_WEIGHT):

@@ -16,9 +16,9 @@ what each size costs.
 
 Without dynsize, text is made like this: resample to `sample_rate`, take the likeliest label of each
 of the utterance's frames, join equal neighbours, remove the blank, and let SentencePiece decode the
-labels, which are its ids. For audio longer than training's do it in windows, with a sixth of a
-window on each side as context whose frames are dropped, as `networks.windowed` does, which also
-puts faint noise in the place of digital silence.
+labels, which are its ids. For audio longer than training's (or than 30 s) do it in windows, with a
+sixth of a window on each side as context whose frames are dropped, as `networks.windowed` does,
+which also puts faint noise in the place of digital silence.
 """
 
 import copy

@@ -115,7 +115,10 @@ def load_teacher(config: Config, tokenizer: Tokenizer) -> Supernet:
 
 
 def optimizer_for(model: Supernet, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW, in which the layer scores have another learning rate and no weight decay."""
+    """Return AdamW, in which the layer scores have another learning rate and no weight decay.
+
+    The norm that is clipped is that of all gradients, the scores' too.
+    """
     weights = [weight for name, weight in model.named_parameters() if name != "scores"]
     groups = [dict(params=weights, factor=1.0)]
     if model.scores is not None:

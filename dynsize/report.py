@@ -170,15 +170,15 @@ def read_json(path: Path) -> typing.Any:
 
 
 def write_evaluation(report: dict, scored: dict[int, list[Scored]], output: Path) -> None:
-    """Write all files of an evaluation to a directory; `results.json` is the last one."""
+    """Write all files of an evaluation to a directory; `results.json` is there when all are."""
     output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").unlink(missing_ok=True)
     files.clean(output)
     first = next(iter(scored.values()))
     references = [in_notation(reference_of(s.utterance)) for s in first]
     contents = {"ref.trn": trn(references, first)}
     for size, of_size in scored.items():
-        texts = [s.text for s in of_size]
-        contents[f"hyp-{size}.trn"] = trn(texts, of_size)
+        contents[f"hyp-{size}.trn"] = trn([s.text for s in of_size], of_size)
         contents[f"aligned-{size}.txt"] = "\n".join(map(aligned, of_size))
     contents["results.md"] = markdown(report)
     for name, text in contents.items():

@@ -77,9 +77,7 @@ def begin(run: Path, config: Config, initial: Path | None) -> IO[bytes]:
     return locked
 
 
-def write_about(
-    run: Path, config: Config, summary: str, left_out: dict[str, dict[str, str]]
-) -> None:
+def write_about(run: Path, config: Config, summary: str, left_out: dict[str, dict]) -> None:
     """Write the settings of a training, and what it is trained on. `summary`: of the corpus."""
     files.write(run / "corpus.txt", (summary + "\n").encode(errors="surrogateescape"))
     files.write_json(run / CONFIG, dataclasses.asdict(config))
@@ -98,7 +96,8 @@ def lock(run: Path) -> IO[bytes]:
     """Keep other trainings out of a directory until the returned file is closed.
 
     Raises ValueError where another one is in it. Warns where the file system has no locks. The
-    lock ends with its process, though its file stays.
+    lock ends with its process, though its file stays. It keeps out other machines where the file
+    system has locks between them.
     """
     path = run / LOCK
     file = open(path, "ab")  # noqa: SIM115 (closed, it would be free)

@@ -15,8 +15,8 @@ as one node. An op is called where `triton_runs` says so. The environment variab
     auto      Triton on a GPU, torch elsewhere, and where an op fails its self-check (the default)
 
 The self-check compares an op with torch before its first use on a device, at the width that is
-used (`self_check.py`). `describe` makes it for a whole training before the training begins; in a
-forward pass its results are looked up. triton is imported only where it is used.
+used (`self_check.py`). train.py makes it for a whole training before it begins, by `describe`;
+later its results are looked up. triton is imported only where it is used.
 No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled for GPUs.
 """
 

@@ -29,7 +29,7 @@ from dynsize.supernet import Supernet
 from dynsize.tokenizer import Tokenizer, train_tokenizer
 from dynsize.training import Trainer
 
-hypothesis.settings.register_profile("dev", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 

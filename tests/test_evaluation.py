@@ -104,6 +104,10 @@ def test_what_an_evaluation_shows_and_writes(work):
         assert part in text
     assert "exists already; --overwrite replaces it" in refused("run", cwd=work)
     done_well("run", "--overwrite", "--split", "test-clean", cwd=work)
+    (folder / "test-clean" / "results.md").unlink()
+    (folder / "test-clean" / "results.md").mkdir()  # which no file can replace
+    assert run("run", "--overwrite", "--split", "test-clean", cwd=work).returncode == 2
+    assert not (folder / "test-clean" / "results.json").exists()
 
 
 def test_a_foreign_checkpoint_cannot_name_splits_elsewhere(work):

@@ -138,8 +138,7 @@ def test_text_is_made_without_dynsize(supernet):
     """As `export` tells: the likeliest label of each frame, and SentencePiece."""
     session = onnxruntime.InferenceSession(beside(supernet, "supernet.onnx"))
     content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
-    pieces = sentencepiece.SentencePieceProcessor()
-    pieces.load_from_serialized_proto(b64decode(content["tokenizer"]))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=b64decode(content["tokenizer"]))
     audio = 0.1 * np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
     inputs = dict(audio=audio[None], lengths=np.array([RATE]), size=np.array(4))
     log_probs, frames = session.run(None, inputs)

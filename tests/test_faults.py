@@ -426,7 +426,7 @@ def test_a_resumed_training_takes_what_does_not_change_what_is_learned(tones, tm
     with pytest.raises(ValueError, match="--workers -1"):
         Trainer.resume(run, dict(workers=-1))
     moved = shutil.copytree(tones, tmp_path / "moved")
-    changes = dict(corpus=str(moved), workers=1, log_every=5, save_every=3, keep=2)
+    changes = dict(corpus=str(moved), workers=1, log_every=5, save_every=3, keep=2, seed=0)
     resumed = Trainer.resume(run, changes)
     assert same(finish(resumed), expected) and resumed.config.log_every == 5
     assert json.loads((run / "config.json").read_text())["corpus"] == str(moved)
