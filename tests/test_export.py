@@ -1,7 +1,6 @@
 """ONNX files against the checkpoint's network, which computes its features by FFT."""
 
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import re
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +134,7 @@ def test_the_recogniser_takes_a_file_as_it_takes_a_checkpoint(supernet, single):
     assert one.facts.tokenizer.units == dynsize.load(single.path).facts.tokenizer.units
 
 
-def test_text_is_made_without_dynsize(supernet):
-    """As `export` tells: the likeliest label of each frame, and SentencePiece."""
+def test_text_is_made_without_dynsize_as_export_tells(supernet):
     session = onnxruntime.InferenceSession(beside(supernet, "supernet.onnx"))
     content = json.loads(session.get_modelmeta().custom_metadata_map["dynsize"])
     pieces = sentencepiece.SentencePieceProcessor(model_proto=b64decode(content["tokenizer"]))
@@ -143,7 +142,7 @@ def test_text_is_made_without_dynsize(supernet):
     inputs = dict(audio=audio[None], lengths=np.array([RATE]), size=np.array(4))
     log_probs, frames = session.run(None, inputs)
     best = log_probs[0, : frames[0]].argmax(-1)
-    labels = [int(label) for label, _ in itertools.groupby(best) if label != 0]
+    labels = [int(new) for old, new in pairwise([0, *best]) if new not in (old, 0)]
     expected = dynsize.load(supernet.path).transcribe(audio, sample_rate=RATE, size=4).text
     assert pieces.decode(labels) == expected != ""
 
