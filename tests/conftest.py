@@ -34,15 +34,14 @@ hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("dev"
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="Triton's interpreter computes bfloat16 wrong"
+)
 
 
-def pytest_collection_modifyitems(items) -> None:
-    reason = "needs a GPU: Triton's interpreter computes bfloat16 wrong"
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason=reason))
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a test may wait for other processes."""
+    return os.cpu_count() + 1
 
 
 def skip_without_interpreter() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without_interpreter, tiny
+from conftest import needs_gpu, skip_without_interpreter, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ctc import problems
@@ -35,7 +35,7 @@ skip_without_interpreter()
 # the interpreter's numpy takes logarithms of 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_gpu)
 SCALE = 0.5
 # the largest error, relative to the largest number of a tensor, and at least to 1
 TOLERANCE = {
@@ -248,7 +248,7 @@ def test_ctc_is_torchs(problem, layout):
 
 
 LONG = [(200, 250), (1000, 1003), (1000, 5000)]
-LONG = [pytest.param(*case, marks=pytest.mark.gpu) for case in LONG]
+LONG = [pytest.param(*case, marks=needs_gpu) for case in LONG]
 
 
 @pytest.mark.parametrize("count, frames", [(63, 66), (64, 67), (130, 133), *LONG])
@@ -377,7 +377,7 @@ def test_self_check_accepts_the_kernels(op, size, monkeypatch):
             assert reason == "it has no self-check in torch.float16"
 
 
-@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("width", [16, 144, 256, 384, 512, 1000, 1024])
 def test_self_check_accepts_the_residual_at_any_width(width, monkeypatch):
     monkeypatch.undo()
