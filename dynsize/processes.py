@@ -75,7 +75,7 @@ def is_first() -> bool:
 def total(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes.
 
-    Raises ConnectionError where another process ended. (For a tensor on a GPU NCCL decides.)
+    Raises ConnectionError where another process ended; for a tensor on a GPU, NCCL's own error.
     """
     if count() == 1:
         return tensor

@@ -9,7 +9,7 @@ only Iterative-Zero-Out saves the layers that it has zeroed out. There is no sto
 Step 2 trains the largest size, the smallest one and a random size between, each with the binary
 mask that the ranking gives it: the sandwich rule. The largest has stochastic depth.
 
-At the border nothing is reset: the optimizer keeps its moments, the scores stay as they are.
+Between the steps nothing is reset: the optimizer keeps its moments, the scores stay as they are.
 
 Baselines have no step 1. `none` trains one size. LayerDrop trains the largest, of which each
 utterance skips random layers. Aux-loss is step 2 with the layers in their order as the ranking.

@@ -61,7 +61,7 @@ class Trainer:
         # `batches`: how many were taken since the training began. `first`: how many batches the
         # epochs before this one have. `skipped`: updates in a row, the last ones.
         self.state = dict(update=0, batches=0, epoch=0, first=0, skipped=0)
-        self.listeners: list[Callable[[dict], None]] = []  # each gets the lines of the log
+        self.listeners: list[Callable[[dict], None]] = []  # each gets what `log` gets
         self.requests = processes.Requests()
         self.locked: IO[bytes] | None = None  # open as long as the directory is ours
         self.dev_errors: dict[int, float] = {}  # update → errors on dev, see `errors_on_dev`
